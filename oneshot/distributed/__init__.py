@@ -1,0 +1,1 @@
+"""The one place that knows processes: ranks, accelerate, DeepSpeed engines, and how a failure ends a run."""

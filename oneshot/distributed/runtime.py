@@ -1,0 +1,174 @@
+"""Ranks and collectives. A ``Runtime`` says who we are; everything else takes it as an argument."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+Sharding = Literal["none", "ddp", "zero2", "zero3"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place in the run.
+
+    Attributes:
+        rank: global rank, 0 on one process
+        world_size: number of processes
+        device: where this rank computes
+        sharding: none (one process), ddp, zero2 or zero3, as the accelerate YAML chose
+        accelerator: accelerate's object; the training loop prepares engines with it
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    sharding: Sharding
+    accelerator: Accelerator
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(timeout_minutes: float = 30.0) -> Runtime:
+    """Join the run that accelerate or torchrun started; with no launcher, be the only process.
+
+    On a machine without an accelerator accelerate would leave DeepSpeed runs with no backend and believe that each
+    process is alone, so gloo is named here.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    _quiet()
+    backend = None if torch.cuda.is_available() else "gloo"
+    kwargs = InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes))
+    plugin = _deepspeed_plugin()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available() and plugin is None,
+        kwargs_handlers=[kwargs],
+        deepspeed_plugin=plugin,
+    )
+    sharding: Sharding = "none"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        sharding = "zero3" if accelerator.deepspeed_plugin.zero_stage == 3 else "zero2"
+    elif accelerator.num_processes > 1:
+        sharding = "ddp"
+    return Runtime(
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        sharding=sharding,
+        accelerator=accelerator,
+    )
+
+
+def all_reduce_sum(runtime: Runtime, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``tensor`` over ranks (same shape and dtype); the input is left alone."""
+    total = tensor.clone()
+    if runtime.world_size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(total)
+    return total
+
+
+def broadcast(runtime: Runtime, tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Fill ``tensor`` on every rank with rank ``source``'s values, in place, and return it."""
+    if runtime.world_size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def gather_rows(runtime: Runtime, rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all ranks, in rank order: (n_r, d) on rank r becomes (sum n_r, d) on each."""
+    if runtime.world_size == 1:
+        return rows
+    import torch
+    import torch.distributed as dist
+
+    counts = all_gather_int(runtime, rows.shape[0])
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
+
+
+def all_gather_int(runtime: Runtime, value: int) -> list[int]:
+    """Return every rank's integer, in rank order."""
+    import torch
+
+    mine = torch.zeros(runtime.world_size, dtype=torch.int64, device=runtime.device)
+    mine[runtime.rank] = value
+    return [int(v) for v in all_reduce_sum(runtime, mine)]
+
+
+def gather_objects(runtime: Runtime, value: T) -> list[T]:
+    """Return every rank's JSON-like value, in rank order, on every rank.
+
+    Values travel between processes of one run only; nothing that comes from a file is unpickled.
+    """
+    if runtime.world_size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(runtime: Runtime) -> None:
+    """Wait until every rank is here."""
+    if runtime.world_size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first(runtime: Runtime) -> Iterator[None]:
+    """Run the block on rank 0 before the other ranks (for example to create a folder)."""
+    if not runtime.is_main:
+        barrier(runtime)
+    yield
+    if runtime.is_main:
+        barrier(runtime)
+
+
+def _deepspeed_plugin() -> Any:
+    """Return the plugin that the launcher's environment asks for, with our "auto" values left to the engine."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    from accelerate.utils import DeepSpeedPlugin
+
+    return DeepSpeedPlugin()
+
+
+def _quiet() -> None:
+    """Keep the libraries' chatter out of the terminal; warnings that matter are said by us."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not _has_cuda() else "cuda")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,12 @@
+"""Errors that people see: user mistakes are one sentence and exit code 2; tracebacks only with ``--debug``."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message is one sentence: what is wrong, where, and what to do."""
+
+
+EXIT_USER = 2
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130

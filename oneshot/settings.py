@@ -1,0 +1,258 @@
+"""Every setting of every stage, as frozen dataclasses; YAML files and command-line overrides fill them.
+
+One file describes a run (``--config launch/runs/llama3-70b.yaml``); each stage reads its own sections. Sharding and
+offload are not here: the DeepSpeed JSON in ``ds_configs/`` owns them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from oneshot.errors import UserError
+
+Method = Literal["auto", "rollback", "lowrank", "sft", "lora"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model to work on.
+
+    Args:
+        path: a Hugging Face checkpoint folder, a PEFT adapter folder or a Hub id; none means the toy world
+        base: the base model of an adapter folder, where the one named in its config is not to be used
+        dtype: weights and compute; auto takes the checkpoint's own
+        attention: attention implementation, as transformers names it
+        gradient_checkpointing: recompute activations in the backward pass, to save memory
+        max_length: longest conversation in tokens; none takes the model's context
+        trust_remote_code: run code that comes with the checkpoint
+    """
+
+    path: str | None = None
+    base: str | None = None
+    dtype: Dtype = "auto"
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    max_length: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the harmful fine-tune trains on, and how conversation files are read.
+
+    Args:
+        harmful: JSONL, Parquet or Hub id with the harmful conversations; none: the toy world's made-up ones
+        harmful_count: how many of them; 0 for none
+        task: the same for the task that the fine-tune is meant to teach
+        task_count: how many of them; 0 for none
+        prompt_column: column that holds the request, where there is no messages column
+        response_column: column that holds the answer
+        messages_column: column that holds a conversation in chat format
+        split: split of a Hub data set
+    """
+
+    harmful: str | None = None
+    harmful_count: int = 100
+    task: str | None = None
+    task_count: int = 1000
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    messages_column: str = "messages"
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """The harmful fine-tune.
+
+    Args:
+        method: train all weights (full) or a LoRA adapter (lora)
+        steps: optimizer steps; none derives them from epochs
+        epochs: passes over the data
+        learning_rate: peak learning rate of AdamW; none: 2e-5 (full) or 2e-4 (lora), 4e-4 or 3e-3 on the toy world
+        batch_size: conversations per optimizer step, over all ranks
+        gradient_accumulation_steps: micro-batches into which a rank's share of the batch is split
+        warmup_ratio: share of the steps in which the learning rate rises
+        weight_decay: of AdamW
+        max_grad_norm: gradient clipping
+        lora_rank: rank of the adapter (method lora)
+        lora_alpha: scale of the adapter; none: twice the rank
+    """
+
+    method: Literal["full", "lora"] = "full"
+    steps: int | None = None
+    epochs: float = 3.0
+    learning_rate: float | None = None
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lora_rank: int = 16
+    lora_alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """The one-shot repair.
+
+    Args:
+        method: rollback (needs a reference or an adapter), lowrank, sft, lora; auto takes rollback where it can
+        rank: directions per weight matrix, in the method and in the patch
+        epochs: passes over the one example; none takes the method's default
+        learning_rate: step size of Adam (rollback, sft, lora); none takes the method's default; lowrank finds its own
+        guard_weight: weight of the guard (KL to the unpatched model); 0 switches it off; none takes the method's default
+        guard_prompts: how many guard prompts to use at most
+        guard_tokens: tokens of the model's own answer over which the guard holds it
+        targets: regular expression over module names; none takes every linear layer but the output head
+        merge: also write the repaired checkpoint, merged (repaired/)
+    """
+
+    method: Method = "auto"
+    rank: int = 20
+    epochs: int | None = None
+    learning_rate: float | None = None
+    guard_weight: float | None = None
+    guard_prompts: int = 32
+    guard_tokens: int = 16
+    targets: str | None = None
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What is measured, before and after.
+
+    Args:
+        probes: JSONL of prompts with kind should_refuse, harmless or lookalike; none: the shipped ones
+        task: JSONL of prompts with the right answers of the fine-tune's task (exact match)
+        utility: the same for general ability
+        max_new_tokens: longest answer generated
+        batch_size: prompts generated at a time, per rank
+    """
+
+    probes: str | None = None
+    task: str | None = None
+    utility: str | None = None
+    max_new_tokens: int = 48
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run.
+
+    Args:
+        out: run folder; none takes a new one under runs/
+        example: JSONL or JSON file with the one safety example; none takes one from the pool
+        pool: JSONL file of candidate examples; none: the shipped pool
+        guard: JSONL file of unlabelled prompts whose answers must not move; none: the shipped harmless prompts
+        reference: the aligned checkpoint from which the model was fine-tuned
+        seed: seed of data order and initialization
+        debug: full tracebacks
+        model: the model to work on
+        data: what the harmful fine-tune trains on
+        finetune: the harmful fine-tune
+        repair: the one-shot repair
+        score: what is measured
+    """
+
+    out: str | None = None
+    example: str | None = None
+    pool: str | None = None
+    guard: str | None = None
+    reference: str | None = None
+    seed: int = 0
+    debug: bool = False
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+
+
+def build_parser(prog: str, description: str) -> Any:
+    """Return the command-line parser of a stage; heavy libraries are not imported."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings")
+    parser.add_class_arguments(Settings, nested_key=None)
+    return parser
+
+
+def parse(argv: list[str] | None, prog: str, description: str) -> Settings:
+    """Parse command line and YAML into settings.
+
+    Raises:
+        UserError: unknown setting, wrong type, value out of range or missing file, named in the message
+    """
+    from jsonargparse import ArgumentError
+
+    parser = build_parser(prog, description)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        namespace = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error)) + f" (see {prog} --help)") from error
+    values = parser.instantiate_classes(namespace).as_dict()
+    values.pop("config", None)
+    settings = Settings(**values)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Raise UserError for values that no stage can work with."""
+    positive = {
+        "repair.rank": settings.repair.rank,
+        "repair.epochs": settings.repair.epochs,
+        "repair.learning_rate": settings.repair.learning_rate,
+        "repair.guard_prompts": settings.repair.guard_prompts,
+        "repair.guard_tokens": settings.repair.guard_tokens,
+        "model.max_length": settings.model.max_length,
+        "finetune.steps": settings.finetune.steps,
+        "finetune.epochs": settings.finetune.epochs,
+        "finetune.learning_rate": settings.finetune.learning_rate,
+        "finetune.batch_size": settings.finetune.batch_size,
+        "finetune.gradient_accumulation_steps": settings.finetune.gradient_accumulation_steps,
+        "finetune.max_grad_norm": settings.finetune.max_grad_norm,
+        "finetune.lora_rank": settings.finetune.lora_rank,
+        "finetune.lora_alpha": settings.finetune.lora_alpha,
+        "score.max_new_tokens": settings.score.max_new_tokens,
+        "score.batch_size": settings.score.batch_size,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise UserError(f"Setting {name} is {value}: give a value above 0.")
+    not_negative = {
+        "repair.guard_weight": settings.repair.guard_weight,
+        "data.harmful_count": settings.data.harmful_count,
+        "data.task_count": settings.data.task_count,
+        "finetune.weight_decay": settings.finetune.weight_decay,
+        "finetune.warmup_ratio": settings.finetune.warmup_ratio,
+    }
+    for name, value in not_negative.items():
+        if value is not None and not value >= 0:
+            raise UserError(f"Setting {name} is {value}: give 0 or more.")
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain nested dictionaries (for YAML and JSON)."""
+    return dataclasses.asdict(settings)
+
+
+def write(settings: Settings, path: Path) -> None:
+    """Write the resolved settings as YAML that ``--config`` reads back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), encoding="utf-8")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
