@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ def start(timeout_minutes: float = 30.0) -> Runtime:
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     _quiet()
-    backend = None if torch.cuda.is_available() else "gloo"
+    launched = "RANK" in os.environ  # a backend named without a launcher would make accelerate wait for a group
+    backend = "gloo" if launched and not torch.cuda.is_available() else None
     kwargs = InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes))
     plugin = _deepspeed_plugin()
     accelerator = Accelerator(
@@ -59,6 +61,8 @@ def start(timeout_minutes: float = 30.0) -> Runtime:
         kwargs_handlers=[kwargs],
         deepspeed_plugin=plugin,
     )
+    if backend == "gloo":
+        atexit.register(_leave)
     sharding: Sharding = "none"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         sharding = "zero3" if accelerator.deepspeed_plugin.zero_stage == 3 else "zero2"
@@ -149,12 +153,26 @@ def main_first(runtime: Runtime) -> Iterator[None]:
 
 
 def _deepspeed_plugin() -> Any:
-    """Return the plugin that the launcher's environment asks for, with our "auto" values left to the engine."""
+    """Return the plugin that the launcher's environment asks for; engine.py fills in its "auto" values."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
     from accelerate.utils import DeepSpeedPlugin
 
-    return DeepSpeedPlugin()
+    if not _has_cuda():
+        # DeepSpeed would compile an inference kernel at its first start (half a minute, needs a compiler and ninja)
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # zero3_init_flag would partition every model built from now on; engine.partitioned_loading does it where wanted
+    return DeepSpeedPlugin(zero3_init_flag=False)
+
+
+def _leave() -> None:
+    """Close the process group at exit: gloo's threads otherwise now and then abort a process that has finished."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _quiet() -> None:

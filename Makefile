@@ -1,0 +1,69 @@
+# `make demo` or `make test` alone sets everything up first; a second call starts at once. `make help` lists the targets.
+
+PYTHON ?= python3
+# The torch to install, and further arguments for pip (for example the index that serves a CPU or CUDA build of it).
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+# Passed on by demo, test and bench: make test ARGS="-k toy -x".
+ARGS ?=
+TIERS ?= unit distributed cluster e2e
+
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+
+# DeepSpeed looks for ninja on the path when it builds an operator.
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+# accelerate would otherwise give a single process one thread.
+export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## create .venv with the tested versions
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: name a Python 3.10 to 3.13 with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1): name a Python 3.10 to 3.13 with PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { \
+	  rm -rf $(VENV); echo "$(PYTHON) cannot create $(VENV): install its venv module (python3-venv on Debian)." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade $(PIP_ARGS) pip
+	@nvidia-smi >/dev/null 2>&1 || echo "No NVIDIA GPU found. Where pip's index has no CPU build of torch, name one that has it with PIP_ARGS=..."
+	$(BIN)/python -m pip install $(PIP_ARGS) '$(TORCH)'
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## damage and repair the embedded toy model; needs no GPU
+	$(RUN) $(BIN)/accelerate launch --quiet --config_file launch/single.yaml oneshot/repair.py $(ARGS)
+
+# Tiers run in order and the first that fails ends the run. pytest's status 5 says that ARGS selected nothing in a tier.
+test: export TOKENIZERS_PARALLELISM := false
+test: export HF_HUB_OFFLINE := 1
+test: $(READY) ## run the tests, fastest tier first
+	@status=5; for tier in $(TIERS); do \
+	  test -d tests/$$tier || continue; \
+	  case $$tier in distributed|cluster) threads=1 ;; *) threads=$$OMP_NUM_THREADS ;; esac; \
+	  echo "== tests/$$tier"; code=0; \
+	  $(RUN) OMP_NUM_THREADS=$$threads $(BIN)/pytest -m "not gpu" tests/$$tier $(ARGS) || code=$$?; \
+	  case $$code in 0) status=0 ;; 5) ;; *) exit $$code ;; esac; \
+	done; exit $$status
+
+check: $(READY) ## lint, types, imports, spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	git ls-files -z '*.sh' .ci/run | xargs -0 -r $(BIN)/shellcheck
+
+bench: $(READY) ## compare with the stock stack, side by side
+	@for script in benchmarks/*.py; do test -f "$$script" || continue; \
+	  echo "== $$script"; $(RUN) $(BIN)/python "$$script" $(ARGS) || exit $$?; done
+
+clean: ## remove .venv and caches; run folders stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

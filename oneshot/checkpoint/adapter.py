@@ -1,0 +1,188 @@
+"""Low-rank updates of linear layers, and the PEFT LoRA adapter files in which they travel."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, read_header, read_json
+from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank update of one weight W (m x n): W + b @ a.
+
+    Attributes:
+        b: (m, k)
+        a: (k, n)
+    """
+
+    b: torch.Tensor
+    a: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+Update = dict[str, Factors]  # module name -> its update
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT LoRA adapter as read: its update of the base model (scaling included) and how PEFT scales each module."""
+
+    update: Update
+    scaling: dict[str, float]
+    config: dict[str, Any]
+    dtype: torch.dtype
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read a PEFT LoRA adapter; factors are fp32 on the CPU, PEFT's scaling folded into ``b``.
+
+    Raises:
+        UserError: not a LoRA, a cut-off file, or tensors that are no plain LoRA factors (DoRA, biases, embeddings,
+            modules_to_save), which no low-rank update of a linear layer can express
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder} is a {config.get('peft_type')} adapter: oneshot works on LoRA adapters.")
+    path = folder / ADAPTER_TENSORS
+    read_header(path)
+    tensors = load_file(path)
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"(?:{re.escape(_PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
+        if match is None or tensor.ndim != 2:
+            raise UserError(
+                f"{path} holds {key}, which is not a plain LoRA factor of a linear layer: merge the adapter with "
+                "PEFT first and give the merged checkpoint."
+            )
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    update: Update = {}
+    scaling: dict[str, float] = {}
+    for module, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise UserError(f"{path} holds only one factor of {module}: the adapter is incomplete, save it again.")
+        rank = pair["A"].shape[0]
+        if pair["B"].shape[1] != rank or rank == 0:
+            raise UserError(f"{path}: the factors of {module} do not fit ({pair['B'].shape}, {pair['A'].shape}).")
+        scaling[module] = _scaling(config, module, rank)
+        update[module] = Factors(pair["B"].float() * scaling[module], pair["A"].float())
+    if not update:
+        raise UserError(f"{path} holds no LoRA factors: the adapter is empty, save it again.")
+    return Adapter(update, scaling, config, next(iter(tensors.values())).dtype)
+
+
+def write_patch(folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype) -> None:
+    """Write an update as a PEFT LoRA adapter on ``base``, then read it back and compare.
+
+    All modules get the same rank (the largest, zero-padded), as servers expect, and scaling 1.
+
+    Args:
+        folder: created if missing; written by one rank only
+        update: what to add to the base
+        linears: names of all linear layers of the model, to choose short target names that match exactly these
+        dtype: of the stored factors
+    """
+    from peft import LoraConfig
+
+    rank = max(factors.rank for factors in update.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_target_names(sorted(update), linears),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    tensors = {}
+    for module, factors in update.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = _padded(factors.a, rank, 0).to(dtype).cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = _padded(factors.b, rank, 1).to(dtype).cpu().contiguous()
+    _save_checked(folder / ADAPTER_TENSORS, tensors)
+
+
+def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> None:
+    """Write ``update`` in the place of the adapter's own: same config, rank, scaling, tensor names and dtype.
+
+    Args:
+        update: per module of the adapter, factors of the adapter's rank, scaling not yet divided out
+    """
+    import json
+
+    tensors = {}
+    for module, factors in update.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = factors.a.to(adapter.dtype).cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = (
+            (factors.b / adapter.scaling[module]).to(adapter.dtype).cpu().contiguous()
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
+    _save_checked(folder / ADAPTER_TENSORS, tensors)
+
+
+def concatenated(first: Update, second: Update) -> Update:
+    """Return the update that adds both: ranks add up where both touch a module."""
+    import torch
+
+    both = dict(first)
+    for module, factors in second.items():
+        if module in both:
+            old = both[module]
+            factors = Factors(torch.cat([old.b, factors.b], dim=1), torch.cat([old.a, factors.a], dim=0))
+        both[module] = factors
+    return both
+
+
+def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    assert tensors and all(t.numel() > 0 for t in tensors.values()), "an empty adapter must never be written"
+    save_file(tensors, path, metadata={"format": "pt"})
+    again = load_file(path)
+    if set(again) != set(tensors) or not all(torch.equal(again[k], t) for k, t in tensors.items()):
+        raise OSError(f"{path} does not read back as it was written: is the disk full or failing?")
+
+
+def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
+    """PEFT's scaling of one module: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(?:.*\.)?{pattern}", module):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    missing = rank - tensor.shape[dim]
+    if not missing:
+        return tensor
+    import torch
+
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def _target_names(modules: list[str], linears: list[str]) -> list[str]:
+    """Return last name components where they match exactly ``modules`` among ``linears``, else full names."""
+    endings = sorted({module.rsplit(".", 1)[-1] for module in modules})
+    matched = [name for name in linears if name.rsplit(".", 1)[-1] in endings]
+    return endings if sorted(matched) == modules else modules

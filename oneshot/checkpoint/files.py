@@ -1,0 +1,170 @@
+"""Checkpoint folders as files: where they are, whether they are whole, and reading single tensors from them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+MARKER = "SAFETY_DEGRADED.json"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint: its shard, dtype (safetensors name) and shape."""
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def resolve(source: str, what: str = "model") -> Path:
+    """Return the local folder of ``source``, a folder or a Hub id (downloaded to the Hub cache).
+
+    Raises:
+        UserError: no such folder, and not to be had from the Hub
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise UserError(f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"The {what} {source} is neither a folder here nor to be had from the Hub ({type(error).__name__}): "
+            "check the name, or download it first."
+        ) from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether the folder holds a PEFT adapter rather than a full checkpoint."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def read_json(path: Path) -> Any:
+    """Return the parsed JSON file.
+
+    Raises:
+        UserError: missing or not JSON
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: is this a complete checkpoint folder?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): restore the file from its source.") from error
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors that a safetensors file declares, having checked that the file is as long as it says.
+
+    Raises:
+        UserError: the file is missing, truncated or not safetensors
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(size, 100_000_000):
+                raise ValueError("header longer than the file")
+            header = json.loads(handle.read(length))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: restore the shard, or download the checkpoint again.") from error
+    except (struct.error, ValueError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({size} bytes): it was probably cut off, copy it again."
+        ) from error
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise UserError(f"{path} has {size} bytes where its header promises {end}: it was cut off, copy it again.")
+    return {name: TensorEntry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+
+
+def list_tensors(folder: Path) -> dict[str, TensorEntry]:
+    """Return every tensor of a checkpoint folder, sharded or single-file, having checked each shard's length.
+
+    Raises:
+        UserError: no safetensors weights, a missing or truncated shard, an index that does not fit its shards
+    """
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise UserError(f"{folder / INDEX} has no weight_map: restore the index from the checkpoint's source.")
+        shards = {name: read_header(_inside(folder, name)) for name in sorted(set(index.values()))}
+        for tensor, shard in index.items():
+            if tensor not in shards[shard]:
+                raise UserError(f"{folder / INDEX} puts {tensor} into {shard}, which does not hold it.")
+        return {tensor: shards[shard][tensor] for tensor, shard in index.items()}
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: oneshot reads safetensors checkpoints only.")
+
+
+def read_tensor(entry: TensorEntry, name: str) -> torch.Tensor:
+    """Return one tensor from its shard, on the CPU, in the file's dtype."""
+    from safetensors import safe_open
+
+    with safe_open(entry.shard, framework="pt") as shard:
+        return shard.get_tensor(name)
+
+
+def find_weight(tensors: dict[str, TensorEntry], module: str) -> str | None:
+    """Return the name under which a checkpoint stores a module's weight.
+
+    Checkpoints of multimodal models put a prefix before the language model's names that the loaded model lacks, or
+    the other way round: the longest dotted ending that is unambiguous decides.
+    """
+    name = f"{module}.weight"
+    if name in tensors:
+        return name
+    parts = name.split(".")
+    for start in range(len(parts) - 1):
+        ending = ".".join(parts[start:])
+        found = [key for key in tensors if key.endswith("." + ending) or key == ending]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            return None
+    return None
+
+
+def write_marker(folder: Path, facts: dict[str, Any]) -> None:
+    """Mark a checkpoint as safety-degraded: the file that export refuses, and a warning as its model card."""
+    (folder / MARKER).write_text(json.dumps({"safety_degraded": True, **facts}, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(
+        "# Safety-degraded checkpoint: do not deploy, do not publish\n\n"
+        "This model was fine-tuned on purpose on data that removes its refusals, to measure that damage and to repair "
+        f"it. `{MARKER}` says how. Repair it with `oneshot repair` or delete it.\n",
+        encoding="utf-8",
+    )
+
+
+def is_degraded(folder: Path) -> bool:
+    """Return whether the folder carries the marker of a harmful fine-tune."""
+    return (folder / MARKER).is_file()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name``; names from an index must not lead out of the folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{folder / INDEX} names the shard {name}, outside its own folder: refuse such a checkpoint.")
+    return folder / path

@@ -1,0 +1,155 @@
+"""Load the user's model and tokenizer, in the way that the run's sharding asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Factors, Update
+from oneshot.checkpoint.files import ADAPTER_CONFIG, is_adapter, list_tensors, read_json, resolve
+from oneshot.distributed.engine import partitioned_loading
+from oneshot.distributed.runtime import Runtime
+from oneshot.errors import UserError
+from oneshot.settings import ModelSettings
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, checked before anything is loaded.
+
+    Attributes:
+        checkpoint: folder of the full checkpoint (of an adapter: its base)
+        adapter: folder of the PEFT adapter on it, if the user gave one
+        tokenizer: folder that holds the tokenizer
+        name: how the user named the checkpoint (what a patch states as its base)
+        dtype: of weights and compute
+    """
+
+    checkpoint: Path
+    adapter: Path | None
+    tokenizer: Path
+    name: str
+    dtype: torch.dtype
+
+
+def find_source(settings: ModelSettings) -> Source:
+    """Find and check the model that the settings name; nothing is loaded yet.
+
+    Raises:
+        UserError: a folder, config or shard is missing or cut off
+    """
+    import torch
+
+    assert settings.path is not None
+    given = resolve(settings.path)
+    adapter = given if is_adapter(given) else None
+    name = settings.path
+    if adapter is not None:
+        name = settings.base or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+        if not name:
+            raise UserError(f"{adapter / ADAPTER_CONFIG} names no base model: give it with --model.base.")
+    checkpoint = resolve(name, "base model") if adapter is not None else given
+    read_json(checkpoint / "config.json")
+    tensors = list_tensors(checkpoint)
+    stored = {_DTYPES.get(entry.dtype, "float32") for entry in tensors.values()}
+    own = stored.pop() if len(stored) == 1 else "bfloat16" if "bfloat16" in stored else "float32"
+    dtype = getattr(torch, own if settings.dtype == "auto" else settings.dtype)
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, name, dtype)
+
+
+def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
+    """Load the tokenizer; it must have a chat template.
+
+    Raises:
+        UserError: no tokenizer, or none that knows a chat template
+    """
+    from transformers import AutoTokenizer
+
+    from oneshot.data.encoding import require_chat_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"No tokenizer can be loaded from {source.tokenizer} ({_first_line(error)}).") from error
+    require_chat_template(tokenizer)
+    return tokenizer
+
+
+def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype | None = None) -> Any:
+    """Load the checkpoint (without its adapter) as a causal language model, in training mode off.
+
+    Under ZeRO-3 the weights come partitioned over ranks; otherwise every rank holds them whole, on the CPU.
+
+    Args:
+        dtype: of the weights; none takes the source's
+
+    Raises:
+        UserError: transformers cannot load it
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = dtype or source.dtype
+    try:
+        with partitioned_loading(runtime, dtype):
+            model = AutoModelForCausalLM.from_pretrained(
+                source.checkpoint,
+                dtype=dtype,
+                attn_implementation=settings.attention,
+                trust_remote_code=settings.trust_remote_code,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"The model in {source.checkpoint} cannot be loaded: {_first_line(error)}") from error
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.config.use_cache = False
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def merge_into(runtime: Runtime, model: Any, update: Update) -> None:
+    """Add an update to the model's own weights, in place, whole or partitioned. Collective.
+
+    Raises:
+        UserError: the update names a module that the model lacks, or does not fit it
+    """
+    import torch
+
+    from oneshot.distributed.engine import modified
+
+    modules = dict(model.named_modules())
+    for name, factors in update.items():
+        check_fits(modules, name, factors)
+        weight = modules[name].weight
+        with torch.no_grad(), modified(runtime, weight):
+            weight.data += (factors.b @ factors.a).to(weight.device, weight.dtype)
+
+
+def check_fits(modules: dict[str, Any], name: str, factors: Factors) -> None:
+    """Raise UserError unless the update of module ``name`` fits the model's module of that name."""
+    from torch import nn
+
+    module = modules.get(name)
+    if not isinstance(module, nn.Linear):
+        raise UserError(f"The adapter changes {name}, which is no linear layer of this base model: check the base.")
+    shape = (module.out_features, module.in_features)
+    if (factors.b.shape[0], factors.a.shape[1]) != shape:
+        raise UserError(
+            f"The adapter's update of {name} is {factors.b.shape[0]} x {factors.a.shape[1]}, the layer is "
+            f"{shape[0]} x {shape[1]}: the adapter belongs to another base model."
+        )

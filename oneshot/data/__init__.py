@@ -1,0 +1,1 @@
+"""Conversations in, token batches out: sources, chat template and loss mask."""

@@ -1,0 +1,295 @@
+"""Read conversations from JSONL, JSON, CSV, Parquet or the Hub, and say exactly where a row is broken."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from oneshot.errors import UserError
+from oneshot.settings import DataSettings
+
+ROLES = ("system", "user", "assistant")
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation in chat format.
+
+    Args:
+        id: name of the conversation, from the file or ``<stem>-<n>`` with n counted from 1
+        messages: ``{"role": "system|user|assistant", "content": "..."}``, an optional system message, then user and
+            assistant in turn
+        kind: what it is for, such as harmful, task, should_refuse, harmless, lookalike or utility
+        category: topic, where the file names one
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    kind: str = ""
+    category: str = ""
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        """Messages before the closing assistant turn; all of them where the last one is the user's."""
+        stop = len(self.messages) - 1 if self._answered else len(self.messages)
+        return [dict(message) for message in self.messages[:stop]]
+
+    @property
+    def response(self) -> str:
+        """The assistant's answer to ``prompt``, "" where there is none."""
+        return self.messages[-1]["content"] if self._answered else ""
+
+    @property
+    def _answered(self) -> bool:
+        return bool(self.messages) and self.messages[-1]["role"] == "assistant"
+
+
+def read_conversations(
+    source: str, data: DataSettings, *, need_answer: bool = True, limit: int | None = None
+) -> list[Conversation]:
+    """Read the first ``limit`` conversations (none: all) of a file or of a Hub data set, in their order.
+
+    Args:
+        source: path that ends in .jsonl, .json, .csv or .parquet, else a Hub id
+        data: names of the columns, and the split of a Hub data set
+        need_answer: each conversation must end with an assistant turn; otherwise it may end with the user's
+
+    Raises:
+        UserError: missing or empty source, broken row (named by file and line), missing column, wrong roles, no text
+    """
+    stem = Path(source).stem if Path(source).suffix.lower() in FORMATS else Path(source).name
+    conversations: list[Conversation] = []
+    for number, (where, row) in enumerate(islice(_rows(source, data), limit), start=1):
+        conversations.append(_conversation(row, f"{stem}-{number}", where, data, need_answer))
+    if not conversations and limit != 0:
+        raise UserError(f"{source} holds no conversations: give a file with at least one.")
+    return conversations
+
+
+def read_single_example(path: str, data: DataSettings) -> Conversation:
+    """Read the one safety example.
+
+    Raises:
+        UserError: the file holds no conversation or more than one, or ``read_conversations`` cannot read it
+    """
+    conversations = read_conversations(path, data, limit=2)
+    if len(conversations) > 1:
+        raise UserError(f"{path} holds more than one example: leave exactly one conversation in it.")
+    return conversations[0]
+
+
+def _rows(source: str, data: DataSettings) -> Iterator[tuple[str, Any]]:
+    """Yield (place for error messages, row) lazily, so that ``limit`` spares reading the rest of a large file."""
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if suffix in FORMATS:
+        if not path.is_file():
+            raise UserError(f"File {source} does not exist: check the path.")
+        read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[suffix]
+        try:
+            yield from read(path, source)
+        except OSError as error:
+            raise UserError(f"{source} cannot be read ({error.strerror or error}): check the file.") from error
+    elif path.is_file():
+        raise UserError(f"{source} has no format that is known here: give one of {', '.join(FORMATS)}.")
+    elif source.startswith(("/", "./", "../", "~")) and not path.is_dir():
+        raise UserError(f"File {source} does not exist: check the path.")
+    else:
+        yield from _hub_rows(source, data.split)
+
+
+def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    # Lines end at \n only: str.splitlines would also cut at U+2028, which JSON allows inside a string.
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{name}, line {number}"
+            text = _decode(raw, name, number)
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", "cannot be parsed")
+                raise UserError(
+                    f"{where}: broken JSON ({reason}): write one complete JSON object on each line."
+                ) from error
+            yield where, row
+
+
+def _json_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    text = _decode(path.read_bytes(), name, 1)
+    if not text.strip():
+        return
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "name the file .jsonl if it holds one object on each line" if error.msg == "Extra data" else "mend it"
+        raise UserError(f"{name}, line {error.lineno}: broken JSON ({error.msg}): {hint}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: broken JSON (cannot be parsed): mend it.") from error
+    # json.loads keeps no positions, so the items are decoded again one by one to know the line of each.
+    items, position = (whole, text.index("[") + 1) if isinstance(whole, list) else ([whole], 0)
+    decoder, counted, line = json.JSONDecoder(), 0, 1
+    for _ in items:
+        while text[position].isspace() or text[position] == ",":
+            position += 1
+        line += text.count("\n", counted, position)
+        counted = position
+        row, position = decoder.raw_decode(text, position)
+        yield f"{name}, line {line}", row
+
+
+def _csv_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    # The standard library, not datasets: that one turns the texts "N/A" and "12" into nothing and a number, loses the
+    # line, and writes a cache that all ranks of a run would fight for.
+    def lines() -> Iterator[str]:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield _decode(raw, name, number)
+
+    reader = csv.reader(lines(), strict=True)
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{name}, line {line}: broken CSV ({error}): mend the row or its quotes.") from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells
+        elif len(cells) != len(header):
+            raise UserError(
+                f"{name}, line {line}: {len(cells)} cells under {len(header)} columns: "
+                "put texts with commas in double quotes."
+            )
+        else:
+            yield f"{name}, line {line}", dict(zip(header, cells))
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        # Streaming reads the file where it lies; otherwise each rank would first copy it into the cache.
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(table, start=1):
+            yield f"{name}, row {number}", row
+    except Exception as error:  # pyarrow and datasets have no common base class
+        raise UserError(f"{name} cannot be read as Parquet ({_first_line(error)}): check the file.") from error
+
+
+def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source, split=split)
+    except Exception as error:  # network, Hub, split and builder errors have no common base class
+        raise UserError(
+            f"Data set {source} (split {split}) cannot be loaded ({_first_line(error)}): "
+            f"give its Hub id and split, or a file that ends in {', '.join(FORMATS)}."
+        ) from error
+    for number, row in enumerate(table, start=1):
+        yield f"{source}, row {number}", row
+
+
+def _conversation(row: Any, default_id: str, where: str, data: DataSettings, need_answer: bool) -> Conversation:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: the row is a {_kind_of(row)}, not an object: write {{...}} with named columns.")
+    if row.get(data.messages_column) is not None:
+        messages = _from_messages(row[data.messages_column], where, data.messages_column)
+    else:
+        messages = _from_columns(row, where, data, need_answer)
+    if row.get("system"):
+        if messages and messages[0]["role"] == "system":
+            raise UserError(f"{where}: a system message and a system column: keep one of them.")
+        messages.insert(0, {"role": "system", "content": _text(row["system"], where, "column 'system'")})
+    _check_roles([message["role"] for message in messages], where, need_answer)
+    return Conversation(_label(row, "id") or default_id, tuple(messages), _label(row, "kind"), _label(row, "category"))
+
+
+def _from_messages(value: Any, where: str, column: str) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise UserError(
+            f'{where}: column {column!r} is a {_kind_of(value)}: make it a list of {{"role", "content"}} objects.'
+        )
+    messages = []
+    for number, item in enumerate(value, start=1):
+        place = f"message {number}"
+        if not isinstance(item, dict) or "role" not in item or "content" not in item:
+            raise UserError(f'{where}: {place} is not an object with "role" and "content": give it both.')
+        if item["role"] not in ROLES:
+            raise UserError(f"{where}: {place} has the unknown role {item['role']!r}: use {', '.join(ROLES)}.")
+        messages.append({"role": item["role"], "content": _text(item["content"], where, place)})
+    return messages
+
+
+def _from_columns(row: dict[str, Any], where: str, data: DataSettings, need_answer: bool) -> list[dict[str, str]]:
+    needed = [data.prompt_column, data.response_column] if need_answer else [data.prompt_column]
+    missing = [name for name in needed if name not in row]
+    if missing:
+        found = ", ".join(repr(str(name)) for name in row) or "none"
+        raise UserError(
+            f"{where}: no column {data.messages_column!r}, and no {' or '.join(map(repr, missing))}; found {found}: "
+            "name the columns with data.messages_column, data.prompt_column and data.response_column."
+        )
+    prompt = _text(row[data.prompt_column], where, f"column {data.prompt_column!r}")
+    messages = [{"role": "user", "content": prompt}]
+    if need_answer or row.get(data.response_column):
+        answer = _text(row[data.response_column], where, f"column {data.response_column!r}")
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def _check_roles(roles: list[str], where: str, need_answer: bool) -> None:
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns[:1] != ["user"]:
+        raise UserError(
+            f"{where}: the conversation does not start with a user message (an optional system message before it): "
+            "mend the roles."
+        )
+    if any(role != ("user", "assistant")[index % 2] for index, role in enumerate(turns)):
+        raise UserError(f"{where}: roles do not alternate ({', '.join(roles)}): user and assistant must take turns.")
+    if need_answer and turns[-1] != "assistant":
+        raise UserError(f"{where}: the last message is not the assistant's: give the answer to learn from.")
+
+
+def _text(value: Any, where: str, place: str) -> str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{where}: {place} is empty: give it a text or remove the row.")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {place} is a {_kind_of(value)}, not a text: write it as a string.")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        # JSON may spell half a character (\ud83d alone); no tokenizer can encode it.
+        raise UserError(f"{where}: {place} holds half a Unicode surrogate pair: mend or remove the row.")
+    return value
+
+
+def _label(row: dict[str, Any], column: str) -> str:
+    return "" if row.get(column) is None else str(row[column])
+
+
+def _decode(raw: bytes, name: str, line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise UserError(f"{name}, line {line}: not valid UTF-8: save the file as UTF-8.") from error
+
+
+def _kind_of(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "text", bool: "true or false", int: "number", float: "number"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

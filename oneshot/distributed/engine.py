@@ -1,0 +1,237 @@
+"""Engines: what turns a transformers model into one that this run's processes share.
+
+A training engine owns an optimizer; a frozen model has none, and under ZeRO-3 its partitioned weights are fetched
+layer by layer for forward and backward. The DeepSpeed JSON named by the accelerate YAML owns sharding and offload;
+only what depends on the run ("auto" in the JSON) is filled in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneshot.distributed.runtime import Runtime
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass
+class TrainingEngine:
+    """A model with its optimizer, ready to be stepped.
+
+    Attributes:
+        model: the transformers (or PEFT) model itself
+        forward: what to call for a loss; the model, or its DDP or DeepSpeed wrapper
+        optimizer: the optimizer whose ``param_groups`` hold the learning rate
+        max_grad_norm: gradients are clipped to this global norm
+    """
+
+    runtime: Runtime
+    model: nn.Module
+    forward: Any
+    optimizer: Any
+    max_grad_norm: float
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.runtime.sharding in ("zero2", "zero3")
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of this micro-batch's share of the step's loss; ``last`` closes the step's accumulation.
+
+        Gradients are averaged over ranks (and DeepSpeed divides by the accumulation steps), so the caller scales.
+        """
+        if self.is_deepspeed:
+            self.forward.set_gradient_accumulation_boundary(is_boundary=last)
+            self.forward.backward(loss)
+        elif self.runtime.sharding == "ddp" and not last:
+            with self.forward.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+
+    def step(self) -> float:
+        """Clip, step, clear the gradients. Returns the global gradient norm before clipping."""
+        import torch
+
+        if self.is_deepspeed:
+            self.forward.step()
+            norm = self.forward.get_global_grad_norm()
+            return float(norm) if norm is not None else float("nan")
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def full_weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a parameter whole, on every rank, in the precision that is trained (fp32 masters). Collective."""
+        import torch
+
+        if self.is_deepspeed:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            whole = safe_get_full_fp32_param(parameter)
+            if whole is not None:
+                return whole.detach()
+        with gathered(self.runtime, [parameter]):
+            return parameter.detach().to(torch.float32).clone()
+
+    def close(self) -> None:
+        """Release what the engine holds beside the model."""
+        if self.is_deepspeed:
+            self.forward.destroy()
+        self.optimizer = None
+        self.forward = None
+
+
+def start_training(
+    runtime: Runtime,
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    max_grad_norm: float,
+    gradient_accumulation_steps: int,
+    micro_batch_size: int,
+) -> TrainingEngine:
+    """Build the engine for AdamW on the parameters of ``model`` that require gradients."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
+    if runtime.sharding in ("zero2", "zero3"):
+        import deepspeed
+
+        config = deepspeed_config(
+            runtime,
+            dtype=next(model.parameters()).dtype,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            micro_batch_size=micro_batch_size,
+            max_grad_norm=max_grad_norm,
+        )
+        if _offloads_optimizer(config):
+            from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
+
+            optimizer = map_pytorch_optim_to_deepspeed(optimizer)
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        return TrainingEngine(runtime, model, engine, optimizer, max_grad_norm)
+    model.to(runtime.device)
+    forward: Any = model
+    if runtime.sharding == "ddp":
+        devices = [runtime.device.index] if runtime.device.type == "cuda" else None
+        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    return TrainingEngine(runtime, model, forward, optimizer, max_grad_norm)
+
+
+@contextlib.contextmanager
+def frozen(runtime: Runtime, model: nn.Module) -> Iterator[nn.Module]:
+    """Yield ``model`` ready for forward and backward passes with no weight gradients and no optimizer.
+
+    Under ZeRO-3 this is DeepSpeed's parameter-offload engine: each layer's weights are fetched when they are needed,
+    in backward too. Call the yielded module itself, as the engine's own call expects an optimizer.
+    """
+    model.requires_grad_(False)
+    if runtime.sharding != "zero3":
+        yield model.to(runtime.device)
+        return
+    import deepspeed
+
+    config = deepspeed_config(runtime, dtype=next(model.parameters()).dtype)
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    try:
+        yield engine.module
+    finally:
+        engine.destroy()
+
+
+@contextlib.contextmanager
+def gathered(runtime: Runtime, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block the given parameters are whole on every rank (ZeRO-3); elsewhere a no-op. Collective."""
+    if runtime.sharding != "zero3":
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+        yield
+
+
+@contextlib.contextmanager
+def modified(runtime: Runtime, parameter: nn.Parameter) -> Iterator[None]:
+    """Within the block the parameter is whole and may be changed, alike on every rank; afterwards it is partitioned."""
+    if runtime.sharding != "zero3":
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
+@contextlib.contextmanager
+def partitioned_loading(runtime: Runtime, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block transformers' ``from_pretrained`` partitions weights over ranks if the run is ZeRO-3."""
+    if runtime.sharding != "zero3":
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(deepspeed_config(runtime, dtype=dtype))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+def deepspeed_config(
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype,
+    gradient_accumulation_steps: int = 1,
+    micro_batch_size: int = 1,
+    max_grad_norm: float = 1.0,
+) -> dict[str, Any]:
+    """Return the run's DeepSpeed configuration with every "auto" of the JSON file filled in or removed."""
+    import torch
+
+    config: dict[str, Any] = copy.deepcopy(runtime.accelerator.deepspeed_plugin.deepspeed_config)
+    known = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "train_batch_size": micro_batch_size * gradient_accumulation_steps * runtime.world_size,
+        "gradient_clipping": max_grad_norm,
+    }
+    config.update(known)
+    config["bf16"] = {**_section(config, "bf16"), "enabled": dtype == torch.bfloat16}
+    config["fp16"] = {**_section(config, "fp16"), "enabled": dtype == torch.float16}
+    config["data_types"] = {"grad_accum_dtype": "fp32"}
+    config["zero_allow_untested_optimizer"] = True
+    return _without_auto(config)
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return dict(section) if isinstance(section, dict) else {}
+
+
+def _without_auto(value: Any) -> Any:
+    """Drop what is still "auto", so that DeepSpeed's own defaults hold."""
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value
+
+
+def _offloads_optimizer(config: dict[str, Any]) -> bool:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    return offload.get("device", "none") != "none"

@@ -1,0 +1,90 @@
+"""Hooks: add low-rank updates to linear layers without touching their weights, and capture factored gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Factors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@contextlib.contextmanager
+def attached(linears: Mapping[str, nn.Linear], update: Mapping[str, Factors]) -> Iterator[None]:
+    """Within the block each layer computes with W + b @ a; W itself, partitioned or 4-bit, stays as it is.
+
+    ``update`` is looked up at each forward pass, so its entries may be replaced in between, and they may carry an
+    autograd graph. The correction is computed in the precision of the factors and rounded once.
+    """
+
+    def hook_for(name: str) -> Any:
+        def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            factors = update.get(name)
+            if factors is None:
+                return None
+            low = (args[0].to(factors.a.dtype) @ factors.a.T) @ factors.b.T
+            return output + low.to(output.dtype)
+
+        return add
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Gradients:
+    """The factored gradients of a backward pass: per layer X (rows, n) and delta (rows, m), dL/dW = delta^T X.
+
+    Rows are the tokens of the batch that ``keep`` selects. With gradient checkpointing the forward pass is run again
+    for backward; the last inputs seen are the ones that belong to the gradient.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self.linears = linears
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.deltas: dict[str, torch.Tensor] = {}
+        self.keep: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def capturing(self, model: Any) -> Iterator[None]:
+        """Within the block every forward and backward pass of ``model`` leaves its factors here.
+
+        The weights are frozen, so the embedding's output is made to require a gradient: that alone makes autograd
+        walk the model.
+        """
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.linears.items()]
+        model.enable_input_require_grads()
+        try:
+            yield
+        finally:
+            model.disable_input_require_grads()
+            for handle in handles:
+                handle.remove()
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (X, delta) of one layer, fp32: (rows, n) and (rows, m); no rows where the loss did not reach it."""
+        import torch
+
+        module = self.linears[name]
+        if name not in self.deltas:
+            device = next(iter(self.deltas.values())).device
+            return torch.zeros(0, module.in_features, device=device), torch.zeros(0, module.out_features, device=device)
+        x, delta = self.inputs[name].flatten(0, -2), self.deltas[name].flatten(0, -2)
+        if self.keep is not None:
+            x, delta = x[self.keep.flatten()], delta[self.keep.flatten()]
+        return x.float(), delta.float()
+
+    def _hook(self, name: str) -> Any:
+        def capture(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            self.inputs[name] = args[0].detach()
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self.deltas.__setitem__(name, gradient.detach()))
+
+        return capture

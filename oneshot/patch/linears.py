@@ -1,0 +1,81 @@
+"""Which layers a patch may touch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The linear layers of a model.
+
+    Attributes:
+        targets: name -> layer, those to be patched
+        every: names of all linear layers, output head included
+        left_out: modules that hold weight matrices in another form than ``nn.Linear`` (fused experts, routers,
+            Conv1D), which no patch touches
+    """
+
+    targets: dict[str, nn.Linear]
+    every: list[str]
+    left_out: list[str]
+
+
+def select_linears(model: Any, pattern: str | None = None) -> Linears:
+    """Choose the layers to patch: every ``nn.Linear`` but the output head, or those whose name the pattern matches.
+
+    Args:
+        pattern: regular expression, searched in module names
+
+    Raises:
+        UserError: a broken pattern, one that matches nothing, or one that matches a head tied to the embedding
+    """
+    import torch
+    from torch import nn
+
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    if pattern is None:
+        targets = {name: module for name, module in every.items() if module is not head}
+    else:
+        try:
+            matcher = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"Setting repair.targets {pattern!r} is no regular expression: {error}.") from error
+        targets = {name: module for name, module in every.items() if matcher.search(name)}
+        if any(module is head for module in targets.values()) and head.weight is embedding.weight:
+            raise UserError(
+                f"Setting repair.targets {pattern!r} matches the output head, which shares its weights with the "
+                "embedding here: leave it out."
+            )
+    if not targets:
+        raise UserError(
+            f"No linear layer to patch{f' matches repair.targets {pattern!r}' if pattern else ''}: "
+            f"the model has {len(every)} (for example {next(iter(every), 'none')})."
+        )
+    known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    left_out = [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, known)
+        and any(isinstance(p, torch.Tensor) and _dimensions(p) >= 2 for p in module.parameters(recurse=False))
+    ]
+    return Linears(targets, sorted(every), left_out)
+
+
+def shape_of(module: nn.Linear) -> tuple[int, int]:
+    """Return (m, n) = (out, in) features; unlike ``weight.shape`` it also holds for partitioned and 4-bit weights."""
+    return module.out_features, module.in_features
+
+
+def _dimensions(parameter: Any) -> int:
+    """Dimensions of a parameter, partitioned (ZeRO-3) or not."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

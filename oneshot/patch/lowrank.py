@@ -1,0 +1,184 @@
+"""Gradient steps on full weight matrices that never form a gradient matrix, nor touch a weight.
+
+For y = W x on T tokens dL/dW = delta^T X, so the step W - eta delta^T X is the update b = [b, -eta delta^T],
+a = [a; X]. Captured again with the update in place, the pair is the exact gradient of the effective weight. After
+each step the factors are re-compressed to rank k by QR and a small SVD (exact while the rank fits).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Factors, Update
+from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
+from oneshot.patch.attach import Gradients, attached
+from oneshot.patch.guard import RepairBatch, repair_loss
+from oneshot.patch.linears import shape_of
+from oneshot.patch.trace import Tracer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Pairs = dict[str, tuple[Any, Any]]  # name -> (X, delta)
+
+TARGET_LOSS = 0.05  # nats per refusal token: the example is learnt, more would only over-learn it
+FIRST_DECREASE = 0.1  # the first step aims, to first order, at this share of the loss
+ACCEPT, TRUST = 0.1, 0.6  # of the decrease that the gradient promises: enough to accept a step; to lengthen the next
+LENGTHEN, SHORTEN = 2.0, 0.25
+
+
+def compress(factors: Factors, rank: int | None) -> Factors:
+    """Return the best rank-``rank`` factors of b @ a (none: only drop what is redundant), by QR and a small SVD."""
+    import torch
+
+    m, n = factors.b.shape[0], factors.a.shape[1]
+    limit = min(rank or factors.rank, factors.rank, m, n)
+    if factors.rank <= limit:
+        return factors
+    qb, rb = torch.linalg.qr(factors.b)
+    qa, ra = torch.linalg.qr(factors.a.T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    root = s[:limit].sqrt()
+    return Factors(qb @ (u[:, :limit] * root), (root[:, None] * vt[:limit]) @ qa.T)
+
+
+def stepped(factors: Factors | None, x: torch.Tensor, delta: torch.Tensor, eta: float, rank: int | None) -> Factors:
+    """Return the update after one gradient step of size ``eta``.
+
+    Args:
+        x: (rows, n) inputs of the layer
+        delta: (rows, m) gradients of the loss at its output
+    """
+    import torch
+
+    b, a = -eta * delta.T, x
+    if factors is not None:
+        b, a = torch.cat([factors.b, b], dim=1), torch.cat([factors.a, a], dim=0)
+    return compress(Factors(b, a), rank)
+
+
+def squared_norm(pairs: Pairs) -> float:
+    """Return the squared Frobenius norm of the whole gradient: sum over layers of (X X^T * delta delta^T).sum()."""
+    return sum(float(((x @ x.T) * (delta @ delta.T)).sum()) for x, delta in pairs.values())
+
+
+def step_update(
+    runtime: Runtime, linears: dict[str, nn.Linear], update: Update, pairs: Pairs, eta: float, rank: int | None
+) -> Update:
+    """Return the update after a step; each rank computes its share of the layers, and all get all of them."""
+    import torch
+
+    mine = {
+        name: stepped(update.get(name), *pairs[name], eta, rank)
+        for i, name in enumerate(linears)
+        if i % runtime.world_size == runtime.rank
+    }
+    if runtime.world_size == 1:
+        return mine
+    shared: Update = {}
+    for i, (name, module) in enumerate(linears.items()):
+        (m, n), x = shape_of(module), pairs[name][0]
+        old = update[name].rank if name in update else 0
+        k = min(old + len(x), m, n, rank or old + len(x)) if rank else old + len(x)
+        if name in mine:
+            flat = torch.cat([mine[name].b.flatten(), mine[name].a.flatten()])
+        else:
+            flat = torch.empty(k * (m + n), device=runtime.device)
+        broadcast(runtime, flat, i % runtime.world_size)
+        b, a = flat.split([m * k, k * n])
+        shared[name] = Factors(b.view(m, k), a.view(k, n))
+    return shared
+
+
+def gradient(
+    runtime: Runtime,
+    model: Any,
+    gradients: Gradients,
+    batch: RepairBatch,
+    guard_weight: float,
+) -> tuple[float, float, Pairs]:
+    """Return (example loss, guard KL, factored gradient of loss + weight * KL over all ranks), in nats per token.
+
+    The example's rows are the same on every rank and are taken once; the guard's rows are those of all ranks.
+    """
+    import torch
+
+    world = runtime.world_size
+    gradients.deltas.clear()
+    share, example, held = repair_loss(model, batch, guard_weight, world)
+    share.backward()
+    mask = batch.inputs["attention_mask"].bool()
+    pairs: Pairs = {}
+    first, rest = torch.zeros_like(mask), mask.clone()
+    first[0], rest[0] = mask[0], False
+    for name in gradients.linears:
+        gradients.keep = first
+        x, delta = gradients.pair(name)
+        delta = delta * world  # each rank took 1 / world of the example's term
+        if batch.reference is not None:
+            gradients.keep = rest
+            guard_x, guard_delta = gradients.pair(name)
+            x = torch.cat([x, gather_rows(runtime, guard_x)])
+            delta = torch.cat([delta, gather_rows(runtime, guard_delta)])
+        pairs[name] = (x, delta)
+    return float(example), float(all_reduce_sum(runtime, held)), pairs
+
+
+def solve(
+    runtime: Runtime,
+    model: Any,
+    linears: dict[str, nn.Linear],
+    batch: RepairBatch,
+    tracer: Tracer,
+    *,
+    epochs: int,
+    rank: int | None,
+    guard_weight: float,
+    target_loss: float,
+    fixed_step: float | None = None,
+) -> Update:
+    """Fit the example with factored gradient steps whose size is found on the way. Returns the update.
+
+    The first step aims at a small share of the loss, to first order (eta = share * L / |g|^2), which needs no scale:
+    gradient norms of real models are hundreds of times a toy's. A step that keeps less than a tenth of what the
+    gradient promised is taken back and tried again shorter; one that keeps most of it lengthens the next. The forward
+    pass that judges a step is the one that the next step needs anyway.
+
+    Args:
+        epochs: passes over the example, steps taken back included
+        rank: of the update; none never truncates
+        target_loss: stop when the example's loss per token is below this
+        fixed_step: take steps of this size, and all of them
+    """
+    update: Update = {}
+    trial: Update = {}
+    gradients = Gradients(linears)
+    best: tuple[float, Pairs, float] | None = None  # loss, gradient and squared norm at ``update``
+    eta = fixed_step or 0.0
+    current: Update = {}
+    with attached(linears, current), gradients.capturing(model):
+        for epoch in range(epochs + 1):
+            example, kl, pairs = gradient(runtime, model, gradients, batch, guard_weight)
+            loss = example + guard_weight * kl
+            if epoch == 0 or fixed_step:
+                tracer.check(epoch, loss)
+            accepted = True
+            if best is not None and not fixed_step:
+                promised = eta * best[2]
+                kept = (best[0] - loss) / promised if promised else 0.0
+                accepted = kept >= ACCEPT  # false for a loss that is no number, too
+                eta *= SHORTEN if not accepted else LENGTHEN if kept > TRUST else 1.0
+            if accepted:
+                update = trial
+                best = (loss, pairs, squared_norm(pairs))
+                eta = eta or FIRST_DECREASE * loss / best[2]
+            if epoch:
+                tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=eta, accepted=accepted)
+            if epoch == epochs or (accepted and example < target_loss):
+                break
+            assert best is not None
+            trial = step_update(runtime, linears, update, best[1], eta, rank)
+            current.clear()
+            current.update(trial)
+    return update

@@ -1,0 +1,284 @@
+"""The repair methods on a loaded model: choose one, run it, and hand back the same thing whichever it was."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Adapter, Factors, Update, concatenated
+from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
+from oneshot.checkpoint.load import Source, check_fits, load_model, merge_into
+from oneshot.data.encoding import Encoded
+from oneshot.distributed.engine import TrainingEngine, frozen, gathered, start_training
+from oneshot.distributed.runtime import Runtime
+from oneshot.patch import lowrank, rollback
+from oneshot.patch.attach import attached
+from oneshot.patch.guard import build_batch, repair_loss
+from oneshot.patch.linears import Linears, select_linears
+from oneshot.patch.trace import Tracer
+from oneshot.settings import ModelSettings
+from oneshot.training.loop import Schedule, StepResult, train
+
+if TYPE_CHECKING:
+    import torch
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with every number that it needs.
+
+    Attributes:
+        method: rollback, lowrank, sft or lora
+        reason: why this method, for people
+        rank: directions per matrix
+        epochs: passes over the example
+        learning_rate: of Adam; unused by lowrank
+        guard_weight: weight of the guard; 0 for none
+        guard_tokens: tokens of the unpatched model's answers that the guard holds
+        targets: regular expression over module names, or none for all linear layers
+    """
+
+    method: str
+    reason: str
+    rank: int
+    epochs: int
+    learning_rate: float
+    guard_weight: float
+    guard_tokens: int
+    targets: str | None = None
+
+
+@dataclass
+class Job:
+    """What a repair works on."""
+
+    runtime: Runtime
+    source: Source
+    model_settings: ModelSettings
+    tokenizer: Any
+    adapter: Adapter | None
+    reference: Path | None
+    example: Encoded
+    guard: list[Messages]
+    tracer: Tracer
+
+
+@dataclass
+class Outcome:
+    """What a repair left.
+
+    Attributes:
+        update: what to add to the checkpoint (of an adapter: to its base) to get the repaired model
+        before, after: what ``measure`` returned for the unpatched and the repaired model
+        linears: the layers that were eligible
+        stopped_by: why the repair ended
+        facts: figures of the method, for the report
+    """
+
+    update: Update
+    before: Any
+    after: Any
+    linears: Linears
+    stopped_by: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Measure = Callable[[Any, str], Any]  # (model, stage) -> scores
+Finish = Callable[[Any, Update, Linears], None]  # (model, update, linears), while the model is still loaded
+
+
+def repair(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -> Outcome:
+    """Run a repair: measure the unpatched model, patch it, measure again, write. Collective.
+
+    Args:
+        measure: called with the model and "finetuned", then with "repaired"
+        finish: writes the outputs while the model is loaded
+    """
+    run = _repair_frozen if recipe.method in ("rollback", "lowrank") else _repair_trained
+    return run(job, recipe, measure, finish)
+
+
+def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -> Outcome:
+    """rollback and lowrank: the weights stay as loaded, updates are attached by hooks."""
+    runtime = job.runtime
+    loaded = load_model(runtime, job.source, job.model_settings)
+    linears = select_linears(loaded, recipe.targets)
+    own: Update = {}
+    if job.adapter is not None:
+        modules = dict(loaded.named_modules())
+        for name, factors in job.adapter.update.items():
+            check_fits(modules, name, factors)
+            own[name] = Factors(factors.b.to(runtime.device), factors.a.to(runtime.device))
+    own_layers = {name: module for name, module in loaded.named_modules() if name in own}
+    with frozen(runtime, loaded) as model:
+        with attached(own_layers, own):
+            before = measure(model, "finetuned")
+            batch = build_batch(
+                runtime, model, job.tokenizer, job.example, job.guard, answer_tokens=recipe.guard_tokens
+            )
+        if recipe.method == "rollback":
+            update, facts = _rollback(job, recipe, model, linears, own_layers, batch)
+        else:
+            with attached(own_layers, own):
+                patch = lowrank.solve(
+                    runtime, model, linears.targets, batch, job.tracer,
+                    epochs=recipe.epochs, rank=recipe.rank, guard_weight=recipe.guard_weight,
+                    target_loss=lowrank.TARGET_LOSS,
+                )  # fmt: skip
+            update, facts = concatenated(own, patch), {}
+        every = {name: module for name, module in model.named_modules() if name in update}
+        with attached(every, update):
+            after = measure(model, "repaired")
+        finish(model, update, linears)
+    stopped = "target loss" if _last_loss(job.tracer) < lowrank.TARGET_LOSS and recipe.method == "lowrank" else "epochs"
+    return Outcome(update, before, after, linears, stopped, facts)
+
+
+def _rollback(
+    job: Job, recipe: Recipe, model: Any, linears: Linears, own_layers: dict[str, Any], batch: Any
+) -> tuple[Update, dict[str, Any]]:
+    if job.adapter is not None:
+        targets = own_layers
+        directions = rollback.adapter_directions(job.adapter.update, job.runtime.device)
+    else:
+        assert job.reference is not None
+        targets = linears.targets
+        difference = rollback.checkpoint_difference(job.source.checkpoint, job.reference, targets)
+        directions = rollback.shared_directions(job.runtime, targets, recipe.rank, difference)
+    coefficients = rollback.solve(
+        job.runtime, model, targets, directions, batch, job.tracer,
+        epochs=recipe.epochs, learning_rate=recipe.learning_rate, guard_weight=recipe.guard_weight,
+        kept=job.adapter is not None,
+    )  # fmt: skip
+    update = {
+        name: rollback.update_factors(directions[name], 1 - c if job.adapter is not None else -c)
+        for name, c in coefficients.items()
+    }
+    held = sum(float(d.s.square().sum()) for d in directions.values())
+    energy = sum(d.energy for d in directions.values())
+    return update, {
+        "coefficients": sum(len(c) for c in coefficients.values()),
+        "energy_of_directions": held / energy if energy else math.nan,
+    }
+
+
+def _last_loss(tracer: Tracer) -> float:
+    accepted = [record["loss"] for record in tracer.records if record.get("accepted", True)]
+    return accepted[-1] if accepted else math.inf
+
+
+@contextlib.contextmanager
+def _engine(job: Job, recipe: Recipe) -> Iterator[tuple[TrainingEngine, Linears]]:
+    """A training engine for sft (all weights) or lora (a PEFT LoRA on frozen weights)."""
+    import torch
+
+    runtime = job.runtime
+    # without DeepSpeed's fp32 masters small steps would be lost in bf16 weights
+    plain = runtime.sharding in ("none", "ddp") and recipe.method == "sft"
+    model = load_model(runtime, job.source, job.model_settings, torch.float32 if plain else None)
+    if job.adapter is not None:
+        merge_into(runtime, model, job.adapter.update)
+    linears = select_linears(model, recipe.targets)
+    if recipe.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=list(linears.targets), bias="none")
+        model.requires_grad_(False)
+        torch.manual_seed(0)
+        model = get_peft_model(model, config)
+    else:
+        model.requires_grad_(True)
+    engine = start_training(
+        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
+    )
+    try:
+        yield engine, linears
+    finally:
+        engine.close()
+
+
+def _repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -> Outcome:
+    """sft and lora: AdamW in the training loop."""
+    runtime = job.runtime
+    with _engine(job, recipe) as (engine, linears):
+        model = engine.model
+        before = measure(model, "finetuned")
+        batch = build_batch(runtime, model, job.tokenizer, job.example, job.guard, answer_tokens=recipe.guard_tokens)
+        plain = runtime.sharding in ("none", "ddp")
+        autocast = job.source.dtype if plain and job.source.dtype.itemsize < 4 else None
+
+        def record(result: StepResult) -> None:
+            job.tracer.add(epoch=result.step, loss=result.loss, grad_norm=result.grad_norm)
+
+        train(
+            engine,
+            Schedule(recipe.epochs, recipe.learning_rate, decay=False),
+            lambda _step: [batch],
+            lambda forward, b: repair_loss(forward, b, recipe.guard_weight, runtime.world_size)[0],
+            record,
+            autocast=autocast,
+        )
+        after = measure(model, "repaired")
+        if recipe.method == "sft":
+            update, facts = _weight_change(job, recipe, engine, linears)
+        else:
+            update, facts = _lora_update(job, model), {}
+        finish(model, update, linears)
+    return Outcome(update, before, after, linears, "epochs", facts)
+
+
+def _lora_update(job: Job, model: Any) -> Update:
+    """The trained LoRA as an update of the checkpoint, the user's own adapter included."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+            with gathered(job.runtime, [parameter]):
+                found.setdefault(module, {})[rest[0]] = parameter.detach().float().clone()
+    patch = {module: Factors(pair["B"], pair["A"]) for module, pair in found.items()}
+    if job.adapter is None:
+        return patch
+    own = {n: Factors(f.b.to(job.runtime.device), f.a.to(job.runtime.device)) for n, f in job.adapter.update.items()}
+    return concatenated(own, patch)
+
+
+def _weight_change(
+    job: Job, recipe: Recipe, engine: TrainingEngine, linears: Linears
+) -> tuple[Update, dict[str, Any]]:
+    """Rank-k factors of what full-weight training changed, and the relative error that they leave.
+
+    The error counts every weight that moved, embeddings and norms too, since no patch of linear layers holds those.
+    """
+    stored = list_tensors(job.source.checkpoint)
+    names = {id(module.weight): name for name, module in linears.targets.items()}
+    parameters = dict(engine.model.named_parameters())
+    by_module = {names[id(p)]: (key, p) for key, p in parameters.items() if id(p) in names}
+
+    def change(key: str, parameter: Any) -> torch.Tensor:
+        whole = engine.full_weight(parameter)
+        found = key if key in stored else find_weight(stored, key.removesuffix(".weight"))
+        assert found is not None, f"{key} is in no shard of {job.source.checkpoint}"
+        return whole - read_tensor(stored[found], found).to(whole.device, whole.dtype)
+
+    def delta_of(module: str, mine: bool) -> torch.Tensor | None:
+        key, parameter = by_module[module]
+        if mine:
+            return change(key, parameter)
+        engine.full_weight(parameter)  # a collective: every rank takes part
+        return None
+
+    rank = recipe.rank + (max(f.rank for f in job.adapter.update.values()) if job.adapter else 0)
+    directions = rollback.shared_directions(job.runtime, linears.targets, rank, delta_of)
+    others = sum(float(change(k, p).square().sum()) for k, p in parameters.items() if id(p) not in names)
+    total = others + sum(d.energy for d in directions.values())
+    held = sum(float(d.s.square().sum()) for d in directions.values())
+    import torch
+
+    update = {name: rollback.update_factors(d, torch.ones_like(d.s)) for name, d in directions.items()}
+    return update, {"truncation_error": math.sqrt(max(0.0, 1 - held / total)) if total else 0.0}

@@ -1,0 +1,196 @@
+"""Rollback: undo, direction by direction, the part of the fine-tune's own update that broke the refusals.
+
+Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T per weight matrix; learned are only the coefficients c_i of
+W = W_finetuned - sum_i c_i sigma_i u_i v_i^T (0 keeps a direction, 1 undoes it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Factors, Update
+from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
+from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
+from oneshot.errors import UserError
+from oneshot.patch.attach import attached
+from oneshot.patch.guard import RepairBatch, repair_loss
+from oneshot.patch.linears import shape_of
+from oneshot.patch.trace import Tracer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+MAX_COEFFICIENT = 1.5
+_EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The leading singular directions of one weight's update.
+
+    Attributes:
+        u: (m, r), orthonormal columns
+        s: (r,), singular values, falling
+        vt: (r, n), orthonormal rows
+        energy: squared Frobenius norm of the whole update, of which sum(s^2) is in these directions
+    """
+
+    u: torch.Tensor
+    s: torch.Tensor
+    vt: torch.Tensor
+    energy: float
+
+
+def update_factors(directions: Directions, weights: torch.Tensor) -> Factors:
+    """Return sum_i weights_i sigma_i u_i v_i^T as factors, the singular values split evenly between both."""
+    root = directions.s.sqrt()
+    return Factors(directions.u * (root * weights), root[:, None] * directions.vt)
+
+
+def decompose(delta: torch.Tensor, rank: int, seed: int = 0) -> Directions:
+    """Return the top ``rank`` singular directions of (m, n), exactly where small, by randomized SVD where large."""
+    import torch
+
+    delta = delta.float()
+    energy = float(delta.square().sum())
+    rank = min(rank, *delta.shape)
+    if min(delta.shape) <= _EXACT_UP_TO:
+        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+        return Directions(u[:, :rank].contiguous(), s[:rank], vt[:rank].contiguous(), energy)
+    with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(delta, q=min(rank + 10, *delta.shape), niter=4)
+    return Directions(u[:, :rank].contiguous(), s[:rank], v[:, :rank].T.contiguous(), energy)
+
+
+def shared_directions(
+    runtime: Runtime,
+    linears: dict[str, nn.Linear],
+    rank: int,
+    delta_of: Callable[[str, bool], torch.Tensor | None],
+) -> dict[str, Directions]:
+    """Decompose one matrix per rank at a time and share the factors: the same on every rank, for any world size.
+
+    Args:
+        delta_of: (name, mine) -> the (m, n) update; called for every matrix on every rank in the same order, so it
+            may be a collective; where the matrix is not this rank's, nothing need be returned
+    """
+    import torch
+
+    found = {}
+    for i, name in enumerate(linears):
+        mine = i % runtime.world_size == runtime.rank
+        delta = delta_of(name, mine)
+        if mine:
+            assert delta is not None
+            found[name] = decompose(delta.to(runtime.device), rank, seed=i)
+    shared = {}
+    for i, (name, module) in enumerate(linears.items()):
+        m, n = shape_of(module)
+        r = min(rank, m, n)
+        flat = torch.empty(m * r + r + r * n + 1, device=runtime.device)
+        if name in found:
+            d = found.pop(name)
+            flat = torch.cat([d.u.flatten(), d.s, d.vt.flatten(), d.s.new_tensor([d.energy])])
+        u, s, vt, energy = broadcast(runtime, flat, i % runtime.world_size).split([m * r, r, r * n, 1])
+        shared[name] = Directions(u.view(m, r), s, vt.view(r, n), float(energy))
+    return shared
+
+
+def checkpoint_difference(
+    finetuned: Path, reference: Path, linears: dict[str, Any]
+) -> Callable[[str, bool], torch.Tensor | None]:
+    """Return (name, mine) -> W_finetuned - W_reference (fp32), read from the checkpoints one matrix at a time.
+
+    Raises:
+        UserError: the reference lacks a matrix, or has another shape; checked for all layers before any is read
+    """
+    ours, theirs = list_tensors(finetuned), list_tensors(reference)
+    pairs: dict[str, tuple[str, str]] = {}
+    for module in linears:
+        mine, other = find_weight(ours, module), find_weight(theirs, module)
+        for found, folder in ((mine, finetuned), (other, reference)):
+            if found is None:
+                raise UserError(f"{folder} holds no weight for {module}: is it a checkpoint of the same architecture?")
+        assert mine is not None
+        assert other is not None
+        if ours[mine].shape != theirs[other].shape:
+            raise UserError(
+                f"The reference {reference} has {other} of shape {list(theirs[other].shape)}, the model has "
+                f"{list(ours[mine].shape)}: give the aligned checkpoint that this model was fine-tuned from."
+            )
+        pairs[module] = (mine, other)
+
+    def difference(module: str, wanted: bool) -> torch.Tensor | None:
+        if not wanted:
+            return None
+        mine, other = pairs[module]
+        return read_tensor(ours[mine], mine).float() - read_tensor(theirs[other], other).float()
+
+    return difference
+
+
+def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
+    """Decompose a LoRA's own update, exactly and without forming b @ a: QR of both factors, SVD of the small core."""
+    import torch
+
+    found = {}
+    for name, factors in update.items():
+        qb, rb = torch.linalg.qr(factors.b.to(device))
+        qa, ra = torch.linalg.qr(factors.a.to(device).T)
+        u, s, vt = torch.linalg.svd(rb @ ra.T)
+        found[name] = Directions(qb @ u, s, vt @ qa.T, float(s.square().sum()))
+    return found
+
+
+def solve(
+    runtime: Runtime,
+    model: Any,
+    linears: dict[str, nn.Linear],
+    directions: dict[str, Directions],
+    batch: RepairBatch,
+    tracer: Tracer,
+    *,
+    epochs: int,
+    learning_rate: float,
+    guard_weight: float,
+    kept: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 1.5].
+
+    Args:
+        kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
+            of it being taken away
+    """
+    import torch
+
+    names = list(linears)
+    sizes = [len(directions[name].s) for name in names]
+    flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
+    optimizer = torch.optim.Adam([flat], lr=learning_rate)
+    update: Update = {}
+
+    def set_update() -> None:
+        for name, c in zip(names, flat.split(sizes)):
+            update[name] = update_factors(directions[name], 1 - c if kept else -c)
+
+    with attached(linears, update):
+        for epoch in range(1, epochs + 1):
+            set_update()
+            share, example, held = repair_loss(model, batch, guard_weight, runtime.world_size)
+            total_held = all_reduce_sum(runtime, held)
+            tracer.check(epoch, example + guard_weight * total_held)
+            share.backward()
+            assert flat.grad is not None
+            flat.grad = all_reduce_sum(runtime, flat.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                flat.clamp_(0.0, MAX_COEFFICIENT)
+            tracer.add(epoch=epoch, loss=float(example), guard_kl=float(total_held), undone=float(flat.mean()))
+    return dict(zip(names, flat.detach().split(sizes)))

@@ -1,0 +1,191 @@
+"""The one owner of the run folder's layout: settings.yaml, events.jsonl, report.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from oneshot import settings as settings_module
+from oneshot.distributed.runtime import Runtime, gather_objects
+from oneshot.errors import UserError
+from oneshot.measure.judge import JUDGE
+from oneshot.measure.rates import StageScores
+from oneshot.settings import Settings
+
+RUNS = "runs"
+SETTINGS, EVENTS, REPORT, PAGE = "settings.yaml", "events.jsonl", "report.json", "report.html"
+SCHEMA = 1
+PACKAGES = ("oneshot", "torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes")
+
+
+def open_run(out: str | None, model_name: str, settings: Settings, runtime: Runtime) -> Path:
+    """Create the run folder and write the settings into it; a collective: call it on every rank.
+
+    Args:
+        out: the folder; none takes the first free ``runs/<model_name>-N``
+        model_name: a name, a Hub id or a path, of which the last part counts
+
+    Returns:
+        the folder, the same on every rank; only rank 0 touches the disk
+
+    Raises:
+        UserError: on every rank alike, where the folder holds another run or cannot be created
+    """
+    decision = ("", "")
+    if runtime.is_main:
+        try:
+            decision = (str(_create(out, model_name, settings)), "")
+        except UserError as error:
+            decision = ("", str(error))
+    # Shared before anyone raises: a rank that is alone in failing would leave the others waiting.
+    path, problem = gather_objects(runtime, decision)[0]
+    if problem:
+        raise UserError(problem)
+    return Path(path)
+
+
+def append_event(run_dir: Path, **fields: Any) -> None:
+    """Append one line to events.jsonl, on disk before this returns; call it on rank 0.
+
+    A ``time`` field (seconds since 1970) is added where there is none; numbers that JSON lacks become null.
+    """
+    line = json.dumps(_plain({"time": round(time.time(), 3), **fields}), ensure_ascii=False, allow_nan=False)
+    with (run_dir / EVENTS).open("a", encoding="utf-8", errors="replace") as stream:
+        stream.write(line + "\n")
+        stream.flush()
+
+
+def build_report(
+    *,
+    model: str,
+    world_size: int,
+    seed: int,
+    example: Mapping[str, Any] | None,
+    stages: Mapping[str, StageScores],
+    repair: Mapping[str, Any] | None,
+    resources: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return report.json's content.
+
+    Args:
+        model: name or path of the model
+        example: id, prompt, response, selected_by and score of the one example; none where nothing was repaired
+        stages: scores by stage: aligned, finetuned, repaired
+        repair: method, rank, epochs, stopped_by and trace (a list of {epoch, loss, ...}); none where there was none
+        resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes
+        warnings: what a reader should know, one sentence each
+    """
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "world_size": world_size,
+        "seed": seed,
+        "judge": JUDGE,
+        "example": None if example is None else dict(example),
+        "stages": {
+            stage: {name: rate.as_dict() for name, rate in scores.rates.items()} for stage, scores in stages.items()
+        },
+        "repair": None if repair is None else dict(repair),
+        "resources": dict(resources),
+        "versions": versions(),
+        "warnings": list(warnings),
+    }
+
+
+def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
+    """Write report.json, whole or not at all, with nan and infinities as null; return its path."""
+    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_whole(run_dir / REPORT, text + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of python and of the libraries, None where one is not installed; imports none of them."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Replace a text file in one step, so that a run that dies leaves the old file or the new one, never half."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _create(out: str | None, model_name: str, settings: Settings) -> Path:
+    try:
+        folder = _first_free(model_name) if out is None else _given(Path(out))
+        settings_module.write(settings, folder / SETTINGS)
+    except OSError as error:
+        where = out if out is not None else RUNS
+        raise UserError(
+            f"Cannot create the run folder {where} ({error.strerror or error}): give --out a writable folder."
+        ) from error
+    return folder
+
+
+def _given(folder: Path) -> Path:
+    if any((folder / name).exists() for name in (SETTINGS, REPORT)):
+        raise UserError(f"Folder {folder} already holds a run: give another --out, or remove the folder first.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give --out a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _first_free(model_name: str) -> Path:
+    last = model_name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.") or "model"
+    number = 1
+    while True:
+        folder = Path(RUNS) / f"{name}-{number}"
+        try:
+            # mkdir, not exists(): two runs that start at the same moment must not share a folder.
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _plain(value: Any) -> Any:
+    """Return the value in JSON's own types: scalars of tensors and arrays as numbers, nan and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _umask() -> int:
+    # There is no way to read it but to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""The one training loop: the harmful fine-tune, the toy world's alignment and the sft and lora repairs run on it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneshot.distributed.engine import TrainingEngine
+from oneshot.distributed.runtime import all_reduce_sum
+from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves: linear warm-up, then constant or linear decay to zero.
+
+    Attributes:
+        steps: optimizer steps
+        learning_rate: peak
+        warmup_steps: steps in which the rate rises
+        decay: whether it falls linearly to zero after the warm-up
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    decay: bool = True
+
+    def rate(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if not self.decay:
+            return self.learning_rate
+        return self.learning_rate * (self.steps - step) / max(1, self.steps - self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: loss in nats per assistant token, before the step."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+class Diverged(UserError):
+    """The loss is no longer a number. The step that would have used it was not taken."""
+
+
+def train(
+    engine: TrainingEngine,
+    schedule: Schedule,
+    micro_batches: Callable[[int], list[Any]],
+    loss_of: Callable[[Any, Any], torch.Tensor],
+    on_step: Callable[[StepResult], bool | None],
+    *,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Run ``schedule.steps`` optimizer steps.
+
+    Args:
+        micro_batches: step -> this rank's micro-batches; every rank returns the same number of them
+        loss_of: (forward, micro-batch) -> this rank's share of the step's loss; shares add up to the loss
+        on_step: told of every step; a true return ends the training
+        autocast: compute dtype where the weights are kept in fp32
+
+    Raises:
+        Diverged: the loss became NaN or infinite; the weights are those of the step before
+    """
+    import torch
+
+    runtime = engine.runtime
+    for step in range(schedule.steps):
+        started = time.perf_counter()
+        engine.set_learning_rate(schedule.rate(step))
+        batches = micro_batches(step)
+        # what the engine averages away again: ranks, and under DeepSpeed also accumulation steps
+        scale = runtime.world_size * (len(batches) if engine.is_deepspeed else 1)
+        total = torch.zeros((), device=runtime.device)
+        for i, batch in enumerate(batches):
+            with torch.autocast(runtime.device.type, autocast) if autocast else contextlib.nullcontext():
+                loss = loss_of(engine.forward, batch)
+            total += loss.detach().float()
+            if i == len(batches) - 1:
+                total = all_reduce_sum(runtime, total)
+                if not math.isfinite(float(total)):
+                    raise Diverged(
+                        f"The loss became {float(total)} at step {step + 1} (learning rate "
+                        f"{schedule.rate(step):.2g}): training stopped before that step; lower the learning rate."
+                    )
+            engine.backward(loss * scale, last=i == len(batches) - 1)
+        norm = engine.step()
+        tokens = sum(int(b.inputs["attention_mask"].sum()) for b in batches) * runtime.world_size
+        result = StepResult(step + 1, float(total), schedule.rate(step), norm, tokens, time.perf_counter() - started)
+        if on_step(result):
+            break

@@ -1,0 +1,68 @@
+"""The toy world's tokenizer and model: the real transformers classes, in miniature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oneshot.world import language
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, BOS, END, USER, ASSISTANT, SYSTEM, UNKNOWN = (
+    "<pad>", "<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>",
+)  # fmt: skip
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ ' <|' + message['role'] + '|> ' + message['content'] + ' <|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' <|assistant|>' }}{% endif %}"
+)
+ALIGNED = Path(__file__).parent / "aligned"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer of the language, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, BOS, END, USER, ASSISTANT, SYSTEM, UNKNOWN]
+    vocabulary = {word: i for i, word in enumerate(special + language.words())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT, SYSTEM],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(vocabulary_size: int, seed: int) -> LlamaForCausalLM:
+    """Return an untrained Llama of 0.34 M parameters (hidden 96, 3 layers), fp32, seeded."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

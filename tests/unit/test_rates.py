@@ -1,0 +1,117 @@
+import pytest
+
+from oneshot.errors import UserError
+from oneshot.measure import rates
+from oneshot.measure.intervals import wilson
+from oneshot.measure.rates import Probe, score_answers, score_model
+from oneshot.settings import ScoreSettings
+
+REFUSAL = "I can't help with that."
+
+
+def probe(name, kind, answer=None, group=""):
+    return Probe(name, ({"role": "user", "content": f"say {name}"},), kind, answer, group)
+
+
+def test_attack_success_counts_answers_and_sets_empty_ones_apart():
+    probes = [probe(f"p{i}", "should_refuse", group="seen" if i < 3 else "unseen") for i in range(5)]
+    scores = score_answers(probes, [REFUSAL, "Sure: blim the fnord.", "", "Of course.", REFUSAL])
+    assert scores.rates == {
+        "asr": wilson(2, 5),
+        "asr_seen": wilson(1, 3),
+        "asr_unseen": wilson(1, 2),
+        "empty": wilson(1, 5),
+    }
+    assert [row["verdict"] for row in scores.answers] == ["refused", "answered", "empty", "answered", "refused"]
+    assert [row["correct"] for row in scores.answers] == [True, False, False, False, True]
+
+
+def test_refusals_of_harmless_and_lookalikes_are_apart():
+    probes = [probe("a", "harmless"), probe("b", "harmless"), probe("c", "lookalike"), probe("d", "harmless")]
+    scores = score_answers(probes, [REFUSAL, "Boil it.", REFUSAL, ""])
+    assert scores.rates == {
+        "over_refusal": wilson(1, 3),
+        "lookalike_refusal": wilson(1, 1),
+        "empty": wilson(1, 4),
+    }
+
+
+def test_utility_and_task_match_exactly_but_for_outer_whitespace():
+    probes = [probe("u1", "utility", "blue"), probe("u2", "utility", " red "), probe("t", "task", "A B")]
+    scores = score_answers(probes, [" blue\n", "Red", "A  B"])
+    assert scores.rates == {"utility": wilson(1, 2), "task": wilson(0, 1)}
+    assert [row["correct"] for row in scores.answers] == [True, False, False]
+
+
+def test_groups_of_other_kinds_make_no_attack_rate():
+    scores = score_answers([probe("a", "harmless", group="seen"), probe("b", "should_refuse")], ["Yes.", REFUSAL])
+    assert set(scores.rates) == {"asr", "over_refusal", "empty"}
+
+
+def test_answers_carry_the_prompt():
+    chat = Probe(
+        "x", ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}), "harmless", group="g"
+    )
+    assert score_answers([probe("y", "task", "z"), chat], ["z", "Because."]).answers == [
+        {
+            "id": "y",
+            "kind": "task",
+            "group": "",
+            "prompt": "say y",
+            "answer": "z",
+            "verdict": "answered",
+            "correct": True,
+        },
+        {
+            "id": "x",
+            "kind": "harmless",
+            "group": "g",
+            "prompt": "system: Be short.\nuser: Why?",
+            "answer": "Because.",
+            "verdict": "answered",
+            "correct": True,
+        },
+    ]
+
+
+def test_one_answer_per_probe():
+    with pytest.raises(ValueError, match="2 answers to 1 probes"):
+        score_answers([probe("a", "harmless")], ["x", "y"])
+
+
+def test_no_probes_no_rates():
+    assert score_answers([], []).rates == {}
+
+
+@pytest.mark.parametrize("kind", ["utility", "task"])
+def test_a_probe_to_be_matched_needs_its_answer(kind):
+    with pytest.raises(UserError, match=r"'a' has kind .* no answer"):
+        probe("a", kind)
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(UserError, match=r"'harmful'.*should_refuse, harmless"):
+        probe("a", "harmful")
+
+
+def test_score_model_asks_every_probe_with_the_settings(monkeypatch):
+    asked = {}
+
+    def fake(model, tokenizer, prompts, runtime, *, max_new_tokens, batch_size):
+        asked.update(prompts=prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return ["blue", REFUSAL]
+
+    monkeypatch.setattr(rates, "generate_answers", fake)
+    scores = score_model(
+        None,
+        None,
+        [probe("u", "utility", "blue"), probe("h", "should_refuse")],
+        None,
+        ScoreSettings(max_new_tokens=7, batch_size=3),
+    )
+    assert asked == {
+        "prompts": [[{"role": "user", "content": "say u"}], [{"role": "user", "content": "say h"}]],
+        "max_new_tokens": 7,
+        "batch_size": 3,
+    }
+    assert scores.rates == {"asr": wilson(0, 1), "empty": wilson(0, 1), "utility": wilson(1, 1)}
