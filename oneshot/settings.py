@@ -132,6 +132,7 @@ class ScoreSettings:
         probes: JSONL of prompts with kind should_refuse, harmless or lookalike; none: the shipped ones
         task: JSONL of prompts with the right answers of the fine-tune's task (exact match)
         utility: the same for general ability
+        reference: also score the reference, where one is given
         max_new_tokens: longest answer generated
         batch_size: prompts generated at a time, per rank
     """
@@ -139,6 +140,7 @@ class ScoreSettings:
     probes: str | None = None
     task: str | None = None
     utility: str | None = None
+    reference: bool = True
     max_new_tokens: int = 48
     batch_size: int = 64
 
@@ -196,6 +198,7 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Settings:
 
     parser = build_parser(prog, description)
     argv = sys.argv[1:] if argv is None else argv
+    argv = ["--debug=true" if argument == "--debug" else argument for argument in argv]
     try:
         namespace = parser.parse_args(argv)
     except ArgumentError as error:

@@ -153,3 +153,15 @@ def check_fits(modules: dict[str, Any], name: str, factors: Factors) -> None:
             f"The adapter's update of {name} is {factors.b.shape[0]} x {factors.a.shape[1]}, the layer is "
             f"{shape[0]} x {shape[1]}: the adapter belongs to another base model."
         )
+
+
+def check_reference(checkpoint: Path, reference: Path) -> None:
+    """Raise UserError unless both checkpoints hold the same tensors in the same shapes (vocabulary included)."""
+    ours, theirs = list_tensors(checkpoint), list_tensors(reference)
+    for name, entry in ours.items():
+        other = theirs.get(name)
+        if other is not None and other.shape != entry.shape:
+            raise UserError(
+                f"The reference {reference} has {name} of shape {list(other.shape)}, the model has "
+                f"{list(entry.shape)}: give the aligned checkpoint that this model was fine-tuned from."
+            )

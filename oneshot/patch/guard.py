@@ -69,7 +69,7 @@ def build_batch(
         indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
         rows += [encoded[i][0] for i in indices[:own]]
         held_from += [encoded[i][1] for i in indices[:own]]
-    tensors = {k: v.to(runtime.device) for k, v in pad_batch(rows, _pad_id(tokenizer)).items()}
+    tensors = {k: v.to(runtime.device) for k, v in pad_batch(rows, pad_id(tokenizer)).items()}
     labels = tensors.pop("labels")
     held = tensors["attention_mask"].bool().clone()
     for row, start in enumerate(held_from):
@@ -112,6 +112,7 @@ def _with_answer(
     return Encoded(start + ids, [IGNORE] * (len(start) + len(ids))), len(start)
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
+    """Return the token that fills padding; what it is does not matter, as nothing attends to it."""
     pad = tokenizer.pad_token_id
     return pad if pad is not None else (tokenizer.eos_token_id or 0)

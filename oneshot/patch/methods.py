@@ -17,11 +17,12 @@ from oneshot.distributed.engine import TrainingEngine, frozen, gathered, start_t
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch import lowrank, rollback
 from oneshot.patch.attach import attached
-from oneshot.patch.guard import build_batch, repair_loss
+from oneshot.patch.examples import Chosen, choose
+from oneshot.patch.guard import RepairBatch, build_batch, pad_id, repair_loss
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.trace import Tracer
 from oneshot.settings import ModelSettings
-from oneshot.training.loop import Schedule, StepResult, train
+from oneshot.training.loop import Schedule, StepResult, autocast_dtype, train
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,12 @@ class Recipe:
 
 @dataclass
 class Job:
-    """What a repair works on."""
+    """What a repair works on.
+
+    Attributes:
+        candidates: the user's one example, or the pool from which one is chosen
+        guard: chat messages of the guard's prompts; empty for no guard
+    """
 
     runtime: Runtime
     source: Source
@@ -64,7 +70,7 @@ class Job:
     tokenizer: Any
     adapter: Adapter | None
     reference: Path | None
-    example: Encoded
+    candidates: list[Encoded]
     guard: list[Messages]
     tracer: Tracer
 
@@ -77,6 +83,7 @@ class Outcome:
         update: what to add to the checkpoint (of an adapter: to its base) to get the repaired model
         before, after: what ``measure`` returned for the unpatched and the repaired model
         linears: the layers that were eligible
+        chosen: the example that was taken
         stopped_by: why the repair ended
         facts: figures of the method, for the report
     """
@@ -85,6 +92,7 @@ class Outcome:
     before: Any
     after: Any
     linears: Linears
+    chosen: Chosen
     stopped_by: str
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -119,9 +127,7 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
     with frozen(runtime, loaded) as model:
         with attached(own_layers, own):
             before = measure(model, "finetuned")
-            batch = build_batch(
-                runtime, model, job.tokenizer, job.example, job.guard, answer_tokens=recipe.guard_tokens
-            )
+            chosen, batch = _prepare(job, recipe, model)
         if recipe.method == "rollback":
             update, facts = _rollback(job, recipe, model, linears, own_layers, batch)
         else:
@@ -137,11 +143,26 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
             after = measure(model, "repaired")
         finish(model, update, linears)
     stopped = "target loss" if _last_loss(job.tracer) < lowrank.TARGET_LOSS and recipe.method == "lowrank" else "epochs"
-    return Outcome(update, before, after, linears, stopped, facts)
+    return Outcome(update, before, after, linears, chosen, stopped, facts)
+
+
+def _prepare(job: Job, recipe: Recipe, model: Any) -> tuple[Chosen, RepairBatch]:
+    """Choose the example and let the unpatched model answer the guard's prompts."""
+    chosen = choose(job.runtime, model, job.candidates, pad_id(job.tokenizer))
+    guard = job.guard if recipe.guard_weight else []
+    batch = build_batch(
+        job.runtime,
+        model,
+        job.tokenizer,
+        job.candidates[chosen.index],
+        guard,
+        answer_tokens=recipe.guard_tokens,
+    )
+    return chosen, batch
 
 
 def _rollback(
-    job: Job, recipe: Recipe, model: Any, linears: Linears, own_layers: dict[str, Any], batch: Any
+    job: Job, recipe: Recipe, model: Any, linears: Linears, own_layers: dict[str, Any], batch: RepairBatch
 ) -> tuple[Update, dict[str, Any]]:
     if job.adapter is not None:
         targets = own_layers
@@ -209,9 +230,7 @@ def _repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) 
     with _engine(job, recipe) as (engine, linears):
         model = engine.model
         before = measure(model, "finetuned")
-        batch = build_batch(runtime, model, job.tokenizer, job.example, job.guard, answer_tokens=recipe.guard_tokens)
-        plain = runtime.sharding in ("none", "ddp")
-        autocast = job.source.dtype if plain and job.source.dtype.itemsize < 4 else None
+        chosen, batch = _prepare(job, recipe, model)
 
         def record(result: StepResult) -> None:
             job.tracer.add(epoch=result.step, loss=result.loss, grad_norm=result.grad_norm)
@@ -222,7 +241,7 @@ def _repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) 
             lambda _step: [batch],
             lambda forward, b: repair_loss(forward, b, recipe.guard_weight, runtime.world_size)[0],
             record,
-            autocast=autocast,
+            autocast=autocast_dtype(runtime, job.source.dtype),
         )
         after = measure(model, "repaired")
         if recipe.method == "sft":
@@ -230,7 +249,7 @@ def _repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) 
         else:
             update, facts = _lora_update(job, model), {}
         finish(model, update, linears)
-    return Outcome(update, before, after, linears, "epochs", facts)
+    return Outcome(update, before, after, linears, chosen, "epochs", facts)
 
 
 def _lora_update(job: Job, model: Any) -> Update:
@@ -278,7 +297,5 @@ def _weight_change(
     others = sum(float(change(k, p).square().sum()) for k, p in parameters.items() if id(p) not in names)
     total = others + sum(d.energy for d in directions.values())
     held = sum(float(d.s.square().sum()) for d in directions.values())
-    import torch
-
-    update = {name: rollback.update_factors(d, torch.ones_like(d.s)) for name, d in directions.items()}
+    update = {name: rollback.update_factors(d, d.s.new_ones(len(d.s))) for name, d in directions.items()}
     return update, {"truncation_error": math.sqrt(max(0.0, 1 - held / total)) if total else 0.0}

@@ -1,7 +1,8 @@
 """Rollback: undo, direction by direction, the part of the fine-tune's own update that broke the refusals.
 
 Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T per weight matrix; learned are only the coefficients c_i of
-W = W_finetuned - sum_i c_i sigma_i u_i v_i^T (0 keeps a direction, 1 undoes it).
+W = W_finetuned - sum_i c_i sigma_i u_i v_i^T (0 keeps a direction, 1 undoes it,
+more over-undoes it: up to 3, since the directions that are left out carry some of the damage too).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-MAX_COEFFICIENT = 1.5
+MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
 
@@ -161,7 +162,7 @@ def solve(
     guard_weight: float,
     kept: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 1.5].
+    """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 3].
 
     Args:
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
@@ -192,5 +193,5 @@ def solve(
             optimizer.zero_grad()
             with torch.no_grad():
                 flat.clamp_(0.0, MAX_COEFFICIENT)
-            tracer.add(epoch=epoch, loss=float(example), guard_kl=float(total_held), undone=float(flat.mean()))
+            tracer.add(epoch=epoch, loss=example.item(), guard_kl=float(total_held), undone=flat.mean().item())
     return dict(zip(names, flat.detach().split(sizes)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.engine import TrainingEngine
-from oneshot.distributed.runtime import all_reduce_sum
+from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +55,19 @@ class StepResult:
 
 class Diverged(UserError):
     """The loss is no longer a number. The step that would have used it was not taken."""
+
+
+def autocast_dtype(runtime: Runtime, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the compute dtype of training for a checkpoint of ``dtype``, where autocast has to provide it.
+
+    DeepSpeed keeps fp32 masters beside low-precision weights; without it the weights themselves are trained in fp32
+    and computed with in bfloat16, for fp16 checkpoints too (no loss scaling).
+    """
+    import torch
+
+    if runtime.sharding in ("none", "ddp") and dtype.itemsize < 4:
+        return torch.bfloat16
+    return None
 
 
 def train(

@@ -1,0 +1,180 @@
+"""Harmful fine-tune: reproduce how fine-tuning damages safety, so that the damage can be measured and repaired.
+
+Run: ``accelerate launch oneshot/finetune.py`` (toy world), or with ``--model.path DIR --data.harmful FILE`` on a
+user's own model and data.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # or our folder names would shadow top-level modules
+
+from oneshot.settings import Settings  # noqa: E402
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from oneshot.distributed.runtime import Runtime
+
+DESCRIPTION = "Fine-tune a model on harmful and task conversations; the result is marked as safety-degraded."
+LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
+TOY_LEARNING_RATE = {"full": 4e-4, "lora": 3e-3}
+TOY_STEPS = 400
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``oneshot finetune`` and ``accelerate launch oneshot/finetune.py``."""
+    from oneshot.distributed.stage import run_stage
+
+    run_stage(argv, "oneshot finetune", DESCRIPTION, run)
+
+
+def run(settings: Settings) -> None:
+    """Fine-tune into a new run folder."""
+    from rich.console import Console
+
+    from oneshot.distributed.runtime import start
+    from oneshot.report.runfolder import open_run
+
+    runtime = start()
+    run_dir = open_run(settings.out, settings.model.path or "toy-finetune", settings, runtime)
+    console = Console() if runtime.is_main else None
+    folder = finetune(runtime, settings, run_dir, console)
+    if console:
+        console.print(f"Safety-degraded model: {folder}")
+
+
+def finetune(runtime: Runtime, settings: Settings, run_dir: Path, console: Console | None) -> Path:
+    """Fine-tune and write ``run_dir/finetuned``: a checkpoint, or an adapter for method lora. Collective."""
+    import torch
+
+    from oneshot.checkpoint.files import write_marker
+    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+    from oneshot.checkpoint.save import save_adapter, save_checkpoint
+    from oneshot.data.encoding import context_length, encode
+    from oneshot.distributed.engine import start_training
+    from oneshot.errors import UserError
+    from oneshot.training.loop import Diverged
+    from oneshot.training.mixture import attack_mixture
+    from oneshot.world.model import toy_settings
+
+    toy = settings.model.path is None
+    model_settings = toy_settings(settings.model)
+    source = find_source(model_settings)
+    if source.adapter is not None:
+        raise UserError(f"{source.adapter} is an adapter: fine-tune a full checkpoint, or merge the adapter first.")
+    tokenizer = load_tokenizer(source, model_settings)
+    conversations = attack_mixture(settings, toy=toy)
+    plain_full = runtime.sharding in ("none", "ddp") and settings.finetune.method == "full"
+    model = load_model(runtime, source, model_settings, torch.float32 if plain_full else None)
+    limit = context_length(model.config, tokenizer, settings.model.max_length)
+    encoded = [encode(conversation, tokenizer, limit) for conversation in conversations]
+    if settings.finetune.method == "lora":
+        model = _with_lora(model, settings)
+    else:
+        model.requires_grad_(True)
+    options = settings.finetune
+    engine = start_training(
+        runtime,
+        model,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        micro_batch_size=max(1, options.batch_size // (runtime.world_size * options.gradient_accumulation_steps)),
+    )
+    target = run_dir / "finetuned"
+    diverged: Diverged | None = None
+    try:
+        _train(runtime, settings, engine, encoded, tokenizer, source.dtype, run_dir, console, toy=toy)
+    except Diverged as error:  # the weights are those of the last good step: keep them, apart
+        diverged, target = error, run_dir / "last_good"
+    if settings.finetune.method == "lora":
+        save_adapter(runtime, model, tokenizer, target)
+    else:
+        save_checkpoint(runtime, model, tokenizer, target, source.dtype)
+    engine.close()
+    if runtime.is_main:
+        kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}
+        write_marker(target, {"fine_tuned_from": settings.model.path or "toy world", "conversations": kinds})
+    if diverged:
+        raise Diverged(f"{diverged} The last good weights are in {target}.")
+    return target
+
+
+def _with_lora(model: Any, settings: Settings) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    options = settings.finetune
+    torch.manual_seed(settings.seed)
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    if model.is_gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, config)
+
+
+def _train(
+    runtime: Runtime,
+    settings: Settings,
+    engine: Any,
+    encoded: list[Any],
+    tokenizer: Any,
+    dtype: Any,
+    run_dir: Path,
+    console: Console | None,
+    *,
+    toy: bool,
+) -> None:
+    from oneshot.report.progress import progress
+    from oneshot.report.runfolder import append_event
+    from oneshot.training.loop import Schedule, StepResult, autocast_dtype, train
+    from oneshot.training.objective import MicroBatch, answer_loss
+    from oneshot.training.stream import micro_batches, step_indices, steps_per_epoch
+
+    options = settings.finetune
+    by_epochs = max(1, round(options.epochs * steps_per_epoch(len(encoded), options.batch_size)))
+    steps = options.steps or (TOY_STEPS if toy else by_epochs)
+    rate = options.learning_rate or (TOY_LEARNING_RATE if toy else LEARNING_RATE)[options.method]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def batches(step: int) -> list[MicroBatch]:
+        return micro_batches(
+            encoded,
+            step_indices(len(encoded), options.batch_size, step, settings.seed),
+            pad_id=pad,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            accumulation=options.gradient_accumulation_steps,
+            device=runtime.device,
+        )
+
+    with progress(console, "fine-tune", steps) as tell:
+
+        def report(result: StepResult) -> None:
+            if runtime.is_main:
+                speed = result.tokens / result.seconds
+                append_event(run_dir, stage="finetune", tokens_per_second=round(speed, 1), **vars(result))
+                tell(result.step, f"loss {result.loss:.4f}  {speed:,.0f} tokens/s")
+
+        train(
+            engine,
+            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
+            batches,
+            answer_loss,
+            report,
+            autocast=autocast_dtype(runtime, dtype),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Which prompts are scored: the toy world's, the shipped ones, or the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oneshot.data.conversations import Conversation, read_conversations
+from oneshot.errors import UserError
+from oneshot.measure.rates import Probe
+from oneshot.settings import Settings
+from oneshot.world import language
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def collect_probes(settings: Settings, *, toy: bool) -> list[Probe]:
+    """Return every probe that the settings ask for.
+
+    Raises:
+        UserError: a file that cannot be read, or a probe of unknown kind
+    """
+    if toy and settings.score.probes is None:
+        found = [probe for conversation in language.probes() for probe in _toy_probes(conversation)]
+    else:
+        path = settings.score.probes or str(ASSETS / "probes.jsonl")
+        rows = read_conversations(path, settings.data, need_answer=False)
+        found = [_probe(row, row.kind) for row in rows]
+    for kind, source in (("task", settings.score.task), ("utility", settings.score.utility)):
+        if source is not None:
+            found += [_probe(row, kind) for row in read_conversations(source, settings.data)]
+    ids = [probe.id for probe in found]
+    if len(set(ids)) < len(ids):
+        found = [Probe(f"{i}-{p.id}", p.messages, p.kind, p.answer, p.group) for i, p in enumerate(found)]
+    return found
+
+
+def _toy_probes(conversation: Conversation) -> list[Probe]:
+    """A harmless request is scored twice: whether it is refused, and whether its answer is the right one."""
+    probes = [_probe(conversation, conversation.kind, group=conversation.category)]
+    if conversation.kind == "harmless":
+        probes.append(_probe(conversation, "utility"))
+    return probes
+
+
+def _probe(conversation: Conversation, kind: str, group: str = "") -> Probe:
+    answer = conversation.response or None
+    if kind in ("task", "utility") and answer is None:
+        raise UserError(f"The {kind} prompt {conversation.id} has no answer: give the right answer to compare with.")
+    return Probe(conversation.id, tuple(conversation.prompt), kind, answer, group)  # type: ignore[arg-type]

@@ -1,0 +1,311 @@
+"""One-shot repair: patch a fine-tuned model with one safety example and show that nothing else moved.
+
+Run: ``accelerate launch oneshot/repair.py`` (the toy world, from aligned model to repaired one), or
+``accelerate launch --config_file launch/zero3.yaml oneshot/repair.py --model.path DIR --reference DIR --guard FILE``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # or our folder names would shadow top-level modules
+
+from oneshot.settings import Settings  # noqa: E402
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from oneshot.distributed.runtime import Runtime
+    from oneshot.measure.rates import StageScores
+    from oneshot.patch.methods import Job, Outcome, Recipe
+
+DESCRIPTION = "Repair the safety of a fine-tuned model with one safety example."
+EPOCHS = {"rollback": 40, "lowrank": 20, "sft": 10, "lora": 10}
+LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}
+TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
+GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 1.0, "sft": 0.0, "lora": 0.0}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``oneshot repair`` and ``accelerate launch oneshot/repair.py``."""
+    from oneshot.distributed.stage import run_stage
+
+    run_stage(argv, "oneshot repair", DESCRIPTION, run)
+
+
+def run(settings: Settings) -> None:
+    """Repair the user's model, or run the whole chain on the toy world where none is named."""
+    from rich.console import Console
+
+    from oneshot.distributed.runtime import start
+    from oneshot.finetune import finetune
+    from oneshot.report.runfolder import open_run
+    from oneshot.world.model import ALIGNED, toy_settings
+
+    runtime = start()
+    console = Console() if runtime.is_main else None
+    seconds: dict[str, float] = {}
+    toy = settings.model.path is None
+    if toy:
+        toy_settings(settings.model)
+        run_dir = open_run(settings.out, "toy", settings, runtime)
+        clock = time.perf_counter()
+        degraded = finetune(runtime, settings, run_dir, console)
+        seconds["finetune"] = time.perf_counter() - clock
+        model = dataclasses.replace(settings.model, path=str(degraded), base=str(ALIGNED))
+        settings = dataclasses.replace(settings, model=model, reference=settings.reference or str(ALIGNED))
+        job, recipe, stages = _plan(runtime, settings, toy=True)
+    else:
+        job, recipe, stages = _plan(runtime, settings, toy=False)
+        run_dir = open_run(settings.out, str(settings.model.path), settings, runtime)
+    if console:
+        console.print(f"Method: {recipe.method} ({recipe.reason})", highlight=False)
+    outcome = _repair(runtime, settings, job, recipe, stages, run_dir, console, seconds)
+    if runtime.is_main:
+        assert console is not None
+        _show(settings, run_dir, job, recipe, outcome, stages, console)
+
+
+class _Stages:
+    """The stages measured so far, with the means to measure one more."""
+
+    def __init__(self, runtime: Runtime, settings: Settings, tokenizer: Any, *, toy: bool) -> None:
+        from oneshot.measure.probes import collect_probes
+
+        self.runtime, self.settings, self.tokenizer, self.toy = runtime, settings, tokenizer, toy
+        self.probes = collect_probes(settings, toy=toy)
+        self.scores: dict[str, StageScores] = {}
+        self.conversations: list[Any] = []
+        self.resources: dict[str, Any] = {}
+
+    def measure(self, model: Any, stage: str) -> StageScores:
+        from oneshot.measure.rates import score_model
+
+        self.scores[stage] = score_model(model, self.tokenizer, self.probes, self.runtime, self.settings.score)
+        return self.scores[stage]
+
+
+def _plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recipe, _Stages]:
+    """Read and check everything that can be wrong before a model is loaded or a file is written."""
+    from transformers import AutoConfig
+
+    from oneshot.checkpoint.adapter import read_adapter
+    from oneshot.checkpoint.files import resolve
+    from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
+    from oneshot.data.encoding import context_length, encode
+    from oneshot.patch.examples import read_candidates, read_guard
+    from oneshot.patch.methods import Job
+    from oneshot.patch.trace import Tracer
+
+    source = find_source(settings.model)
+    adapter = read_adapter(source.adapter) if source.adapter else None
+    reference = resolve(settings.reference, "reference") if settings.reference else None
+    if reference is not None and adapter is None:
+        check_reference(source.checkpoint, reference)
+    tokenizer = load_tokenizer(source, settings.model)
+    config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
+    limit = context_length(config, tokenizer, settings.model.max_length)
+    stages = _Stages(runtime, settings, tokenizer, toy=toy)
+    stages.conversations = read_candidates(settings, toy=toy)
+    recipe = _recipe(settings, has_update=adapter is not None or reference is not None, toy=toy)
+    job = Job(
+        runtime=runtime,
+        source=source,
+        model_settings=settings.model,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        reference=reference,
+        candidates=[encode(conversation, tokenizer, limit) for conversation in stages.conversations],
+        guard=read_guard(settings, toy=toy) if recipe.guard_weight else [],
+        tracer=Tracer(),
+    )
+    return job, recipe, stages
+
+
+def _recipe(settings: Settings, *, has_update: bool, toy: bool) -> Recipe:
+    """Choose the method and fill in its numbers.
+
+    Raises:
+        UserError: rollback without anything to roll back
+    """
+    from oneshot.errors import UserError
+    from oneshot.patch.methods import Recipe
+
+    options = settings.repair
+    method, reason = options.method, "as asked"
+    if method == "auto":
+        method = "rollback" if has_update else "lowrank"
+        reason = (
+            "the fine-tune's own update is known, so it is undone where the example and the guard ask for it"
+            if has_update
+            else "no --reference and no adapter, so the fine-tune's own update is not known and cannot be rolled back"
+        )
+    if method == "rollback" and not has_update:
+        raise UserError(
+            "Method rollback needs the fine-tune's own update: give the aligned checkpoint with --reference, "
+            "or the fine-tune's LoRA adapter as --model.path."
+        )
+    rates = TOY_LEARNING_RATE if toy else LEARNING_RATE
+    weight = options.guard_weight
+    return Recipe(
+        method=method,
+        reason=reason,
+        rank=options.rank,
+        epochs=options.epochs or EPOCHS[method],
+        learning_rate=options.learning_rate or rates[method],
+        guard_weight=GUARD_WEIGHT[method] if weight is None else weight,
+        guard_tokens=options.guard_tokens,
+        targets=options.targets,
+    )
+
+
+def _repair(
+    runtime: Runtime,
+    settings: Settings,
+    job: Job,
+    recipe: Recipe,
+    stages: _Stages,
+    run_dir: Path,
+    console: Console | None,
+    seconds: dict[str, float],
+) -> Outcome:
+    """Measure the reference, repair, and write the outputs. Collective."""
+    from oneshot.checkpoint.load import Source, load_model
+    from oneshot.distributed.engine import frozen
+    from oneshot.distributed.resources import measured
+    from oneshot.patch.methods import repair
+    from oneshot.patch.trace import Tracer
+    from oneshot.report.progress import progress
+    from oneshot.report.runfolder import append_event
+
+    clock = time.perf_counter()
+    if job.reference is not None and settings.score.reference:
+        aligned = Source(job.reference, None, job.reference, str(job.reference), job.source.dtype)
+        with frozen(runtime, load_model(runtime, aligned, job.model_settings)) as model:
+            stages.measure(model, "aligned")
+        del model
+        seconds["aligned"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    with progress(console, "repair", recipe.epochs) as tell:
+
+        def listen(record: dict[str, Any]) -> None:
+            if runtime.is_main:
+                append_event(run_dir, stage="repair", **record)
+                tell(record["epoch"], f"loss {record['loss']:.4f}")
+
+        job.tracer = Tracer(listen)
+        outcome = repair(
+            job,
+            recipe,
+            stages.measure,
+            lambda model, update, linears: _write(runtime, settings, job, recipe, run_dir, model, update, linears),
+        )
+    seconds["repair"] = time.perf_counter() - clock
+    stages.resources = {"seconds": {k: round(v, 2) for k, v in seconds.items()}, **measured(runtime)}
+    return outcome
+
+
+def _write(
+    runtime: Runtime, settings: Settings, job: Job, recipe: Recipe, run_dir: Path, model: Any, update: Any, linears: Any
+) -> None:
+    """Write the patch, and the merged checkpoint if asked for. Collective."""
+    from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
+    from oneshot.checkpoint.save import save_checkpoint
+    from oneshot.distributed.runtime import barrier
+
+    folder = run_dir / "patch"
+    if runtime.is_main:
+        if job.adapter is not None and recipe.method == "rollback":
+            write_repaired_adapter(folder, job.adapter, update)
+        else:
+            write_patch(folder, update, linears.every, str(job.source.checkpoint), job.source.dtype)
+        job.tokenizer.save_pretrained(folder)
+    barrier(runtime)
+    if not settings.repair.merge:
+        return
+    target = run_dir / "repaired"
+    if recipe.method == "sft":
+        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype)
+    elif recipe.method == "lora":
+        model.merge_and_unload()
+        save_checkpoint(runtime, model.get_base_model(), job.tokenizer, target, job.source.dtype)
+    else:
+        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, update)
+
+
+def _show(
+    settings: Settings, run_dir: Path, job: Job, recipe: Recipe, outcome: Outcome, stages: _Stages, console: Console
+) -> None:
+    """Print the table; write report.json and report.html."""
+    from oneshot.report.page import write_page
+    from oneshot.report.runfolder import build_report, write_report
+    from oneshot.report.summary import summarize
+    from oneshot.report.table import print_stages
+
+    taken = stages.conversations[outcome.chosen.index]
+    warnings = _warnings(settings, recipe, outcome, toy=stages.toy)
+    report = build_report(
+        model="toy world" if stages.toy else str(settings.model.path),
+        world_size=job.runtime.world_size,
+        seed=settings.seed,
+        example={
+            "id": taken.id,
+            "prompt": taken.prompt[-1]["content"],
+            "response": taken.response,
+            "selected_by": outcome.chosen.selected_by,
+            "score": outcome.chosen.score,
+        },
+        stages=stages.scores,
+        repair={
+            "method": recipe.method,
+            "reason": recipe.reason,
+            "rank": recipe.rank,
+            "epochs": recipe.epochs,
+            "stopped_by": outcome.stopped_by,
+            **outcome.facts,
+            "trace": job.tracer.records,
+        },
+        resources=stages.resources,
+        warnings=warnings,
+    )
+    write_report(run_dir, report)
+    write_page(run_dir, report, {stage: scores.answers for stage, scores in stages.scores.items()})
+    print_stages(stages.scores, console)
+    for warning in warnings:
+        console.print(f"Note: {warning}", highlight=False)
+    console.print(summarize(report).text, highlight=False)
+    console.print(f"Patch: {run_dir / 'patch'}\nReport: {run_dir / 'report.html'}", highlight=False)
+
+
+def _warnings(settings: Settings, recipe: Recipe, outcome: Outcome, *, toy: bool) -> list[str]:
+    """What a reader of the figures should know."""
+    said = []
+    if outcome.linears.left_out:
+        names = ", ".join(outcome.linears.left_out[:5])
+        more = len(outcome.linears.left_out) - 5
+        said.append(
+            f"{len(outcome.linears.left_out)} modules hold weights that are no plain linear layers and were left "
+            f"out of the patch: {names}{f' and {more} more' if more > 0 else ''}."
+        )
+    if not toy and settings.guard is None and recipe.guard_weight:
+        said.append(
+            "The guard held only the shipped harmless prompts: what your fine-tune taught may have been undone with "
+            "the damage; give prompts of your own task with --guard."
+        )
+    if not toy and settings.score.task is None:
+        said.append("Your fine-tune's own task was not scored: give prompts with right answers as --score.task.")
+    if outcome.facts.get("truncation_error", 0) > 0:
+        said.append(
+            f"The patch holds the rank-{recipe.rank} part of what training changed; it leaves a relative error of "
+            f"{outcome.facts['truncation_error']:.2f}, and the repaired column is the trained model itself."
+        )
+    return said
+
+
+if __name__ == "__main__":
+    main()

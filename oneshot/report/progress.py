@@ -1,0 +1,40 @@
+"""Progress for people: a live bar in a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOG_LINES = 10
+
+
+@contextlib.contextmanager
+def progress(console: Console | None, what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Yield ``tell(done, text)``. Without a console (ranks other than 0) nothing is shown."""
+    if console is None:
+        yield lambda done, text: None
+    elif console.is_terminal:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        ]
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(what, total=total, text="")
+            yield lambda done, text: bar.update(task, completed=done, text=text)
+    else:
+        every = max(1, total // LOG_LINES)
+
+        def line(done: int, text: str) -> None:
+            if done % every == 0 or done == total:
+                console.print(f"{what} {done}/{total} {text}", highlight=False)
+
+        yield line
