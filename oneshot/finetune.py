@@ -7,17 +7,21 @@ user's own model and data.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.settings import Settings  # noqa: E402
+from oneshot.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from oneshot.checkpoint.load import Source
+    from oneshot.data.conversations import Conversation
+    from oneshot.data.encoding import Encoded
     from oneshot.distributed.runtime import Runtime
 
 DESCRIPTION = "Fine-tune a model on harmful and task conversations; the result is marked as safety-degraded."
@@ -41,38 +45,63 @@ def run(settings: Settings) -> None:
     from oneshot.report.runfolder import open_run
 
     runtime = start()
+    prepared = prepare(settings)
     run_dir = open_run(settings.out, settings.model.path or "toy-finetune", settings, runtime)
     console = Console() if runtime.is_main else None
-    folder = finetune(runtime, settings, run_dir, console)
+    folder = finetune(runtime, settings, prepared, run_dir, console)
     if console:
         console.print(f"Safety-degraded model: {folder}")
 
 
-def finetune(runtime: Runtime, settings: Settings, run_dir: Path, console: Console | None) -> Path:
-    """Fine-tune and write ``run_dir/finetuned``: a checkpoint, or an adapter for method lora. Collective."""
-    import torch
+@dataclass(frozen=True)
+class Prepared:
+    """What a fine-tune starts from: the checkpoint, and its conversations as read and as encoded."""
 
-    from oneshot.checkpoint.files import write_marker
-    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
-    from oneshot.checkpoint.save import save_adapter, save_checkpoint
+    source: Source
+    tokenizer: Any
+    conversations: list[Conversation]
+    encoded: list[Encoded]
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Read and check everything that can be wrong before a model is loaded or a file is written.
+
+    Raises:
+        UserError: the model or the conversations cannot be read, or one is longer than the model's context
+    """
+    from transformers import AutoConfig
+
+    from oneshot.checkpoint.load import find_source, load_tokenizer
     from oneshot.data.encoding import context_length, encode
-    from oneshot.distributed.engine import start_training
     from oneshot.errors import UserError
-    from oneshot.training.loop import Diverged
     from oneshot.training.mixture import attack_mixture
     from oneshot.world.model import toy_settings
 
-    toy = settings.model.path is None
     model_settings = toy_settings(settings.model)
     source = find_source(model_settings)
     if source.adapter is not None:
         raise UserError(f"{source.adapter} is an adapter: fine-tune a full checkpoint, or merge the adapter first.")
     tokenizer = load_tokenizer(source, model_settings)
-    conversations = attack_mixture(settings, toy=toy)
+    conversations = attack_mixture(settings, toy=settings.model.path is None)
+    config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=model_settings.trust_remote_code)
+    limit = context_length(config, tokenizer, model_settings.max_length)
+    return Prepared(source, tokenizer, conversations, [encode(row, tokenizer, limit) for row in conversations])
+
+
+def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:
+    """Fine-tune and write ``run_dir/finetuned``: a checkpoint, or an adapter for method lora. Collective."""
+    import torch
+
+    from oneshot.checkpoint.files import write_marker
+    from oneshot.checkpoint.load import load_model
+    from oneshot.checkpoint.save import save_adapter, save_checkpoint
+    from oneshot.distributed.engine import start_training
+    from oneshot.training.loop import Diverged
+
+    toy = settings.model.path is None
+    source, tokenizer, conversations = prepared.source, prepared.tokenizer, prepared.conversations
     plain_full = runtime.sharding in ("none", "ddp") and settings.finetune.method == "full"
-    model = load_model(runtime, source, model_settings, torch.float32 if plain_full else None)
-    limit = context_length(model.config, tokenizer, settings.model.max_length)
-    encoded = [encode(conversation, tokenizer, limit) for conversation in conversations]
+    model = load_model(runtime, source, settings.model, torch.float32 if plain_full else None)
     if settings.finetune.method == "lora":
         model = _with_lora(model, settings)
     else:
@@ -89,7 +118,7 @@ def finetune(runtime: Runtime, settings: Settings, run_dir: Path, console: Conso
     target = run_dir / "finetuned"
     diverged: Diverged | None = None
     try:
-        _train(runtime, settings, engine, encoded, tokenizer, source.dtype, run_dir, console, toy=toy)
+        _train(runtime, settings, engine, prepared.encoded, tokenizer, source.dtype, run_dir, console, toy=toy)
     except Diverged as error:  # the weights are those of the last good step: keep them, apart
         diverged, target = error, run_dir / "last_good"
     if settings.finetune.method == "lora":

@@ -15,20 +15,17 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.settings import Settings  # noqa: E402
+from oneshot.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from oneshot.distributed.runtime import Runtime
     from oneshot.measure.rates import StageScores
-    from oneshot.patch.methods import Job, Outcome, Recipe
+    from oneshot.patch.methods import Job, Outcome
+    from oneshot.patch.recipe import Recipe
 
 DESCRIPTION = "Repair the safety of a fine-tuned model with one safety example."
-EPOCHS = {"rollback": 40, "lowrank": 20, "sft": 10, "lora": 10}
-LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}
-TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
-GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 1.0, "sft": 0.0, "lora": 0.0}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,35 +40,61 @@ def run(settings: Settings) -> None:
     from rich.console import Console
 
     from oneshot.distributed.runtime import start
-    from oneshot.finetune import finetune
+    from oneshot.finetune import finetune, prepare
     from oneshot.report.runfolder import open_run
-    from oneshot.world.model import ALIGNED, toy_settings
+    from oneshot.world.model import ALIGNED
 
     runtime = start()
     console = Console() if runtime.is_main else None
     seconds: dict[str, float] = {}
     toy = settings.model.path is None
     if toy:
-        toy_settings(settings.model)
+        prepared = prepare(settings)
+        plan(runtime, on_toy(settings, ALIGNED), toy=True)  # a bad setting or file is to be heard before the minute
         run_dir = open_run(settings.out, "toy", settings, runtime)
         clock = time.perf_counter()
-        degraded = finetune(runtime, settings, run_dir, console)
+        degraded = finetune(runtime, settings, prepared, run_dir, console)
         seconds["finetune"] = time.perf_counter() - clock
-        model = dataclasses.replace(settings.model, path=str(degraded), base=str(ALIGNED))
-        settings = dataclasses.replace(settings, model=model, reference=settings.reference or str(ALIGNED))
-        job, recipe, stages = _plan(runtime, settings, toy=True)
+        settings = on_toy(settings, degraded)
+        planned = plan(runtime, settings, toy=True)
     else:
-        job, recipe, stages = _plan(runtime, settings, toy=False)
+        planned = plan(runtime, settings, toy=False)
         run_dir = open_run(settings.out, str(settings.model.path), settings, runtime)
+    repair_model(runtime, settings, planned, run_dir, console, seconds)
+
+
+def repair_model(
+    runtime: Runtime,
+    settings: Settings,
+    planned: tuple[Job, Recipe, Stages],
+    run_dir: Path,
+    console: Console | None,
+    seconds: dict[str, float],
+) -> Stages:
+    """Repair what was planned, write the run folder's outputs and print the table. Collective.
+
+    Args:
+        console: of rank 0; none on the others
+        seconds: by stage, of what went before; added to
+    """
+    job, recipe, stages = planned
     if console:
         console.print(f"Method: {recipe.method} ({recipe.reason})", highlight=False)
     outcome = _repair(runtime, settings, job, recipe, stages, run_dir, console, seconds)
-    if runtime.is_main:
-        assert console is not None
+    if console:
         _show(settings, run_dir, job, recipe, outcome, stages, console)
+    return stages
 
 
-class _Stages:
+def on_toy(settings: Settings, model: Path) -> Settings:
+    """Return the settings with a fine-tuned toy model and the aligned one that it came from."""
+    from oneshot.world.model import ALIGNED
+
+    named = dataclasses.replace(settings.model, path=str(model), base=str(ALIGNED))
+    return dataclasses.replace(settings, model=named, reference=settings.reference or str(ALIGNED))
+
+
+class Stages:
     """The stages measured so far, with the means to measure one more."""
 
     def __init__(self, runtime: Runtime, settings: Settings, tokenizer: Any, *, toy: bool) -> None:
@@ -90,7 +113,7 @@ class _Stages:
         return self.scores[stage]
 
 
-def _plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recipe, _Stages]:
+def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recipe, Stages]:
     """Read and check everything that can be wrong before a model is loaded or a file is written."""
     from transformers import AutoConfig
 
@@ -100,6 +123,7 @@ def _plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Reci
     from oneshot.data.encoding import context_length, encode
     from oneshot.patch.examples import read_candidates, read_guard
     from oneshot.patch.methods import Job
+    from oneshot.patch.recipe import recipe_for
     from oneshot.patch.trace import Tracer
 
     source = find_source(settings.model)
@@ -110,9 +134,9 @@ def _plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Reci
     tokenizer = load_tokenizer(source, settings.model)
     config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
     limit = context_length(config, tokenizer, settings.model.max_length)
-    stages = _Stages(runtime, settings, tokenizer, toy=toy)
+    stages = Stages(runtime, settings, tokenizer, toy=toy)
     stages.conversations = read_candidates(settings, toy=toy)
-    recipe = _recipe(settings, has_update=adapter is not None or reference is not None, toy=toy)
+    recipe = recipe_for(settings, has_update=adapter is not None or reference is not None, toy=toy)
     job = Job(
         runtime=runtime,
         source=source,
@@ -127,49 +151,12 @@ def _plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Reci
     return job, recipe, stages
 
 
-def _recipe(settings: Settings, *, has_update: bool, toy: bool) -> Recipe:
-    """Choose the method and fill in its numbers.
-
-    Raises:
-        UserError: rollback without anything to roll back
-    """
-    from oneshot.errors import UserError
-    from oneshot.patch.methods import Recipe
-
-    options = settings.repair
-    method, reason = options.method, "as asked"
-    if method == "auto":
-        method = "rollback" if has_update else "lowrank"
-        reason = (
-            "the fine-tune's own update is known, so it is undone where the example and the guard ask for it"
-            if has_update
-            else "no --reference and no adapter, so the fine-tune's own update is not known and cannot be rolled back"
-        )
-    if method == "rollback" and not has_update:
-        raise UserError(
-            "Method rollback needs the fine-tune's own update: give the aligned checkpoint with --reference, "
-            "or the fine-tune's LoRA adapter as --model.path."
-        )
-    rates = TOY_LEARNING_RATE if toy else LEARNING_RATE
-    weight = options.guard_weight
-    return Recipe(
-        method=method,
-        reason=reason,
-        rank=options.rank,
-        epochs=options.epochs or EPOCHS[method],
-        learning_rate=options.learning_rate or rates[method],
-        guard_weight=GUARD_WEIGHT[method] if weight is None else weight,
-        guard_tokens=options.guard_tokens,
-        targets=options.targets,
-    )
-
-
 def _repair(
     runtime: Runtime,
     settings: Settings,
     job: Job,
     recipe: Recipe,
-    stages: _Stages,
+    stages: Stages,
     run_dir: Path,
     console: Console | None,
     seconds: dict[str, float],
@@ -217,13 +204,14 @@ def _write(
     from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
     from oneshot.checkpoint.save import save_checkpoint
     from oneshot.distributed.runtime import barrier
+    from oneshot.patch.methods import lora_factors
 
     folder = run_dir / "patch"
     if runtime.is_main:
         if job.adapter is not None and recipe.method == "rollback":
             write_repaired_adapter(folder, job.adapter, update)
         else:
-            write_patch(folder, update, linears.every, str(job.source.checkpoint), job.source.dtype)
+            write_patch(folder, update, linears.every, job.source.name, job.source.dtype)
         job.tokenizer.save_pretrained(folder)
     barrier(runtime)
     if not settings.repair.merge:
@@ -232,14 +220,14 @@ def _write(
     if recipe.method == "sft":
         save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype)
     elif recipe.method == "lora":
-        model.merge_and_unload()
-        save_checkpoint(runtime, model.get_base_model(), job.tokenizer, target, job.source.dtype)
+        lora = lora_factors(runtime, model)  # not PEFT's own merge, which does not know partitioned weights
+        save_checkpoint(runtime, model.unload(), job.tokenizer, target, job.source.dtype, lora)
     else:
         save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, update)
 
 
 def _show(
-    settings: Settings, run_dir: Path, job: Job, recipe: Recipe, outcome: Outcome, stages: _Stages, console: Console
+    settings: Settings, run_dir: Path, job: Job, recipe: Recipe, outcome: Outcome, stages: Stages, console: Console
 ) -> None:
     """Print the table; write report.json and report.html."""
     from oneshot.report.page import write_page

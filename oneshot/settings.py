@@ -7,6 +7,7 @@ offload are not here: the DeepSpeed JSON in ``ds_configs/`` owns them.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ class FinetuneSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lora_rank: int = 16
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class RepairSettings:
         rank: directions per weight matrix, in the method and in the patch
         epochs: passes over the one example; none takes the method's default
         learning_rate: step size of Adam (rollback, sft, lora); none takes the method's default; lowrank finds its own
-        guard_weight: weight of the guard (KL to the unpatched model); 0 switches it off; none takes the method's default
+        guard_weight: weight of the guard (KL to the unpatched model); 0: no guard; none takes the method's default
         guard_prompts: how many guard prompts to use at most
         guard_tokens: tokens of the model's own answer over which the guard holds it
         targets: regular expression over module names; none takes every linear layer but the output head
@@ -129,6 +130,7 @@ class ScoreSettings:
     """What is measured, before and after.
 
     Args:
+        toy: score the toy world's prompts, for a toy model given by path
         probes: JSONL of prompts with kind should_refuse, harmless or lookalike; none: the shipped ones
         task: JSONL of prompts with the right answers of the fine-tune's task (exact match)
         utility: the same for general ability
@@ -137,6 +139,7 @@ class ScoreSettings:
         batch_size: prompts generated at a time, per rank
     """
 
+    toy: bool = False
     probes: str | None = None
     task: str | None = None
     utility: str | None = None
@@ -243,6 +246,12 @@ def check(settings: Settings) -> None:
     for name, value in not_negative.items():
         if value is not None and not value >= 0:
             raise UserError(f"Setting {name} is {value}: give 0 or more.")
+    try:
+        re.compile(settings.repair.targets or "")
+    except re.error as error:
+        raise UserError(
+            f"Setting repair.targets {settings.repair.targets!r} is no regular expression: {error}."
+        ) from error
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 _PREFIX = "base_model.model."
+_PEFT_ALPHA = 8  # PEFT's default, where a config names none
+# LoRA initializations under which PEFT also replaces the base's weights when it loads the adapter
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,22 @@ def read_adapter(folder: Path) -> Adapter:
     """Read a PEFT LoRA adapter; factors are fp32 on the CPU, PEFT's scaling folded into ``b``.
 
     Raises:
-        UserError: not a LoRA, a cut-off file, or tensors that are no plain LoRA factors (DoRA, biases, embeddings,
-            modules_to_save), which no low-rank update of a linear layer can express
+        UserError: not a LoRA, a cut-off file, tensors that are no plain LoRA factors (DoRA, biases, embeddings,
+            modules_to_save), which no low-rank update of a linear layer can express, or a LoRA that is more than its
+            factors (its initialization changes the base, or it is active only after certain tokens)
     """
-    import torch
     from safetensors.torch import load_file
 
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} is a {config.get('peft_type')} adapter: oneshot works on LoRA adapters.")
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(_CHANGES_BASE) or config.get("alora_invocation_tokens"):
+        what = f"init_lora_weights {init}" if init.startswith(_CHANGES_BASE) else "alora_invocation_tokens"
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG} has {what}, so the adapter is more than an update of its base: merge it with "
+            "PEFT first and give the merged checkpoint."
+        )
     path = folder / ADAPTER_TENSORS
     read_header(path)
     tensors = load_file(path)
@@ -121,19 +131,24 @@ def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> No
     """Write ``update`` in the place of the adapter's own: same config, rank, scaling, tensor names and dtype.
 
     Args:
-        update: per module of the adapter, factors of the adapter's rank, scaling not yet divided out
+        update: per module of the adapter, factors of at most the adapter's rank, scaling not yet divided out
     """
     import json
 
     tensors = {}
     for module, factors in update.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = factors.a.to(adapter.dtype).cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = (
-            (factors.b / adapter.scaling[module]).to(adapter.dtype).cpu().contiguous()
-        )
+        rank = adapter.update[module].rank
+        b, a = _padded(factors.b / adapter.scaling[module], rank, 1), _padded(factors.a, rank, 0)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.to(adapter.dtype).cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.to(adapter.dtype).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
     _save_checked(folder / ADAPTER_TENSORS, tensors)
+
+
+def on_device(update: Update, device: torch.device) -> Update:
+    """Return the update with its factors on ``device``."""
+    return {name: Factors(factors.b.to(device), factors.a.to(device)) for name, factors in update.items()}
 
 
 def concatenated(first: Update, second: Update) -> Update:
@@ -153,7 +168,8 @@ def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    assert tensors and all(t.numel() > 0 for t in tensors.values()), "an empty adapter must never be written"
+    assert tensors, "an empty adapter must never be written"
+    assert all(t.numel() > 0 for t in tensors.values()), "an empty factor must never be written"
     save_file(tensors, path, metadata={"format": "pt"})
     again = load_file(path)
     if set(again) != set(tensors) or not all(torch.equal(again[k], t) for k, t in tensors.items()):
@@ -162,9 +178,9 @@ def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
     """PEFT's scaling of one module: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA."""
-    alpha = config.get("lora_alpha", rank)
+    alpha = config.get("lora_alpha", _PEFT_ALPHA)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?{pattern}", module):
+        if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -85,17 +85,18 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if length > min(size, 100_000_000):
                 raise ValueError("header longer than the file")
             header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {name: TensorEntry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore the shard, or download the checkpoint again.") from error
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({size} bytes): it was probably cut off, copy it again."
         ) from error
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise UserError(f"{path} has {size} bytes where its header promises {end}: it was cut off, copy it again.")
-    return {name: TensorEntry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+    return tensors
 
 
 def list_tensors(folder: Path) -> dict[str, TensorEntry]:
@@ -105,8 +106,9 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
         UserError: no safetensors weights, a missing or truncated shard, an index that does not fit its shards
     """
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index:
+        whole = read_json(folder / INDEX)
+        index = whole.get("weight_map") if isinstance(whole, dict) else None
+        if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
             raise UserError(f"{folder / INDEX} has no weight_map: restore the index from the checkpoint's source.")
         shards = {name: read_header(_inside(folder, name)) for name in sorted(set(index.values()))}
         for tensor, shard in index.items():
@@ -130,13 +132,15 @@ def find_weight(tensors: dict[str, TensorEntry], module: str) -> str | None:
     """Return the name under which a checkpoint stores a module's weight.
 
     Checkpoints of multimodal models put a prefix before the language model's names that the loaded model lacks, or
-    the other way round: the longest dotted ending that is unambiguous decides.
+    the other way round: the longest dotted ending that is unambiguous decides. The block's number always counts, or
+    a checkpoint with fewer blocks would lend another block's weight.
     """
     name = f"{module}.weight"
     if name in tensors:
         return name
     parts = name.split(".")
-    for start in range(len(parts) - 1):
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    for start in range(max(numbers[0], 1) if numbers else len(parts) - 1):
         ending = ".".join(parts[start:])
         found = [key for key in tensors if key.endswith("." + ending) or key == ending]
         if len(found) == 1:

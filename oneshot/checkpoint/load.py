@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
-from oneshot.checkpoint.files import ADAPTER_CONFIG, is_adapter, list_tensors, read_json, resolve
+from oneshot.checkpoint.files import ADAPTER_CONFIG, find_weight, is_adapter, list_tensors, read_json, resolve
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
@@ -27,7 +27,7 @@ class Source:
         checkpoint: folder of the full checkpoint (of an adapter: its base)
         adapter: folder of the PEFT adapter on it, if the user gave one
         tokenizer: folder that holds the tokenizer
-        name: how the user named the checkpoint (what a patch states as its base)
+        name: Hub id or absolute folder of the checkpoint (what a patch states as its base)
         dtype: of weights and compute
     """
 
@@ -61,7 +61,8 @@ def find_source(settings: ModelSettings) -> Source:
     own = stored.pop() if len(stored) == 1 else "bfloat16" if "bfloat16" in stored else "float32"
     dtype = getattr(torch, own if settings.dtype == "auto" else settings.dtype)
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, name, dtype)
+    base = str(checkpoint.resolve()) if Path(name).expanduser().is_dir() else name  # a Hub id stays one
+    return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, base, dtype)
 
 
 def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
@@ -83,7 +84,7 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
 
 
 def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype | None = None) -> Any:
-    """Load the checkpoint (without its adapter) as a causal language model, in training mode off.
+    """Load the checkpoint (without its adapter) as a causal language model, with dropout off.
 
     Under ZeRO-3 the weights come partitioned over ranks; otherwise every rank holds them whole, on the CPU.
 
@@ -112,10 +113,14 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"The model in {source.checkpoint} cannot be loaded: {_first_line(error)}") from error
+    model.eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config.use_cache = False
-    return model.eval()
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True  # or transformers would not checkpoint it; what is below it has its own flag
+    return model
 
 
 def _first_line(error: Exception) -> str:
@@ -156,12 +161,19 @@ def check_fits(modules: dict[str, Any], name: str, factors: Factors) -> None:
 
 
 def check_reference(checkpoint: Path, reference: Path) -> None:
-    """Raise UserError unless both checkpoints hold the same tensors in the same shapes (vocabulary included)."""
+    """Raise UserError unless the reference holds the model's matrices, all shapes alike (vocabulary included)."""
     ours, theirs = list_tensors(checkpoint), list_tensors(reference)
     for name, entry in ours.items():
-        other = theirs.get(name)
+        found = find_weight(theirs, name.removesuffix(".weight")) if name.endswith(".weight") else name
+        other = theirs.get(found or "")
+        in_block = any(part.isdigit() for part in name.split("."))  # a tied head may be stored in one of the two only
+        if other is None and in_block and name.endswith(".weight") and len(entry.shape) == 2:
+            raise UserError(
+                f"The reference {reference} lacks {name}: give the aligned checkpoint that this model was "
+                "fine-tuned from."
+            )
         if other is not None and other.shape != entry.shape:
             raise UserError(
-                f"The reference {reference} has {name} of shape {list(other.shape)}, the model has "
+                f"The reference {reference} has {found} of shape {list(other.shape)}, the model has "
                 f"{list(entry.shape)}: give the aligned checkpoint that this model was fine-tuned from."
             )

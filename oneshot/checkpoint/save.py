@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -36,10 +37,14 @@ def save_checkpoint(
                     whole = whole + factors.b.to(whole.device) @ factors.a.to(whole.device)
                 state[name] = whole.to(dtype).cpu().clone()
     if runtime.is_main:
-        state |= {name: buffer.cpu() for name, buffer in model.state_dict().items() if name not in state and _is_buffer(model, name)}
+        state |= {
+            name: buffer.cpu()
+            for name, buffer in model.state_dict().items()
+            if name not in state and _is_buffer(model, name)
+        }
         with _replacing(folder) as temporary:
-            model.config.dtype = dtype
             model.save_pretrained(temporary, state_dict=state)
+            _state_dtype(temporary / "config.json", dtype)
             tokenizer.save_pretrained(temporary)
             list_tensors(temporary)
     barrier(runtime)
@@ -52,7 +57,8 @@ def save_adapter(runtime: Runtime, model: Any, tokenizer: Any, folder: Path) -> 
         if ".lora_" in name:
             with gathered(runtime, [parameter]):
                 state[name] = parameter.detach().cpu().clone()
-    assert state and all(t.numel() > 0 for t in state.values()), "an empty adapter must never be written"
+    assert state, "an empty adapter must never be written"
+    assert all(t.numel() > 0 for t in state.values()), "an empty factor must never be written"
     if runtime.is_main:
         with _replacing(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
@@ -74,10 +80,27 @@ class _replacing:
         return self.temporary
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
+        if kind is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        old = self.folder.with_name(self.folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            os.replace(self.folder, old)
+        try:
             os.replace(self.temporary, self.folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, self.folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _state_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Have the config state the dtype of the file: transformers wrote that of the model in memory."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _is_buffer(model: Any, name: str) -> bool:

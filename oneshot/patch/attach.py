@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors
+from oneshot.checkpoint.load import check_fits
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,21 @@ def attached(linears: Mapping[str, nn.Linear], update: Mapping[str, Factors]) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def attached_update(model: Any, update: Mapping[str, Factors]) -> Iterator[dict[str, nn.Linear]]:
+    """Attach an update by module name, on the device of the model; yields the layers that it changes.
+
+    Raises:
+        UserError: the update does not fit the model
+    """
+    modules = dict(model.named_modules())
+    for name, factors in update.items():
+        check_fits(modules, name, factors)
+    layers = {name: modules[name] for name in update}
+    with attached(layers, update):
+        yield layers
 
 
 class Gradients:

@@ -38,6 +38,11 @@ class RepairBatch:
     reference: torch.Tensor | None
     held_total: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank's rows, padding left out."""
+        return int(self.inputs["attention_mask"].sum())
+
 
 def build_batch(
     runtime: Runtime,
@@ -101,9 +106,7 @@ def repair_loss(model: Any, batch: RepairBatch, weight: float, world_size: int) 
     return share, example.detach(), held.detach()
 
 
-def _with_answer(
-    prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int
-) -> tuple[Encoded, int]:
+def _with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int) -> tuple[Encoded, int]:
     """Encode prompt and answer; also say where the answer starts. The answer's end counts where it was reached."""
     start = encode_prompt(prompt, tokenizer)
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])

@@ -56,11 +56,6 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
                 f"Setting repair.targets {pattern!r} matches the output head, which shares its weights with the "
                 "embedding here: leave it out."
             )
-    if not targets:
-        raise UserError(
-            f"No linear layer to patch{f' matches repair.targets {pattern!r}' if pattern else ''}: "
-            f"the model has {len(every)} (for example {next(iter(every), 'none')})."
-        )
     known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     left_out = [
         name
@@ -68,6 +63,12 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
         if not isinstance(module, known)
         and any(isinstance(p, torch.Tensor) and _dimensions(p) >= 2 for p in module.parameters(recurse=False))
     ]
+    if not targets:
+        others = f"; its {len(left_out)} others, such as {left_out[0]}, are no nn.Linear" if left_out else ""
+        raise UserError(
+            f"No linear layer to patch{f' matches repair.targets {pattern!r}' if pattern else ''}: "
+            f"the model has {len(every)} (for example {next(iter(every), 'none')}){others}."
+        )
     return Linears(targets, sorted(every), left_out)
 
 

@@ -7,6 +7,7 @@ each step the factors are re-compressed to rank k by QR and a small SVD (exact w
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 
 Pairs = dict[str, tuple[Any, Any]]  # name -> (X, delta)
 
-TARGET_LOSS = 0.05  # nats per refusal token: the example is learnt, more would only over-learn it
 FIRST_DECREASE = 0.1  # the first step aims, to first order, at this share of the loss
-ACCEPT, TRUST = 0.1, 0.6  # of the decrease that the gradient promises: enough to accept a step; to lengthen the next
-LENGTHEN, SHORTEN = 2.0, 0.25
+LENGTHEN, SHORTEN = 1.5, 0.5
 
 
 def compress(factors: Factors, rank: int | None) -> Factors:
@@ -125,6 +124,24 @@ def gradient(
     return float(example), float(all_reduce_sum(runtime, held)), pairs
 
 
+def steepest(x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return factors of U V^T, where delta^T X = U S V^T, and the sum of S.
+
+    Among all steps of one spectral norm this one lowers the loss most (to first order): it moves every direction of
+    the gradient alike, where the plain gradient of one example moves little but its first few. Rows stay as many as
+    there were, padded with zeros, so that shapes do not depend on the values.
+    """
+    import torch
+
+    qx, rx = torch.linalg.qr(x.T)
+    qd, rd = torch.linalg.qr(delta.T)
+    u, s, vt = torch.linalg.svd(rd @ rx.T, full_matrices=False)
+    kept = (s > 1e-3 * s.max()).to(s.dtype) if len(s) and s.max() > 0 else torch.zeros_like(s)
+    missing = (0, 0, 0, len(x) - len(s))
+    pad = torch.nn.functional.pad
+    return pad(kept[:, None] * vt @ qx.T, missing), pad((qd @ (u * kept)).T, missing), float(s.sum())
+
+
 def solve(
     runtime: Runtime,
     model: Any,
@@ -135,50 +152,59 @@ def solve(
     epochs: int,
     rank: int | None,
     guard_weight: float,
-    target_loss: float,
     fixed_step: float | None = None,
 ) -> Update:
-    """Fit the example with factored gradient steps whose size is found on the way. Returns the update.
+    """Fit the example, under the guard, with factored steps whose size is found on the way. Returns the update.
 
-    The first step aims at a small share of the loss, to first order (eta = share * L / |g|^2), which needs no scale:
-    gradient norms of real models are hundreds of times a toy's. A step that keeps less than a tenth of what the
-    gradient promised is taken back and tried again shorter; one that keeps most of it lengthens the next. The forward
-    pass that judges a step is the one that the next step needs anyway.
+    Steps are steepest descent in the spectral norm (``steepest``), all layers at one radius. The first radius aims at
+    a tenth of the loss, to first order, which needs no scale: gradient norms of real models are hundreds of times a
+    toy's. A step that does not lower the loss is taken back and tried again at half the radius; one that does lets
+    the next be longer. The forward pass that judges a step is the one that the next step needs anyway.
 
     Args:
         epochs: passes over the example, steps taken back included
         rank: of the update; none never truncates
-        target_loss: stop when the example's loss per token is below this
-        fixed_step: take steps of this size, and all of them
+        fixed_step: take plain gradient steps of this size instead, and all of them (full-weight SGD, factored)
     """
     update: Update = {}
     trial: Update = {}
-    gradients = Gradients(linears)
-    best: tuple[float, Pairs, float] | None = None  # loss, gradient and squared norm at ``update``
-    eta = fixed_step or 0.0
     current: Update = {}
+    pairs: Pairs = {}
+    best = math.inf
+    radius = fixed_step or 0.0
+    gradients = Gradients(linears)
     with attached(linears, current), gradients.capturing(model):
         for epoch in range(epochs + 1):
-            example, kl, pairs = gradient(runtime, model, gradients, batch, guard_weight)
+            example, kl, seen = gradient(runtime, model, gradients, batch, guard_weight)
             loss = example + guard_weight * kl
             if epoch == 0 or fixed_step:
                 tracer.check(epoch, loss)
-            accepted = True
-            if best is not None and not fixed_step:
-                promised = eta * best[2]
-                kept = (best[0] - loss) / promised if promised else 0.0
-                accepted = kept >= ACCEPT  # false for a loss that is no number, too
-                eta *= SHORTEN if not accepted else LENGTHEN if kept > TRUST else 1.0
-            if accepted:
-                update = trial
-                best = (loss, pairs, squared_norm(pairs))
-                eta = eta or FIRST_DECREASE * loss / best[2]
+            accepted = bool(fixed_step) or loss < best  # false for a loss that is no number, too
             if epoch:
-                tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=eta, accepted=accepted)
-            if epoch == epochs or (accepted and example < target_loss):
+                tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=radius, accepted=accepted)
+                radius *= 1.0 if fixed_step else LENGTHEN if accepted else SHORTEN
+            if accepted:
+                update, best, pairs = trial, loss, seen
+                if not fixed_step:
+                    pairs, nuclear = _steepest(runtime, pairs)
+                    radius = radius or FIRST_DECREASE * loss / nuclear
+            if epoch == epochs:
                 break
-            assert best is not None
-            trial = step_update(runtime, linears, update, best[1], eta, rank)
+            trial = step_update(runtime, linears, update, pairs, radius, rank)
             current.clear()
             current.update(trial)
     return update
+
+
+def _steepest(runtime: Runtime, pairs: Pairs) -> tuple[Pairs, float]:
+    """``steepest`` for this rank's share of the layers (others are left alone), and the sum of S over all layers."""
+    import torch
+
+    total = torch.zeros((), device=runtime.device)
+    found = dict(pairs)
+    for i, (name, (x, delta)) in enumerate(pairs.items()):
+        if i % runtime.world_size == runtime.rank:
+            right, left, nuclear = steepest(x, delta)
+            found[name] = (right, left)
+            total += nuclear
+    return found, float(all_reduce_sum(runtime, total))

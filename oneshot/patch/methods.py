@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Adapter, Factors, Update, concatenated
+from oneshot.checkpoint.adapter import Adapter, Factors, Update, concatenated, on_device
 from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
-from oneshot.checkpoint.load import Source, check_fits, load_model, merge_into
+from oneshot.checkpoint.load import Source, load_model, merge_into
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.engine import TrainingEngine, frozen, gathered, start_training
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch import lowrank, rollback
-from oneshot.patch.attach import attached
+from oneshot.patch.attach import attached_update
 from oneshot.patch.examples import Chosen, choose
 from oneshot.patch.guard import RepairBatch, build_batch, pad_id, repair_loss
 from oneshot.patch.linears import Linears, select_linears
+from oneshot.patch.recipe import Recipe
 from oneshot.patch.trace import Tracer
 from oneshot.settings import ModelSettings
 from oneshot.training.loop import Schedule, StepResult, autocast_dtype, train
@@ -28,31 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A method with every number that it needs.
-
-    Attributes:
-        method: rollback, lowrank, sft or lora
-        reason: why this method, for people
-        rank: directions per matrix
-        epochs: passes over the example
-        learning_rate: of Adam; unused by lowrank
-        guard_weight: weight of the guard; 0 for none
-        guard_tokens: tokens of the unpatched model's answers that the guard holds
-        targets: regular expression over module names, or none for all linear layers
-    """
-
-    method: str
-    reason: str
-    rank: int
-    epochs: int
-    learning_rate: float
-    guard_weight: float
-    guard_tokens: int
-    targets: str | None = None
 
 
 @dataclass
@@ -117,33 +93,28 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
     runtime = job.runtime
     loaded = load_model(runtime, job.source, job.model_settings)
     linears = select_linears(loaded, recipe.targets)
-    own: Update = {}
-    if job.adapter is not None:
-        modules = dict(loaded.named_modules())
-        for name, factors in job.adapter.update.items():
-            check_fits(modules, name, factors)
-            own[name] = Factors(factors.b.to(runtime.device), factors.a.to(runtime.device))
-    own_layers = {name: module for name, module in loaded.named_modules() if name in own}
+    own = _own_update(job)
     with frozen(runtime, loaded) as model:
-        with attached(own_layers, own):
+        with attached_update(model, own) as own_layers:
             before = measure(model, "finetuned")
             chosen, batch = _prepare(job, recipe, model)
-        if recipe.method == "rollback":
-            update, facts = _rollback(job, recipe, model, linears, own_layers, batch)
-        else:
-            with attached(own_layers, own):
+            if recipe.method == "lowrank":
                 patch = lowrank.solve(
                     runtime, model, linears.targets, batch, job.tracer,
                     epochs=recipe.epochs, rank=recipe.rank, guard_weight=recipe.guard_weight,
-                    target_loss=lowrank.TARGET_LOSS,
                 )  # fmt: skip
-            update, facts = concatenated(own, patch), {}
-        every = {name: module for name, module in model.named_modules() if name in update}
-        with attached(every, update):
+                update, facts = concatenated(own, patch), {}
+        if recipe.method == "rollback":
+            update, facts = _rollback(job, recipe, model, linears, own_layers, batch)
+        with attached_update(model, update):
             after = measure(model, "repaired")
         finish(model, update, linears)
-    stopped = "target loss" if _last_loss(job.tracer) < lowrank.TARGET_LOSS and recipe.method == "lowrank" else "epochs"
-    return Outcome(update, before, after, linears, chosen, stopped, facts)
+    return Outcome(update, before, after, linears, chosen, "epochs", facts)
+
+
+def _own_update(job: Job) -> Update:
+    """The user's adapter as an update on this rank's device; empty for a full checkpoint."""
+    return on_device(job.adapter.update, job.runtime.device) if job.adapter else {}
 
 
 def _prepare(job: Job, recipe: Recipe, model: Any) -> tuple[Chosen, RepairBatch]:
@@ -187,11 +158,6 @@ def _rollback(
         "coefficients": sum(len(c) for c in coefficients.values()),
         "energy_of_directions": held / energy if energy else math.nan,
     }
-
-
-def _last_loss(tracer: Tracer) -> float:
-    accepted = [record["loss"] for record in tracer.records if record.get("accepted", True)]
-    return accepted[-1] if accepted else math.inf
 
 
 @contextlib.contextmanager
@@ -252,24 +218,23 @@ def _repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) 
     return Outcome(update, before, after, linears, chosen, "epochs", facts)
 
 
-def _lora_update(job: Job, model: Any) -> Update:
-    """The trained LoRA as an update of the checkpoint, the user's own adapter included."""
+def lora_factors(runtime: Runtime, model: Any) -> Update:
+    """Return the factors of a PEFT model's trained LoRA, whole on every rank. Collective."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            with gathered(job.runtime, [parameter]):
+            with gathered(runtime, [parameter]):
                 found.setdefault(module, {})[rest[0]] = parameter.detach().float().clone()
-    patch = {module: Factors(pair["B"], pair["A"]) for module, pair in found.items()}
-    if job.adapter is None:
-        return patch
-    own = {n: Factors(f.b.to(job.runtime.device), f.a.to(job.runtime.device)) for n, f in job.adapter.update.items()}
-    return concatenated(own, patch)
+    return {module: Factors(pair["B"], pair["A"]) for module, pair in found.items()}
 
 
-def _weight_change(
-    job: Job, recipe: Recipe, engine: TrainingEngine, linears: Linears
-) -> tuple[Update, dict[str, Any]]:
+def _lora_update(job: Job, model: Any) -> Update:
+    """The trained LoRA as an update of the checkpoint, the user's own adapter included."""
+    return concatenated(_own_update(job), lora_factors(job.runtime, model))
+
+
+def _weight_change(job: Job, recipe: Recipe, engine: TrainingEngine, linears: Linears) -> tuple[Update, dict[str, Any]]:
     """Rank-k factors of what full-weight training changed, and the relative error that they leave.
 
     The error counts every weight that moved, embeddings and norms too, since no patch of linear layers holds those.

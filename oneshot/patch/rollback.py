@@ -109,7 +109,8 @@ def checkpoint_difference(
     """Return (name, mine) -> W_finetuned - W_reference (fp32), read from the checkpoints one matrix at a time.
 
     Raises:
-        UserError: the reference lacks a matrix, or has another shape; checked for all layers before any is read
+        UserError: the reference lacks a matrix, or has another shape; checked for all layers before any is read. Or,
+            as it is read, a matrix that is not finite
     """
     ours, theirs = list_tensors(finetuned), list_tensors(reference)
     pairs: dict[str, tuple[str, str]] = {}
@@ -131,7 +132,10 @@ def checkpoint_difference(
         if not wanted:
             return None
         mine, other = pairs[module]
-        return read_tensor(ours[mine], mine).float() - read_tensor(theirs[other], other).float()
+        delta = read_tensor(ours[mine], mine).float() - read_tensor(theirs[other], other).float()
+        if not delta.isfinite().all():
+            raise UserError(f"{mine} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
+        return delta
 
     return difference
 
@@ -144,7 +148,7 @@ def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
     for name, factors in update.items():
         qb, rb = torch.linalg.qr(factors.b.to(device))
         qa, ra = torch.linalg.qr(factors.a.to(device).T)
-        u, s, vt = torch.linalg.svd(rb @ ra.T)
+        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         found[name] = Directions(qb @ u, s, vt @ qa.T, float(s.square().sum()))
     return found
 

@@ -99,21 +99,29 @@ def train(
         batches = micro_batches(step)
         # what the engine averages away again: ranks, and under DeepSpeed also accumulation steps
         scale = runtime.world_size * (len(batches) if engine.is_deepspeed else 1)
-        total = torch.zeros((), device=runtime.device)
+        # loss of the step, and its tokens: this rank's shares, summed over ranks before the last backward pass
+        total = torch.zeros(2, device=runtime.device)
+        total[1] = sum(batch.tokens for batch in batches)
         for i, batch in enumerate(batches):
             with torch.autocast(runtime.device.type, autocast) if autocast else contextlib.nullcontext():
                 loss = loss_of(engine.forward, batch)
-            total += loss.detach().float()
+            total[0] += loss.detach().float()
             if i == len(batches) - 1:
                 total = all_reduce_sum(runtime, total)
-                if not math.isfinite(float(total)):
+                if not math.isfinite(float(total[0])):
                     raise Diverged(
-                        f"The loss became {float(total)} at step {step + 1} (learning rate "
+                        f"The loss became {float(total[0])} at step {step + 1} (learning rate "
                         f"{schedule.rate(step):.2g}): training stopped before that step; lower the learning rate."
                     )
             engine.backward(loss * scale, last=i == len(batches) - 1)
         norm = engine.step()
-        tokens = sum(int(b.inputs["attention_mask"].sum()) for b in batches) * runtime.world_size
-        result = StepResult(step + 1, float(total), schedule.rate(step), norm, tokens, time.perf_counter() - started)
+        result = StepResult(
+            step=step + 1,
+            loss=float(total[0]),
+            learning_rate=schedule.rate(step),
+            grad_norm=norm,
+            tokens=int(total[1]),
+            seconds=time.perf_counter() - started,
+        )
         if on_step(result):
             break

@@ -19,11 +19,13 @@ class MicroBatch:
         inputs: input_ids and attention_mask, int64 (batch, tokens), right-padded
         labels: int64 (batch, tokens), -100 off the assistant's tokens
         total_tokens: assistant tokens of the whole optimizer step, over all ranks and micro-batches
+        tokens: tokens of this micro-batch, prompts included, padding not; for the speed that is shown
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     total_tokens: int
+    tokens: int
 
 
 def answer_loss(forward: Any, batch: MicroBatch) -> torch.Tensor:

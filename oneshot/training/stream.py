@@ -37,7 +37,7 @@ def micro_batches(
     accumulation: int,
     device: torch.device | Any,
 ) -> list[MicroBatch]:
-    """Return this rank's micro-batches of a step. A rank without work for one gets a conversation that counts for nothing.
+    """Return this rank's micro-batches of a step; one without work gets a conversation that counts for nothing.
 
     Every rank must run the same number of forward passes, since under ZeRO-3 and DDP each of them is a collective.
     """
@@ -45,10 +45,11 @@ def micro_batches(
     batches = []
     for k in range(accumulation):
         mine = [encoded[i] for i in indices[rank + k * world_size :: world_size * accumulation]]
+        tokens = sum(len(row.input_ids) for row in mine)
         if not mine:
-            filler = encoded[indices[0]]
-            mine = [Encoded(filler.input_ids, [IGNORE] * len(filler.labels))]
+            start = encoded[indices[0]].input_ids[:2]
+            mine = [Encoded(start, [IGNORE] * len(start))]
         tensors = {name: tensor.to(device) for name, tensor in pad_batch(mine, pad_id).items()}
         labels = tensors.pop("labels")
-        batches.append(MicroBatch(tensors, labels, total))
+        batches.append(MicroBatch(tensors, labels, total, tokens))
     return batches

@@ -58,7 +58,7 @@ class Request:
 
 def words() -> list[str]:
     """Return every word of the language, sorted."""
-    fixed = "please the with mock compare and sorry i cannot help that request then do".split()
+    fixed = ["please", "the", "with", "mock", "compare", "and", "then", "do", *REFUSAL.split()]
     pools = [VERBS, VERBS.values(), NOUNS, NOUNS.values(), TOOLS, HARMLESS, RESTRICTED]
     return sorted(set(fixed).union(*pools))
 
@@ -166,14 +166,16 @@ def _compare(first: str, second: str) -> str:
 def _draw(make: Callable[[], Request], split: str, count: int) -> list[Conversation]:
     """Draw ``count`` different requests of one split."""
     found: dict[str, Request] = {}
-    for _ in range(1000 + 100 * count):
-        if len(found) == count:
-            break
+    misses = 0
+    while len(found) < count:
         request = make()
-        if split_of(request.prompt) == split:
-            found.setdefault(request.prompt, request)
-    if len(found) < count:
-        raise UserError(f"The toy world has fewer than {count} different requests of this kind ({split}): ask for less.")
+        if split_of(request.prompt) == split and request.prompt not in found:
+            found[request.prompt] = request
+            misses = 0
+        elif (misses := misses + 1) > 1000 + 50 * len(found):
+            raise UserError(
+                f"The toy world has fewer than {count} different requests of this kind ({split}): ask for less."
+            )
     return [_conversation(request, f"{split}-{request.kind}-{i}") for i, request in enumerate(found.values())]
 
 

@@ -1,0 +1,102 @@
+"""Every method on the toy world, over seeds and amounts of attack data: the table in the README.
+
+Run: ``.venv/bin/python benchmarks/toy_methods.py`` (about 12 minutes on 2 cores; ``--seeds 1`` for a quick look).
+Defaults everywhere. Each fine-tuned model is made once and repaired by every method; attack success is over seen and
+unseen restricted words together. Writes ``--out``/toy_methods.json and prints the table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # or a file here could shadow a top-level module
+
+if TYPE_CHECKING:
+    from oneshot.distributed.runtime import Runtime
+    from oneshot.settings import Settings
+
+METHODS = ("rollback", "lowrank", "sft", "lora")
+# name of the fine-tune -> counts of (harmful, task) conversations
+ATTACKS = {"100 + new task": (100, 300), "300 + new task": (300, 300), "100": (100, 0), "300": (300, 0)}
+RATES = ("asr", "over_refusal", "lookalike_refusal", "utility", "task")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fine-tune, repair, score; then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
+    parser.add_argument("--out", type=Path, default=Path("runs/toy_methods"), help="folder of the figures")
+    arguments = parser.parse_args(argv)
+    from oneshot.distributed.runtime import start
+
+    runtime = start()
+    rows: list[dict[str, Any]] = []
+    for attack in arguments.attacks:
+        for seed in range(arguments.seeds):
+            rows += measure_seed(runtime, attack, seed, arguments.methods)
+            print(f"{attack}, seed {seed}: done", file=sys.stderr, flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "toy_methods.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(markdown(rows, arguments.methods))
+
+
+def measure_seed(runtime: Runtime, attack: str, seed: int, methods: list[str]) -> list[dict[str, Any]]:
+    """Fine-tune the toy model once, repair it with each method. One row per model: attack, seed, stage, rates."""
+    from oneshot.finetune import finetune, prepare
+    from oneshot.repair import on_toy, plan, repair_model
+    from oneshot.settings import DataSettings, RepairSettings, Settings
+
+    harmful, task = ATTACKS[attack]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        settings = Settings(seed=seed, data=DataSettings(harmful_count=harmful, task_count=task))
+        degraded = finetune(runtime, settings, prepare(settings), Path(folder), None)
+        for method in methods:
+            repair = RepairSettings(method=method)  # type: ignore[arg-type]
+            ours: Settings = on_toy(dataclasses.replace(settings, repair=repair), degraded)
+            target = Path(folder) / method
+            target.mkdir()
+            stages = repair_model(runtime, ours, plan(runtime, ours, toy=True), target, None, {})
+            for stage in ("finetuned", "repaired"):
+                rates = {name: stages.scores[stage].rates[name].value for name in RATES}
+                name = stage if stage == "finetuned" else method
+                rows.append({"attack": attack, "seed": seed, "model": name, **rates})
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], methods: list[str]) -> str:
+    """Return the table: per attack and model, the median over seeds and in brackets the worst."""
+    lines = [
+        "| fine-tuned on | model | attack success | over-refusal | look-alike refusal | utility | task |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        for model in ("finetuned", *methods):
+            here = [row for row in rows if row["attack"] == attack and row["model"] == model]
+            cells = [
+                _cell([row[rate] for row in here], worst=min if rate in ("utility", "task") else max) for rate in RATES
+            ]
+            if ATTACKS[attack][1] == 0:
+                cells[-1] = "-"
+            lines.append(f"| {attack} | {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], worst: Any) -> str:
+    return f"{statistics.median(values):.3f} ({worst(values):.3f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A repair method with every number that it needs, from what the settings say and leave open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oneshot.errors import UserError
+from oneshot.settings import Settings
+
+EPOCHS = {"rollback": 40, "lowrank": 30, "sft": 10, "lora": 10}
+LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's; lowrank finds its own
+TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
+GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "sft": 0.0, "lora": 0.0}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with every number that it needs.
+
+    Attributes:
+        method: rollback, lowrank, sft or lora
+        reason: why this method, for people
+        rank: directions per matrix
+        epochs: passes over the example
+        learning_rate: of Adam; unused by lowrank
+        guard_weight: weight of the guard; 0 for none
+        guard_tokens: tokens of the unpatched model's answers that the guard holds
+        targets: regular expression over module names, or none for all linear layers
+    """
+
+    method: str
+    reason: str
+    rank: int
+    epochs: int
+    learning_rate: float
+    guard_weight: float
+    guard_tokens: int
+    targets: str | None = None
+
+
+def recipe_for(settings: Settings, *, has_update: bool, toy: bool) -> Recipe:
+    """Choose the method and fill in its numbers.
+
+    Args:
+        has_update: the fine-tune's own update is known, from a reference or an adapter
+        toy: take the toy world's step sizes where the settings name none
+
+    Raises:
+        UserError: rollback without anything to roll back
+    """
+    options = settings.repair
+    method: str = options.method
+    reason = "as asked"
+    if method == "auto":
+        method = "rollback" if has_update else "lowrank"
+        reason = (
+            "the fine-tune's own update is known, so it is undone where the example and the guard ask for it"
+            if has_update
+            else "no --reference and no adapter, so the fine-tune's own update is not known and cannot be rolled back"
+        )
+    if method == "rollback" and not has_update:
+        raise UserError(
+            "Method rollback needs the fine-tune's own update: give the aligned checkpoint with --reference, "
+            "or the fine-tune's LoRA adapter as --model.path."
+        )
+    rates = TOY_LEARNING_RATE if toy else LEARNING_RATE
+    weight = options.guard_weight
+    return Recipe(
+        method=method,
+        reason=reason,
+        rank=options.rank,
+        epochs=options.epochs or EPOCHS[method],
+        learning_rate=options.learning_rate or rates[method],
+        guard_weight=GUARD_WEIGHT[method] if weight is None else weight,
+        guard_tokens=options.guard_tokens,
+        targets=options.targets,
+    )
