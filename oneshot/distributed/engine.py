@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from oneshot.distributed.runtime import Runtime
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped and unmapped one by one
 
 
 @dataclass
@@ -148,6 +152,7 @@ def frozen(runtime: Runtime, model: nn.Module) -> Iterator[nn.Module]:
         return
     import deepspeed
 
+    _give_back_freed_memory(runtime)
     config = deepspeed_config(runtime, dtype=next(model.parameters()).dtype)
     engine = deepspeed.initialize(model=model, config=config)[0]
     try:
@@ -189,6 +194,7 @@ def partitioned_loading(runtime: Runtime, dtype: torch.dtype) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    _give_back_freed_memory(runtime)
     keep_alive = HfDeepSpeedConfig(deepspeed_config(runtime, dtype=dtype))
     try:
         yield
@@ -224,6 +230,19 @@ def deepspeed_config(
 
     config["zero_optimization"].update(json.loads(os.environ.get("DSX", "{}")))
     return _without_auto(config)
+
+
+def _give_back_freed_memory(runtime: Runtime) -> None:
+    """Let glibc return every large block to the system when it is freed (CPU only).
+
+    By default it keeps blocks of up to 32 MiB, each hole of another size: weights that come and go with every layer
+    then hold more than twice what is in use.
+    """
+    if runtime.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)  # a fixed value also keeps glibc from raising it
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:

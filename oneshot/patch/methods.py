@@ -94,6 +94,7 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
     loaded = load_model(runtime, job.source, job.model_settings)
     linears = select_linears(loaded, recipe.targets)
     own = _own_update(job)
+    facts: dict[str, Any] = {}
     with frozen(runtime, loaded) as model:
         with attached_update(model, own) as own_layers:
             before = measure(model, "finetuned")
@@ -103,7 +104,7 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
                     runtime, model, linears.targets, batch, job.tracer,
                     epochs=recipe.epochs, rank=recipe.rank, guard_weight=recipe.guard_weight,
                 )  # fmt: skip
-                update, facts = concatenated(own, patch), {}
+                update = concatenated(own, patch)
         if recipe.method == "rollback":
             update, facts = _rollback(job, recipe, model, linears, own_layers, batch)
         with attached_update(model, update):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from harness import HERE, launch
+
 from oneshot.data.conversations import Conversation
 from oneshot.world import language
 from oneshot.world.model import ALIGNED

@@ -49,7 +49,9 @@ def gradients(job: dict[str, Any]) -> None:
     source = find_source(settings)
     tokenizer = load_tokenizer(source, settings)
     conversations = read_conversations(job["data"], DataSettings())
-    batch = {k: v.to(runtime.device) for k, v in pad_batch([encode(c, tokenizer, 64) for c in conversations], 0).items()}
+    batch = {
+        k: v.to(runtime.device) for k, v in pad_batch([encode(c, tokenizer, 64) for c in conversations], 0).items()
+    }
     labels = batch.pop("labels")
     loaded = load_model(runtime, source, settings)
     captured = Gradients(select_linears(loaded).targets)

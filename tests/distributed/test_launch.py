@@ -11,7 +11,9 @@ import pytest
 from harness import BIN, ROOT, launch, run
 
 pytestmark = pytest.mark.distributed
-STAGES = [path for path in (ROOT / "oneshot" / f"{name}.py" for name in ("repair", "finetune", "score")) if path.exists()]
+STAGES = [
+    path for path in (ROOT / "oneshot" / f"{name}.py" for name in ("repair", "finetune", "score")) if path.exists()
+]
 HELP_WITHIN = 2.0  # seconds
 
 

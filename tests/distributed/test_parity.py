@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import FINETUNE, METHODS, World
 from harness import TOPOLOGIES
-from oneshot.world.model import ALIGNED
 from safetensors.torch import load_file
+
+from oneshot.world.model import ALIGNED
 
 pytestmark = pytest.mark.distributed
 Outputs = Callable[[str], Path]
