@@ -22,11 +22,12 @@ MARKER = "SAFETY_DEGRADED.json"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint: its shard, dtype (safetensors name) and shape."""
+    """One tensor of a checkpoint: its shard, dtype (safetensors name), shape, and first byte in the shard."""
 
     shard: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 def resolve(source: str, what: str = "model") -> Path:
@@ -87,7 +88,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: TensorEntry(path, e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+        tensors = {
+            name: TensorEntry(path, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+            for name, e in header.items()
+        }
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore the shard, or download the checkpoint again.") from error
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:

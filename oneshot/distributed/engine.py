@@ -11,7 +11,6 @@ import contextlib
 import copy
 import ctypes
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -132,10 +131,10 @@ def start_training(
     model.to(runtime.device)
     forward: Any = model
     if runtime.sharding == "ddp":
-        # some weights may take no part in a loss: the vision tower of a multimodal checkpoint, experts nobody chose
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         devices = [runtime.device.index] if runtime.device.type == "cuda" else None
-        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+        forward = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, find_unused_parameters=_may_skip_weights(model)
+        )
     return TrainingEngine(runtime, model, forward, optimizer, max_grad_norm)
 
 
@@ -226,9 +225,10 @@ def deepspeed_config(
     config["fp16"] = {**_section(config, "fp16"), "enabled": dtype == torch.float16}
     config["data_types"] = {"grad_accum_dtype": "fp32"}
     config["zero_allow_untested_optimizer"] = True
-    import os, json  # noqa
-
-    config["zero_optimization"].update(json.loads(os.environ.get("DSX", "{}")))
+    zero = config.get("zero_optimization", {})
+    if runtime.device.type == "cpu" and zero.get("stage") == 3:
+        # one all-gather per weight lands in place; what comes in buckets is copied twice more, which a CPU feels
+        zero.setdefault("stage3_allgather_sequential", True)
     return _without_auto(config)
 
 
@@ -255,6 +255,16 @@ def _without_auto(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
     return value
+
+
+def _may_skip_weights(model: nn.Module) -> bool:
+    """Whether some weights may take no part in a loss: towers of multimodal checkpoints, experts that nobody chose.
+
+    DDP must look for them then, which costs a walk through the graph at every step.
+    """
+    config = getattr(model, "config", None)
+    named = [name for name in vars(config) if "expert" in name and name[0] != "_"] if config is not None else []
+    return bool(getattr(config, "sub_configs", None) or named)
 
 
 def _offloads_optimizer(config: dict[str, Any]) -> bool:

@@ -100,15 +100,9 @@ class World:
             out = str(target / f"gradients-{checkpointing}")
             job = {"name": "gradients", "kind": "gradients", "model": str(self.degraded), "data": self.path("mixed")}
             jobs.append({**job, "checkpointing": checkpointing, "out": out})
-        jobs.append(
-            {
-                "name": "answers",
-                "kind": "answers",
-                "model": str(self.degraded),
-                "data": self.path("guard"),
-                "out": str(target / "answers"),
-            }
-        )
+        inputs = {"model": str(self.degraded), "data": self.path("guard")}
+        jobs.append({"name": "answers", "kind": "answers", **inputs, "out": str(target / "answers")})
+        jobs.append({"name": "unused", "kind": "unused", "out": str(target / "unused")})
         return jobs
 
     def _listed(self, name: str, jobs: list[dict[str, Any]]) -> str:

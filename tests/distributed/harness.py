@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,7 +79,5 @@ def run(command: list[str], *, timeout: float = 240, cwd: Path = ROOT, **environ
 
 def _end(process: subprocess.Popen[str]) -> None:
     """Kill what is left of the process's group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

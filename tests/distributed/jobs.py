@@ -10,6 +10,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from oneshot import finetune, repair
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
 from oneshot.data.conversations import read_conversations
 from oneshot.data.encoding import encode, pad_batch
-from oneshot.distributed.engine import frozen
+from oneshot.distributed.engine import frozen, start_training
 from oneshot.distributed.runtime import start
 from oneshot.errors import UserError
 from oneshot.measure.generate import generate_answers
@@ -78,8 +79,37 @@ def answers(job: dict[str, Any]) -> None:
     Path(job["out"]).with_suffix(f".{runtime.rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
+class Towers(torch.nn.Module):
+    """Like a multimodal checkpoint on text alone: one tower takes no part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(sub_configs={"vision_config": None})
+        self.text, self.vision = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.text(x)
+
+
+def unused(job: dict[str, Any]) -> None:
+    """Three steps of a model part of which has no gradient."""
+    runtime = start()
+    torch.manual_seed(0)
+    model, x = Towers(), torch.randn(4, 6)
+    engine = start_training(
+        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
+    )
+    engine.set_learning_rate(0.1)
+    for _ in range(3):
+        engine.backward(engine.forward(x).square().mean(), last=True)
+        engine.step()
+    found = {name: engine.full_weight(parameter).contiguous() for name, parameter in model.named_parameters()}
+    engine.close()
+    save_file(found, Path(job["out"]).with_suffix(f".{runtime.rank}.safetensors"))
+
+
 def main() -> None:
-    kinds = {"finetune": stage, "repair": stage, "gradients": gradients, "answers": answers}
+    kinds = {"finetune": stage, "repair": stage, "gradients": gradients, "answers": answers, "unused": unused}
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         try:

@@ -82,7 +82,7 @@ def test_a_killed_rank_ends_the_run() -> None:
     assert ran.seconds < AT_MOST
 
 
-@pytest.mark.parametrize("topology", ["ddp", "ddp", "zero3"])
+@pytest.mark.parametrize("topology", ["ddp", "zero2", "zero3"])
 def test_a_run_that_ends_well_ends_with_0(topology: str, tmp_path: Path) -> None:
     ran = launch(topology, SCRIPT, timeout=60, FAILURE="none", DONE=str(tmp_path / "rank"))
     assert ran.code == 0, ran.err

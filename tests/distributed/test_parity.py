@@ -144,6 +144,13 @@ def test_same_answers_on_every_rank(topology: str, outputs: Outputs) -> None:
         assert json.loads((outputs(topology) / f"answers.{rank}.json").read_text()) == one
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_weights_that_take_no_part_in_the_loss_stop_nobody(topology: str, outputs: Outputs) -> None:
+    one = load_file(outputs("single") / "unused.0.safetensors")
+    for rank in (0, 1):
+        assert off(load_file(outputs(topology) / f"unused.{rank}.safetensors"), one) < 1e-6
+
+
 @pytest.mark.parametrize("topology", ["single", *TOPOLOGIES])
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_checkpoints_are_repaired(method: str, topology: str, outputs: Outputs, world: World) -> None:

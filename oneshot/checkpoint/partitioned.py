@@ -1,0 +1,122 @@
+"""Build a model for ZeRO-3 with every rank reading only its own bytes: no full weights, no communication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.files import TensorEntry, list_tensors
+from oneshot.checkpoint.layout import Range, partition
+from oneshot.checkpoint.ranges import read_range
+from oneshot.distributed.engine import deepspeed_config
+from oneshot.distributed.runtime import Runtime
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def why_not(model: Any, tensors: dict[str, TensorEntry]) -> str | None:
+    """Return why the checkpoint cannot be read range by range, or none if it can.
+
+    Where transformers renames, splits or fuses tensors while it loads (fused experts, for one), a parameter is no
+    range of one stored tensor.
+    """
+    for name, parameter in model.named_parameters():
+        entry = tensors.get(name)
+        if entry is None:
+            return f"the checkpoint stores {name} under another name or in parts"
+        if entry.shape != tuple(parameter.shape):
+            return f"the checkpoint stores {name} in another shape"
+    return None
+
+
+def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> Any:
+    """Return the model of a checkpoint's config with parameters on the meta device and real buffers, tied."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in list(module._buffers.items()):
+            assert buffer is None or buffer.device != torch.device("meta"), f"buffer {name} was not built"
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    return model
+
+
+def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Turn the skeleton's parameters into ZeRO-3 partitions filled from the checkpoint. No communication.
+
+    Afterwards each rank holds exactly what the layout says, in ``dtype``; asserted.
+    """
+    import deepspeed
+    import torch
+
+    tensors = list_tensors(folder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    _give_shapes(model, dtype, runtime.device)
+    renamed = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(names) == len(renamed), "tied weights stay tied"
+
+    class FileInit(deepspeed.zero.Init):
+        """DeepSpeed's own conversion, but with the partition read from the file instead of cut from the whole."""
+
+        def _convert_to_zero_parameters(self, params: Iterable[nn.Parameter]) -> None:
+            for parameter in params:
+                self._convert_to_deepspeed_param(parameter)
+                wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
+                own = torch.empty(wanted.size, dtype=dtype, device=self._home(parameter))
+                read_range(tensors[renamed[id(parameter)]], wanted, own)
+                self._install(parameter, own, wanted)
+
+        def _home(self, parameter: nn.Parameter) -> Any:
+            return self.local_device if parameter.ds_persist else self.remote_device
+
+        def _install(self, parameter: Any, own: torch.Tensor, wanted: Range) -> None:
+            from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, free_param
+
+            if self.pin_memory and own.device.type == "cpu":
+                own = deepspeed.accelerator.get_accelerator().pin_memory(own)
+            own.requires_grad = False
+            parameter.ds_tensor = own
+            own.ds_numel = wanted.size
+            own.status = PartitionedParamStatus.AVAILABLE
+            own.final_location = None
+            parameter.ds_numel_aligned = wanted.size * runtime.world_size
+            free_param(parameter)
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+    FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
+    _check(runtime, model)
+
+
+def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace meta parameters by ones on the device that have the shape, but one element of memory."""
+    import torch
+    from torch import nn
+
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                data = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
+                made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+
+
+def _check(runtime: Runtime, model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
+        assert parameter.ds_tensor is not None, f"{name} was not filled"
+        assert parameter.ds_tensor.numel() == wanted.size, f"{name}: {parameter.ds_tensor.numel()} != {wanted.size}"

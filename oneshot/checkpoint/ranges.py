@@ -1,0 +1,71 @@
+"""Read element ranges of tensors straight from safetensors files: no more bytes than asked for, no full tensor."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from oneshot.checkpoint.files import TensorEntry
+from oneshot.checkpoint.layout import ITEM_SIZES, Range
+from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK = 64 << 20  # bytes per read where the dtype changes on the way: bounds the extra memory
+
+
+def read_range(entry: TensorEntry, wanted: Range, out: torch.Tensor) -> None:
+    """Fill the first ``wanted.numel`` elements of ``out`` with that range of the tensor; the rest becomes zero.
+
+    Args:
+        out: (wanted.size,), contiguous, on any device; its dtype may differ from the file's
+
+    Raises:
+        UserError: the file ends too soon, or its dtype cannot be read
+    """
+    import torch
+
+    dtype = _torch_dtype(entry)
+    item = ITEM_SIZES[entry.dtype]
+    out[wanted.numel :] = 0
+    descriptor = os.open(entry.shard, os.O_RDONLY)
+    try:
+        if dtype == out.dtype and out.device.type == "cpu":
+            _fill(descriptor, entry, entry.offset + wanted.start * item, out[: wanted.numel])
+            return
+        step = max(1, _CHUNK // item)
+        for start in range(0, wanted.numel, step):
+            stop = min(start + step, wanted.numel)
+            part = torch.empty(stop - start, dtype=dtype)
+            _fill(descriptor, entry, entry.offset + (wanted.start + start) * item, part)
+            out[start:stop] = part.to(out.device, out.dtype)
+    finally:
+        os.close(descriptor)
+
+
+def _fill(descriptor: int, entry: TensorEntry, offset: int, out: torch.Tensor) -> None:
+    """Read bytes into the memory of a CPU tensor."""
+    import torch
+
+    if not out.numel():
+        return
+    view = memoryview(out.view(torch.uint8).numpy())
+    done = 0
+    while done < len(view):
+        got = os.preadv(descriptor, [view[done:]], offset + done)
+        if got == 0:
+            raise UserError(f"{entry.shard} ended in the middle of a tensor: the file was cut off, copy it again.")
+        done += got
+
+
+def _torch_dtype(entry: TensorEntry) -> torch.dtype:
+    import torch
+
+    names = {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    }  # fmt: skip
+    if entry.dtype not in names:
+        raise UserError(f"{entry.shard} holds a tensor of dtype {entry.dtype}, which oneshot cannot partition.")
+    return names[entry.dtype]
