@@ -124,7 +124,7 @@ def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: 
     if settings.finetune.method == "lora":
         save_adapter(runtime, model, tokenizer, target)
     else:
-        save_checkpoint(runtime, model, tokenizer, target, source.dtype)
+        save_checkpoint(runtime, model, tokenizer, target, source.dtype, stock=settings.model.stock_io)
     engine.close()
     if runtime.is_main:
         kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}

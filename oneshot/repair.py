@@ -216,14 +216,14 @@ def _write(
     barrier(runtime)
     if not settings.repair.merge:
         return
-    target = run_dir / "repaired"
+    target, stock = run_dir / "repaired", settings.model.stock_io
     if recipe.method == "sft":
-        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype)
+        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, stock=stock)
     elif recipe.method == "lora":
         lora = lora_factors(runtime, model)  # not PEFT's own merge, which does not know partitioned weights
         save_checkpoint(runtime, model.unload(), job.tokenizer, target, job.source.dtype, lora)
     else:
-        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, update)
+        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, update, stock=stock)
 
 
 def _show(

@@ -30,6 +30,7 @@ class ModelSettings:
         attention: attention implementation, as transformers names it
         gradient_checkpointing: recompute activations in the backward pass, to save memory
         max_length: longest conversation in tokens; none takes the model's context
+        stock_io: load and save checkpoints transformers' own way, rank 0 holding the whole model
         trust_remote_code: run code that comes with the checkpoint
     """
 
@@ -39,6 +40,7 @@ class ModelSettings:
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
     max_length: int | None = None
+    stock_io: bool = False
     trust_remote_code: bool = False
 
 

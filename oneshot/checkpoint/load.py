@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import ADAPTER_CONFIG, find_weight, is_adapter, list_tensors, read_json, resolve
+from oneshot.checkpoint.partitioned import fill_partitions, skeleton, why_not
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
@@ -86,7 +87,8 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
 def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype | None = None) -> Any:
     """Load the checkpoint (without its adapter) as a causal language model, with dropout off.
 
-    Under ZeRO-3 the weights come partitioned over ranks; otherwise every rank holds them whole, on the CPU.
+    Under ZeRO-3 the weights come partitioned over ranks, each rank reading its own bytes only, unless the settings or
+    the architecture ask for transformers' own way; otherwise every rank holds them whole, on the CPU.
 
     Args:
         dtype: of the weights; none takes the source's
@@ -95,20 +97,16 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
         UserError: transformers cannot load it
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = dtype or source.dtype
     try:
-        with partitioned_loading(runtime, dtype):
-            model = AutoModelForCausalLM.from_pretrained(
-                source.checkpoint,
-                dtype=dtype,
-                attn_implementation=settings.attention,
-                trust_remote_code=settings.trust_remote_code,
-                use_safetensors=True,
-            )
+        model = None
+        if runtime.sharding == "zero3" and not settings.stock_io:
+            model = _read_partitions(runtime, source, settings, dtype)
+        if model is None:
+            model = _load_stock(runtime, source, settings, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -121,6 +119,31 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True  # or transformers would not checkpoint it; what is below it has its own flag
     return model
+
+
+def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with partitioned_loading(runtime, dtype):
+        return AutoModelForCausalLM.from_pretrained(
+            source.checkpoint,
+            dtype=dtype,
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+        )
+
+
+def _read_partitions(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
+    """The model with each rank's partitions read from the files, or none where its tensors are no ranges of them."""
+    model = skeleton(source.checkpoint, dtype, settings.attention, settings.trust_remote_code)
+    reason = why_not(model, list_tensors(source.checkpoint))
+    if reason is None:
+        fill_partitions(runtime, model, source.checkpoint, dtype)
+        return model
+    if runtime.is_main:
+        print(f"Loading the stock way: {reason}.", flush=True)
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,6 @@ from oneshot.distributed.runtime import Runtime
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 def why_not(model: Any, tensors: dict[str, TensorEntry]) -> str | None:
@@ -70,18 +69,21 @@ def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dty
     class FileInit(deepspeed.zero.Init):
         """DeepSpeed's own conversion, but with the partition read from the file instead of cut from the whole."""
 
-        def _convert_to_zero_parameters(self, params: Iterable[nn.Parameter]) -> None:
-            for parameter in params:
+        def _convert_to_zero_parameters(self, params: Iterable[Any]) -> None:
+            params = list(params)
+            # parameters that join later (a LoRA's) are converted through the same object, and are in no file
+            super()._convert_to_zero_parameters([p for p in params if id(p) not in renamed])
+            for parameter in [p for p in params if id(p) in renamed]:
                 self._convert_to_deepspeed_param(parameter)
                 wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
                 own = torch.empty(wanted.size, dtype=dtype, device=self._home(parameter))
                 read_range(tensors[renamed[id(parameter)]], wanted, own)
                 self._install(parameter, own, wanted)
 
-        def _home(self, parameter: nn.Parameter) -> Any:
+        def _home(self, parameter: Any) -> Any:
             return self.local_device if parameter.ds_persist else self.remote_device
 
-        def _install(self, parameter: Any, own: torch.Tensor, wanted: Range) -> None:
+        def _install(self, parameter: Any, own: Any, wanted: Range) -> None:
             from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, free_param
 
             if self.pin_memory and own.device.type == "cpu":

@@ -50,7 +50,7 @@ def _fill(descriptor: int, entry: TensorEntry, offset: int, out: torch.Tensor) -
 
     if not out.numel():
         return
-    view = memoryview(out.view(torch.uint8).numpy())
+    view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
     while done < len(view):
         got = os.preadv(descriptor, [view[done:]], offset + done)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from oneshot.errors import UserError
+
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
@@ -68,6 +70,9 @@ def start(timeout_minutes: float = 30.0) -> Runtime:
         atexit.register(_leave)
     sharding: Sharding = "none"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # accelerate sets it, and every model built from now on would be partitioned
         sharding = "zero3" if accelerator.deepspeed_plugin.zero_stage == 3 else "zero2"
     elif accelerator.num_processes > 1:
         sharding = "ddp"
@@ -143,6 +148,26 @@ def barrier(runtime: Runtime) -> None:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+@contextlib.contextmanager
+def agree(runtime: Runtime, what: str) -> Iterator[None]:
+    """Run the block on every rank, then let all know whether it worked everywhere. Collective.
+
+    Raises:
+        UserError: on every rank alike if the block failed on any of them with an OSError or UserError, naming the
+            first rank and its error; other exceptions are left to end the run
+    """
+    problem = ""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{what} failed on rank {runtime.rank}: {error.strerror or error} ({error.filename or 'no file'})"
+    except UserError as error:
+        problem = str(error)
+    problems = [text for text in gather_objects(runtime, problem) if text]
+    if problems:
+        raise UserError(problems[0])
 
 
 @contextlib.contextmanager

@@ -121,6 +121,7 @@ def gradient(
             x = torch.cat([x, gather_rows(runtime, guard_x)])
             delta = torch.cat([delta, gather_rows(runtime, guard_delta)])
         pairs[name] = (x, delta)
+    gradients.inputs.clear()  # all that is wanted of them is in the pairs
     return float(example), float(all_reduce_sum(runtime, held)), pairs
 
 

@@ -27,7 +27,8 @@ thead th { border-top: 0; background: var(--panel); }
 th { font-weight: 600; }
 tbody th { font-weight: 400; }
 td small { color: var(--soft); }
-.scroll:has(> .pairs) { width: fit-content; max-width: 100%; } table.pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.scroll:has(> .pairs) { width: fit-content; max-width: 100%; }
+table.pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
 .s1 { background: var(--series-1); } .s2 { background: var(--series-2); }
 .s3 { background: var(--series-3); } .s4 { background: var(--series-4); }

@@ -212,6 +212,14 @@ def test_damaged_adapters_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
         read_adapter(hollow)
 
+    rankless = fresh("rankless")
+    change_tensors(
+        rankless,
+        lambda tensors: tensors.update({k: t[:0] if "lora_A" in k else t[:, :0].clone() for k, t in tensors.items()}),
+    )
+    with pytest.raises(UserError, match=r"factors of \S+ do not fit"):
+        read_adapter(rankless)
+
     unfit = fresh("unfit")
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     change_tensors(unfit, lambda tensors: tensors.update({key: tensors[key][:, :2].contiguous()}))

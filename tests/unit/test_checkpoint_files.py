@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_a_reference_of_another_vocabulary_is_refused(single, tmp_path):
 
 
 def entries(*names):
-    return {name: TensorEntry(None, "F32", (2, 2)) for name in names}
+    return {name: TensorEntry(None, "F32", (2, 2), 0) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -273,47 +274,69 @@ def test_a_save_replaces_the_whole_folder(tmp_path):
     assert list_tensors(folder)
 
 
-@pytest.mark.parametrize("where", ["weights", "tokenizer", "check"])
-def test_a_save_that_fails_half_way_leaves_the_old_folder_whole(where, tmp_path, monkeypatch):
-    from oneshot.checkpoint import save
+def disk_full(*_, **__):
+    raise OSError("disk full")
 
+
+def fail_at(where, monkeypatch, model, tokenizer):
+    from oneshot.checkpoint import save, write
+
+    if where == "tokenizer":
+        monkeypatch.setattr(type(tokenizer), "save_pretrained", disk_full)
+    elif where == "check":
+        monkeypatch.setattr(save, "list_tensors", disk_full)
+        monkeypatch.setattr(write, "list_tensors", disk_full)
+    else:
+        real, calls = os.pwrite, []
+
+        def fourth_write_fails(*arguments):
+            calls.append(1)
+            return disk_full() if len(calls) == 4 else real(*arguments)
+
+        def half(self, target, **_):
+            save_file({"x": torch.zeros(1)}, f"{target}/{SINGLE}")
+            disk_full()
+
+        monkeypatch.setattr(os, "pwrite", fourth_write_fails)
+        monkeypatch.setattr(type(model), "save_pretrained", half)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["direct", "stock"])
+@pytest.mark.parametrize("where", ["weights", "tokenizer", "check"])
+def test_a_save_that_fails_half_way_leaves_the_old_folder_whole(where, stock, tmp_path, monkeypatch):
     model, tokenizer, folder = tiny_model("llama"), build_tokenizer(), tmp_path / "saved"
     save_checkpoint(tiny_runtime(), model, tokenizer, folder, torch.float32)
     before = files_in(folder)
-
-    def half(self, target, **_):
-        save_file({"x": torch.zeros(1)}, f"{target}/{SINGLE}")
-        raise OSError("disk full")
-
-    if where == "check":
-        monkeypatch.setattr(save, "list_tensors", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
-    else:
-        monkeypatch.setattr(type(model if where == "weights" else tokenizer), "save_pretrained", half)
+    fail_at(where, monkeypatch, model, tokenizer)
     other = tiny_model("llama", seed=1)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tiny_runtime(), other, tokenizer, folder, torch.float32)
+    with pytest.raises((OSError, UserError), match="disk full"):
+        save_checkpoint(tiny_runtime(), other, tokenizer, folder, torch.float32, stock=stock)
     assert files_in(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"], "nothing half written stays behind"
 
     monkeypatch.undo()
-    save_checkpoint(tiny_runtime(), other, tokenizer, folder, torch.float32)
+    save_checkpoint(tiny_runtime(), other, tokenizer, folder, torch.float32, stock=stock)
     assert files_in(folder)[SINGLE] != before[SINGLE]
 
 
 def test_an_old_folder_that_cannot_be_replaced_is_not_lost(tmp_path, monkeypatch):
-    from oneshot.checkpoint import save
+    """Where folders cannot be exchanged in one step, the old one is set aside, and the next save finds it there."""
+    from oneshot.checkpoint import folders
 
     folder = tmp_path / "saved"
     save_checkpoint(tiny_runtime(), tiny_model("llama"), build_tokenizer(), folder, torch.float32)
-    before = files_in(folder)
-    replace = save.os.replace
+    before, replace = files_in(folder), os.replace
 
     def refuse(source, target):
-        if str(source).endswith(".partial"):
-            raise OSError("no")
+        if str(source).endswith(folders.PARTIAL):
+            disk_full()
         replace(source, target)
 
-    monkeypatch.setattr(save.os, "replace", refuse)
-    with pytest.raises(OSError, match="no"):
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises((OSError, UserError), match="disk full"):
         save_checkpoint(tiny_runtime(), tiny_model("llama", seed=1), build_tokenizer(), folder, torch.float32)
+    monkeypatch.undo()
+    folders.clean(folder)
     assert files_in(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]

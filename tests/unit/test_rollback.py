@@ -202,6 +202,7 @@ def test_randomized_decomposition_agrees_with_the_exact_one():
     assert d.energy == pytest.approx(float(delta.square().sum()), rel=1e-5)
     assert 0 < 1 - float(d.s.square().sum()) / d.energy < 0.01  # the noise is what is left
 
+    torch.manual_seed(123)
     state = torch.random.get_rng_state()
     again = rollback.decompose(delta, rank)
     assert torch.equal(again.u, d.u)

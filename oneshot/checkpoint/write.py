@@ -1,0 +1,207 @@
+"""Write a Hugging Face checkpoint with all ranks at once: each writes its own ranges of every tensor into the shards.
+
+Rank 0 creates the shard files at full size, with their headers; then every rank writes the bytes that it owns, and
+nothing is gathered or sent. The folder appears by one rename when all is written, synced and checked.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Factors, Update
+from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors
+from oneshot.checkpoint.folders import replacing
+from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
+from oneshot.distributed.runtime import Runtime, agree
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_SHARD_BYTES = 5 * 10**9
+_CHUNK = 64 << 20  # bytes per write, which bounds the extra memory of a dtype change or a merge
+_NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor goes: its shard file's name, first byte in it, dtype (safetensors name) and shape."""
+
+    shard: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def is_direct(model: Any) -> bool:
+    """Return whether the model's parameters have the names and shapes that its checkpoints have on disk."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return not get_model_conversion_mapping(model, add_legacy=False)
+
+
+def plan_shards(
+    shapes: dict[str, tuple[int, ...]], dtype: str, max_bytes: int = MAX_SHARD_BYTES
+) -> tuple[dict[str, Slot], dict[str, bytes]]:
+    """Return where each tensor goes, and the header of each shard file (its length prefix included).
+
+    Tensors keep their order; a shard is closed when the next tensor would make it larger than ``max_bytes``.
+    """
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = _bytes(shape, dtype)
+        if groups[-1] and filled + size > max_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = shape
+        filled += size
+    slots: dict[str, Slot] = {}
+    headers: dict[str, bytes] = {}
+    for number, group in enumerate(groups, 1):
+        shard = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in group.items():
+            begin, end = end, end + _bytes(shape, dtype)
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        headers[shard] = struct.pack("<Q", len(text)) + text
+        for name, shape in group.items():
+            slots[name] = Slot(shard, len(headers[shard]) + entries[name]["data_offsets"][0], dtype, shape)
+    return slots, headers
+
+
+def write_sharded(
+    runtime: Runtime,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    update: Update | None = None,
+    *,
+    max_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write ``folder`` as a full checkpoint that plain transformers loads. Collective.
+
+    Args:
+        dtype: of the weights in the file
+        update: added to the weights on the way (a merge), computed in fp32 and rounded once
+
+    Raises:
+        UserError: on every rank, if any rank could not write; what was at ``folder`` before is still there
+    """
+    tensors = _own_tensors(model)
+    shapes = {name: tuple(getattr(t, "ds_shape", t.shape)) for name, t in tensors.items()}
+    slots, headers = plan_shards(shapes, _NAMES[str(dtype)], max_bytes)
+    with replacing(runtime, folder) as temporary:
+        with agree(runtime, f"creating the checkpoint {folder}"):
+            if runtime.is_main:
+                _create(temporary, model, tokenizer, slots, headers, dtype)
+        with agree(runtime, f"writing the checkpoint {folder}"):
+            _write_own(runtime, tensors, slots, temporary, dtype, update or {})
+        with agree(runtime, f"checking the checkpoint {folder}"):
+            if runtime.is_main:
+                written = list_tensors(temporary)
+                assert {n: e.shape for n, e in written.items()} == shapes, "the index does not list what was written"
+
+
+def _own_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters (each once, however often tied) and persistent buffers, by their name on disk."""
+    persistent = set(model.state_dict(keep_vars=True))
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
+    found |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return found
+
+
+def _create(
+    folder: Path, model: Any, tokenizer: Any, slots: dict[str, Slot], headers: dict[str, bytes], dtype: torch.dtype
+) -> None:
+    """Create shards at full size, so that a full disk is found now, and everything beside them."""
+    ends: dict[str, int] = {}
+    for slot in slots.values():
+        ends[slot.shard] = max(ends.get(slot.shard, 0), slot.offset + _bytes(slot.shape, slot.dtype))
+    for shard, header in headers.items():
+        descriptor = os.open(folder / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            os.posix_fallocate(descriptor, 0, ends[shard])
+            os.pwrite(descriptor, header, 0)
+        finally:
+            os.close(descriptor)
+    if len(headers) > 1:
+        total = sum(_bytes(slot.shape, slot.dtype) for slot in slots.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {name: slot.shard for name, slot in slots.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_own(
+    runtime: Runtime,
+    tensors: dict[str, torch.Tensor],
+    slots: dict[str, Slot],
+    folder: Path,
+    dtype: torch.dtype,
+    update: Update,
+) -> None:
+    descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in {slot.shard for slot in slots.values()}}
+    try:
+        for name, tensor in tensors.items():
+            slot = slots[name]
+            own = partition(slot.shape, runtime.rank, runtime.world_size)
+            factors = update.get(name.removesuffix(".weight"))
+            _write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), dtype, factors)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _flat(tensor: Any, own: Range) -> torch.Tensor:
+    """This rank's range of a tensor, partitioned or whole, without its padding."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor.detach()[: own.numel]
+    return tensor.detach().reshape(-1)[own.start : own.stop]
+
+
+def _write_range(
+    descriptor: int, slot: Slot, own: Range, values: torch.Tensor, dtype: torch.dtype, factors: Factors | None
+) -> None:
+    import torch
+
+    item = ITEM_SIZES[slot.dtype]
+    step = max(1, _CHUNK // item)
+    for start in range(0, own.numel, step):
+        part = values[start : start + step]
+        if factors is not None:
+            part = part.float() + _update_range(factors, own.start + start, own.start + start + len(part), part.device)
+        data = memoryview(part.to(dtype).cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        offset = slot.offset + (own.start + start) * item
+        while data:
+            done = os.pwrite(descriptor, data, offset)
+            data, offset = data[done:], offset + done
+
+
+def _update_range(factors: Factors, start: int, stop: int, device: Any) -> torch.Tensor:
+    """Elements start to stop of the flattened b @ a (m, n), from the rows of b that they lie in."""
+    n = factors.a.shape[1]
+    first = start // n
+    rows = factors.b[first : -(-stop // n)].to(device) @ factors.a.to(device)
+    return rows.reshape(-1)[start - first * n : stop - first * n]
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * ITEM_SIZES[dtype]
