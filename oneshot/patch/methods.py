@@ -245,10 +245,11 @@ def _weight_change(job: Job, recipe: Recipe, engine: TrainingEngine, linears: Li
     parameters = dict(engine.model.named_parameters())
     by_module = {names[id(p)]: (key, p) for key, p in parameters.items() if id(p) in names}
 
-    def change(key: str, parameter: Any) -> torch.Tensor:
+    def change(key: str, parameter: Any) -> torch.Tensor | None:
         whole = engine.full_weight(parameter)
         found = key if key in stored else find_weight(stored, key.removesuffix(".weight"))
-        assert found is not None, f"{key} is in no shard of {job.source.checkpoint}"
+        if found is None or stored[found].shape != tuple(whole.shape):
+            return None  # transformers fused it while loading (experts): no stored tensor to compare with
         return whole - read_tensor(stored[found], found).to(whole.device, whole.dtype)
 
     def delta_of(module: str, mine: bool) -> torch.Tensor | None:
@@ -260,8 +261,14 @@ def _weight_change(job: Job, recipe: Recipe, engine: TrainingEngine, linears: Li
 
     rank = recipe.rank + (max(f.rank for f in job.adapter.update.values()) if job.adapter else 0)
     directions = rollback.shared_directions(job.runtime, linears.targets, rank, delta_of)
-    others = sum(float(change(k, p).square().sum()) for k, p in parameters.items() if id(p) not in names)
-    total = others + sum(d.energy for d in directions.values())
+    total = sum(d.energy for d in directions.values())
+    unmeasured = 0
+    for key, parameter in parameters.items():
+        if id(parameter) not in names:
+            moved = change(key, parameter)
+            unmeasured += moved is None
+            total += 0.0 if moved is None else float(moved.square().sum())
     held = sum(float(d.s.square().sum()) for d in directions.values())
     update = {name: rollback.update_factors(d, d.s.new_ones(len(d.s))) for name, d in directions.items()}
-    return update, {"truncation_error": math.sqrt(max(0.0, 1 - held / total)) if total else 0.0}
+    error = math.sqrt(max(0.0, 1 - held / total)) if total else 0.0
+    return update, {"truncation_error": error, **({"tensors_not_compared": unmeasured} if unmeasured else {})}
