@@ -33,25 +33,16 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("stock", "lowrank", "rollback")
 TOKENS, ANSWER = 96, 32  # tokens of the example, and those at its end that carry loss
 RANK = 20
-GIB = 2**30
 SIZES: dict[str, dict[str, Any]] = {  # 0.45 B parameters; a small one to try the script itself
     "0.45b": {"hidden_size": 1024, "intermediate_size": 3840, "num_hidden_layers": 24, "vocab_size": 32000},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000},
 }
+_FITTED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 STOCK_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 1,
     "gradient_clipping": 1.0,
     "bf16": {"enabled": True},
-    "zero_optimization": {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-    },
-    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "contiguous_gradients": True, **dict.fromkeys(_FITTED, "auto")},
 }
 
 
@@ -78,7 +69,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     own = ["--folder", str(folder), "--size", args.size, "--steps", str(args.steps)]
     script = [str(Path(__file__).resolve())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *script, "--role", "build", *own], check=True, env=environment)
+    subprocess.run([sys.executable, *script, "--role", "build", *own], check=True, env=environment, stdout=sys.stderr)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
     figures: dict[str, dict[str, Any]] = {}
     for variant in args.variants:
@@ -118,44 +109,57 @@ def work(variant: str, folder: Path, steps: int) -> None:
     """Be one process of a variant: load, step, and write what this rank saw."""
     import torch.distributed as dist
 
-    peak = PeakRss()
+    seen = Observer()
     run = {"stock": run_stock, "lowrank": run_lowrank, "rollback": run_rollback}[variant]
-    times, losses = run(folder / "checkpoint", steps, peak)
-    peak.note("step")
-    seconds = [after - before for before, after in itertools.pairwise(times)]
-    found = {"step_seconds": seconds, "losses": losses, **peak.phases}
-    (folder / f"{variant}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    run(folder / "checkpoint", steps, seen)
+    seen.end("step")
+    (folder / f"{variant}-{os.environ['RANK']}.json").write_text(json.dumps(seen.found()))
     dist.barrier()
     dist.destroy_process_group()  # gloo's threads otherwise now and then abort a process that has finished
 
 
-class PeakRss:
-    """Peak resident memory of this process, phase by phase (bytes).
+class Observer:
+    """What one process sees: seconds and CPU seconds of its steps, and its peak resident memory phase by phase.
 
-    The kernel's high-water mark is set back at the start of a phase, so that a phase's peak is its own.
+    The kernel's high-water mark is set back at the end of a phase, so that each phase's peak is its own.
     """
 
     def __init__(self) -> None:
         self.phases: dict[str, int] = {}
+        self.clock: list[tuple[float, float]] = []
+        self.losses: list[float] = []
 
-    def note(self, phase: str) -> None:
-        """End a phase."""
+    def end(self, phase: str) -> None:
+        """End a phase: note its peak and what is resident now (bytes)."""
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         self.phases[f"{phase}_peak_bytes"] = int(status["VmHWM"].split()[0]) * 1024
         self.phases[f"{phase}_end_bytes"] = int(status["VmRSS"].split()[0]) * 1024
         Path("/proc/self/clear_refs").write_text("5")
+
+    def tick(self, record: dict[str, Any] | None = None) -> None:
+        """Start the clock, or note the end of a step whose record holds the loss."""
+        self.clock.append((time.perf_counter(), time.process_time()))
+        if record:
+            self.losses.append(float(record["loss"]))
+
+    def found(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        pairs = list(itertools.pairwise(self.clock))
+        wall, cpu = ([after[i] - before[i] for before, after in pairs] for i in (0, 1))
+        return {"step_seconds": wall, "step_cpu_seconds": cpu, "losses": self.losses, **self.phases}
 
 
 def example(vocabulary: int) -> tuple[list[int], list[int]]:
     """Return (token ids, labels) of the one example: random, the loss on its last tokens only."""
     import random
 
-    ids = [random.Random(0).randrange(7, vocabulary) for _ in range(TOKENS)]
+    draw = random.Random(0)
+    ids = [draw.randrange(7, vocabulary) for _ in range(TOKENS)]
     return ids, [-100] * (TOKENS - ANSWER) + ids[-ANSWER:]
 
 
-def run_stock(checkpoint: Path, steps: int, peak: PeakRss) -> tuple[list[float], list[float]]:
-    """AdamW on all weights, as plain accelerate and DeepSpeed do it. Returns (times between steps, losses)."""
+def run_stock(checkpoint: Path, steps: int, seen: Observer) -> None:
+    """AdamW on all weights, as plain accelerate and DeepSpeed do it."""
     import deepspeed.ops
     import torch
     from accelerate import Accelerator
@@ -167,134 +171,107 @@ def run_stock(checkpoint: Path, steps: int, peak: PeakRss) -> tuple[list[float],
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
     plugin = DeepSpeedPlugin(hf_ds_config=STOCK_CONFIG, zero3_init_flag=True)
     accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    peak.note("start")
+    seen.end("start")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    peak.note("load")
+    seen.end("load")
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0))
     model.train()
     ids, labels = (torch.tensor([row]) for row in example(model.module.config.vocab_size))
-    times, losses = [time.perf_counter()], []
+    seen.tick()
     for _ in range(steps):
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache=False).loss
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
-        times.append(time.perf_counter())
-    return times, losses
+        seen.tick({"loss": loss})
 
 
-def run_lowrank(checkpoint: Path, steps: int, peak: PeakRss) -> tuple[list[float], list[float]]:
-    """Factored gradient steps. Returns (times between steps, losses)."""
+def run_lowrank(checkpoint: Path, steps: int, seen: Observer) -> None:
+    """Factored gradient steps, with the step sizes that the method finds itself."""
     from oneshot.distributed.engine import frozen
     from oneshot.patch import lowrank
-    from oneshot.patch.linears import select_linears
     from oneshot.patch.trace import Tracer
 
-    runtime, model, batch = prepared(checkpoint, peak)
-    times, losses = [time.perf_counter()], []
-
-    def listen(record: dict[str, Any]) -> None:
-        losses.append(record["loss"])
-        times.append(time.perf_counter())
-
-    linears = select_linears(model).targets
+    runtime, model, linears, batch = prepared(checkpoint, seen)
     with frozen(runtime, model) as ready:
-        lowrank.solve(
-            runtime, ready, linears, batch, Tracer(listen),
-            epochs=steps, rank=RANK, guard_weight=0.0,
-        )  # fmt: skip
-    return times, losses
+        seen.tick()
+        lowrank.solve(runtime, ready, linears, batch, Tracer(seen.tick), epochs=steps, rank=RANK, guard_weight=0.0)
 
 
-def run_rollback(checkpoint: Path, steps: int, peak: PeakRss) -> tuple[list[float], list[float]]:
-    """Adam on the coefficients of random directions. Returns (times between steps, losses)."""
+def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
+    """Adam on the coefficients of random directions."""
     import torch
 
     from oneshot.distributed.engine import frozen
     from oneshot.patch import rollback
-    from oneshot.patch.linears import select_linears, shape_of
+    from oneshot.patch.linears import shape_of
     from oneshot.patch.trace import Tracer
 
-    runtime, model, batch = prepared(checkpoint, peak)
-    linears = select_linears(model).targets
+    runtime, model, linears, batch = prepared(checkpoint, seen)
     torch.manual_seed(0)
     directions = {}
     for name, module in linears.items():
-        (m, n) = shape_of(module)
-        u, v = torch.linalg.qr(torch.randn(m, RANK))[0], torch.linalg.qr(torch.randn(n, RANK))[0]
+        u, v = (torch.linalg.qr(torch.randn(size, RANK))[0] for size in shape_of(module))
         directions[name] = rollback.Directions(u, torch.linspace(0.1, 0.01, RANK), v.T.contiguous(), 1.0)
-    times, losses = [time.perf_counter()], []
-
-    def listen(record: dict[str, Any]) -> None:
-        losses.append(record["loss"])
-        times.append(time.perf_counter())
-
     with frozen(runtime, model) as ready:
+        seen.tick()
         rollback.solve(
-            runtime, ready, linears, directions, batch, Tracer(listen),
+            runtime, ready, linears, directions, batch, Tracer(seen.tick),
             epochs=steps, learning_rate=0.1, guard_weight=0.0,
         )  # fmt: skip
-    return times, losses
 
 
-def prepared(checkpoint: Path, peak: PeakRss) -> tuple[Any, Any, Any]:
-    """Start, load and encode as ``oneshot/repair.py`` does. Returns (runtime, model, batch)."""
+def prepared(checkpoint: Path, seen: Observer) -> tuple[Any, Any, Any, Any]:
+    """Start, load and encode as ``oneshot/repair.py`` does. Returns (runtime, model, linear layers, batch)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401, imported before memory is measured
+
     from oneshot.checkpoint.load import find_source, load_model
     from oneshot.data.encoding import Encoded
     from oneshot.distributed.runtime import start
     from oneshot.patch.guard import build_batch
+    from oneshot.patch.linears import select_linears
     from oneshot.settings import ModelSettings
 
     runtime = start()
     settings = ModelSettings(path=str(checkpoint))
     source = find_source(settings)
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-    peak.note("start")
+    seen.end("start")
     model = load_model(runtime, source, settings)
-    peak.note("load")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    seen.end("load")
     encoded = Encoded(*example(model.config.vocab_size))
-    return runtime, model, build_batch(runtime, model, tokenizer, encoded, [], answer_tokens=0)
+    batch = build_batch(runtime, model, AutoTokenizer.from_pretrained(checkpoint), encoded, [], answer_tokens=0)
+    return runtime, model, select_linears(model).targets, batch
 
 
 def merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join what the ranks saw: the slowest rank's time of each step, the largest peak of any rank (bytes)."""
-    slowest = [max(rank["step_seconds"][i] for rank in ranks) for i in range(len(ranks[0]["step_seconds"]))]
-    timed = slowest[1:]
+    """Join what the ranks saw: the slowest rank's time of each step; memory of every rank (bytes)."""
+    wall, cpu = ([max(step) for step in zip(*(r[key] for r in ranks))] for key in ("step_seconds", "step_cpu_seconds"))
     phases = ("start", "load", "step")
-    peaks = {f"{phase}_peak_bytes": [rank[f"{phase}_peak_bytes"] for rank in ranks] for phase in phases}
     whole = [max(rank[f"{phase}_peak_bytes"] for phase in phases) for rank in ranks]
     return {
-        "seconds": statistics.median(timed),
-        "seconds_range": [min(timed), max(timed)],
-        "step_seconds": slowest,
+        "seconds": statistics.median(wall[1:]),
+        "seconds_range": [min(wall[1:]), max(wall[1:])],
+        "cpu_seconds": statistics.median(cpu[1:]),
+        "step_seconds": wall,
+        "step_cpu_seconds": cpu,
         "peak_rss_bytes": whole,
         "peak_above_start_bytes": [total - rank["start_end_bytes"] for total, rank in zip(whole, ranks)],
-        "step_above_start_bytes": [rank["step_peak_bytes"] - rank["start_end_bytes"] for rank in ranks],
-        **peaks,
+        **{f"{phase}_peak_bytes": [rank[f"{phase}_peak_bytes"] for rank in ranks] for phase in phases},
         "losses": ranks[0]["losses"],
     }
 
 
 def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return stock over ours, of median seconds and of the worst rank's peaks."""
+    """Return stock over ours: of median seconds, and of the worse rank's peaks."""
     found: dict[str, float] = {}
-    if "stock" not in figures:
-        return found
-    stock = figures["stock"]
     for variant, prefix in (("lowrank", ""), ("rollback", "rollback_")):
-        if variant in figures:
-            own = figures[variant]
+        if variant in figures and "stock" in figures:
+            stock, own = figures["stock"], figures[variant]
             found[f"{prefix}step_speedup"] = stock["seconds"] / own["seconds"]
-            for key, source in (
-                ("peak_memory_ratio", "peak_rss_bytes"),
-                ("peak_above_start_ratio", "peak_above_start_bytes"),
-                ("step_phase_peak_ratio", "step_peak_bytes"),
-                ("step_phase_above_start_ratio", "step_above_start_bytes"),
-            ):
-                found[f"{prefix}{key}"] = max(stock[source]) / max(own[source])
+            found[f"{prefix}step_cpu_ratio"] = stock["cpu_seconds"] / own["cpu_seconds"]
+            found[f"{prefix}peak_memory_ratio"] = max(stock["peak_rss_bytes"]) / max(own["peak_rss_bytes"])
+            above = "peak_above_start_bytes"
+            found[f"{prefix}peak_above_start_ratio"] = max(stock[above]) / max(own[above])
     return {key: round(value, 3) for key, value in found.items()}
 
 
@@ -302,18 +279,19 @@ def print_table(figures: dict[str, dict[str, Any]], model: dict[str, Any]) -> No
     """Print the comparison for people."""
     size = model["parameters"] / 1e9
     print(f"Random Llama, {size:.3f} B parameters, bf16, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each, one thread")
-    print("Peaks are of the worse rank. Start: after imports. Load: transformers' from_pretrained, the same for all.")
-    print(f"{'':10}{'s / step':>10}{'(range)':>16}{'peak GiB':>10}{'start':>8}{'load':>8}{'step':>8}{'- start':>9}")
+    print("Median seconds of the steps after the first. Peak RSS of the worse rank, GiB: in all, while importing and")
+    print("joining (start), loading (each variant in its own way) and stepping; in all, above what was there at start.")
+    print("One example, no guard; rollback's directions are random: what a step costs does not depend on their values.")
+    heads = ("s/step", "range", "CPU s", "peak", "start", "load", "step", "above start")
+    print(f"{'':9}" + "".join(f"{head:>13}" for head in heads))
     for name, row in figures.items():
         low, high = row["seconds_range"]
         keys = ("peak_rss_bytes", "start_peak_bytes", "load_peak_bytes", "step_peak_bytes", "peak_above_start_bytes")
-        total, start, load, step, above = (max(row[key]) / GIB for key in keys)
-        print(
-            f"{name:10}{row['seconds']:>10.2f}{f'({low:.2f}-{high:.2f})':>16}{total:>10.2f}{start:>8.2f}{load:>8.2f}"
-            f"{step:>8.2f}{above:>9.2f}"
-        )
+        cells = [f"{row['seconds']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['cpu_seconds']:.2f}"]
+        cells += [f"{max(row[key]) / 2**30:.2f}" for key in keys]
+        print(f"{name:9}" + "".join(f"{cell:>13}" for cell in cells))
     for key, value in ratios(figures).items():
-        print(f"{key:36} {value:.2f}")
+        print(f"{key:32} {value:.2f}")
 
 
 def versions() -> dict[str, str]:

@@ -208,7 +208,7 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Settings:
         namespace = parser.parse_args(argv)
     except ArgumentError as error:
         raise UserError(_one_line(str(error)) + f" (see {prog} --help)") from error
-    values = parser.instantiate_classes(namespace).as_dict()
+    values = parser.instantiate(namespace).as_dict()
     values.pop("config", None)
     settings = Settings(**values)
     check(settings)

@@ -64,16 +64,26 @@ class TrainingEngine:
             loss.backward()
 
     def step(self) -> float:
-        """Clip, step, clear the gradients. Returns the global gradient norm before clipping."""
+        """Clip, step, clear the gradients. Returns the global gradient norm before clipping.
+
+        Where that is not finite the step is not taken, so that the weights stay those of the last good step. A step
+        that the fp16 loss scaler skips has norm 0.
+        """
         import torch
 
         if self.is_deepspeed:
+            # DeepSpeed looks for overflow itself in fp16 only, where its loss scaler skips such steps
+            if not self.forward.fp16_enabled() and self.forward.optimizer.has_overflow():
+                return float("inf")
             self.forward.step()
+            if getattr(self.forward.optimizer, "overflow", False):
+                return 0.0
             norm = self.forward.get_global_grad_norm()
             return float(norm) if norm is not None else float("nan")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        self.optimizer.step()
+        if torch.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 

@@ -115,6 +115,11 @@ def train(
                     )
             engine.backward(loss * scale, last=i == len(batches) - 1)
         norm = engine.step()
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"The gradient became infinite or no number at step {step + 1} (loss {float(total[0]):.4g}, learning "
+                f"rate {schedule.rate(step):.2g}): that step was not taken; lower the learning rate."
+            )
         result = StepResult(
             step=step + 1,
             loss=float(total[0]),

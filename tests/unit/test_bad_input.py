@@ -287,9 +287,6 @@ def test_a_fine_tune_that_diverges_stops_and_names_the_step(folder, capsys):
     assert (folder / "run" / "last_good" / "SAFETY_DEGRADED.json").is_file()
 
 
-@pytest.mark.xfail(
-    reason="the step whose gradient is infinite is taken all the same, so that what is kept is NaN", strict=True
-)
 def test_a_diverged_fine_tune_keeps_the_last_good_weights(folder, capsys):
     stopped("finetune", DIVERGING, capsys)
     kept = load_file(folder / "run" / "last_good" / "model.safetensors")
