@@ -9,7 +9,8 @@ object.
 stock: accelerate and DeepSpeed ZeRO-3 as a careful user writes them: AdamW on all weights, fp32 master weights, no
 offload, communication buckets that accelerate fits to the model. lowrank, rollback: this package's own functions on
 frozen weights, with the example alone and no guard, so that all variants process the same 96 tokens. rollback gets
-random orthonormal directions in place of a second model's: what a step costs does not depend on their values.
+random orthonormal directions in place of a second model's: what a step costs does not depend on their values. At this
+size frozen weights fit into stage3_max_live_parameters and are gathered once; a larger model's are in every pass.
 """
 
 from __future__ import annotations
@@ -119,10 +120,7 @@ def work(variant: str, folder: Path, steps: int) -> None:
 
 
 class Observer:
-    """What one process sees: seconds and CPU seconds of its steps, and its peak resident memory phase by phase.
-
-    The kernel's high-water mark is set back at the end of a phase, so that each phase's peak is its own.
-    """
+    """What one process sees: seconds and CPU seconds of its steps, and its peak resident memory phase by phase."""
 
     def __init__(self) -> None:
         self.phases: dict[str, int] = {}
@@ -134,7 +132,7 @@ class Observer:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         self.phases[f"{phase}_peak_bytes"] = int(status["VmHWM"].split()[0]) * 1024
         self.phases[f"{phase}_end_bytes"] = int(status["VmRSS"].split()[0]) * 1024
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # sets the kernel's mark back: the next peak is its own
 
     def tick(self, record: dict[str, Any] | None = None) -> None:
         """Start the clock, or note the end of a step whose record holds the loss."""
@@ -215,10 +213,8 @@ def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
         directions[name] = rollback.Directions(u, torch.linspace(0.1, 0.01, RANK), v.T.contiguous(), 1.0)
     with frozen(runtime, model) as ready:
         seen.tick()
-        rollback.solve(
-            runtime, ready, linears, directions, batch, Tracer(seen.tick),
-            epochs=steps, learning_rate=0.1, guard_weight=0.0,
-        )  # fmt: skip
+        options: dict[str, Any] = {"epochs": steps, "learning_rate": 0.1, "guard_weight": 0.0}
+        rollback.solve(runtime, ready, linears, directions, batch, Tracer(seen.tick), **options)
 
 
 def prepared(checkpoint: Path, seen: Observer) -> tuple[Any, Any, Any, Any]:
@@ -269,9 +265,11 @@ def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
             stock, own = figures["stock"], figures[variant]
             found[f"{prefix}step_speedup"] = stock["seconds"] / own["seconds"]
             found[f"{prefix}step_cpu_ratio"] = stock["cpu_seconds"] / own["cpu_seconds"]
-            found[f"{prefix}peak_memory_ratio"] = max(stock["peak_rss_bytes"]) / max(own["peak_rss_bytes"])
-            above = "peak_above_start_bytes"
-            found[f"{prefix}peak_above_start_ratio"] = max(stock[above]) / max(own[above])
+            for key, of in (
+                ("peak_memory_ratio", "peak_rss_bytes"),
+                ("peak_above_start_ratio", "peak_above_start_bytes"),
+            ):
+                found[prefix + key] = max(stock[of]) / max(own[of])
     return {key: round(value, 3) for key, value in found.items()}
 
 

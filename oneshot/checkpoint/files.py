@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.layout import ITEM_SIZES
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,13 +89,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise ValueError("header longer than the file")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = 8 + length + _laid_end(path, header)
         tensors = {
             name: TensorEntry(path, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
             for name, e in header.items()
         }
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: restore the shard, or download the checkpoint again.") from error
+    except UserError:
+        raise
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({size} bytes): it was probably cut off, copy it again."
@@ -101,6 +105,26 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if end != size:
         raise UserError(f"{path} has {size} bytes where its header promises {end}: it was cut off, copy it again.")
     return tensors
+
+
+def _laid_end(path: Path, header: dict[str, Any]) -> int:
+    """Return where the last tensor ends, having checked that each begins there and is as long as its shape."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        if begin != end:
+            raise UserError(
+                f"{path} says that {name} begins at byte {begin} where the tensor before it ends at {end}: its header "
+                "is damaged, copy it again."
+            )
+        wanted = math.prod(entry["shape"]) * ITEM_SIZES.get(entry["dtype"], 0)
+        if entry["dtype"] in ITEM_SIZES and stop - begin != wanted:
+            raise UserError(
+                f"{path} gives {name} {stop - begin} bytes where its shape takes {wanted}: its header is damaged, copy "
+                "it again."
+            )
+        end = stop
+    return end
 
 
 def list_tensors(folder: Path) -> dict[str, TensorEntry]:

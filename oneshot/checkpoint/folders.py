@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oneshot.distributed.runtime import Runtime, agree
+from oneshot.errors import UserError
 
-PARTIAL, OLD = ".partial", ".old"
+# names that nobody gives a folder of their own: what bears them beside a checkpoint is removed
+PARTIAL, OLD = ".oneshot-partial", ".oneshot-old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -20,46 +22,91 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def replacing(runtime: Runtime, folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder``, created by rank 0, that takes its place after the block. Collective.
 
-    A crash at any moment leaves the old folder whole, and at most a half one named ``.partial`` beside it, which the
-    next save removes. The temporary folder is removed if the block raises.
+    A crash at any moment leaves the old folder whole, and at most a half one (``PARTIAL``) beside it, which the next
+    save removes. The temporary folder is removed if the block raises.
+
+    Raises:
+        UserError: on every rank, if there is no place for the folder; what was there before still is
     """
+    folder = _real(folder)
     temporary = folder.with_name(folder.name + PARTIAL)
     with agree(runtime, f"creating {temporary}"):
         if runtime.is_main:
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is a file where a folder is to be written: move it, or name another folder.")
             clean(folder)
             temporary.mkdir(parents=True)
     try:
         yield temporary
+        with agree(runtime, f"putting {folder} in its place"):
+            if runtime.is_main:
+                _sync(temporary)
+                _take_place(temporary, folder)
     except BaseException:
         if runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with agree(runtime, f"putting {folder} in its place"):
-        if runtime.is_main:
-            _sync(temporary)
-            _take_place(temporary, folder)
 
 
 def clean(folder: Path) -> None:
     """Remove what an interrupted save left beside ``folder``; put the old folder back if it was moved aside."""
-    old = folder.with_name(folder.name + OLD)
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(folder.with_name(folder.name + PARTIAL), ignore_errors=True)
+    folder = _real(folder)
+    old, partial = folder.with_name(folder.name + OLD), folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.exists():
+        if folder.exists():
+            _remove(old, partial)
+        else:
+            os.replace(old, folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have the errors that the block meets on disk name ``path``, which some system calls and the Rust libraries don't.
+
+    The latter raise bare exceptions, of which other ranks would not learn: they become errors of the user's disk.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.strerror:  # both or none, or the message is lost
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if type(error) is Exception or isinstance(error, SafetensorError):
+            raise UserError(f"{path} could not be written: {error}") from error
+        raise
 
 
 def _take_place(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(temporary, folder)
-    elif _exchange(temporary, folder):
-        shutil.rmtree(temporary)
-    else:  # no exchange on this file system: for a moment only the moved-aside folder is whole, which clean() knows
+    elif not _exchange(temporary, folder):
+        # no exchange on this file system: for a moment only the moved-aside folder is whole, which clean() knows
         old = folder.with_name(folder.name + OLD)
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    _sync(folder.parent)
+        try:
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            raise
+        _remove(old, temporary)
+    _sync_entries(folder.parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # the new folder stands: what stays behind is the next save's to clean
+
+
+def _remove(old: Path, partial: Path) -> None:
+    """Remove a moved-aside folder, under the name of a half one: under its own it is whole, whenever a crash comes."""
+    os.replace(old, partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _real(folder: Path) -> Path:
+    """Return where ``folder`` is: of a link the target is replaced, on its own file system, and not the link."""
+    return Path(os.path.realpath(folder))
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -77,9 +124,18 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Have the folder's entries on disk, so that a rename cannot outlive the files that it promises."""
+    """Have all that is in the folder on disk, so that a rename cannot outlive the files that it promises."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_entries(Path(parent, name))
+        _sync_entries(Path(parent))
+
+
+def _sync_entries(folder: Path) -> None:
+    """Have the entries of a folder, or the bytes of a file, on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -103,7 +103,7 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     dtype = dtype or source.dtype
     try:
         model = None
-        if runtime.sharding == "zero3" and not settings.stock_io:
+        if runtime.sharding == "zero3":
             model = _read_partitions(runtime, source, settings, dtype)
         if model is None:
             model = _load_stock(runtime, source, settings, dtype)
@@ -125,19 +125,33 @@ def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype
     from transformers import AutoModelForCausalLM
 
     with partitioned_loading(runtime, dtype):
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             source.checkpoint,
             dtype=dtype,
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below; under ZeRO-3 _read_partitions() has looked at them
         )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{source.checkpoint} holds {name} of shape {list(found)} where config.json makes it {list(wanted)}: "
+            "config and shards are not of one checkpoint, copy it again."
+        )
+    if info["missing_keys"]:  # transformers fills them with random numbers and says so in a warning
+        names = sorted(info["missing_keys"])
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        raise UserError(f"{source.checkpoint} lacks {names[0]}{more}: copy or download the checkpoint again.")
+    return model
 
 
 def _read_partitions(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
     """The model with each rank's partitions read from the files, or none where its tensors are no ranges of them."""
     model = skeleton(source.checkpoint, dtype, settings.attention, settings.trust_remote_code)
     reason = why_not(model, list_tensors(source.checkpoint))
+    if settings.stock_io:
+        return None
     if reason is None:
         fill_partitions(runtime, model, source.checkpoint, dtype)
         return model

@@ -7,27 +7,53 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, list_tensors
-from oneshot.checkpoint.layout import Range, partition
+from oneshot.checkpoint.layout import FLOATS, Range, partition
 from oneshot.checkpoint.ranges import read_range
 from oneshot.distributed.engine import deepspeed_config
-from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.runtime import Runtime, agree
+from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 
+def own_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return parameters (each once, however often tied) and persistent buffers, by their name on disk."""
+    persistent = set(model.state_dict(keep_vars=True))
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
+    found |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return found
+
+
 def why_not(model: Any, tensors: dict[str, TensorEntry]) -> str | None:
     """Return why the checkpoint cannot be read range by range, or none if it can.
 
-    Where transformers renames, splits or fuses tensors while it loads (fused experts, for one), a parameter is no
-    range of one stored tensor.
+    Where transformers renames, splits, fuses or permutes tensors while it loads (fused experts, for one), or where
+    weights are quantized, a parameter is no range of one stored tensor.
+
+    Raises:
+        UserError: a tensor has another shape than the config promises
     """
-    for name, parameter in model.named_parameters():
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "the checkpoint is quantized"
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    # a permutation keeps names and shapes, so that comparing those would not find it
+    if any(isinstance(transform, WeightConverter) for transform in transforms):
+        return f"transformers stores {type(model).__name__} in other tensors than it computes with"
+    for name, tensor in own_tensors(model).items():
         entry = tensors.get(name)
         if entry is None:
             return f"the checkpoint stores {name} under another name or in parts"
-        if entry.shape != tuple(parameter.shape):
-            return f"the checkpoint stores {name} in another shape"
+        if tensor.is_floating_point() and entry.dtype not in FLOATS:
+            return f"the checkpoint stores {name} as {entry.dtype}"
+        if entry.shape != tuple(tensor.shape):
+            raise UserError(
+                f"{entry.shard} holds {name} of shape {list(entry.shape)} where config.json makes it "
+                f"{list(tensor.shape)}: config and shards are not of one checkpoint, copy it again."
+            )
     return None
 
 
@@ -55,7 +81,10 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code
 def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Turn the skeleton's parameters into ZeRO-3 partitions filled from the checkpoint. No communication.
 
-    Afterwards each rank holds exactly what the layout says, in ``dtype``; asserted.
+    Afterwards each rank holds exactly what the layout says, in ``dtype``; asserted. Persistent buffers are read whole.
+
+    Raises:
+        UserError: on every rank, if any rank could not read its bytes
     """
     import deepspeed
     import torch
@@ -77,7 +106,8 @@ def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dty
                 self._convert_to_deepspeed_param(parameter)
                 wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
                 own = torch.empty(wanted.size, dtype=dtype, device=self._home(parameter))
-                read_range(tensors[renamed[id(parameter)]], wanted, own)
+                name = renamed[id(parameter)]
+                read_range(tensors[name], wanted, own, name)
                 self._install(parameter, own, wanted)
 
         def _home(self, parameter: Any) -> Any:
@@ -97,8 +127,20 @@ def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dty
             free_param(parameter)
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
-    FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
+    with agree(runtime, f"reading the checkpoint {folder}"):
+        FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
+        _read_buffers(model, tensors)
+    renamed.clear()  # a parameter made later may get the id of one that is gone by then
     _check(runtime, model)
+
+
+def _read_buffers(model: Any, tensors: dict[str, TensorEntry]) -> None:
+    for name, buffer in own_tensors(model).items():
+        if not hasattr(buffer, "ds_tensor"):
+            whole = partition(tuple(buffer.shape), 0, 1)
+            flat = buffer.new_empty(whole.size)
+            read_range(tensors[name], whole, flat, name)
+            buffer.copy_(flat.view(buffer.shape))
 
 
 def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from oneshot.checkpoint.files import TensorEntry
+from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.layout import ITEM_SIZES, Range
 from oneshot.errors import UserError
 
@@ -15,36 +16,37 @@ if TYPE_CHECKING:
 _CHUNK = 64 << 20  # bytes per read where the dtype changes on the way: bounds the extra memory
 
 
-def read_range(entry: TensorEntry, wanted: Range, out: torch.Tensor) -> None:
+def read_range(entry: TensorEntry, wanted: Range, out: torch.Tensor, name: str = "a tensor") -> None:
     """Fill the first ``wanted.numel`` elements of ``out`` with that range of the tensor; the rest becomes zero.
 
     Args:
         out: (wanted.size,), contiguous, on any device; its dtype may differ from the file's
+        name: the tensor's, for messages
 
     Raises:
         UserError: the file ends too soon, or its dtype cannot be read
     """
     import torch
 
-    dtype = _torch_dtype(entry)
+    dtype = _torch_dtype(entry, name)
     item = ITEM_SIZES[entry.dtype]
     out[wanted.numel :] = 0
     descriptor = os.open(entry.shard, os.O_RDONLY)
     try:
         if dtype == out.dtype and out.device.type == "cpu":
-            _fill(descriptor, entry, entry.offset + wanted.start * item, out[: wanted.numel])
+            _fill(descriptor, entry, entry.offset + wanted.start * item, out[: wanted.numel], name)
             return
         step = max(1, _CHUNK // item)
         for start in range(0, wanted.numel, step):
             stop = min(start + step, wanted.numel)
             part = torch.empty(stop - start, dtype=dtype)
-            _fill(descriptor, entry, entry.offset + (wanted.start + start) * item, part)
+            _fill(descriptor, entry, entry.offset + (wanted.start + start) * item, part, name)
             out[start:stop] = part.to(out.device, out.dtype)
     finally:
         os.close(descriptor)
 
 
-def _fill(descriptor: int, entry: TensorEntry, offset: int, out: torch.Tensor) -> None:
+def _fill(descriptor: int, entry: TensorEntry, offset: int, out: torch.Tensor, name: str) -> None:
     """Read bytes into the memory of a CPU tensor."""
     import torch
 
@@ -53,13 +55,14 @@ def _fill(descriptor: int, entry: TensorEntry, offset: int, out: torch.Tensor) -
     view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
     while done < len(view):
-        got = os.preadv(descriptor, [view[done:]], offset + done)
+        with naming(entry.shard):
+            got = os.preadv(descriptor, [view[done:]], offset + done)
         if got == 0:
-            raise UserError(f"{entry.shard} ended in the middle of a tensor: the file was cut off, copy it again.")
+            raise UserError(f"{entry.shard} ended in the middle of {name}: the file was cut off, copy it again.")
         done += got
 
 
-def _torch_dtype(entry: TensorEntry) -> torch.dtype:
+def _torch_dtype(entry: TensorEntry, name: str) -> torch.dtype:
     import torch
 
     names = {
@@ -67,5 +70,5 @@ def _torch_dtype(entry: TensorEntry) -> torch.dtype:
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     }  # fmt: skip
     if entry.dtype not in names:
-        raise UserError(f"{entry.shard} holds a tensor of dtype {entry.dtype}, which oneshot cannot partition.")
+        raise UserError(f"{entry.shard} holds {name} as {entry.dtype}, which oneshot cannot partition.")
     return names[entry.dtype]

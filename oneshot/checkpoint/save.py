@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Update, read_adapter
 from oneshot.checkpoint.files import list_tensors
-from oneshot.checkpoint.folders import replacing
+from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.write import is_direct, write_sharded
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime, agree
@@ -58,9 +58,10 @@ def _save_gathered(
         if runtime.is_main:
             buffers = dict(model.named_buffers())
             state |= {name: buffers[name].cpu() for name in model.state_dict() if name in buffers}
-            model.save_pretrained(temporary, state_dict=state)
-            _state_dtype(temporary / "config.json", dtype)
-            tokenizer.save_pretrained(temporary)
+            with naming(temporary):
+                model.save_pretrained(temporary, state_dict=state)
+                _state_dtype(temporary / "config.json", dtype)
+                tokenizer.save_pretrained(temporary)
             list_tensors(temporary)
 
 
@@ -75,8 +76,9 @@ def save_adapter(runtime: Runtime, model: Any, tokenizer: Any, folder: Path) -> 
     assert all(t.numel() > 0 for t in state.values()), "an empty factor must never be written"
     with replacing(runtime, folder) as temporary, agree(runtime, f"writing the adapter {folder}"):
         if runtime.is_main:
-            model.save_pretrained(temporary, state_dict=state)
-            tokenizer.save_pretrained(temporary)
+            with naming(temporary):
+                model.save_pretrained(temporary, state_dict=state)
+                tokenizer.save_pretrained(temporary)
             read_adapter(temporary)
 
 

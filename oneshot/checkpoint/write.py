@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors
-from oneshot.checkpoint.folders import replacing
+from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
+from oneshot.checkpoint.partitioned import own_tensors
 from oneshot.distributed.runtime import Runtime, agree
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 5 * 10**9
 _CHUNK = 64 << 20  # bytes per write, which bounds the extra memory of a dtype change or a merge
-_NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+_NAMES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
+    "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,35 +52,37 @@ def is_direct(model: Any) -> bool:
 
 
 def plan_shards(
-    shapes: dict[str, tuple[int, ...]], dtype: str, max_bytes: int = MAX_SHARD_BYTES
+    shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], max_bytes: int = MAX_SHARD_BYTES
 ) -> tuple[dict[str, Slot], dict[str, bytes]]:
     """Return where each tensor goes, and the header of each shard file (its length prefix included).
 
-    Tensors keep their order; a shard is closed when the next tensor would make it larger than ``max_bytes``.
+    Tensors keep their order; a shard is closed when the next tensor would make it larger than ``max_bytes``. Within a
+    shard wider dtypes come first, as in safetensors' own files: each tensor then begins at a multiple of its item size.
     """
+    sizes = {name: _bytes(shape, dtypes[name]) for name, shape in shapes.items()}
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
-        size = _bytes(shape, dtype)
-        if groups[-1] and filled + size > max_bytes:
+        if groups[-1] and filled + sizes[name] > max_bytes:
             groups.append({})
             filled = 0
         groups[-1][name] = shape
-        filled += size
+        filled += sizes[name]
     slots: dict[str, Slot] = {}
     headers: dict[str, bytes] = {}
     for number, group in enumerate(groups, 1):
         shard = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, shape in group.items():
-            begin, end = end, end + _bytes(shape, dtype)
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        for name in sorted(group, key=lambda name: -ITEM_SIZES[dtypes[name]]):
+            begin, end = end, end + sizes[name]
+            entries[name] = {"dtype": dtypes[name], "shape": list(group[name]), "data_offsets": [begin, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         headers[shard] = struct.pack("<Q", len(text)) + text
         for name, shape in group.items():
-            slots[name] = Slot(shard, len(headers[shard]) + entries[name]["data_offsets"][0], dtype, shape)
+            offset = len(headers[shard]) + entries[name]["data_offsets"][0]
+            slots[name] = Slot(shard, offset, dtypes[name], shape)
     return slots, headers
 
 
@@ -92,33 +99,29 @@ def write_sharded(
     """Write ``folder`` as a full checkpoint that plain transformers loads. Collective.
 
     Args:
-        dtype: of the weights in the file
+        dtype: of the weights in the file; buffers keep their own
         update: added to the weights on the way (a merge), computed in fp32 and rounded once
 
     Raises:
         UserError: on every rank, if any rank could not write; what was at ``folder`` before is still there
     """
-    tensors = _own_tensors(model)
+    tensors = own_tensors(model)
+    parameters = {name for name, _ in model.named_parameters()}
     shapes = {name: tuple(getattr(t, "ds_shape", t.shape)) for name, t in tensors.items()}
-    slots, headers = plan_shards(shapes, _NAMES[str(dtype)], max_bytes)
+    dtypes = {name: _NAMES[str(dtype if name in parameters else t.dtype)] for name, t in tensors.items()}
+    slots, headers = plan_shards(shapes, dtypes, max_bytes)
+    for module, factors in (update or {}).items():
+        assert shapes[f"{module}.weight"] == (factors.b.shape[0], factors.a.shape[1]), f"{module}: check_fits() first"
     with replacing(runtime, folder) as temporary:
         with agree(runtime, f"creating the checkpoint {folder}"):
             if runtime.is_main:
                 _create(temporary, model, tokenizer, slots, headers, dtype)
         with agree(runtime, f"writing the checkpoint {folder}"):
-            _write_own(runtime, tensors, slots, temporary, dtype, update or {})
+            _write_own(runtime, tensors, slots, temporary, update or {})
         with agree(runtime, f"checking the checkpoint {folder}"):
             if runtime.is_main:
                 written = list_tensors(temporary)
                 assert {n: e.shape for n, e in written.items()} == shapes, "the index does not list what was written"
-
-
-def _own_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters (each once, however often tied) and persistent buffers, by their name on disk."""
-    persistent = set(model.state_dict(keep_vars=True))
-    found: dict[str, torch.Tensor] = dict(model.named_parameters())
-    found |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return found
 
 
 def _create(
@@ -131,21 +134,26 @@ def _create(
     for shard, header in headers.items():
         descriptor = os.open(folder / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            os.posix_fallocate(descriptor, 0, ends[shard])
-            os.pwrite(descriptor, header, 0)
+            with naming(folder / shard):
+                os.posix_fallocate(descriptor, 0, ends[shard])
+                _write_all(descriptor, memoryview(header), 0)
         finally:
             os.close(descriptor)
     if len(headers) > 1:
         total = sum(_bytes(slot.shape, slot.dtype) for slot in slots.values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: slot.shard for name, slot in slots.items()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        with naming(folder / INDEX):
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
+    with naming(folder / "config.json"):
+        config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        with naming(folder / "generation_config.json"):
+            model.generation_config.save_pretrained(folder)
+    with naming(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)
 
 
 def _write_own(
@@ -153,7 +161,6 @@ def _write_own(
     tensors: dict[str, torch.Tensor],
     slots: dict[str, Slot],
     folder: Path,
-    dtype: torch.dtype,
     update: Update,
 ) -> None:
     descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in {slot.shard for slot in slots.values()}}
@@ -162,9 +169,11 @@ def _write_own(
             slot = slots[name]
             own = partition(slot.shape, runtime.rank, runtime.world_size)
             factors = update.get(name.removesuffix(".weight"))
-            _write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), dtype, factors)
-        for descriptor in descriptors.values():
-            os.fsync(descriptor)
+            with naming(folder / slot.shard):
+                _write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), factors)
+        for shard, descriptor in descriptors.items():
+            with naming(folder / shard):
+                os.fsync(descriptor)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -173,15 +182,15 @@ def _write_own(
 def _flat(tensor: Any, own: Range) -> torch.Tensor:
     """This rank's range of a tensor, partitioned or whole, without its padding."""
     if hasattr(tensor, "ds_tensor"):
+        assert tensor.ds_tensor.numel() == own.size, "the partition is not in memory (offloaded to NVMe?)"
         return tensor.ds_tensor.detach()[: own.numel]
     return tensor.detach().reshape(-1)[own.start : own.stop]
 
 
-def _write_range(
-    descriptor: int, slot: Slot, own: Range, values: torch.Tensor, dtype: torch.dtype, factors: Factors | None
-) -> None:
+def _write_range(descriptor: int, slot: Slot, own: Range, values: torch.Tensor, factors: Factors | None) -> None:
     import torch
 
+    dtype = next(getattr(torch, name.removeprefix("torch.")) for name, short in _NAMES.items() if short == slot.dtype)
     item = ITEM_SIZES[slot.dtype]
     step = max(1, _CHUNK // item)
     for start in range(0, own.numel, step):
@@ -189,10 +198,13 @@ def _write_range(
         if factors is not None:
             part = part.float() + _update_range(factors, own.start + start, own.start + start + len(part), part.device)
         data = memoryview(part.to(dtype).cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        offset = slot.offset + (own.start + start) * item
-        while data:
-            done = os.pwrite(descriptor, data, offset)
-            data, offset = data[done:], offset + done
+        _write_all(descriptor, data, slot.offset + (own.start + start) * item)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        data, offset = data[done:], offset + done
 
 
 def _update_range(factors: Factors, start: int, stop: int, device: Any) -> torch.Tensor:

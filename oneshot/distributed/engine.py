@@ -163,6 +163,7 @@ def frozen(runtime: Runtime, model: nn.Module) -> Iterator[nn.Module]:
 
     _give_back_freed_memory(runtime)
     config = deepspeed_config(runtime, dtype=next(model.parameters()).dtype)
+    _keep_what_may_live(config["zero_optimization"], model)
     engine = deepspeed.initialize(model=model, config=config)[0]
     try:
         yield engine.module
@@ -240,6 +241,17 @@ def deepspeed_config(
         # one all-gather per weight lands in place; what comes in buckets is copied twice more, which a CPU feels
         zero.setdefault("stage3_allgather_sequential", True)
     return _without_auto(config)
+
+
+def _keep_what_may_live(zero: dict[str, Any], model: nn.Module) -> None:
+    """Gather a model once that fits whole into what the configuration lets be whole at a time.
+
+    Frozen weights never change, so what has been gathered stays right; by the end of a forward pass DeepSpeed holds
+    that much anyhow, only to fetch it anew in the next one.
+    """
+    budget = int(zero.get("stage3_max_live_parameters", 10**9))  # DeepSpeed's own default
+    if "offload_param" not in zero and sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) <= budget:
+        zero["stage3_param_persistence_threshold"] = budget
 
 
 def _give_back_freed_memory(runtime: Runtime) -> None:

@@ -121,26 +121,29 @@ def gradient(
             x = torch.cat([x, gather_rows(runtime, guard_x)])
             delta = torch.cat([delta, gather_rows(runtime, guard_delta)])
         pairs[name] = (x, delta)
-    gradients.inputs.clear()  # all that is wanted of them is in the pairs
+    gradients.inputs.clear()  # all that is wanted of both is in the pairs
+    gradients.deltas.clear()
     return float(example), float(all_reduce_sum(runtime, held)), pairs
 
 
-def steepest(x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return factors of U V^T, where delta^T X = U S V^T, and the sum of S.
+def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return factors of U V^T, where delta^T X = U S V^T (its top ``rank`` directions), and the sum of their S.
 
     Among all steps of one spectral norm this one lowers the loss most (to first order): it moves every direction of
     the gradient alike, where the plain gradient of one example moves little but its first few. Rows stay as many as
-    there were, padded with zeros, so that shapes do not depend on the values.
+    there were, padded with zeros, so that shapes do not depend on the values. The cut to ``rank`` is made here, where
+    the singular values tell the directions apart: afterwards they are all equally long, and rounding would decide.
     """
     import torch
 
     qx, rx = torch.linalg.qr(x.T)
     qd, rd = torch.linalg.qr(delta.T)
     u, s, vt = torch.linalg.svd(rd @ rx.T, full_matrices=False)
-    kept = (s > 1e-3 * s.max()).to(s.dtype) if len(s) and s.max() > 0 else torch.zeros_like(s)
+    kept = s / (s + 1e-3 * s.max()) if len(s) and s.max() > 0 else torch.zeros_like(s)  # nothing for noise
+    kept[len(kept) if rank is None else rank :] = 0
     missing = (0, 0, 0, len(x) - len(s))
     pad = torch.nn.functional.pad
-    return pad(kept[:, None] * vt @ qx.T, missing), pad((qd @ (u * kept)).T, missing), float(s.sum())
+    return pad(vt @ qx.T, missing), pad((qd @ (u * kept)).T, missing), float((s * kept).sum())
 
 
 def solve(
@@ -187,7 +190,7 @@ def solve(
             if accepted:
                 update, best, pairs = trial, loss, seen
                 if not fixed_step:
-                    pairs, nuclear = _steepest(runtime, pairs)
+                    pairs, nuclear = _steepest(runtime, pairs, rank)
                     radius = radius or FIRST_DECREASE * loss / nuclear
             if epoch == epochs:
                 break
@@ -197,7 +200,7 @@ def solve(
     return update
 
 
-def _steepest(runtime: Runtime, pairs: Pairs) -> tuple[Pairs, float]:
+def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, float]:
     """``steepest`` for this rank's share of the layers (others are left alone), and the sum of S over all layers."""
     import torch
 
@@ -205,7 +208,7 @@ def _steepest(runtime: Runtime, pairs: Pairs) -> tuple[Pairs, float]:
     found = dict(pairs)
     for i, (name, (x, delta)) in enumerate(pairs.items()):
         if i % runtime.world_size == runtime.rank:
-            right, left, nuclear = steepest(x, delta)
+            right, left, nuclear = steepest(x, delta, rank)
             found[name] = (right, left)
             total += nuclear
     return found, float(all_reduce_sum(runtime, total))

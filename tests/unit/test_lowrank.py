@@ -199,17 +199,25 @@ def test_a_step_that_raises_the_loss_is_taken_back(monkeypatch):
     assert taken == sorted(taken, reverse=True)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize(("rows", "m", "n"), [(5, 12, 9), (20, 12, 9), (1, 12, 9)])
-def test_steepest_moves_every_direction_of_the_gradient_alike(rows, m, n):
+def test_steepest_moves_every_direction_of_the_gradient_alike(rows, m, n, rank):
     torch.manual_seed(0)
     x, delta = torch.randn(rows, n), torch.randn(rows, m)
-    right, left, nuclear = lowrank.steepest(x, delta)
+    right, left, nuclear = lowrank.steepest(x, delta, rank)
     assert right.shape == (rows, n)
     assert left.shape == (rows, m)
     u, s, vt = torch.linalg.svd(delta.T @ x, full_matrices=False)
-    rank = min(rows, m, n)
-    torch.testing.assert_close(left.T @ right, u[:, :rank] @ vt[:rank], rtol=1e-4, atol=1e-4)
-    assert nuclear == pytest.approx(float(s.sum()), rel=1e-4)
+    kept = min(rows, m, n, rank or rows)
+    length = s[:kept] / (s[:kept] + 1e-3 * s[0])  # noise, a thousandth of the largest, is not blown up
+    torch.testing.assert_close(left.T @ right, u[:, :kept] * length @ vt[:kept], rtol=1e-4, atol=1e-4)
+    assert nuclear == pytest.approx(float((s[:kept] * length).sum()), rel=1e-4)
+
+
+def test_steepest_of_nothing_is_nothing():
+    right, left, nuclear = lowrank.steepest(torch.zeros(4, 6), torch.zeros(4, 5), 3)
+    assert not (left.T @ right).any()
+    assert nuclear == 0.0
 
 
 def test_a_loss_that_is_no_number_stops_the_repair():
