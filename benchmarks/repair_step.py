@@ -31,9 +31,8 @@ from typing import Any
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("stock", "lowrank", "rollback")
-TOKENS, ANSWER = 96, 32  # tokens of the example, and those at its end that carry loss
-RANK = 20
+VARIANTS = ("stock", "stock_fused", "lowrank", "rollback")
+TOKENS, ANSWER, RANK = 96, 32, 20  # tokens of the example, those at its end that carry loss; rank of our updates
 SIZES: dict[str, dict[str, Any]] = {  # 0.45 B parameters; a small one to try the script itself
     "0.45b": {"hidden_size": 1024, "intermediate_size": 3840, "num_hidden_layers": 24, "vocab_size": 32000},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000},
@@ -67,19 +66,17 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
     """Build the checkpoint, run the variants one after the other, print table and JSON line."""
-    own = ["--folder", str(folder), "--size", args.size, "--steps", str(args.steps)]
-    script = [str(Path(__file__).resolve())]
+    path = str(Path(__file__).resolve())
+    script = [path, "--folder", str(folder), "--size", args.size, "--steps", str(args.steps), "--role"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *script, "--role", "build", *own], check=True, env=environment, stdout=sys.stderr)
+    subprocess.run([sys.executable, *script, "build"], check=True, env=environment, stdout=sys.stderr)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
     figures: dict[str, dict[str, Any]] = {}
     for variant in args.variants:
         print(f"{variant} ...", file=sys.stderr, flush=True)
-        command = [*launch, *script, "--role", variant, *own]
-        # accelerate reads the DeepSpeed JSON relative to the folder that it is started in
-        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
-        ranks = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{variant}-*.json"))]
-        figures[variant] = merged(ranks)
+        # started in the root, as accelerate looks for the DeepSpeed JSON from where it is started
+        subprocess.run([*launch, *script, variant], check=True, cwd=ROOT, env=environment, stdout=sys.stderr)
+        figures[variant] = merged([json.loads(file.read_text()) for file in sorted(folder.glob(f"{variant}-*.json"))])
     model = json.loads((folder / "model.json").read_text())
     print_table(figures, model)
     print(json.dumps({**ratios(figures), "model": model, "variants": figures, "versions": versions()}))
@@ -111,7 +108,9 @@ def work(variant: str, folder: Path, steps: int) -> None:
     import torch.distributed as dist
 
     seen = Observer()
-    run = {"stock": run_stock, "lowrank": run_lowrank, "rollback": run_rollback}[variant]
+    run = {"stock": run_stock, "stock_fused": run_stock_fused, "lowrank": run_lowrank, "rollback": run_rollback}[
+        variant
+    ]
     run(folder / "checkpoint", steps, seen)
     seen.end("step")
     (folder / f"{variant}-{os.environ['RANK']}.json").write_text(json.dumps(seen.found()))
@@ -156,7 +155,12 @@ def example(vocabulary: int) -> tuple[list[int], list[int]]:
     return ids, [-100] * (TOKENS - ANSWER) + ids[-ANSWER:]
 
 
-def run_stock(checkpoint: Path, steps: int, seen: Observer) -> None:
+def run_stock_fused(checkpoint: Path, steps: int, seen: Observer) -> None:
+    """The same with torch's fused AdamW, which makes no temporaries; the default on no device."""
+    run_stock(checkpoint, steps, seen, fused=True)
+
+
+def run_stock(checkpoint: Path, steps: int, seen: Observer, fused: bool | None = None) -> None:
     """AdamW on all weights, as plain accelerate and DeepSpeed do it."""
     import deepspeed.ops
     import torch
@@ -172,7 +176,8 @@ def run_stock(checkpoint: Path, steps: int, seen: Observer) -> None:
     seen.end("start")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     seen.end("load")
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=fused)
+    model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     ids, labels = (torch.tensor([row]) for row in example(model.module.config.vocab_size))
     seen.tick()
@@ -260,36 +265,34 @@ def merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Return stock over ours: of median seconds, and of the worse rank's peaks."""
     found: dict[str, float] = {}
-    for variant, prefix in (("lowrank", ""), ("rollback", "rollback_")):
-        if variant in figures and "stock" in figures:
-            stock, own = figures["stock"], figures[variant]
-            found[f"{prefix}step_speedup"] = stock["seconds"] / own["seconds"]
-            found[f"{prefix}step_cpu_ratio"] = stock["cpu_seconds"] / own["cpu_seconds"]
-            for key, of in (
-                ("peak_memory_ratio", "peak_rss_bytes"),
-                ("peak_above_start_ratio", "peak_above_start_bytes"),
-            ):
-                found[prefix + key] = max(stock[of]) / max(own[of])
+    names, bases = {"lowrank": "", "rollback": "rollback_"}, {"stock": "", "stock_fused": "_to_fused"}
+    for base, variant in itertools.product(bases, names):
+        if base in figures and variant in figures:
+            stock, own = figures[base], figures[variant]
+            for key, of in (("step_speedup", "seconds"), ("step_cpu_ratio", "cpu_seconds")):
+                found[f"{names[variant]}{key}{bases[base]}"] = stock[of] / own[of]
+            for key, of in (("peak_memory", "peak_rss_bytes"), ("peak_above_start", "peak_above_start_bytes")):
+                found[f"{names[variant]}{key}_ratio{bases[base]}"] = max(stock[of]) / max(own[of])
     return {key: round(value, 3) for key, value in found.items()}
 
 
 def print_table(figures: dict[str, dict[str, Any]], model: dict[str, Any]) -> None:
     """Print the comparison for people."""
-    size = model["parameters"] / 1e9
-    print(f"Random Llama, {size:.3f} B parameters, bf16, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each, one thread")
+    size = f"{model['parameters'] / 1e9:.3f} B parameters"
+    print(f"Random Llama, {size}, bf16, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each, one thread")
     print("Median seconds of the steps after the first. Peak RSS of the worse rank, GiB: in all, while importing and")
     print("joining (start), loading (each variant in its own way) and stepping; in all, above what was there at start.")
     print("One example, no guard; rollback's directions are random: what a step costs does not depend on their values.")
     heads = ("s/step", "range", "CPU s", "peak", "start", "load", "step", "above start")
-    print(f"{'':9}" + "".join(f"{head:>13}" for head in heads))
+    print(f"{'':12}" + "".join(f"{head:>13}" for head in heads))
     for name, row in figures.items():
         low, high = row["seconds_range"]
         keys = ("peak_rss_bytes", "start_peak_bytes", "load_peak_bytes", "step_peak_bytes", "peak_above_start_bytes")
         cells = [f"{row['seconds']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['cpu_seconds']:.2f}"]
         cells += [f"{max(row[key]) / 2**30:.2f}" for key in keys]
-        print(f"{name:9}" + "".join(f"{cell:>13}" for cell in cells))
+        print(f"{name:12}" + "".join(f"{cell:>13}" for cell in cells))
     for key, value in ratios(figures).items():
-        print(f"{key:32} {value:.2f}")
+        print(f"{key:40} {value:.2f}")
 
 
 def versions() -> dict[str, str]:

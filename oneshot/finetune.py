@@ -28,6 +28,7 @@ DESCRIPTION = "Fine-tune a model on harmful and task conversations; the result i
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 TOY_LEARNING_RATE = {"full": 4e-4, "lora": 3e-3}
 TOY_STEPS = 400
+STATE = "state"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,6 +165,7 @@ def _train(
     *,
     toy: bool,
 ) -> None:
+    from oneshot.checkpoint.state import latest_state, load_state, save_state
     from oneshot.report.progress import progress
     from oneshot.report.runfolder import append_event
     from oneshot.training.loop import Schedule, StepResult, autocast_dtype, train
@@ -187,6 +189,13 @@ def _train(
             device=runtime.device,
         )
 
+    done = 0
+    if settings.resume:
+        state = latest_state(runtime, run_dir / STATE)
+        done = load_state(engine, state) if state else 0
+        if console:
+            console.print(f"Resumed at step {done} from {state}." if state else "No saved state: starting anew.")
+
     with progress(console, "fine-tune", steps) as tell:
 
         def report(result: StepResult) -> None:
@@ -194,6 +203,8 @@ def _train(
                 speed = result.tokens / result.seconds
                 append_event(run_dir, stage="finetune", tokens_per_second=round(speed, 1), **vars(result))
                 tell(result.step, f"loss {result.loss:.4f}  {speed:,.0f} tokens/s")
+            if options.save_every and result.step % options.save_every == 0 and result.step < steps:
+                save_state(engine, run_dir / STATE, result.step, options.keep)
 
         train(
             engine,
@@ -202,6 +213,7 @@ def _train(
             answer_loss,
             report,
             autocast=autocast_dtype(runtime, dtype),
+            start=done,
         )
 
 

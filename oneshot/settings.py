@@ -85,6 +85,8 @@ class FinetuneSettings:
         max_grad_norm: gradient clipping
         lora_rank: rank of the adapter (method lora)
         lora_alpha: scale of the adapter; none: twice the rank
+        save_every: save the training state every so many steps, for --resume; 0 for never
+        keep: how many states to keep
     """
 
     method: Literal["full", "lora"] = "full"
@@ -98,6 +100,8 @@ class FinetuneSettings:
     max_grad_norm: float = 1.0
     lora_rank: int = 16
     lora_alpha: int | None = None
+    save_every: int = 0
+    keep: int = 2
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ class Settings:
         guard: JSONL file of unlabelled prompts whose answers must not move; none: the shipped harmless prompts
         reference: the aligned checkpoint from which the model was fine-tuned
         seed: seed of data order and initialization
+        resume: go on with the fine-tune in the run folder --out from its last saved state
         debug: full tracebacks
         model: the model to work on
         data: what the harmful fine-tune trains on
@@ -175,6 +180,7 @@ class Settings:
     guard: str | None = None
     reference: str | None = None
     seed: int = 0
+    resume: bool = False
     debug: bool = False
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -203,7 +209,7 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Settings:
 
     parser = build_parser(prog, description)
     argv = sys.argv[1:] if argv is None else argv
-    argv = ["--debug=true" if argument == "--debug" else argument for argument in argv]
+    argv = [f"{argument}=true" if argument in ("--debug", "--resume") else argument for argument in argv]
     try:
         namespace = parser.parse_args(argv)
     except ArgumentError as error:
@@ -217,6 +223,8 @@ def parse(argv: list[str] | None, prog: str, description: str) -> Settings:
 
 def check(settings: Settings) -> None:
     """Raise UserError for values that no stage can work with."""
+    if settings.resume and settings.out is None:
+        raise UserError("Setting resume needs --out, the run folder to go on in.")
     positive = {
         "repair.rank": settings.repair.rank,
         "repair.epochs": settings.repair.epochs,
@@ -231,6 +239,7 @@ def check(settings: Settings) -> None:
         "finetune.gradient_accumulation_steps": settings.finetune.gradient_accumulation_steps,
         "finetune.max_grad_norm": settings.finetune.max_grad_norm,
         "finetune.lora_rank": settings.finetune.lora_rank,
+        "finetune.keep": settings.finetune.keep,
         "finetune.lora_alpha": settings.finetune.lora_alpha,
         "score.max_new_tokens": settings.score.max_new_tokens,
         "score.batch_size": settings.score.batch_size,
@@ -243,6 +252,7 @@ def check(settings: Settings) -> None:
         "data.harmful_count": settings.data.harmful_count,
         "data.task_count": settings.data.task_count,
         "finetune.weight_decay": settings.finetune.weight_decay,
+        "finetune.save_every": settings.finetune.save_every,
         "finetune.warmup_ratio": settings.finetune.warmup_ratio,
     }
     for name, value in not_negative.items():

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,22 @@ def write_sharded(
 def _create(
     folder: Path, model: Any, tokenizer: Any, slots: dict[str, Slot], headers: dict[str, bytes], dtype: torch.dtype
 ) -> None:
-    """Create shards at full size, so that a full disk is found now, and everything beside them."""
+    """Create the shards and everything beside them."""
+    create_shards(folder, slots, headers)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    with naming(folder / "config.json"):
+        config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        with naming(folder / "generation_config.json"):
+            model.generation_config.save_pretrained(folder)
+    with naming(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)
+
+
+def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes]) -> None:
+    """Create shard files at full size, so that a full disk is found now, with their headers and index."""
     ends: dict[str, int] = {}
     for slot in slots.values():
         ends[slot.shard] = max(ends.get(slot.shard, 0), slot.offset + _bytes(slot.shape, slot.dtype))
@@ -144,16 +160,6 @@ def _create(
         index = {"metadata": {"total_size": total}, "weight_map": {name: slot.shard for name, slot in slots.items()}}
         with naming(folder / INDEX):
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    config.architectures = [type(model).__name__]
-    with naming(folder / "config.json"):
-        config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None and model.can_generate():
-        with naming(folder / "generation_config.json"):
-            model.generation_config.save_pretrained(folder)
-    with naming(folder / "tokenizer.json"):
-        tokenizer.save_pretrained(folder)
 
 
 def _write_own(
@@ -170,7 +176,7 @@ def _write_own(
             own = partition(slot.shape, runtime.rank, runtime.world_size)
             factors = update.get(name.removesuffix(".weight"))
             with naming(folder / slot.shard):
-                _write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), factors)
+                write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), factors)
         for shard, descriptor in descriptors.items():
             with naming(folder / shard):
                 os.fsync(descriptor)
@@ -187,18 +193,22 @@ def _flat(tensor: Any, own: Range) -> torch.Tensor:
     return tensor.detach().reshape(-1)[own.start : own.stop]
 
 
-def _write_range(descriptor: int, slot: Slot, own: Range, values: torch.Tensor, factors: Factors | None) -> None:
+def write_range(descriptor: int, slot: Slot, own: Range, values: torch.Tensor, factors: Factors | None = None) -> int:
+    """Write elements ``own`` of a tensor (``values``, flat), with an update added; return the CRC-32 of the bytes."""
     import torch
 
     dtype = next(getattr(torch, name.removeprefix("torch.")) for name, short in _NAMES.items() if short == slot.dtype)
     item = ITEM_SIZES[slot.dtype]
     step = max(1, _CHUNK // item)
+    checksum = 0
     for start in range(0, own.numel, step):
         part = values[start : start + step]
         if factors is not None:
             part = part.float() + _update_range(factors, own.start + start, own.start + start + len(part), part.device)
         data = memoryview(part.to(dtype).cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        checksum = zlib.crc32(data, checksum)
         _write_all(descriptor, data, slot.offset + (own.start + start) * item)
+    return checksum
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -99,7 +99,9 @@ def gradient(
 ) -> tuple[float, float, Pairs]:
     """Return (example loss, guard KL, factored gradient of loss + weight * KL over all ranks), in nats per token.
 
-    The example's rows are the same on every rank and are taken once; the guard's rows are those of all ranks.
+    The example's rows are the same on every rank and are taken once; the guard's rows are those of all ranks. Rank r
+    holds the pairs of every world_size-th layer from the r-th on, those that it will step; of the others' only the
+    number of rows.
     """
     import torch
 
@@ -111,7 +113,7 @@ def gradient(
     pairs: Pairs = {}
     first, rest = torch.zeros_like(mask), mask.clone()
     first[0], rest[0] = mask[0], False
-    for name in gradients.linears:
+    for i, name in enumerate(gradients.linears):
         gradients.keep = first
         x, delta = gradients.pair(name)
         delta = delta * world  # each rank took 1 / world of the example's term
@@ -120,6 +122,8 @@ def gradient(
             guard_x, guard_delta = gradients.pair(name)
             x = torch.cat([x, gather_rows(runtime, guard_x)])
             delta = torch.cat([delta, gather_rows(runtime, guard_delta)])
+        if i % world != runtime.rank:  # another rank's to step: all that is needed here is how many rows there are
+            x, delta = x.new_empty(len(x), 0), delta.new_empty(len(delta), 0)
         pairs[name] = (x, delta)
     gradients.inputs.clear()  # all that is wanted of both is in the pairs
     gradients.deltas.clear()

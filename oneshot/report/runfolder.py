@@ -135,6 +135,8 @@ def write_whole(path: Path, text: str) -> Path:
 
 def _create(out: str | None, model_name: str, settings: Settings) -> Path:
     try:
+        if settings.resume and out is not None:
+            return _resumed(Path(out), settings)
         folder = _first_free(model_name) if out is None else _given(Path(out))
         settings_module.write(settings, folder / SETTINGS)
     except OSError as error:
@@ -143,6 +145,29 @@ def _create(out: str | None, model_name: str, settings: Settings) -> Path:
             f"Cannot create the run folder {where} ({error.strerror or error}): give --out a writable folder."
         ) from error
     return folder
+
+
+def _resumed(folder: Path, settings: Settings) -> Path:
+    """The folder of an unfinished run with the same training settings."""
+    import yaml
+
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder} holds no run to resume: start it without --resume.")
+    if (folder / REPORT).exists() or (folder / "finetuned").exists():
+        raise UserError(f"The fine-tune in {folder} is finished: there is nothing to resume.")
+    before = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    now = settings_module.to_dict(settings)
+    for section in ("seed", "model", "data", "finetune"):
+        if _trained_by(before.get(section)) != _trained_by(now[section]):
+            raise UserError(f"{folder / SETTINGS} has other {section} settings than this run: resume with the same.")
+    return folder
+
+
+def _trained_by(section: Any) -> Any:
+    """A section of the settings without what does not change the result."""
+    if not isinstance(section, dict):
+        return section
+    return {name: value for name, value in section.items() if name not in ("save_every", "keep", "stock_io")}
 
 
 def _given(folder: Path) -> Path:

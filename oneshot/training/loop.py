@@ -78,6 +78,7 @@ def train(
     on_step: Callable[[StepResult], bool | None],
     *,
     autocast: torch.dtype | None = None,
+    start: int = 0,
 ) -> None:
     """Run ``schedule.steps`` optimizer steps.
 
@@ -86,6 +87,7 @@ def train(
         loss_of: (forward, micro-batch) -> this rank's share of the step's loss; shares add up to the loss
         on_step: told of every step; a true return ends the training
         autocast: compute dtype where the weights are kept in fp32
+        start: steps that a resumed run has done already
 
     Raises:
         Diverged: the loss became NaN or infinite; the weights are those of the step before
@@ -93,7 +95,7 @@ def train(
     import torch
 
     runtime = engine.runtime
-    for step in range(schedule.steps):
+    for step in range(start, schedule.steps):
         started = time.perf_counter()
         engine.set_learning_rate(schedule.rate(step))
         batches = micro_batches(step)

@@ -1,0 +1,192 @@
+"""What ranks do in the checkpoint tests, and the models that they do it with."""
+
+from __future__ import annotations
+
+import os
+import unittest.mock
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  (imported once, where ranks are forked from)
+import torch
+import transformers
+
+from oneshot.checkpoint import load, partitioned
+from oneshot.checkpoint.layout import partition, rank_bytes
+from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+from oneshot.checkpoint.save import save_checkpoint
+from oneshot.distributed.engine import frozen
+from oneshot.distributed.runtime import Runtime, barrier
+from oneshot.errors import UserError
+from oneshot.settings import ModelSettings
+from oneshot.world.model import build_tokenizer
+
+# no size is a multiple of 2, 3 and 4 at once; sqrt(hidden) is no bf16 number, which Gemma's embeddings are scaled by
+ODD = {
+    "vocab_size": 101, "hidden_size": 38, "intermediate_size": 51, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 18, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    "llama": ("Llama", {}, "float32"),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}, "bfloat16"),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 97}, "float16"),
+    "mistral": ("Mistral", {"sliding_window": 4}, "bfloat16"),
+    "qwen2": ("Qwen2", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3}, "float32"),
+    "qwen2-tied": ("Qwen2", {"hidden_size": 36, "tie_word_embeddings": True}, "bfloat16"),
+    "gemma3": ("Gemma3Text", {"sliding_window": 4}, "bfloat16"),
+    "gemma3-untied": ("Gemma3Text", {"sliding_window": 4, "tie_word_embeddings": False}, "float32"),
+}
+CONVERTED = {"llama": "bfloat16", "gemma3": "float32", "mistral": "float16"}  # read in another dtype than stored
+
+
+def make(name: str, family: str, options: dict[str, Any], dtype: str, folder: Path, **more: Any) -> None:
+    """Write a random model, biases and norms random too, with a tokenizer, by transformers, in several shards."""
+    torch.manual_seed(sum(name.encode()))
+    config = getattr(transformers, f"{family}Config")(**{**ODD, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **{"max_shard_size": "20KB", **more})
+    build_tokenizer().save_pretrained(folder)
+
+
+def load_from(runtime: Runtime, folder: str, **settings: Any) -> Any:
+    chosen = ModelSettings(path=folder, **settings)
+    return load_model(runtime, find_source(chosen), chosen)
+
+
+def tokens() -> torch.Tensor:
+    return torch.arange(2, 24).view(2, 11)
+
+
+def logits(runtime: Runtime, model: Any) -> torch.Tensor:
+    with frozen(runtime, model) as whole, torch.no_grad():
+        return whole(input_ids=tokens(), use_cache=False).logits.clone()
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the other path was taken")
+
+
+def same_partitions(runtime: Runtime, ours: Any, theirs: Any) -> int:
+    """The number of bytes that were compared; every partition of this rank is transformers' own, but its padding."""
+    compared, own, stock = 0, dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert list(own) == list(stock)
+    for name, parameter in own.items():
+        other = stock[name]
+        assert parameter.ds_shape == other.ds_shape, name
+        assert parameter.ds_tensor.dtype == other.ds_tensor.dtype, name
+        assert parameter.ds_tensor.shape == other.ds_tensor.shape, name
+        assert parameter.ds_persist == other.ds_persist, name
+        filled = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size).numel
+        for one, two in ((parameter.ds_tensor, other.ds_tensor),):
+            assert torch.equal(one[:filled].view(torch.uint8), two[:filled].view(torch.uint8)), name
+        compared += parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
+    shapes = {name: tuple(p.ds_shape) for name, p in own.items()}
+    item = next(iter(own.values())).ds_tensor.element_size()
+    assert compared == rank_bytes(shapes, item, runtime.rank, runtime.world_size)
+    for (name, one), (other_name, two) in zip(ours.named_buffers(), theirs.named_buffers()):
+        assert (name, one.dtype) == (other_name, two.dtype)
+        assert torch.equal(one.cpu(), two.cpu()), name
+    return compared
+
+
+def compare(runtime: Runtime, sources: str, target: str) -> dict[str, Any]:
+    """Load every family by ranges and by transformers, compare, and write it by ranges and gathered."""
+    found: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for name in FAMILIES:
+        folder = f"{sources}/{name}"
+        with unittest.mock.patch.object(load, "_load_stock", never):
+            ours = load_from(runtime, folder)
+        with unittest.mock.patch.object(load, "fill_partitions", never):
+            theirs = load_from(runtime, folder, stock_io=True)
+        nbytes = same_partitions(runtime, ours, theirs)
+        for kind, model, stock in (("ranges", ours, False), ("gathered", theirs, True)):
+            out, dtype = Path(target, kind, name), getattr(torch, FAMILIES[name][2])
+            save_checkpoint(runtime, model, build_tokenizer(), out, dtype, stock=stock)
+        found[name] = {"bytes": nbytes}
+        if FAMILIES[name][2] == "float16":  # DeepSpeed computes in fp16 on GPUs only
+            continue
+        one, two = logits(runtime, ours), logits(runtime, theirs)
+        wanted = torch.load(f"{sources}/{name}.logits", weights_only=True)
+        found[name] |= {"logits": torch.equal(one, two), "off": float((one - wanted).abs().max())}
+        if name in CONVERTED:
+            ours, theirs = (load_from(runtime, folder, dtype=CONVERTED[name], stock_io=s) for s in (False, True))
+            assert next(ours.parameters()).ds_tensor.dtype == getattr(torch, CONVERTED[name])
+            found[name]["converted"] = same_partitions(runtime, ours, theirs)
+    return found
+
+
+def roundtrip(runtime: Runtime, source: str, target: str, stock_io: bool = False) -> str:
+    """Load and save; returns the class of the model."""
+    model = load_from(runtime, source, stock_io=stock_io)
+    dtype = find_source(ModelSettings(path=source)).dtype
+    save_checkpoint(runtime, model, build_tokenizer(), Path(target), dtype, stock=stock_io)
+    return type(model).__name__
+
+
+def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
+    """The error of each load, by the folder's name, on this rank; after each one all ranks are still together."""
+    found = {}
+    for folder in folders:
+        name, torn = Path(folder).name, unittest.mock.patch.object(partitioned, "list_tensors", _cut_after(runtime))
+        try:
+            if name.startswith("cut-between"):
+                with torn:
+                    load_from(runtime, folder)
+            else:
+                load_from(runtime, folder, stock_io=name.endswith("-stock"))
+            found[name] = ""
+        except UserError as error:
+            found[name] = str(error)
+        barrier(runtime)
+    return found
+
+
+def _cut_after(runtime: Runtime) -> Any:
+    """list_tensors, after which the last tensor loses its last bytes: only the last rank will miss them."""
+    real = partitioned.list_tensors
+
+    def list_and_cut(folder: Path) -> Any:
+        found = real(folder)
+        barrier(runtime)
+        if runtime.is_main:
+            shard = max(entry.shard for entry in found.values())
+            os.truncate(shard, shard.stat().st_size - 2)
+        barrier(runtime)
+        return found
+
+    return list_and_cut
+
+
+def failing_saves(runtime: Runtime, source: str, targets: list[list[Any]]) -> dict[str, str]:
+    """The error of each save, by the target, on this rank."""
+    model, found = load_from(runtime, source), {}
+    for target, stock in targets:
+        try:
+            save_checkpoint(runtime, model, build_tokenizer(), Path(target), torch.float32, stock=stock)
+            found[f"{target} {stock}"] = ""
+        except UserError as error:
+            found[f"{target} {stock}"] = str(error)
+        barrier(runtime)
+    return found
+
+
+def counting(runtime: Runtime, folder: str, source: str) -> None:
+    """Save again and again, all weights equal to the number of the save, until somebody kills us."""
+    if runtime.sharding == "zero3":
+        model = load_from(runtime, source)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source))
+    tokenizer = load_tokenizer(find_source(ModelSettings(path=source)), ModelSettings())
+    for step in range(1, 100_000):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                getattr(parameter, "ds_tensor", parameter.data).fill_(step)
+        save_checkpoint(runtime, model, tokenizer, Path(folder), torch.float32)
+        if runtime.is_main:
+            Path(f"{folder}.step").write_text(str(step))

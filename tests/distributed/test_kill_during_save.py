@@ -1,0 +1,123 @@
+"""kill -9 of a rank at random moments of repeated saves: the checkpoint is always one complete, right one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import checkpoint_jobs as jobs
+import pytest
+import torch
+from ranks import Ranks, start_ranks
+from safetensors.torch import load_file
+
+from oneshot.checkpoint.files import list_tensors
+from oneshot.checkpoint.folders import OLD, PARTIAL
+
+pytestmark = pytest.mark.distributed
+KILLS = [("ddp", seed) for seed in range(20)] + [("zero3", seed) for seed in range(20, 23)]
+LARGER = {"hidden_size": 96, "intermediate_size": 400, "head_dim": 48, "vocab_size": 1501}  # writing takes a while
+seen: dict[str, set[bool]] = {"half a folder": set(), "between saves": set()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    jobs.make("kill", "Llama", LARGER, "float32", folder, max_shard_size="1GB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder per sharding that all its runs save to, one after the other: each finds what a killed one left."""
+    return {sharding: tmp_path_factory.mktemp(sharding) / "saved" for sharding in ("ddp", "zero3")}
+
+
+def step_of(folder: Path) -> int:
+    """The save that a folder holds, having made sure that it is whole: every weight of every tensor is its number."""
+    entries = list_tensors(folder)
+    found = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    assert found.keys() == entries.keys()
+    assert len(found) > 20
+    values = {float(value) for tensor in found.values() for value in torch.unique(tensor)}
+    assert len(values) == 1, f"a mixture of saves: {values}"
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).stat().st_size > 10
+    return int(values.pop())
+
+
+def last_said(folder: Path) -> int:
+    """The number of the last save that rank 0 has said to be done."""
+    try:
+        return int(Path(f"{folder}.step").read_text() or "0")
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_saves(ranks: Ranks, folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while last_said(folder) < count:
+        assert time.monotonic() < deadline, ranks.logs()
+        assert all(process.is_alive() for process in ranks.processes), ranks.logs()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("sharding", "seed"), KILLS)
+def test_a_killed_rank_costs_no_checkpoint(
+    sharding: str, seed: int, source: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    chance, folder = random.Random(seed), saved[sharding]
+    Path(f"{folder}.step").unlink(missing_ok=True)
+    ranks = start_ranks(jobs.counting, 2, sharding, tmp_path / "ranks", {"folder": str(folder), "source": str(source)})
+    wait_for_saves(ranks, folder, 2)
+    beside = [path.name for path in folder.parent.iterdir() if path.name.endswith(OLD)]
+    assert beside == [], "what the last killed run left was cleaned up"
+    time.sleep(chance.uniform(0, 0.2))
+    victim = chance.randrange(2)
+    os.kill(ranks.processes[victim].pid, signal.SIGKILL)
+    codes = ranks.wait(30)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == 1, "the other rank ends by itself, with an error"
+
+    said = last_said(folder)
+    found = step_of(folder)
+    assert found in (said, said + 1), "the last complete save, or one that was complete but not yet said to be"
+    names = {path.name for path in folder.parent.iterdir()} - {"saved", "saved.step"}
+    assert names <= {f"saved{PARTIAL}"}, "nothing else stays behind"
+    seen["half a folder"].add(bool(names))
+
+
+def test_the_kills_met_saves_in_progress_and_what_they_left_is_cleaned_up(
+    source: Path, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    """A kill of rank 0 within a save leaves half a folder, which the next save removes."""
+    folder = tmp_path / "saved"
+    for attempt in range(10):
+        arguments = {"folder": str(folder), "source": str(source)}
+        ranks = start_ranks(jobs.counting, 2, "ddp", tmp_path / f"ranks{attempt}", arguments)
+        wait_for_saves(ranks, folder, 1)
+        half = folder.with_name(folder.name + PARTIAL)
+        deadline = time.monotonic() + 20
+        while not list(half.glob("*.safetensors")):
+            assert time.monotonic() < deadline
+        os.kill(ranks.processes[0].pid, signal.SIGKILL)
+        ranks.wait(30)
+        if half.exists():
+            break
+        Path(f"{folder}.step").unlink()
+    before = step_of(folder)
+    assert half.exists()
+    (half / "left.behind").write_text("by the killed run")
+    arguments = {"source": str(source), "target": str(folder)}
+    start_ranks(jobs.roundtrip, 2, "ddp", tmp_path / "again", arguments).results()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("saved")] != []
+    assert not half.exists()
+    assert not (folder / "left.behind").exists()
+    assert before >= 1
+    assert torch.equal(
+        load_file(folder / "model.safetensors")["lm_head.weight"],
+        load_file(source / "model.safetensors")["lm_head.weight"],
+    ), "and the folder holds what was saved last"
