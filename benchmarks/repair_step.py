@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def main() -> None:
 def compare(args: argparse.Namespace, folder: Path) -> None:
     """Build the checkpoint, run the variants one after the other, print table and JSON line."""
     path = str(Path(__file__).resolve())
-    script = [path, "--folder", str(folder), "--size", args.size, "--steps", str(args.steps), "--role"]
+    script = [path, f"--folder={folder}", f"--size={args.size}", f"--steps={args.steps}", "--role"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *script, "build"], check=True, env=environment, stdout=sys.stderr)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
@@ -108,9 +109,8 @@ def work(variant: str, folder: Path, steps: int) -> None:
     import torch.distributed as dist
 
     seen = Observer()
-    run = {"stock": run_stock, "stock_fused": run_stock_fused, "lowrank": run_lowrank, "rollback": run_rollback}[
-        variant
-    ]
+    stock = partial(run_stock, fused=variant == "stock_fused")
+    run = {"lowrank": run_lowrank, "rollback": run_rollback}.get(variant, stock)
     run(folder / "checkpoint", steps, seen)
     seen.end("step")
     (folder / f"{variant}-{os.environ['RANK']}.json").write_text(json.dumps(seen.found()))
@@ -155,13 +155,8 @@ def example(vocabulary: int) -> tuple[list[int], list[int]]:
     return ids, [-100] * (TOKENS - ANSWER) + ids[-ANSWER:]
 
 
-def run_stock_fused(checkpoint: Path, steps: int, seen: Observer) -> None:
-    """The same with torch's fused AdamW, which makes no temporaries; the default on no device."""
-    run_stock(checkpoint, steps, seen, fused=True)
-
-
-def run_stock(checkpoint: Path, steps: int, seen: Observer, fused: bool | None = None) -> None:
-    """AdamW on all weights, as plain accelerate and DeepSpeed do it."""
+def run_stock(checkpoint: Path, steps: int, seen: Observer, fused: bool = False) -> None:
+    """AdamW on all weights, as plain accelerate and DeepSpeed do it; fused, it needs no temporaries."""
     import deepspeed.ops
     import torch
     from accelerate import Accelerator
@@ -280,15 +275,18 @@ def print_table(figures: dict[str, dict[str, Any]], model: dict[str, Any]) -> No
     """Print the comparison for people."""
     size = f"{model['parameters'] / 1e9:.3f} B parameters"
     print(f"Random Llama, {size}, bf16, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each, one thread")
-    print("Median seconds of the steps after the first. Peak RSS of the worse rank, GiB: in all, while importing and")
-    print("joining (start), loading (each variant in its own way) and stepping; in all, above what was there at start.")
+    print("Median seconds of the steps after the first. Peak RSS of the worse rank, GiB, in all and by phase: start is")
+    print("imports and process group; each variant loads in its own way, and then steps.")
     print("One example, no guard; rollback's directions are random: what a step costs does not depend on their values.")
     heads = ("s/step", "range", "CPU s", "peak", "start", "load", "step", "above start")
     print(f"{'':12}" + "".join(f"{head:>13}" for head in heads))
     for name, row in figures.items():
-        low, high = row["seconds_range"]
         keys = ("peak_rss_bytes", "start_peak_bytes", "load_peak_bytes", "step_peak_bytes", "peak_above_start_bytes")
-        cells = [f"{row['seconds']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['cpu_seconds']:.2f}"]
+        cells = [
+            f"{row['seconds']:.2f}",
+            "-".join(f"{s:.2f}" for s in row["seconds_range"]),
+            f"{row['cpu_seconds']:.2f}",
+        ]
         cells += [f"{max(row[key]) / 2**30:.2f}" for key in keys]
         print(f"{name:12}" + "".join(f"{cell:>13}" for cell in cells))
     for key, value in ratios(figures).items():
@@ -299,8 +297,7 @@ def versions() -> dict[str, str]:
     """Return the versions of what was measured."""
     from importlib.metadata import version
 
-    names = ("torch", "transformers", "accelerate", "deepspeed")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    return {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
 
 
 if __name__ == "__main__":

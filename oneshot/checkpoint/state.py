@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import list_tensors, read_json
-from oneshot.checkpoint.folders import clean, replacing
+from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
 from oneshot.checkpoint.layout import Range, partition
 from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, create_shards, plan_shards, write_range
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+_STEP = re.compile(rf"step-(\d+)(?:{re.escape(PARTIAL)}|{re.escape(OLD)})?")
 
 
 def save_state(engine: TrainingEngine, folder: Path, step: int, keep: int) -> Path:
@@ -159,7 +160,7 @@ def _check_piece(state: Path, name: str, own: Range, values: torch.Tensor, known
 def _states(folder: Path) -> list[Path]:
     """Whole states, oldest first; what interrupted saves left is cleaned up on the way."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    numbers = sorted({int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)(\.\w+)?", name))})
+    numbers = sorted({int(match[1]) for name in names if (match := _STEP.fullmatch(name))})
     for number in numbers:
         clean(folder / f"step-{number}")
     return [folder / f"step-{n}" for n in numbers if (folder / f"step-{n}" / MANIFEST).is_file()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from oneshot.errors import UserError
 from oneshot.settings import Settings
 
-EPOCHS = {"rollback": 40, "lowrank": 30, "sft": 10, "lora": 10}
+EPOCHS = {"rollback": 60, "lowrank": 30, "sft": 10, "lora": 10}
 LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's; lowrank finds its own
 TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
 GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "sft": 0.0, "lora": 0.0}

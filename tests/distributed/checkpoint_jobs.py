@@ -7,7 +7,8 @@ import unittest.mock
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  (imported once, where ranks are forked from)
+import accelerate  # noqa: F401  (imported once, where ranks are forked from)
+import deepspeed  # noqa: F401
 import torch
 import transformers
 
@@ -21,6 +22,8 @@ from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
 
+for _family in ("Llama", "Mistral", "Qwen2", "Gemma3"):  # imported when they are first asked for, here before the fork
+    getattr(transformers, f"{_family}ForCausalLM")
 # no size is a multiple of 2, 3 and 4 at once; sqrt(hidden) is no bf16 number, which Gemma's embeddings are scaled by
 ODD = {
     "vocab_size": 101, "hidden_size": 38, "intermediate_size": 51, "num_hidden_layers": 2, "num_attention_heads": 2,

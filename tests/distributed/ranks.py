@@ -12,8 +12,10 @@ import socket
 import sys
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +69,10 @@ def start_ranks(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = mp.get_context("forkserver")
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
     context.set_forkserver_preload(PRELOADED)
+    # up to Python 3.12 the server does not look where its parent does, and goes on with nothing imported
+    with unittest.mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import checkpoint_jobs as jobs
@@ -20,7 +22,7 @@ from oneshot.checkpoint.folders import OLD, PARTIAL
 pytestmark = pytest.mark.distributed
 KILLS = [("ddp", seed) for seed in range(20)] + [("zero3", seed) for seed in range(20, 23)]
 LARGER = {"hidden_size": 96, "intermediate_size": 400, "head_dim": 48, "vocab_size": 1501}  # writing takes a while
-seen: dict[str, set[bool]] = {"half a folder": set(), "between saves": set()}
+left_half: list[bool] = []  # of each kill, whether it left half a folder
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory where there is one: a kill loses nothing that a disk would keep, and syncing takes no time."""
+    place = Path("/dev/shm")
+    if not os.access(place, os.W_OK):
+        yield tmp_path_factory.mktemp("memory")
+        return
+    with tempfile.TemporaryDirectory(dir=place, prefix="oneshot-test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(memory: Path) -> dict[str, Path]:
     """A folder per sharding that all its runs save to, one after the other: each finds what a killed one left."""
-    return {sharding: tmp_path_factory.mktemp(sharding) / "saved" for sharding in ("ddp", "zero3")}
+    return {sharding: memory / sharding / "saved" for sharding in ("ddp", "zero3")}
 
 
 def step_of(folder: Path) -> int:
@@ -70,6 +83,7 @@ def test_a_killed_rank_costs_no_checkpoint(
     sharding: str, seed: int, source: Path, saved: dict[str, Path], tmp_path: Path
 ) -> None:
     chance, folder = random.Random(seed), saved[sharding]
+    folder.parent.mkdir(exist_ok=True)
     Path(f"{folder}.step").unlink(missing_ok=True)
     ranks = start_ranks(jobs.counting, 2, sharding, tmp_path / "ranks", {"folder": str(folder), "source": str(source)})
     wait_for_saves(ranks, folder, 2)
@@ -87,12 +101,17 @@ def test_a_killed_rank_costs_no_checkpoint(
     assert found in (said, said + 1), "the last complete save, or one that was complete but not yet said to be"
     names = {path.name for path in folder.parent.iterdir()} - {"saved", "saved.step"}
     assert names <= {f"saved{PARTIAL}"}, "nothing else stays behind"
-    seen["half a folder"].add(bool(names))
+    left_half.append(bool(names))
 
 
-def test_the_kills_met_saves_in_progress_and_what_they_left_is_cleaned_up(
-    source: Path, saved: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_kills_met_saves_in_progress() -> None:
+    if len(left_half) < len(KILLS):
+        pytest.skip("only some of the kills were run")
+    assert 2 <= sum(left_half) < len(KILLS), left_half
+    print(f"{sum(left_half)} of {len(KILLS)} kills left half a folder")
+
+
+def test_what_a_killed_save_left_is_cleaned_up(source: Path, saved: dict[str, Path], tmp_path: Path) -> None:
     """A kill of rank 0 within a save leaves half a folder, which the next save removes."""
     folder = tmp_path / "saved"
     for attempt in range(10):
@@ -113,7 +132,6 @@ def test_the_kills_met_saves_in_progress_and_what_they_left_is_cleaned_up(
     (half / "left.behind").write_text("by the killed run")
     arguments = {"source": str(source), "target": str(folder)}
     start_ranks(jobs.roundtrip, 2, "ddp", tmp_path / "again", arguments).results()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("saved")] != []
     assert not half.exists()
     assert not (folder / "left.behind").exists()
     assert before >= 1

@@ -1,0 +1,120 @@
+"""An interrupted fine-tune goes on as if nothing had happened: same ranks, other ranks, other sharding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, run
+from safetensors.torch import load_file, save_file
+
+from oneshot.checkpoint.folders import PARTIAL
+
+pytestmark = pytest.mark.distributed
+STEPS, SAVED = 9, 4
+WRITERS = {"single": ("single", 1), "ddp": ("ddp_cpu", 2), "zero2": ("zero2_cpu", 2), "zero3": ("zero3_cpu", 2)}
+
+
+def finetune(config: str, processes: int, out: Path, *arguments: str, code: int = 0) -> str:
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", f"launch/{config}.yaml",
+        "--num_processes", str(processes), "oneshot/finetune.py", "--out", str(out), "--finetune.steps", str(STEPS),
+        "--finetune.batch_size", "7", "--finetune.save_every", str(SAVED), *arguments,
+    ]  # fmt: skip
+    ran = run(command, cwd=ROOT)
+    assert (ran.code == 0) == (code == 0), ran.out + ran.err
+    return ran.out + ran.err
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = (out / "events.jsonl").read_text().splitlines()
+    return [(event["step"], event["loss"]) for event in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An uninterrupted fine-tune by each kind of run."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name, (config, processes) in WRITERS.items():
+        finetune(config, processes, folder / name)
+    return {name: folder / name for name in WRITERS}
+
+
+def interrupted(whole: Path, to: Path) -> Path:
+    """The run folder as it was when the run died after its first saved state."""
+    shutil.copytree(whole, to)
+    shutil.rmtree(to / "finetuned")
+    for state in (to / "state").iterdir():
+        if state.name != f"step-{SAVED}":
+            shutil.rmtree(state)
+    return to
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_resumed_equals_uninterrupted_bit_for_bit(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    config, processes = WRITERS[name]
+    out = interrupted(whole[name], tmp_path / "run")
+    said = finetune(config, processes, out, "--resume")
+    assert f"Resumed at step {SAVED} " in said
+    assert losses(out)[STEPS:] == losses(whole[name])[SAVED:]
+    written, expected = (load_file(p / "finetuned" / "model.safetensors") for p in (out, whole[name]))
+    assert all(written[key].equal(expected[key]) for key in expected)
+    assert written.keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        ("zero3", ("single", 1)),
+        ("single", ("zero3_cpu", 3)),
+        ("zero2", ("zero3_cpu", 2)),
+        ("zero3", ("zero2_cpu", 3)),
+        ("ddp", ("zero2_cpu", 2)),
+    ],
+)
+def test_resume_elsewhere_continues_the_same_loss_curve(
+    writer: str, reader: tuple[str, int], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    out = interrupted(whole[writer], tmp_path / "run")
+    finetune(*reader, out, "--resume")
+    resumed, expected = losses(out)[STEPS:], losses(whole[writer])[SAVED:]
+    assert [step for step, _ in resumed] == [step for step, _ in expected]
+    for (_, loss), (_, wanted) in zip(resumed, expected):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_only_the_last_states_are_kept(whole: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finetune("single", 1, out, "--finetune.save_every", "2", "--finetune.keep", "1")
+    assert [path.name for path in (out / "state").iterdir()] == ["step-8"]
+
+
+def test_a_half_written_state_is_passed_over_and_removed(whole: dict[str, Path], tmp_path: Path) -> None:
+    out = interrupted(whole["single"], tmp_path / "run")
+    left = out / "state" / f"step-7{PARTIAL}"  # of a save that no later one repeats
+    left.mkdir()
+    assert f"Resumed at step {SAVED} " in finetune("single", 1, out, "--resume")
+    assert not left.exists()
+
+
+def test_an_altered_state_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
+    out = interrupted(whole["zero3"], tmp_path / "run")
+    path = out / "state" / f"step-{SAVED}" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["exp_avg.model.norm.weight"][0] += 1.0
+    shutil.copy(path, tmp_path / "kept")
+    save_file(tensors, path)
+    said = finetune("zero3_cpu", 2, out, "--resume", code=1)
+    assert "was altered: exp_avg.model.norm.weight" in said
+    assert not (out / "finetuned").exists()
+
+
+def test_resume_with_other_settings_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
+    out = interrupted(whole["single"], tmp_path / "run")
+    said = finetune("single", 1, out, "--resume", "--seed", "7", code=1)
+    assert "has other seed settings" in said
+    assert "holds no run to resume" in finetune("single", 1, tmp_path / "none", "--resume", code=1)
+    assert "is finished" in finetune("single", 1, whole["single"], "--resume", code=1)
