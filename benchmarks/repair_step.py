@@ -40,11 +40,9 @@ SIZES: dict[str, dict[str, Any]] = {  # 0.45 B parameters; a small one to try th
 }
 _FITTED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 STOCK_CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_clipping": 1.0,
-    "bf16": {"enabled": True},
+    "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "bf16": {"enabled": True},
     "zero_optimization": {"stage": 3, "contiguous_gradients": True, **dict.fromkeys(_FITTED, "auto")},
-}
+}  # fmt: skip
 
 
 def main() -> None:
@@ -273,8 +271,7 @@ def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def print_table(figures: dict[str, dict[str, Any]], model: dict[str, Any]) -> None:
     """Print the comparison for people."""
-    size = f"{model['parameters'] / 1e9:.3f} B parameters"
-    print(f"Random Llama, {size}, bf16, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each, one thread")
+    print(f"Random Llama, {model['parameters']:,} parameters, bf16, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each")
     print("Median seconds of the steps after the first. Peak RSS of the worse rank, GiB, in all and by phase: start is")
     print("imports and process group; each variant loads in its own way, and then steps.")
     print("One example, no guard; rollback's directions are random: what a step costs does not depend on their values.")
@@ -282,11 +279,8 @@ def print_table(figures: dict[str, dict[str, Any]], model: dict[str, Any]) -> No
     print(f"{'':12}" + "".join(f"{head:>13}" for head in heads))
     for name, row in figures.items():
         keys = ("peak_rss_bytes", "start_peak_bytes", "load_peak_bytes", "step_peak_bytes", "peak_above_start_bytes")
-        cells = [
-            f"{row['seconds']:.2f}",
-            "-".join(f"{s:.2f}" for s in row["seconds_range"]),
-            f"{row['cpu_seconds']:.2f}",
-        ]
+        span = "-".join(f"{seconds:.2f}" for seconds in row["seconds_range"])
+        cells = [f"{row['seconds']:.2f}", span, f"{row['cpu_seconds']:.2f}"]
         cells += [f"{max(row[key]) / 2**30:.2f}" for key in keys]
         print(f"{name:12}" + "".join(f"{cell:>13}" for cell in cells))
     for key, value in ratios(figures).items():

@@ -125,7 +125,7 @@ def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype
     from transformers import AutoModelForCausalLM
 
     with partitioned_loading(runtime, dtype):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.checkpoint,
             dtype=dtype,
             attn_implementation=settings.attention,
@@ -134,6 +134,7 @@ def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below; under ZeRO-3 _read_partitions() has looked at them
         )
+    model, info = loaded
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{source.checkpoint} holds {name} of shape {list(found)} where config.json makes it {list(wanted)}: "

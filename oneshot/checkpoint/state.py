@@ -151,9 +151,10 @@ def _write_manifest(folder: Path, runtime: Runtime, step: int, written: list[dic
 def _check_piece(state: Path, name: str, own: Range, values: torch.Tensor, known: list[list[int]]) -> None:
     """Compare with the checksum of the piece, where the same piece was written; other ranges have none to compare."""
     for start, stop, checksum in known:
-        if (start, stop) == (own.start, own.stop) and zlib.crc32(
-            memoryview(values.cpu().contiguous().numpy())
-        ) != checksum:
+        if (start, stop) != (own.start, own.stop):
+            continue
+        data: Any = values.cpu().contiguous().numpy()
+        if zlib.crc32(data) != checksum:
             raise UserError(f"{state} was altered: {name} does not have the checksum that the manifest gives.")
 
 
