@@ -57,11 +57,6 @@ def stepped(factors: Factors | None, x: torch.Tensor, delta: torch.Tensor, eta: 
     return compress(Factors(b, a), rank)
 
 
-def squared_norm(pairs: Pairs) -> float:
-    """Return the squared Frobenius norm of the whole gradient: sum over layers of (X X^T * delta delta^T).sum()."""
-    return sum(float(((x @ x.T) * (delta @ delta.T)).sum()) for x, delta in pairs.values())
-
-
 def step_update(
     runtime: Runtime, linears: dict[str, nn.Linear], update: Update, pairs: Pairs, eta: float, rank: int | None
 ) -> Update:
@@ -193,11 +188,13 @@ def solve(
                 radius *= 1.0 if fixed_step else LENGTHEN if accepted else SHORTEN
             if accepted:
                 update, best, pairs = trial, loss, seen
-                if not fixed_step:
-                    pairs, nuclear = _steepest(runtime, pairs, rank)
-                    radius = radius or FIRST_DECREASE * loss / nuclear
             if epoch == epochs:
                 break
+            if accepted and not fixed_step:
+                pairs, nuclear = _steepest(runtime, pairs, rank)
+                if nuclear == 0.0:
+                    break  # no gradient: the model refuses already
+                radius = radius or FIRST_DECREASE * loss / nuclear
             trial = step_update(runtime, linears, update, pairs, radius, rank)
             current.clear()
             current.update(trial)

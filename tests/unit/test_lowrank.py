@@ -108,8 +108,6 @@ def test_captured_pairs_are_the_explicit_gradients(family):
     for name, grad in grads.items():
         x, delta = pairs[name]
         assert (delta.T @ x - grad).norm() < 1e-3 * grad.norm(), name
-    explicit = sum(float(grad.square().sum()) for grad in grads.values())
-    assert lowrank.squared_norm(pairs) == pytest.approx(explicit, rel=1e-3)
 
 
 def test_hooks_are_gone_afterwards():
