@@ -40,15 +40,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(settings: Settings) -> None:
     """Fine-tune into a new run folder."""
-    from rich.console import Console
-
     from oneshot.distributed.runtime import start
+    from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
 
     runtime = start()
     prepared = prepare(settings)
     run_dir = open_run(settings.out, settings.model.path or "toy-finetune", settings, runtime)
-    console = Console() if runtime.is_main else None
+    console = open_console(runtime)
     folder = finetune(runtime, settings, prepared, run_dir, console)
     if console:
         console.print(f"Safety-degraded model: {folder}")

@@ -37,15 +37,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(settings: Settings) -> None:
     """Repair the user's model, or run the whole chain on the toy world where none is named."""
-    from rich.console import Console
-
     from oneshot.distributed.runtime import start
     from oneshot.finetune import finetune, prepare
+    from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
     from oneshot.world.model import ALIGNED
 
     runtime = start()
-    console = Console() if runtime.is_main else None
+    console = open_console(runtime)
     seconds: dict[str, float] = {}
     toy = settings.model.path is None
     if toy:
@@ -232,7 +231,7 @@ def _show(
     """Print the table; write report.json and report.html."""
     from oneshot.report.page import write_page
     from oneshot.report.runfolder import build_report, write_report
-    from oneshot.report.summary import summarize
+    from oneshot.report.summary import LIMITS, summarize
     from oneshot.report.table import print_stages
 
     taken = stages.conversations[outcome.chosen.index]
@@ -266,7 +265,7 @@ def _show(
     print_stages(stages.scores, console)
     for warning in warnings:
         console.print(f"Note: {warning}", highlight=False)
-    console.print(summarize(report).text, highlight=False)
+    console.print(f"Outcome: {summarize(report).word}. {LIMITS}", highlight=False)
     console.print(f"Patch: {run_dir / 'patch'}\nReport: {run_dir / 'report.html'}", highlight=False)
 
 

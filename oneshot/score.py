@@ -26,8 +26,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(settings: Settings) -> None:
     """Score the model (none named: the toy world's aligned one) into a new run folder."""
-    from rich.console import Console
-
     from oneshot.checkpoint.adapter import on_device, read_adapter
     from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
     from oneshot.distributed.engine import frozen
@@ -37,6 +35,7 @@ def run(settings: Settings) -> None:
     from oneshot.measure.rates import score_model
     from oneshot.patch.attach import attached_update
     from oneshot.report.page import write_page
+    from oneshot.report.progress import open_console
     from oneshot.report.runfolder import build_report, open_run, write_report
     from oneshot.report.table import print_stages
     from oneshot.world.model import toy_settings
@@ -54,7 +53,7 @@ def run(settings: Settings) -> None:
     with frozen(runtime, load_model(runtime, source, model_settings)) as model, attached_update(model, update):
         stages = {"model": score_model(model, tokenizer, probes, runtime, settings.score)}
     resources = {"seconds": {"score": round(time.perf_counter() - clock, 2)}, **measured(runtime)}
-    if runtime.is_main:
+    if (console := open_console(runtime)) is not None:
         report = build_report(
             model=name,
             world_size=runtime.world_size,
@@ -66,7 +65,6 @@ def run(settings: Settings) -> None:
         )
         write_report(run_dir, report)
         write_page(run_dir, report, {stage: scores.answers for stage, scores in stages.items()})
-        console = Console()
         print_stages(stages, console)
         console.print(f"Report: {run_dir / 'report.html'}", highlight=False)
 

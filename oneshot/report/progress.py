@@ -6,10 +6,23 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from oneshot.distributed.runtime import Runtime
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 LOG_LINES = 10
+LOG_WIDTH = 100  # columns of a log file, which has none of its own
+
+
+def open_console(runtime: Runtime) -> Console | None:
+    """Return where rank 0 prints, a terminal or a log file; none on other ranks."""
+    from rich.console import Console
+
+    if not runtime.is_main:
+        return None
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 @contextlib.contextmanager

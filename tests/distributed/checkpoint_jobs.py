@@ -132,6 +132,21 @@ def roundtrip(runtime: Runtime, source: str, target: str, stock_io: bool = False
     return type(model).__name__
 
 
+def buffered(runtime: Runtime, source: str, target: str) -> list[float]:
+    """The values of a persistent buffer after a load by ranges, which is saved again."""
+    real = partitioned.skeleton
+
+    def with_buffer(*arguments: Any) -> Any:
+        model = real(*arguments)
+        model.model.register_buffer("scale", torch.zeros(3))
+        return model
+
+    with unittest.mock.patch.object(load, "skeleton", with_buffer):
+        model = load_from(runtime, source)
+    save_checkpoint(runtime, model, build_tokenizer(), Path(target), torch.float32)
+    return model.model.scale.tolist()
+
+
 def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
     """The error of each load, by the folder's name, on this rank; after each one all ranks are still together."""
     found = {}

@@ -109,6 +109,15 @@ def test_whole_models_are_written_by_all_ranks_too(sharding: str, sources: Path,
         assert_same_files(tmp_path / name, sources / name)
 
 
+def test_persistent_buffers_are_read_and_written(sources: Path, tmp_path: Path) -> None:
+    tensors = {**everything(sources / "llama"), "model.scale": torch.tensor([1.5, -2.0, 0.25])}
+    shutil.copytree(sources / "llama", tmp_path / "source", ignore=shutil.ignore_patterns("model*"))
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    arguments = {"source": str(tmp_path / "source"), "target": str(tmp_path / "saved")}
+    assert start_ranks(jobs.buffered, 2, "zero3", tmp_path / "ranks", arguments).results() == [[1.5, -2.0, 0.25]] * 2
+    assert_same_files(tmp_path / "saved", tmp_path / "source")
+
+
 def test_fused_experts_go_the_stock_way_and_say_so(tmp_path: Path) -> None:
     options = {"num_local_experts": 4, "num_experts_per_tok": 2}
     jobs.make("mixtral", "Mixtral", options, "float32", tmp_path / "source")

@@ -34,7 +34,7 @@ def test_demo_prints_the_table_and_says_repaired(demo: tuple[Path, str]) -> None
     _, printed = demo
     for words in ("aligned", "finetuned", "repaired", "attack success, unseen words", "look-alike refusal", "task"):
         assert words in printed
-    assert "the model is repaired" in printed
+    assert "Outcome: repaired." in printed
     assert "\x1b[" not in printed, "control codes in a log file"
 
 

@@ -20,6 +20,7 @@ from oneshot.checkpoint.adapter import Factors
 from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors, read_header
 from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, partition
+from oneshot.checkpoint.partitioned import why_not
 from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.write import is_direct, plan_shards, write_sharded
 from oneshot.errors import UserError
@@ -256,6 +257,31 @@ def test_a_range_is_the_slice_of_the_tensor(tmp_path, shape, stored, wanted, wor
         assert torch.equal(out[own.numel :], torch.zeros(own.padding, dtype=wanted))
 
 
+def test_what_is_no_range_of_a_stored_tensor_is_left_to_transformers(tmp_path):
+    model, name = tiny_model("llama"), "model.layers.0.mlp.up_proj.weight"
+    state = dict(model.state_dict())
+
+    def reason(model, tensors):
+        save_file(tensors, tmp_path / SINGLE)
+        return why_not(model, read_header(tmp_path / SINGLE))
+
+    assert reason(model, state) is None
+    assert reason(model, {**state, name: state[name].to(torch.int8)}) == f"the checkpoint stores {name} as I8"
+    assert reason(model, {n: t for n, t in state.items() if n != name}).startswith(
+        f"the checkpoint stores {name} under"
+    )
+    with pytest.raises(
+        UserError, match=rf"{SINGLE} holds {name} of shape \[32, 48\] where config.json makes it \[48, 32\]"
+    ):
+        reason(model, {**state, name: state[name].T.contiguous()})
+    model.model.register_buffer("scale", torch.ones(1))
+    assert reason(model, state) == "the checkpoint stores model.scale under another name or in parts"
+    model.config.quantization_config = {"quant_method": "fp8"}
+    assert reason(model, state) == "the checkpoint is quantized"
+    mixtral = tiny_model("mixtral")
+    assert "MixtralForCausalLM" in reason(mixtral, dict(mixtral.state_dict()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as stored", "converted"])
 def test_a_read_cut_short_by_the_system_goes_on(dtype, tmp_path, monkeypatch):
     tensor, real = torch.randn(10, 7), os.preadv
@@ -364,6 +390,8 @@ def test_a_crash_at_any_step_leaves_a_whole_folder(before, exchange, tmp_path):
         if exchange or not before:
             assert found in (before, "new"), "a reader sees the old or the new one at any moment"
         seen.add(found)
+        aside = whole(folder.with_name(folder.name + OLD))
+        assert aside in (None, "old"), "what bears that name is whole, for it may be put back"
         clean(folder)
         assert whole(folder) in (before, "new")
         assert found is None or whole(folder) == found, "cleaning up goes back to no older state"
