@@ -10,6 +10,10 @@ STAGES = {
     "finetune": "harmful fine-tune, to reproduce and measure the damage",
     "score": "measure refusals, over-refusal and utility of a checkpoint",
 }
+FOLDERS = {
+    "verify": "check that a checkpoint, adapter or training state is whole",
+    "inspect": "list a checkpoint's tensors, shards, and which rank of N would own what",
+}
 
 
 def main() -> None:
@@ -20,13 +24,18 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0] in STAGES:
         importlib.import_module(f"oneshot.{arguments[0]}").main(arguments[1:])
+    elif arguments and arguments[0] in FOLDERS:
+        getattr(importlib.import_module("oneshot.folders"), arguments[0])(arguments[1:])
     elif arguments in (["--version"], ["-V"]):
         print(f"oneshot {__version__}")
     elif not arguments or arguments[0] in ("--help", "-h"):
         print("usage: oneshot STAGE [--config FILE] [--setting value ...]\n")
-        for name, text in STAGES.items():
+        for name, text in (STAGES | FOLDERS).items():
             print(f"  {name:10}{text}")
         print("\noneshot STAGE --help lists a stage's settings.")
     else:
-        print(f"oneshot: error: there is no stage {arguments[0]}: take one of {', '.join(STAGES)}.", file=sys.stderr)
+        print(
+            f"oneshot: error: there is no stage {arguments[0]}: take one of {', '.join(STAGES | FOLDERS)}.",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_USER)

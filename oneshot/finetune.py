@@ -121,14 +121,17 @@ def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: 
         _train(runtime, settings, engine, prepared.encoded, tokenizer, source.dtype, run_dir, console, toy=toy)
     except Diverged as error:  # the weights are those of the last good step: keep them, apart
         diverged, target = error, run_dir / "last_good"
+    kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}
+
+    def mark(folder: Path) -> None:  # before the folder appears: a degraded model is never without its marker
+        write_marker(folder, {"fine_tuned_from": settings.model.path or "toy world", "conversations": kinds})
+
     if settings.finetune.method == "lora":
-        save_adapter(runtime, model, tokenizer, target)
+        save_adapter(runtime, model, tokenizer, target, mark)
     else:
-        save_checkpoint(runtime, model, tokenizer, target, source.dtype, stock=settings.model.stock_io)
+        stock = settings.model.stock_io
+        save_checkpoint(runtime, model, tokenizer, target, source.dtype, stock=stock, beside=mark)
     engine.close()
-    if runtime.is_main:
-        kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}
-        write_marker(target, {"fine_tuned_from": settings.model.path or "toy world", "conversations": kinds})
     if diverged:
         raise Diverged(f"{diverged} The last good weights are in {target}.")
     return target

@@ -35,6 +35,11 @@ class Range:
         return self.size - self.numel
 
 
+def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Return the bytes of a tensor; ``dtype`` by its safetensors name."""
+    return math.prod(shape) * ITEM_SIZES[dtype]
+
+
 def partition_size(numel: int, world_size: int) -> int:
     """Return how many elements every rank holds of a tensor, padding included."""
     return -(-numel // world_size)

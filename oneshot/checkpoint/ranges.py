@@ -28,7 +28,7 @@ def read_range(entry: TensorEntry, wanted: Range, out: torch.Tensor, name: str =
     """
     import torch
 
-    dtype = _torch_dtype(entry, name)
+    dtype = torch_dtype(entry, name)
     item = ITEM_SIZES[entry.dtype]
     out[wanted.numel :] = 0
     descriptor = os.open(entry.shard, os.O_RDONLY)
@@ -62,7 +62,8 @@ def _fill(descriptor: int, entry: TensorEntry, offset: int, out: torch.Tensor, n
         done += got
 
 
-def _torch_dtype(entry: TensorEntry, name: str) -> torch.dtype:
+def torch_dtype(entry: TensorEntry, name: str) -> torch.dtype:
+    """Return torch's dtype of a stored tensor; UserError if it has none that oneshot reads."""
     import torch
 
     names = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def save_checkpoint(
     update: Update | None = None,
     *,
     stock: bool = False,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a full Hugging Face checkpoint, every rank its own ranges. Collective.
 
@@ -35,15 +37,22 @@ def save_checkpoint(
         update: added to the weights on the way (a merge); the model itself stays as it is
         stock: gather everything on rank 0 and let transformers write, as is done anyway for architectures whose
             tensors transformers renames or splits on disk
+        beside: writes further files into the folder, on rank 0, before it appears
     """
     if is_direct(model) and not stock:
-        write_sharded(runtime, model, tokenizer, folder, dtype, update)
+        write_sharded(runtime, model, tokenizer, folder, dtype, update, beside=beside)
     else:
-        _save_gathered(runtime, model, tokenizer, folder, dtype, update)
+        _save_gathered(runtime, model, tokenizer, folder, dtype, update, beside)
 
 
 def _save_gathered(
-    runtime: Runtime, model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, update: Update | None
+    runtime: Runtime,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    update: Update | None,
+    beside: Callable[[Path], None] | None,
 ) -> None:
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -62,11 +71,19 @@ def _save_gathered(
                 model.save_pretrained(temporary, state_dict=state)
                 _state_dtype(temporary / "config.json", dtype)
                 tokenizer.save_pretrained(temporary)
+                if beside is not None:
+                    beside(temporary)
             list_tensors(temporary)
 
 
-def save_adapter(runtime: Runtime, model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a PEFT model's adapter, gathering no more than the adapter, and read it back. Collective."""
+def save_adapter(
+    runtime: Runtime, model: Any, tokenizer: Any, folder: Path, beside: Callable[[Path], None] | None = None
+) -> None:
+    """Write a PEFT model's adapter, gathering no more than the adapter, and read it back. Collective.
+
+    Args:
+        beside: as of ``save_checkpoint``
+    """
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -79,6 +96,8 @@ def save_adapter(runtime: Runtime, model: Any, tokenizer: Any, folder: Path) -> 
             with naming(temporary):
                 model.save_pretrained(temporary, state_dict=state)
                 tokenizer.save_pretrained(temporary)
+                if beside is not None:
+                    beside(temporary)
             read_adapter(temporary)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
-from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
+from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition, tensor_bytes
 from oneshot.checkpoint.partitioned import own_tensors
 from oneshot.distributed.runtime import Runtime, agree
 
@@ -60,7 +60,7 @@ def plan_shards(
     Tensors keep their order; a shard is closed when the next tensor would make it larger than ``max_bytes``. Within a
     shard wider dtypes come first, as in safetensors' own files: each tensor then begins at a multiple of its item size.
     """
-    sizes = {name: _bytes(shape, dtypes[name]) for name, shape in shapes.items()}
+    sizes = {name: tensor_bytes(shape, dtypes[name]) for name, shape in shapes.items()}
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
@@ -95,6 +95,7 @@ def write_sharded(
     dtype: torch.dtype,
     update: Update | None = None,
     *,
+    beside: Callable[[Path], None] | None = None,
     max_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write ``folder`` as a full checkpoint that plain transformers loads. Collective.
@@ -102,6 +103,7 @@ def write_sharded(
     Args:
         dtype: of the weights in the file; buffers keep their own
         update: added to the weights on the way (a merge), computed in fp32 and rounded once
+        beside: writes further files into the folder, on rank 0, before it appears
 
     Raises:
         UserError: on every rank, if any rank could not write; what was at ``folder`` before is still there
@@ -117,6 +119,8 @@ def write_sharded(
         with agree(runtime, f"creating the checkpoint {folder}"):
             if runtime.is_main:
                 _create(temporary, model, tokenizer, slots, headers, dtype)
+                if beside is not None:
+                    beside(temporary)
         with agree(runtime, f"writing the checkpoint {folder}"):
             _write_own(runtime, tensors, slots, temporary, update or {})
         with agree(runtime, f"checking the checkpoint {folder}"):
@@ -146,7 +150,7 @@ def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes
     """Create shard files at full size, so that a full disk is found now, with their headers and index."""
     ends: dict[str, int] = {}
     for slot in slots.values():
-        ends[slot.shard] = max(ends.get(slot.shard, 0), slot.offset + _bytes(slot.shape, slot.dtype))
+        ends[slot.shard] = max(ends.get(slot.shard, 0), slot.offset + tensor_bytes(slot.shape, slot.dtype))
     for shard, header in headers.items():
         descriptor = os.open(folder / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -156,7 +160,7 @@ def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes
         finally:
             os.close(descriptor)
     if len(headers) > 1:
-        total = sum(_bytes(slot.shape, slot.dtype) for slot in slots.values())
+        total = sum(tensor_bytes(slot.shape, slot.dtype) for slot in slots.values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: slot.shard for name, slot in slots.items()}}
         with naming(folder / INDEX):
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -223,7 +227,3 @@ def _update_range(factors: Factors, start: int, stop: int, device: Any) -> torch
     first = start // n
     rows = factors.b[first : -(-stop // n)].to(device) @ factors.a.to(device)
     return rows.reshape(-1)[start - first * n : stop - first * n]
-
-
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * ITEM_SIZES[dtype]

@@ -170,16 +170,6 @@ def agree(runtime: Runtime, what: str) -> Iterator[None]:
         raise UserError(problems[0])
 
 
-@contextlib.contextmanager
-def main_first(runtime: Runtime) -> Iterator[None]:
-    """Run the block on rank 0 before the other ranks (for example to create a folder)."""
-    if not runtime.is_main:
-        barrier(runtime)
-    yield
-    if runtime.is_main:
-        barrier(runtime)
-
-
 def _deepspeed_plugin() -> Any:
     """Return the plugin that the launcher's environment asks for; engine.py fills in its "auto" values."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":

@@ -1,0 +1,118 @@
+"""``oneshot verify`` and ``oneshot inspect``: what is wrong is named, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from oneshot import cli
+from oneshot.world.model import ALIGNED
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ALIGNED, tmp_path / "model"))
+
+
+def oneshot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["oneshot", *words])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def change(folder: Path, **tensors: torch.Tensor) -> None:
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+
+
+def test_a_whole_checkpoint_passes(folder, capsys, monkeypatch):
+    code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
+    assert code == 0
+    assert "model.safetensors" in said
+    assert f"{sum(t.numel() * 4 for t in load_file(folder / 'model.safetensors').values()):,}" in said
+
+
+def test_values_that_are_not_finite_are_counted(folder, capsys, monkeypatch):
+    broken = load_file(folder / "model.safetensors")["model.norm.weight"]
+    broken[3], broken[5] = float("nan"), float("inf")
+    change(folder, **{"model.norm.weight": broken})
+    code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
+    assert code == 1
+    assert "model.norm.weight holds 2 values that are not finite" in said
+
+
+def test_an_empty_tensor_is_named(folder, capsys, monkeypatch):
+    change(folder, empty=torch.zeros(0, 4))
+    code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
+    assert code == 1
+    assert "empty is empty" in said
+
+
+def test_a_truncated_shard_is_named(folder, capsys, monkeypatch):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
+    assert code == 1
+    assert "model.safetensors" in said
+    assert "cut off" in said
+
+
+@pytest.mark.parametrize("flip", ["byte", "size", "file"])
+def test_what_a_manifest_promises_is_checked(folder, capsys, monkeypatch, flip):
+    import zlib
+
+    path = folder / "model.safetensors"
+    tensor = load_file(path)["model.norm.weight"]
+    checksum = zlib.crc32(tensor[:40].numpy().tobytes())
+    sizes = {"model.safetensors": path.stat().st_size}
+    pieces = {"model.norm.weight": [[0, 40, checksum]]}
+    (folder / "manifest.json").write_text(json.dumps({"files": sizes, "pieces": pieces}))
+    assert oneshot(capsys, monkeypatch, "verify", str(folder))[0] == 0
+    if flip == "byte":
+        tensor[7] += 1e-3
+        change(folder, **{"model.norm.weight": tensor})
+        wanted = "model.norm.weight does not have its checksum in elements 0 to 40"
+    elif flip == "size":
+        (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": 7}, "pieces": pieces}))
+        wanted = "the manifest says 7"
+    else:
+        (folder / "manifest.json").write_text(json.dumps({"files": {**sizes, "gone.safetensors": 5}}))
+        wanted = "is missing"
+    code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
+    assert code == 1
+    assert wanted in said
+
+
+def test_inspect_lists_owners_that_cover_the_tensor(folder, capsys, monkeypatch):
+    code, said = oneshot(capsys, monkeypatch, "inspect", str(folder), "--ranks", "5", "--match", "model.norm.weight")
+    assert code == 0
+    row = next(line for line in said.splitlines() if "model.norm.weight" in line)
+    for owned in ("0-20", "20-40", "40-60", "60-80", "80-96"):
+        assert owned in row
+    assert "rank 4 of 5" in said
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_no_such_folder_is_the_users_mistake(command, capsys, monkeypatch, tmp_path):
+    code, said = oneshot(capsys, monkeypatch, command, str(tmp_path / "none"))
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "none" in said
+
+
+def test_an_unknown_stage_is_the_users_mistake(capsys, monkeypatch):
+    code, said = oneshot(capsys, monkeypatch, "mend")
+    assert code == 2
+    assert "mend" in said
+    assert "repair" in said
