@@ -1,0 +1,181 @@
+"""Loading and saving a checkpoint under ZeRO-3: every rank its own bytes, against the stock way, in one run.
+
+    python benchmarks/sharded_checkpoint.py
+
+A random 1.1 B Llama in bf16, CPU processes of one thread each. Every measurement runs in fresh processes; the files are
+read once before, so that all find the page cache alike. "stock" is transformers' from_pretrained under ZeRO-3, and for
+saving DeepSpeed's consolidation on rank 0 followed by save_pretrained, as accelerate does it. The last line of output
+is one JSON object. Peaks are resident memory above what the process had after imports and process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES: dict[str, dict[str, Any]] = {
+    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000},
+}
+
+
+def main() -> None:
+    """Run every measurement and print the comparison; or, started by ourselves, be one process of one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="1.1b")
+    parser.add_argument("--repeats", type=int, default=3, help="fresh starts per measurement; medians are shown")
+    parser.add_argument(
+        "--role", choices=("compare", "build", "load", "save"), default="compare", help=argparse.SUPPRESS
+    )
+    parser.add_argument("--way", choices=("stock", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role == "build":
+        build(args.folder, args.size)
+    elif args.role in ("load", "save"):
+        work(args.folder, args.role, args.way)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(Path(folder), args)
+
+
+def build(folder: Path, size: str) -> None:
+    """Write the random checkpoint, in shards of 500 MB, with the toy world's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from oneshot.world.model import build_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES[size], num_attention_heads=32, num_key_value_heads=4, dtype=torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(folder / "model", max_shard_size="500MB")
+    build_tokenizer().save_pretrained(folder / "model")
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    """Measure everything, print a table and the JSON line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    script = [str(Path(__file__).resolve()), f"--folder={folder}", f"--size={args.size}"]
+    subprocess.run([sys.executable, *script, "--role=build"], check=True, env=environment, stdout=sys.stderr)
+    total = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+
+    def run(role: str, way: str, ranks: int) -> dict[str, float]:
+        found = []
+        for _ in range(args.repeats):
+            for path in (folder / "model").glob("*.safetensors"):
+                path.read_bytes()  # into the page cache
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
+            command = [*launch, "--num_processes", str(ranks), *script, f"--role={role}", f"--way={way}"]
+            subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+            files = sorted(folder.glob("rank-*.json"))
+            ranked = [json.loads(file.read_text()) for file in files]
+            worst = {name: max(rank[name] for rank in ranked) for name in ("seconds", "peak", "growth")}
+            found.append({**worst, "peak0": ranked[0]["peak"]})
+            for file in files:
+                file.unlink()
+        return {key: statistics.median(row[key] for row in found) for key in found[0]}
+
+    rows = {(role, way): run(role, way, 2) for role in ("load", "save") for way in ("stock", "ours")}
+    by_ranks = {ranks: run("load", "ours", ranks)["seconds"] for ranks in (1, 2, 4)}
+    report(rows, by_ranks, total)
+
+
+def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, float], total: int) -> None:
+    """Print the table and, last, the JSON line."""
+    print(f"checkpoint {total / 1e9:.2f} GB, 2 ranks; medians")
+    for (role, way), row in rows.items():
+        peak = row["peak"] if role == "load" else row["growth"]
+        print(f"{role:5} {way:6} {row['seconds']:7.2f} s   peak above {'start' if role == 'load' else 'before'} "
+              f"{peak / 2**20:8.0f} MiB   rank 0 {row['peak0'] / 2**20:8.0f} MiB")  # fmt: skip
+    print("load by ranks: " + ", ".join(f"{ranks}: {seconds:.2f} s" for ranks, seconds in by_ranks.items()))
+    stock, ours = rows["load", "stock"], rows["load", "ours"]
+    figures = {
+        "load_speedup": stock["seconds"] / ours["seconds"],
+        "load_peak_ratio_rank0": ours["peak0"] / stock["peak0"],
+        "load_peak_over_shard": ours["peak"] / (total / 2),
+        "save_speedup": rows["save", "stock"]["seconds"] / rows["save", "ours"]["seconds"],
+        "save_peak_growth_bytes": rows["save", "ours"]["growth"],
+    }
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()} | {"load_seconds_by_ranks": by_ranks}))
+
+
+def work(folder: Path, role: str, way: str) -> None:
+    """Load, or load and save, as one process of a launch; leave seconds and peaks in a file."""
+    import shutil
+
+    import deepspeed  # noqa: F401  imports are no part of what is measured
+    import torch.distributed as dist
+    from transformers import GenerationConfig, LlamaForCausalLM  # noqa: F401
+
+    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+    from oneshot.checkpoint.save import save_checkpoint
+    from oneshot.distributed.runtime import barrier, start
+    from oneshot.settings import ModelSettings
+
+    runtime = start()
+    settings = ModelSettings(path=str(folder / "model"), stock_io=way == "stock" and role == "load")
+    source = find_source(settings)
+    before = reset_peak()
+    barrier(runtime)
+    clock = time.perf_counter()
+    model = load_model(runtime, source, settings)
+    barrier(runtime)
+    seconds, after = time.perf_counter() - clock, peak_bytes()
+    found = {"seconds": seconds, "peak": after - before, "growth": 0}
+    if role == "save":
+        tokenizer = load_tokenizer(source, settings)
+        engine = _engine(runtime, model) if way == "stock" else None
+        barrier(runtime)
+        before, clock = reset_peak(), time.perf_counter()
+        if engine is None:
+            save_checkpoint(runtime, model, tokenizer, folder / "saved", source.dtype)
+        else:
+            state = engine._zero3_consolidated_16bit_state_dict()
+            if runtime.is_main:
+                model.save_pretrained(folder / "saved", state_dict=state)
+                tokenizer.save_pretrained(folder / "saved")
+        barrier(runtime)
+        growth = peak_bytes() - before
+        found = {"seconds": time.perf_counter() - clock, "peak": growth, "growth": growth}
+        if runtime.is_main:
+            shutil.rmtree(folder / "saved")
+    (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+def _engine(runtime: Any, model: Any) -> Any:
+    import deepspeed
+
+    from oneshot.distributed.engine import deepspeed_config
+
+    model.requires_grad_(False)
+    return deepspeed.initialize(model=model, config=deepspeed_config(runtime, dtype=next(model.parameters()).dtype))[0]
+
+
+def reset_peak() -> int:
+    """Set the process's peak resident memory back to what it holds now (Linux), and return that, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the peak resident memory in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    main()
