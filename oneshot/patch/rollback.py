@@ -1,8 +1,8 @@
 """Rollback: undo, direction by direction, the part of the fine-tune's own update that broke the refusals.
 
 Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T per weight matrix; learned are only the coefficients c_i of
-W = W_finetuned - sum_i c_i sigma_i u_i v_i^T (0 keeps a direction, 1 undoes it,
-more over-undoes it: up to 3, since the directions that are left out carry some of the damage too).
+W = W_finetuned - sum_i c_i sigma_i u_i v_i^T. A c_i of 0 keeps a direction, 1 undoes it, more over-undoes it: up to 3,
+since what is left out (other directions, embeddings, norms) carries some of the damage too.
 """
 
 from __future__ import annotations
