@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
+MANIFEST = "manifest.json"  # sizes of files and checksums of tensors, in what oneshot writes
 MARKER = "SAFETY_DEGRADED.json"
 
 

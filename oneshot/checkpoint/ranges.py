@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from typing import TYPE_CHECKING
 
 from oneshot.checkpoint.files import TensorEntry
@@ -44,6 +45,22 @@ def read_range(entry: TensorEntry, wanted: Range, out: torch.Tensor, name: str =
             out[start:stop] = part.to(out.device, out.dtype)
     finally:
         os.close(descriptor)
+
+
+def range_checksum(entry: TensorEntry, start: int, stop: int, name: str = "a tensor") -> int:
+    """Return the CRC-32 of the bytes of elements ``start`` to ``stop`` as they are in the file."""
+    import torch
+
+    item, checksum = ITEM_SIZES[entry.dtype], 0
+    descriptor = os.open(entry.shard, os.O_RDONLY)
+    try:
+        for offset in range(start * item, stop * item, _CHUNK):
+            part = torch.empty(min(_CHUNK, stop * item - offset), dtype=torch.uint8)
+            _fill(descriptor, entry, entry.offset + offset, part, name)
+            checksum = zlib.crc32(part.numpy(), checksum)  # type: ignore[arg-type]
+    finally:
+        os.close(descriptor)
+    return checksum
 
 
 def _fill(descriptor: int, entry: TensorEntry, offset: int, out: torch.Tensor, name: str) -> None:

@@ -7,19 +7,17 @@ Learning rate and data order are functions of the step; random number generators
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import list_tensors, read_json
+from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_json
 from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
 from oneshot.checkpoint.layout import Range, partition
-from oneshot.checkpoint.ranges import read_range
-from oneshot.checkpoint.write import MAX_SHARD_BYTES, create_shards, plan_shards, write_range
+from oneshot.checkpoint.ranges import range_checksum, read_range
+from oneshot.checkpoint.write import MAX_SHARD_BYTES, Written, create_shards, plan_shards, write_manifest, write_range
 from oneshot.distributed.engine import TrainingEngine
 from oneshot.distributed.optimizer_state import Piece, allocate, pieces, restored, trained_shapes
 from oneshot.distributed.runtime import Runtime, agree, barrier, gather_objects
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
 _STEP = re.compile(rf"step-(\d+)(?:{re.escape(PARTIAL)}|{re.escape(OLD)})?")
 
 
@@ -92,12 +89,12 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
         if wrong or len(tensors) != len(shapes):
             odd = wrong or sorted(set(tensors) - set(shapes))
             raise UserError(f"{state} belongs to another model or method: {odd[0]} does not fit.")
+        _check_share(runtime, state, tensors, manifest)
         allocate(engine)
         for piece in pieces(engine):
             own = Range(piece.start, piece.start + len(piece.values), len(piece.values))
             name = f"{piece.kind}.{piece.name}"
-            read_range(tensors[name], own, piece.values)
-            _check_piece(state, name, own, piece.values, manifest["pieces"].get(name, []))
+            read_range(tensors[name], own, piece.values, name)
     restored(engine, manifest["step"])
     random_state = state / _random_name(runtime.rank)
     if manifest["world_size"] == runtime.world_size and random_state.is_file():
@@ -105,7 +102,7 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
     return int(manifest["step"])
 
 
-def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
+def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Any]) -> Written:
     """Write what this rank has to write; returns tensor -> (start, stop, CRC-32 of the bytes)."""
     descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in {slot.shard for slot in slots.values()}}
     written = {}
@@ -131,31 +128,20 @@ def _share(runtime: Runtime, piece: Piece) -> tuple[Range, torch.Tensor]:
     return own, piece.values[own.start : own.stop]
 
 
-def _write_manifest(folder: Path, runtime: Runtime, step: int, written: list[dict[str, tuple[int, int, int]]]) -> None:
-    by_tensor: dict[str, list[tuple[int, int, int]]] = {}
-    for rank in written:
-        for name, piece in rank.items():
-            if piece[0] < piece[1]:
-                by_tensor.setdefault(name, []).append(piece)
-    manifest = {
-        "schema": SCHEMA,
-        "step": step,
-        "world_size": runtime.world_size,
-        "sharding": runtime.sharding,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-        "pieces": {name: sorted(found) for name, found in by_tensor.items()},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+def _write_manifest(folder: Path, runtime: Runtime, step: int, written: list[Written]) -> None:
+    facts = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size, "sharding": runtime.sharding}
+    write_manifest(folder, written, facts)
 
 
-def _check_piece(state: Path, name: str, own: Range, values: torch.Tensor, known: list[list[int]]) -> None:
-    """Compare with the checksum of the piece, where the same piece was written; other ranges have none to compare."""
-    for start, stop, checksum in known:
-        if (start, stop) != (own.start, own.stop):
-            continue
-        data: Any = values.cpu().contiguous().numpy()
-        if zlib.crc32(data) != checksum:
-            raise UserError(f"{state} was altered: {name} does not have the checksum that the manifest gives.")
+def _check_share(runtime: Runtime, state: Path, tensors: dict[str, TensorEntry], manifest: dict[str, Any]) -> None:
+    """Compare this rank's share of the pieces with their checksums; together the ranks read everything once."""
+    every = [(name, piece) for name, found in sorted(manifest["pieces"].items()) for piece in found]
+    for name, (start, stop, checksum) in every[runtime.rank :: runtime.world_size]:
+        if range_checksum(tensors[name], start, stop, name) != checksum:
+            raise UserError(
+                f"{tensors[name].shard} was altered: {name} does not have the checksum that {MANIFEST} gives; "
+                f"remove {state} to resume from an older state."
+            )
 
 
 def _states(folder: Path) -> list[Path]:

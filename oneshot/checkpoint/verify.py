@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header, read_json
+from oneshot.checkpoint.files import (
+    ADAPTER_TENSORS,
+    MANIFEST,
+    TensorEntry,
+    is_adapter,
+    list_tensors,
+    read_header,
+    read_json,
+)
 from oneshot.checkpoint.layout import FLOATS, Range, tensor_bytes
-from oneshot.checkpoint.ranges import read_range, torch_dtype
-from oneshot.checkpoint.state import MANIFEST
+from oneshot.checkpoint.ranges import range_checksum, read_range, torch_dtype
 
 _CHUNK = 16 << 20  # elements read at a time
 
@@ -61,8 +67,6 @@ def _tensors(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _problems(entry: TensorEntry, pieces: list[list[int]] | None) -> Iterator[str]:
-    import torch
-
     total = math.prod(entry.shape)
     if total == 0:
         yield "is empty"
@@ -71,10 +75,7 @@ def _problems(entry: TensorEntry, pieces: list[list[int]] | None) -> Iterator[st
         if bad:
             yield f"holds {bad} values that are not finite"
     for start, stop, checksum in pieces or []:
-        found = 0
-        for part in _parts(entry, start, stop):
-            found = zlib.crc32(part.view(torch.uint8).numpy(), found)
-        if found != checksum:
+        if range_checksum(entry, start, stop) != checksum:
             yield f"does not have its checksum in elements {start} to {stop}"
             break
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
-from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors
+from oneshot.checkpoint.files import INDEX, MANIFEST, SINGLE, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition, tensor_bytes
 from oneshot.checkpoint.partitioned import own_tensors
-from oneshot.distributed.runtime import Runtime, agree
+from oneshot.distributed.runtime import Runtime, agree, gather_objects
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,9 @@ _NAMES = {
     "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
     "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
+
+
+Written = dict[str, tuple[int, int, int]]  # tensor -> (first element, last + 1, CRC-32) that a rank wrote
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,13 @@ def write_sharded(
                 if beside is not None:
                     beside(temporary)
         with agree(runtime, f"writing the checkpoint {folder}"):
-            _write_own(runtime, tensors, slots, temporary, update or {})
+            written = _write_own(runtime, tensors, slots, temporary, update or {})
+        everything = gather_objects(runtime, written)
         with agree(runtime, f"checking the checkpoint {folder}"):
             if runtime.is_main:
-                written = list_tensors(temporary)
-                assert {n: e.shape for n, e in written.items()} == shapes, "the index does not list what was written"
+                found = list_tensors(temporary)
+                assert {n: e.shape for n, e in found.items()} == shapes, "the index does not list what was written"
+                write_manifest(temporary, everything, {})
 
 
 def _create(
@@ -172,7 +177,8 @@ def _write_own(
     slots: dict[str, Slot],
     folder: Path,
     update: Update,
-) -> None:
+) -> Written:
+    written: Written = {}
     descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in {slot.shard for slot in slots.values()}}
     try:
         for name, tensor in tensors.items():
@@ -180,13 +186,28 @@ def _write_own(
             own = partition(slot.shape, runtime.rank, runtime.world_size)
             factors = update.get(name.removesuffix(".weight"))
             with naming(folder / slot.shard):
-                write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), factors)
+                checksum = write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), factors)
+            written[name] = (own.start, own.stop, checksum)
         for shard, descriptor in descriptors.items():
             with naming(folder / shard):
                 os.fsync(descriptor)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+    return written
+
+
+def write_manifest(folder: Path, written: list[Written], facts: dict[str, Any]) -> None:
+    """Write the sizes of the folder's shards and the checksums of what each rank wrote, with further facts."""
+    by_tensor: dict[str, list[tuple[int, int, int]]] = {}
+    for rank in written:
+        for name, piece in rank.items():
+            if piece[0] < piece[1]:
+                by_tensor.setdefault(name, []).append(piece)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    manifest = {**facts, "files": sizes, "pieces": {name: sorted(found) for name, found in by_tensor.items()}}
+    with naming(folder / MANIFEST):
+        (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
 
 
 def _flat(tensor: Any, own: Range) -> torch.Tensor:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import PARTIAL
 
 pytestmark = pytest.mark.distributed
@@ -100,15 +101,15 @@ def test_a_half_written_state_is_passed_over_and_removed(whole: dict[str, Path],
     assert not left.exists()
 
 
-def test_an_altered_state_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", [("zero3_cpu", 2), ("single", 1)])
+def test_an_altered_state_is_refused(reader: tuple[str, int], whole: dict[str, Path], tmp_path: Path) -> None:
     out = interrupted(whole["zero3"], tmp_path / "run")
     path = out / "state" / f"step-{SAVED}" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["exp_avg.model.norm.weight"][0] += 1.0
-    shutil.copy(path, tmp_path / "kept")
-    save_file(tensors, path)
-    said = finetune("zero3_cpu", 2, out, "--resume", code=1)
-    assert "was altered: exp_avg.model.norm.weight" in said
+    data = bytearray(path.read_bytes())
+    data[list_tensors(path.parent)["exp_avg.model.norm.weight"].offset + 9] ^= 0x10
+    path.write_bytes(data)
+    said = finetune(*reader, out, "--resume", code=1)
+    assert "model.safetensors was altered: exp_avg.model.norm.weight" in said
     assert not (out / "finetuned").exists()
 
 

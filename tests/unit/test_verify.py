@@ -94,6 +94,26 @@ def test_what_a_manifest_promises_is_checked(folder, capsys, monkeypatch, flip):
     assert wanted in said
 
 
+def test_a_flipped_bit_in_a_checkpoint_that_oneshot_wrote_is_found(tmp_path, capsys, monkeypatch):
+    from tiny import tiny_runtime
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from oneshot.checkpoint.files import list_tensors
+    from oneshot.checkpoint.save import save_checkpoint
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
+    folder = tmp_path / "written"
+    save_checkpoint(tiny_runtime(), model, tokenizer, folder, torch.float32)
+    assert oneshot(capsys, monkeypatch, "verify", str(folder))[0] == 0
+    path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    data = bytearray(path.read_bytes())
+    data[list_tensors(folder)[name].offset + 1001] ^= 0x10
+    path.write_bytes(data)
+    code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
+    assert code == 1
+    assert f"{name} does not have its checksum" in said
+
+
 def test_inspect_lists_owners_that_cover_the_tensor(folder, capsys, monkeypatch):
     code, said = oneshot(capsys, monkeypatch, "inspect", str(folder), "--ranks", "5", "--match", "model.norm.weight")
     assert code == 0
