@@ -220,7 +220,7 @@ def _write(
         save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, stock=stock)
     elif recipe.method == "lora":
         lora = lora_factors(runtime, model)  # not PEFT's own merge, which does not know partitioned weights
-        save_checkpoint(runtime, model.unload(), job.tokenizer, target, job.source.dtype, lora)
+        save_checkpoint(runtime, model.unload(), job.tokenizer, target, job.source.dtype, lora, stock=stock)
     else:
         save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, update, stock=stock)
 

@@ -7,17 +7,25 @@ Learning rate and data order are functions of the step; random number generators
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_json
-from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
+from oneshot.checkpoint.folders import OLD, PARTIAL, clean, naming, replacing
 from oneshot.checkpoint.layout import Range, partition
 from oneshot.checkpoint.ranges import range_checksum, read_range
-from oneshot.checkpoint.write import MAX_SHARD_BYTES, Written, create_shards, plan_shards, write_manifest, write_range
+from oneshot.checkpoint.write import (
+    MAX_SHARD_BYTES,
+    Slot,
+    Written,
+    create_shards,
+    opened_shards,
+    plan_shards,
+    write_manifest,
+    write_range,
+)
 from oneshot.distributed.engine import TrainingEngine
 from oneshot.distributed.optimizer_state import Piece, allocate, pieces, restored, trained_shapes
 from oneshot.distributed.runtime import Runtime, agree, barrier, gather_objects
@@ -57,7 +65,8 @@ def save_state(engine: TrainingEngine, folder: Path, step: int, keep: int) -> Pa
         everything = gather_objects(runtime, written)
         with agree(runtime, f"finishing the training state {target}"):
             if runtime.is_main:
-                _write_manifest(temporary, runtime, step, everything)
+                facts = {"step": step, "world_size": runtime.world_size, "sharding": runtime.sharding}
+                write_manifest(temporary, everything, {"schema": SCHEMA, **facts})
     if runtime.is_main:
         for old in _states(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -102,21 +111,16 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
     return int(manifest["step"])
 
 
-def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Any]) -> Written:
+def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Slot]) -> Written:
     """Write what this rank has to write; returns tensor -> (start, stop, CRC-32 of the bytes)."""
-    descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in {slot.shard for slot in slots.values()}}
-    written = {}
-    try:
+    written: Written = {}
+    with opened_shards(folder, slots) as descriptors:
         for piece in pieces(engine):
             name = f"{piece.kind}.{piece.name}"
             own, values = _share(engine.runtime, piece)
-            checksum = write_range(descriptors[slots[name].shard], slots[name], own, values)
+            with naming(folder / slots[name].shard):
+                checksum = write_range(descriptors[slots[name].shard], slots[name], own, values)
             written[name] = (own.start, own.stop, checksum)
-        for descriptor in descriptors.values():
-            os.fsync(descriptor)
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
     return written
 
 
@@ -126,11 +130,6 @@ def _share(runtime: Runtime, piece: Piece) -> tuple[Range, torch.Tensor]:
         return Range(piece.start, piece.start + len(piece.values), len(piece.values)), piece.values
     own = partition(piece.shape, runtime.rank, runtime.world_size)
     return own, piece.values[own.start : own.stop]
-
-
-def _write_manifest(folder: Path, runtime: Runtime, step: int, written: list[Written]) -> None:
-    facts = {"schema": SCHEMA, "step": step, "world_size": runtime.world_size, "sharding": runtime.sharding}
-    write_manifest(folder, written, facts)
 
 
 def _check_share(runtime: Runtime, state: Path, tensors: dict[str, TensorEntry], manifest: dict[str, Any]) -> None:

@@ -6,12 +6,13 @@ nothing is gathered or sent. The folder appears by one rename when all is writte
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,8 +180,7 @@ def _write_own(
     update: Update,
 ) -> Written:
     written: Written = {}
-    descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in {slot.shard for slot in slots.values()}}
-    try:
+    with opened_shards(folder, slots) as descriptors:
         for name, tensor in tensors.items():
             slot = slots[name]
             own = partition(slot.shape, runtime.rank, runtime.world_size)
@@ -188,13 +188,21 @@ def _write_own(
             with naming(folder / slot.shard):
                 checksum = write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), factors)
             written[name] = (own.start, own.stop, checksum)
+    return written
+
+
+@contextlib.contextmanager
+def opened_shards(folder: Path, slots: dict[str, Slot]) -> Iterator[dict[str, int]]:
+    """Yield a descriptor to write to by shard name; after the block everything is on the disk."""
+    descriptors = {shard: os.open(folder / shard, os.O_WRONLY) for shard in {slot.shard for slot in slots.values()}}
+    try:
+        yield descriptors
         for shard, descriptor in descriptors.items():
             with naming(folder / shard):
                 os.fsync(descriptor)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    return written
 
 
 def write_manifest(folder: Path, written: list[Written], facts: dict[str, Any]) -> None:

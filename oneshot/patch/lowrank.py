@@ -74,7 +74,7 @@ def step_update(
     for i, (name, module) in enumerate(linears.items()):
         (m, n), x = shape_of(module), pairs[name][0]
         old = update[name].rank if name in update else 0
-        k = min(old + len(x), m, n, rank or old + len(x)) if rank else old + len(x)
+        k = min(old + len(x), m, n, rank or m)  # as compress() cuts it
         if name in mine:
             flat = torch.cat([mine[name].b.flatten(), mine[name].a.flatten()])
         else:
