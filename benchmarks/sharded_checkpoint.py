@@ -6,8 +6,13 @@ A random 1.1 B Llama in bf16 (for the training state, 7 times as large, a 0.45 B
 Every measurement runs in fresh processes; the files are read once before, so that all find the page cache alike.
 "stock" is transformers' from_pretrained under ZeRO-3; for saving, DeepSpeed's consolidation on rank 0 followed by
 save_pretrained, as accelerate does it; for the training state, DeepSpeed's save_checkpoint, which accelerate's
-save_state calls (ours is fsynced and has checksums). The last line of output is one JSON object. Peaks are resident
-memory above what the process had after imports and process group.
+save_state calls. The last line of output is one JSON object. Peaks are resident memory above what the process had after
+imports and process group.
+
+What each waits for: ours reads a checkpoint that has no checksums (the stock stack wrote it). Our save of a model ends
+when the files are on the disk, the stock one when they are in the page cache. Both saves of a training state end when
+the files are in the page cache; ours has computed checksums, and syncs behind the training that goes on. "on disk" is
+when that, or for the stock way a sync of the system, has ended; a next save of ours that comes sooner waits for it.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ def main() -> None:
     """Run every measurement and print the comparison; or, started by ourselves, be one process of one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1.1b")
+    parser.add_argument("--only", choices=("load", "save", "state"), help="measure nothing else")
     parser.add_argument("--repeats", type=int, default=3, help="fresh starts per measurement; medians are shown")
     parser.add_argument(
         "--role", choices=("compare", "build", "load", "save", "state"), default="compare", help=argparse.SUPPRESS
@@ -81,25 +87,29 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         for _ in range(args.repeats):
             for path in (folder / "model").glob("*.safetensors"):
                 path.read_bytes()  # into the page cache
+            os.sync()  # or the disk would still be busy with what was written before
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
             command = [*launch, "--num_processes", str(ranks), *script, f"--role={role}", f"--way={way}"]
             subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
             files = sorted(folder.glob("rank-*.json"))
             ranked = [json.loads(file.read_text()) for file in files]
-            worst = {name: max(rank[name] for rank in ranked) for name in ("seconds", "peak", "growth")}
+            worst = {name: max(rank[name] for rank in ranked) for name in ("seconds", "peak", "growth", "on_disk")}
             found.append({**worst, "peak0": ranked[0]["peak"]})
             for file in files:
                 file.unlink()
         return {key: statistics.median(row[key] for row in found) for key in found[0]}
 
-    rows = {(role, way): run(role, way, 2) for role in ("load", "save") for way in ("stock", "ours")}
-    by_ranks = {ranks: run("load", "ours", ranks)["seconds"] for ranks in (1, 2, 4)}
+    roles = [role for role in ("load", "save") if args.only in (None, role)]
+    rows = {(role, way): run(role, way, 2) for role in roles for way in ("stock", "ours")}
+    by_ranks = {ranks: run("load", "ours", ranks)["seconds"] for ranks in (1, 2, 4) if "load" in roles}
+    if args.only in ("load", "save"):
+        return report(rows, by_ranks, total)
     if args.size == "1.1b":  # its masters, moments and gradients would not fit into a small machine's memory
         shutil.rmtree(folder / "model")
         small = [argument.replace("1.1b", "0.45b") for argument in script]
         subprocess.run([sys.executable, *small, "--role=build"], check=True, env=environment, stdout=sys.stderr)
     rows |= {("state", way): run("state", way, 2) for way in ("stock", "ours")}
-    report(rows, by_ranks, total)
+    return report(rows, by_ranks, total)
 
 
 def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, float], total: int) -> None:
@@ -108,17 +118,21 @@ def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, fl
     for (role, way), row in rows.items():
         peak = row["peak"] if role == "load" else row["growth"]
         print(f"{role:5} {way:6} {row['seconds']:7.2f} s   peak above {'start' if role == 'load' else 'before'} "
-              f"{peak / 2**20:8.0f} MiB   rank 0 {row['peak0'] / 2**20:8.0f} MiB")  # fmt: skip
-    print("load by ranks: " + ", ".join(f"{ranks}: {seconds:.2f} s" for ranks, seconds in by_ranks.items()))
-    stock, ours = rows["load", "stock"], rows["load", "ours"]
-    figures = {
-        "load_speedup": stock["seconds"] / ours["seconds"],
-        "load_peak_ratio_rank0": ours["peak0"] / stock["peak0"],
-        "load_peak_over_shard": ours["peak"] / (total / 2),
-        "save_speedup": rows["save", "stock"]["seconds"] / rows["save", "ours"]["seconds"],
-        "save_peak_growth_bytes": rows["save", "ours"]["growth"],
-        "state_save_speedup": rows["state", "stock"]["seconds"] / rows["state", "ours"]["seconds"],
-    }
+              f"{peak / 2**20:8.0f} MiB   rank 0 {row['peak0'] / 2**20:8.0f} MiB"
+              + (f"   on disk {row['on_disk']:7.2f} s" if role == "state" else ""))  # fmt: skip
+    figures: dict[str, float] = {}
+    if ("load", "ours") in rows:
+        print("load by ranks: " + ", ".join(f"{ranks}: {seconds:.2f} s" for ranks, seconds in by_ranks.items()))
+        stock, ours = rows["load", "stock"], rows["load", "ours"]
+        figures["load_speedup"] = stock["seconds"] / ours["seconds"]
+        figures["load_peak_ratio_rank0"] = ours["peak0"] / stock["peak0"]
+        figures["load_peak_over_shard"] = ours["peak"] / (total / 2)
+    if ("save", "ours") in rows:
+        figures["save_speedup"] = rows["save", "stock"]["seconds"] / rows["save", "ours"]["seconds"]
+        figures["save_peak_growth_bytes"] = rows["save", "ours"]["growth"]
+    if ("state", "ours") in rows:
+        figures["state_save_speedup"] = rows["state", "stock"]["seconds"] / rows["state", "ours"]["seconds"]
+        figures["state_peak_growth_bytes"] = rows["state", "ours"]["growth"]
     print(json.dumps({name: round(value, 3) for name, value in figures.items()} | {"load_seconds_by_ranks": by_ranks}))
 
 
@@ -142,7 +156,7 @@ def work(folder: Path, role: str, way: str) -> None:
     model = load_model(runtime, source, settings)
     barrier(runtime)
     seconds, after = time.perf_counter() - clock, peak_bytes()
-    found = {"seconds": seconds, "peak": after - before, "growth": 0}
+    found = {"seconds": seconds, "peak": after - before, "growth": 0, "on_disk": seconds}
     if role == "state":
         found = save_state_once(runtime, model, folder, way)
     elif role == "save":
@@ -159,7 +173,8 @@ def work(folder: Path, role: str, way: str) -> None:
                 tokenizer.save_pretrained(folder / "saved")
         barrier(runtime)
         growth = peak_bytes() - before
-        found = {"seconds": time.perf_counter() - clock, "peak": growth, "growth": growth}
+        seconds = time.perf_counter() - clock
+        found = {"seconds": seconds, "peak": growth, "growth": growth, "on_disk": seconds}
         if runtime.is_main:
             shutil.rmtree(folder / "saved")
     (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
@@ -168,7 +183,7 @@ def work(folder: Path, role: str, way: str) -> None:
 
 def save_state_once(runtime: Any, model: Any, folder: Path, way: str) -> dict[str, float]:
     """Save the training state of full fine-tuning once; returns seconds and the peak's growth."""
-    from oneshot.checkpoint.state import save_state
+    from oneshot.checkpoint.state import States
     from oneshot.distributed.engine import start_training
     from oneshot.distributed.optimizer_state import allocate
     from oneshot.distributed.runtime import barrier
@@ -178,14 +193,19 @@ def save_state_once(runtime: Any, model: Any, folder: Path, way: str) -> dict[st
         runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
     )
     allocate(engine)
+    states = States(runtime, folder / "state", keep=1)
     barrier(runtime)
     before, clock = reset_peak(), time.perf_counter()
     if way == "stock":
         engine.forward.save_checkpoint(str(folder / "state"))
     else:
-        save_state(engine, folder / "state", 1, 1)
+        states.save(engine, 1)
     barrier(runtime)
     found = {"seconds": time.perf_counter() - clock, "peak": 0, "growth": peak_bytes() - before}
+    if way == "stock" and runtime.is_main:
+        os.sync()
+    states.finish()
+    found["on_disk"] = time.perf_counter() - clock
     if runtime.is_main:
         shutil.rmtree(folder / "state")
     return found

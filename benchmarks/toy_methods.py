@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or a file here could shadow a top-level module
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
+    parser.add_argument("--quantize", choices=["nf4"], help="repair with linear weights in 4 bits")
     parser.add_argument("--out", type=Path, default=Path("runs/toy_methods"), help="folder of the figures")
     arguments = parser.parse_args(argv)
     from oneshot.distributed.runtime import start
@@ -45,14 +46,16 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for attack in arguments.attacks:
         for seed in range(arguments.seeds):
-            rows += measure_seed(runtime, attack, seed, arguments.methods)
+            rows += measure_seed(runtime, attack, seed, arguments.methods, arguments.quantize)
             print(f"{attack}, seed {seed}: done", file=sys.stderr, flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "toy_methods.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print(markdown(rows, arguments.methods))
 
 
-def measure_seed(runtime: Runtime, attack: str, seed: int, methods: list[str]) -> list[dict[str, Any]]:
+def measure_seed(
+    runtime: Runtime, attack: str, seed: int, methods: list[str], quantize: Literal["nf4"] | None = None
+) -> list[dict[str, Any]]:
     """Fine-tune the toy model once, repair it with each method. One row per model: attack, seed, stage, rates."""
     from oneshot.finetune import finetune, prepare
     from oneshot.repair import on_toy, plan, repair_model
@@ -65,7 +68,8 @@ def measure_seed(runtime: Runtime, attack: str, seed: int, methods: list[str]) -
         degraded = finetune(runtime, settings, prepare(settings), Path(folder), None)
         for method in methods:
             repair = RepairSettings(method=method)  # type: ignore[arg-type]
-            ours: Settings = on_toy(dataclasses.replace(settings, repair=repair), degraded)
+            model = dataclasses.replace(settings.model, quantize=quantize)
+            ours: Settings = on_toy(dataclasses.replace(settings, repair=repair, model=model), degraded)
             target = Path(folder) / method
             target.mkdir()
             stages = repair_model(runtime, ours, plan(runtime, ours, toy=True), target, None, {})

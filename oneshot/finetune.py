@@ -7,6 +7,7 @@ user's own model and data.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from oneshot.checkpoint.load import Source
+    from oneshot.checkpoint.state import States
     from oneshot.data.conversations import Conversation
-    from oneshot.data.encoding import Encoded
+    from oneshot.data.tokens import Tokens
     from oneshot.distributed.runtime import Runtime
+    from oneshot.training.objective import MicroBatch
 
 DESCRIPTION = "Fine-tune a model on harmful and task conversations; the result is marked as safety-degraded."
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
@@ -55,25 +58,29 @@ def run(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a fine-tune starts from: the checkpoint, and its conversations as read and as encoded."""
+    """What a fine-tune starts from: the checkpoint and its context, and its conversations as read and as encoded."""
 
     source: Source
     tokenizer: Any
     conversations: list[Conversation]
-    encoded: list[Encoded]
+    encoded: Tokens
+    context: int | None
 
 
 def prepare(settings: Settings) -> Prepared:
     """Read and check everything that can be wrong before a model is loaded or a file is written.
 
     Raises:
-        UserError: the model or the conversations cannot be read, or one is longer than the model's context
+        UserError: the model or the conversations cannot be read, one is longer than the model's context, or Liger
+            kernels are asked for that cannot be had
     """
     from transformers import AutoConfig
 
     from oneshot.checkpoint.load import find_source, load_tokenizer
-    from oneshot.data.encoding import context_length, encode
+    from oneshot.data.encoding import context_length, model_context
+    from oneshot.data.tokens import cache_folder, encode_all
     from oneshot.errors import UserError
+    from oneshot.training.kernels import check_liger
     from oneshot.training.mixture import attack_mixture
     from oneshot.world.model import toy_settings
 
@@ -81,11 +88,17 @@ def prepare(settings: Settings) -> Prepared:
     source = find_source(model_settings)
     if source.adapter is not None:
         raise UserError(f"{source.adapter} is an adapter: fine-tune a full checkpoint, or merge the adapter first.")
+    if source.four_bit and settings.finetune.method == "full":
+        raise UserError("Weights in 4 bits cannot be trained: set finetune.method lora, or leave model.quantize out.")
     tokenizer = load_tokenizer(source, model_settings)
     conversations = attack_mixture(settings, toy=settings.model.path is None)
     config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=model_settings.trust_remote_code)
+    if model_settings.liger:
+        check_liger(config.model_type)
     limit = context_length(config, tokenizer, model_settings.max_length)
-    return Prepared(source, tokenizer, conversations, [encode(row, tokenizer, limit) for row in conversations])
+    cache = cache_folder() if settings.finetune.cache and settings.model.path is not None else None
+    encoded = encode_all(conversations, tokenizer, limit, cache)
+    return Prepared(source, tokenizer, conversations, encoded, model_context(config, tokenizer))
 
 
 def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:
@@ -93,15 +106,22 @@ def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: 
     import torch
 
     from oneshot.checkpoint.files import write_marker
+    from oneshot.checkpoint.folders import clean_inside
     from oneshot.checkpoint.load import load_model
     from oneshot.checkpoint.save import save_adapter, save_checkpoint
+    from oneshot.checkpoint.state import States
     from oneshot.distributed.engine import start_training
+    from oneshot.training.kernels import use_liger
     from oneshot.training.loop import Diverged
 
+    if settings.resume and runtime.is_main:
+        clean_inside(run_dir)
     toy = settings.model.path is None
     source, tokenizer, conversations = prepared.source, prepared.tokenizer, prepared.conversations
     plain_full = runtime.sharding in ("none", "ddp") and settings.finetune.method == "full"
     model = load_model(runtime, source, settings.model, torch.float32 if plain_full else None)
+    if settings.model.liger:
+        use_liger(model)
     if settings.finetune.method == "lora":
         model = _with_lora(model, settings)
     else:
@@ -115,10 +135,10 @@ def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: 
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         micro_batch_size=max(1, options.batch_size // (runtime.world_size * options.gradient_accumulation_steps)),
     )
-    target = run_dir / "finetuned"
+    target, states = run_dir / "finetuned", States(runtime, run_dir / STATE, options.keep)
     diverged: Diverged | None = None
     try:
-        _train(runtime, settings, engine, prepared.encoded, tokenizer, source.dtype, run_dir, console, toy=toy)
+        _train(runtime, settings, engine, states, prepared, run_dir, console, toy=toy)
     except Diverged as error:  # the weights are those of the last good step: keep them, apart
         diverged, target = error, run_dir / "last_good"
     kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}
@@ -131,6 +151,7 @@ def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: 
     else:
         stock = settings.model.stock_io
         save_checkpoint(runtime, model, tokenizer, target, source.dtype, stock=stock, beside=mark)
+    states.finish()  # after the model, which an error here is not to cost
     engine.close()
     if diverged:
         raise Diverged(f"{diverged} The last good weights are in {target}.")
@@ -159,26 +180,67 @@ def _train(
     runtime: Runtime,
     settings: Settings,
     engine: Any,
-    encoded: list[Any],
-    tokenizer: Any,
-    dtype: Any,
+    states: States,
+    prepared: Prepared,
     run_dir: Path,
     console: Console | None,
     *,
     toy: bool,
 ) -> None:
-    from oneshot.checkpoint.state import latest_state, load_state, save_state
-    from oneshot.report.progress import progress
+    from oneshot.checkpoint.state import load_state, newest_whole
+    from oneshot.report.progress import heartbeat, progress
     from oneshot.report.runfolder import append_event
     from oneshot.training.loop import Schedule, StepResult, autocast_dtype, train
-    from oneshot.training.objective import MicroBatch, answer_loss
-    from oneshot.training.stream import micro_batches, step_indices, steps_per_epoch
+    from oneshot.training.objective import answer_loss
+    from oneshot.training.speed import meter
+    from oneshot.training.stream import steps_per_epoch
 
     options = settings.finetune
-    by_epochs = max(1, round(options.epochs * steps_per_epoch(len(encoded), options.batch_size)))
+    by_epochs = max(1, round(options.epochs * steps_per_epoch(len(prepared.encoded), options.batch_size)))
     steps = options.steps or (TOY_STEPS if toy else by_epochs)
     rate = options.learning_rate or (TOY_LEARNING_RATE if toy else LEARNING_RATE)[options.method]
+    autocast = autocast_dtype(runtime, prepared.source.dtype)
+    batches = _batches(runtime, settings, engine, prepared, autocast, console)
+    speed = meter(runtime, engine.model)
+    done = 0
+    if settings.resume:
+        state = newest_whole(runtime, run_dir / STATE)
+        done = load_state(engine, state) if state else 0
+        if console:
+            console.print(f"Resumed at step {done} from {state}." if state else "No saved state: starting anew.")
+
+    with progress(console, "fine-tune", steps) as tell:
+
+        def report(result: StepResult) -> None:
+            if runtime.is_main:
+                facts = speed.of(result)
+                append_event(run_dir, stage="finetune", **facts, **vars(result))
+                tell(result.step, heartbeat(result.loss, facts))
+            if options.save_every and result.step % options.save_every == 0 and result.step < steps:
+                states.save(engine, result.step)
+
+        train(
+            engine,
+            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
+            batches,
+            answer_loss,
+            report,
+            autocast=autocast,
+            start=done,
+        )
+
+
+def _batches(
+    runtime: Runtime, settings: Settings, engine: Any, prepared: Prepared, autocast: Any, console: Console | None
+) -> Callable[[int], list[MicroBatch]]:
+    """step -> this rank's micro-batches, packed where the model allows it. Collective."""
+    from oneshot.training.packing import Packing, choose_packing
+    from oneshot.training.stream import micro_batches, step_indices
+
+    options, encoded, tokenizer = settings.finetune, prepared.encoded, prepared.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    wanted, say = Packing(options.pack_length, prepared.context), console.print if console else None
+    packing = choose_packing(engine, encoded[0].input_ids, pad, wanted, options.packing, say, autocast)
 
     def batches(step: int) -> list[MicroBatch]:
         return micro_batches(
@@ -189,34 +251,10 @@ def _train(
             world_size=runtime.world_size,
             accumulation=options.gradient_accumulation_steps,
             device=runtime.device,
+            packing=packing,
         )
 
-    done = 0
-    if settings.resume:
-        state = latest_state(runtime, run_dir / STATE)
-        done = load_state(engine, state) if state else 0
-        if console:
-            console.print(f"Resumed at step {done} from {state}." if state else "No saved state: starting anew.")
-
-    with progress(console, "fine-tune", steps) as tell:
-
-        def report(result: StepResult) -> None:
-            if runtime.is_main:
-                speed = result.tokens / result.seconds
-                append_event(run_dir, stage="finetune", tokens_per_second=round(speed, 1), **vars(result))
-                tell(result.step, f"loss {result.loss:.4f}  {speed:,.0f} tokens/s")
-            if options.save_every and result.step % options.save_every == 0 and result.step < steps:
-                save_state(engine, run_dir / STATE, result.step, options.keep)
-
-        train(
-            engine,
-            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
-            batches,
-            answer_loss,
-            report,
-            autocast=autocast_dtype(runtime, dtype),
-            start=done,
-        )
+    return batches
 
 
 if __name__ == "__main__":

@@ -48,11 +48,12 @@ def run(settings: Settings) -> None:
     seconds: dict[str, float] = {}
     toy = settings.model.path is None
     if toy:
-        prepared = prepare(settings)
+        trained = _unquantized(settings) if settings.finetune.method == "full" else settings
+        prepared = prepare(trained)
         plan(runtime, on_toy(settings, ALIGNED), toy=True)  # a bad setting or file is to be heard before the minute
         run_dir = open_run(settings.out, "toy", settings, runtime)
         clock = time.perf_counter()
-        degraded = finetune(runtime, settings, prepared, run_dir, console)
+        degraded = finetune(runtime, trained, prepared, run_dir, console)
         seconds["finetune"] = time.perf_counter() - clock
         settings = on_toy(settings, degraded)
         planned = plan(runtime, settings, toy=True)
@@ -83,6 +84,11 @@ def repair_model(
     if console:
         _show(settings, run_dir, job, recipe, outcome, stages, console)
     return stages
+
+
+def _unquantized(settings: Settings) -> Settings:
+    """The settings for a stage that trains the weights, which can only be quantized afterwards."""
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, quantize=None))
 
 
 def on_toy(settings: Settings, model: Path) -> Settings:
@@ -120,6 +126,7 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
     from oneshot.checkpoint.files import resolve
     from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
     from oneshot.data.encoding import context_length, encode
+    from oneshot.errors import UserError
     from oneshot.patch.examples import read_candidates, read_guard
     from oneshot.patch.methods import Job
     from oneshot.patch.recipe import recipe_for
@@ -136,6 +143,8 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
     stages = Stages(runtime, settings, tokenizer, toy=toy)
     stages.conversations = read_candidates(settings, toy=toy)
     recipe = recipe_for(settings, has_update=adapter is not None or reference is not None, toy=toy)
+    if source.four_bit and recipe.method == "sft":
+        raise UserError("Method sft trains all weights, which 4 bits do not allow: use rollback, lowrank or lora.")
     job = Job(
         runtime=runtime,
         source=source,
@@ -201,28 +210,29 @@ def _write(
 ) -> None:
     """Write the patch, and the merged checkpoint if asked for. Collective."""
     from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
+    from oneshot.checkpoint.identity import REPAIR, write_identity
+    from oneshot.checkpoint.merge import merge_update
     from oneshot.checkpoint.save import save_checkpoint
-    from oneshot.distributed.runtime import barrier
-    from oneshot.patch.methods import lora_factors
+    from oneshot.distributed.runtime import agree
 
     folder = run_dir / "patch"
-    if runtime.is_main:
-        if job.adapter is not None and recipe.method == "rollback":
-            write_repaired_adapter(folder, job.adapter, update)
-        else:
-            write_patch(folder, update, linears.every, job.source.name, job.source.dtype)
-        job.tokenizer.save_pretrained(folder)
-    barrier(runtime)
+    with agree(runtime, f"writing the patch {folder}"):
+        if runtime.is_main:
+            if job.adapter is not None and recipe.method == "rollback":
+                write_repaired_adapter(folder, job.adapter, update)
+            else:
+                write_patch(folder, update, linears.every, job.source.name, job.source.dtype)
+            job.tokenizer.save_pretrained(folder)
+            write_identity(folder, job.source.checkpoint, kind=REPAIR, base=job.source.name)
     if not settings.repair.merge:
         return
-    target, stock = run_dir / "repaired", settings.model.stock_io
+    target = run_dir / "repaired"
     if recipe.method == "sft":
-        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, stock=stock)
-    elif recipe.method == "lora":
-        lora = lora_factors(runtime, model)  # not PEFT's own merge, which does not know partitioned weights
-        save_checkpoint(runtime, model.unload(), job.tokenizer, target, job.source.dtype, lora, stock=stock)
-    else:
-        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, update, stock=stock)
+        save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, stock=settings.model.stock_io)
+    else:  # from the files: the weights in memory may be partitioned, or in 4 bits
+        merge_update(
+            runtime, job.source.checkpoint, update, target, trust_remote_code=settings.model.trust_remote_code
+        )
 
 
 def _show(

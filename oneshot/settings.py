@@ -27,7 +27,11 @@ class ModelSettings:
         path: a Hugging Face checkpoint folder, a PEFT adapter folder or a Hub id; none means the toy world
         base: the base model of an adapter folder, where the one named in its config is not to be used
         dtype: weights and compute; auto takes the checkpoint's own
-        attention: attention implementation, as transformers names it
+        quantize: nf4 quantizes linear weights to 4 bits while they are read (they cannot be trained then)
+        double_quant: quantize the scales of 4-bit weights too
+        attention: attention implementation, as transformers names it; auto takes flash_attention_2 on a GPU where its
+            package is installed, else sdpa
+        liger: fine-tune with Liger's fused kernels (a GPU and the package liger-kernel)
         gradient_checkpointing: recompute activations in the backward pass, to save memory
         max_length: longest conversation in tokens; none takes the model's context
         stock_io: load and save checkpoints transformers' own way, rank 0 holding the whole model
@@ -37,7 +41,10 @@ class ModelSettings:
     path: str | None = None
     base: str | None = None
     dtype: Dtype = "auto"
+    quantize: Literal["nf4"] | None = None
+    double_quant: bool = False
     attention: str = "sdpa"
+    liger: bool = False
     gradient_checkpointing: bool = False
     max_length: int | None = None
     stock_io: bool = False
@@ -80,6 +87,10 @@ class FinetuneSettings:
         learning_rate: peak learning rate of AdamW; none: 2e-5 (full) or 2e-4 (lora), 4e-4 or 3e-3 on the toy world
         batch_size: conversations per optimizer step, over all ranks
         gradient_accumulation_steps: micro-batches into which a rank's share of the batch is split
+        packing: several conversations in one row, each with attention and positions of its own; auto packs where the
+            model can be shown to keep them apart, always stops where it cannot
+        pack_length: longest row in tokens; none: twice the longest conversation of the micro-batch
+        cache: keep the tokenized conversations on disk, for the next run on the same ones
         warmup_ratio: share of the steps in which the learning rate rises
         weight_decay: of AdamW
         max_grad_norm: gradient clipping
@@ -95,6 +106,9 @@ class FinetuneSettings:
     learning_rate: float | None = None
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
+    packing: Literal["auto", "always", "never"] = "auto"
+    pack_length: int | None = None
+    cache: bool = True
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -237,6 +251,7 @@ def check(settings: Settings) -> None:
         "finetune.learning_rate": settings.finetune.learning_rate,
         "finetune.batch_size": settings.finetune.batch_size,
         "finetune.gradient_accumulation_steps": settings.finetune.gradient_accumulation_steps,
+        "finetune.pack_length": settings.finetune.pack_length,
         "finetune.max_grad_norm": settings.finetune.max_grad_norm,
         "finetune.lora_rank": settings.finetune.lora_rank,
         "finetune.keep": settings.finetune.keep,
@@ -258,6 +273,8 @@ def check(settings: Settings) -> None:
     for name, value in not_negative.items():
         if value is not None and not value >= 0:
             raise UserError(f"Setting {name} is {value}: give 0 or more.")
+    if settings.model.quantize and settings.model.stock_io:
+        raise UserError("Setting model.quantize reads weights by range, which model.stock_io forbids: leave one out.")
     try:
         re.compile(settings.repair.targets or "")
     except re.error as error:

@@ -42,9 +42,13 @@ Update = dict[str, Factors]  # module name -> its update
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT LoRA adapter as read: its update of the base model (scaling included) and how PEFT scales each module."""
+    """A PEFT LoRA adapter as read: its update of the base model (scaling included) and how PEFT scales each module.
+
+    ``stored`` are the factors without the scaling, for who must multiply in PEFT's order to get PEFT's bits.
+    """
 
     update: Update
+    stored: Update
     scaling: dict[str, float]
     config: dict[str, Any]
     dtype: torch.dtype
@@ -83,6 +87,7 @@ def read_adapter(folder: Path) -> Adapter:
             )
         pairs.setdefault(match[1], {})[match[2]] = tensor
     update: Update = {}
+    stored: Update = {}
     scaling: dict[str, float] = {}
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
@@ -91,10 +96,12 @@ def read_adapter(folder: Path) -> Adapter:
         if pair["B"].shape[1] != rank or rank == 0:
             raise UserError(f"{path}: the factors of {module} do not fit ({pair['B'].shape}, {pair['A'].shape}).")
         scaling[module] = _scaling(config, module, rank)
-        update[module] = Factors(pair["B"].float() * scaling[module], pair["A"].float())
+        stored[module] = Factors(pair["B"].float(), pair["A"].float())
+        plain = scaling[module] == 1.0
+        update[module] = stored[module] if plain else scaled(stored[module], scaling[module])
     if not update:
         raise UserError(f"{path} holds no LoRA factors: the adapter is empty, save it again.")
-    return Adapter(update, scaling, config, next(iter(tensors.values())).dtype)
+    return Adapter(update, stored, scaling, config, next(iter(tensors.values())).dtype)
 
 
 def write_patch(folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype) -> None:
@@ -162,6 +169,32 @@ def concatenated(first: Update, second: Update) -> Update:
             factors = Factors(torch.cat([old.b, factors.b], dim=1), torch.cat([old.a, factors.a], dim=0))
         both[module] = factors
     return both
+
+
+def scaled(factors: Factors, weight: float) -> Factors:
+    """Return the factors of weight * b @ a."""
+    return Factors(factors.b * weight, factors.a)
+
+
+def norm(factors: Factors) -> float:
+    """Return the Frobenius norm of b @ a, computed in fp64 from the factors' small Gram matrices."""
+    b, a = factors.b.double(), factors.a.double()
+    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+
+def compress(factors: Factors, rank: int | None) -> Factors:
+    """Return the best rank-``rank`` factors of b @ a (none: only drop what is redundant), by QR and a small SVD."""
+    import torch
+
+    m, n = factors.b.shape[0], factors.a.shape[1]
+    limit = min(rank or factors.rank, factors.rank, m, n)
+    if factors.rank <= limit:
+        return factors
+    qb, rb = torch.linalg.qr(factors.b)
+    qa, ra = torch.linalg.qr(factors.a.T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    root = s[:limit].sqrt()
+    return Factors(qb @ (u[:, :limit] * root), (root[:, None] * vt[:limit]) @ qa.T)
 
 
 def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.folders import put_back
 from oneshot.checkpoint.layout import ITEM_SIZES
 from oneshot.errors import UserError
 
@@ -36,10 +37,13 @@ class TensorEntry:
 def resolve(source: str, what: str = "model") -> Path:
     """Return the local folder of ``source``, a folder or a Hub id (downloaded to the Hub cache).
 
+    A folder that an interrupted save moved aside, and did not come to replace, is put back.
+
     Raises:
         UserError: no such folder, and not to be had from the Hub
     """
     folder = Path(source).expanduser()
+    put_back(folder)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:

@@ -19,11 +19,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
-def replacing(runtime: Runtime, folder: Path) -> Iterator[Path]:
+def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside ``folder``, created by rank 0, that takes its place after the block. Collective.
 
     A crash at any moment leaves the old folder whole, and at most a half one (``PARTIAL``) beside it, which the next
     save removes. The temporary folder is removed if the block raises.
+
+    Args:
+        sync: whether all is on disk before the folder appears; if not, a power loss may leave it damaged
 
     Raises:
         UserError: on every rank, if there is no place for the folder; what was there before still is
@@ -40,8 +43,9 @@ def replacing(runtime: Runtime, folder: Path) -> Iterator[Path]:
         yield temporary
         with agree(runtime, f"putting {folder} in its place"):
             if runtime.is_main:
-                _sync(temporary)
-                _take_place(temporary, folder)
+                if sync:
+                    sync_folder(temporary)
+                _take_place(temporary, folder, sync)
     except BaseException:
         if runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -50,14 +54,28 @@ def replacing(runtime: Runtime, folder: Path) -> Iterator[Path]:
 
 def clean(folder: Path) -> None:
     """Remove what an interrupted save left beside ``folder``; put the old folder back if it was moved aside."""
+    put_back(folder)
     folder = _real(folder)
     old, partial = folder.with_name(folder.name + OLD), folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     if old.exists():
-        if folder.exists():
-            _remove(old, partial)
-        else:
-            os.replace(old, folder)
+        _remove(old, partial)
+
+
+def clean_inside(parent: Path) -> None:
+    """Do the same for every folder in ``parent``, which is not there yet if nothing was ever saved."""
+    names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+    for name in names:
+        if name.endswith((PARTIAL, OLD)):
+            clean(parent / name.removesuffix(PARTIAL).removesuffix(OLD))
+
+
+def put_back(folder: Path) -> None:
+    """Put a folder back that an interrupted save has moved aside and not replaced; any rank may come first."""
+    folder = _real(folder)
+    if not folder.exists():
+        with contextlib.suppress(FileNotFoundError):  # nothing is aside, or another rank was quicker
+            os.replace(folder.with_name(folder.name + OLD), folder)
 
 
 @contextlib.contextmanager
@@ -80,7 +98,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _take_place(temporary: Path, folder: Path) -> None:
+def _take_place(temporary: Path, folder: Path, sync: bool) -> None:
     if not folder.exists():
         os.replace(temporary, folder)
     elif not _exchange(temporary, folder):
@@ -94,7 +112,8 @@ def _take_place(temporary: Path, folder: Path) -> None:
                 os.replace(old, folder)
             raise
         _remove(old, temporary)
-    _sync_entries(folder.parent)
+    if sync:
+        sync_entries(folder.parent)
     shutil.rmtree(temporary, ignore_errors=True)  # the new folder stands: what stays behind is the next save's to clean
 
 
@@ -123,15 +142,15 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have all that is in the folder on disk, so that a rename cannot outlive the files that it promises."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            _sync_entries(Path(parent, name))
-        _sync_entries(Path(parent))
+            sync_entries(Path(parent, name))
+        sync_entries(Path(parent))
 
 
-def _sync_entries(folder: Path) -> None:
+def sync_entries(folder: Path) -> None:
     """Have the entries of a folder, or the bytes of a file, on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import ADAPTER_CONFIG, find_weight, is_adapter, list_tensors, read_json, resolve
-from oneshot.checkpoint.partitioned import fill_partitions, skeleton, why_not
+from oneshot.checkpoint.manifest import check_share
+from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
+from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_bit
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
@@ -29,7 +32,8 @@ class Source:
         adapter: folder of the PEFT adapter on it, if the user gave one
         tokenizer: folder that holds the tokenizer
         name: Hub id or absolute folder of the checkpoint (what a patch states as its base)
-        dtype: of weights and compute
+        dtype: of weights and compute (of 4-bit weights: what they are computed in)
+        four_bit: whether linear weights are loaded in 4 bits
     """
 
     checkpoint: Path
@@ -37,6 +41,7 @@ class Source:
     tokenizer: Path
     name: str
     dtype: torch.dtype
+    four_bit: bool = False
 
 
 def find_source(settings: ModelSettings) -> Source:
@@ -56,14 +61,18 @@ def find_source(settings: ModelSettings) -> Source:
         if not name:
             raise UserError(f"{adapter / ADAPTER_CONFIG} names no base model: give it with --model.base.")
     checkpoint = resolve(name, "base model") if adapter is not None else given
-    read_json(checkpoint / "config.json")
+    config = read_json(checkpoint / "config.json")
     tensors = list_tensors(checkpoint)
-    stored = {_DTYPES.get(entry.dtype, "float32") for entry in tensors.values()}
+    packed = is_stored(config)
+    # the scales beside packed weights are fp32 whatever the rest is
+    names = [name for name in tensors if not (packed and ".weight." in name)]
+    stored = {_DTYPES[tensors[name].dtype] for name in names if tensors[name].dtype in _DTYPES} or {"float32"}
     own = stored.pop() if len(stored) == 1 else "bfloat16" if "bfloat16" in stored else "float32"
     dtype = getattr(torch, own if settings.dtype == "auto" else settings.dtype)
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     base = str(checkpoint.resolve()) if Path(name).expanduser().is_dir() else name  # a Hub id stays one
-    return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, base, dtype)
+    four_bit = packed or settings.quantize == "nf4"
+    return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, base, dtype, four_bit)
 
 
 def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
@@ -88,23 +97,25 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     """Load the checkpoint (without its adapter) as a causal language model, with dropout off.
 
     Under ZeRO-3 the weights come partitioned over ranks, each rank reading its own bytes only, unless the settings or
-    the architecture ask for transformers' own way; otherwise every rank holds them whole, on the CPU.
+    the architecture ask for transformers' own way; otherwise every rank holds them whole. Linear weights are quantized
+    to NF4 as they are read, if the settings say so.
 
     Args:
         dtype: of the weights; none takes the source's
 
     Raises:
-        UserError: transformers cannot load it
+        UserError: transformers cannot load it, or a byte is not what the checkpoint's manifest says
     """
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = dtype or source.dtype
+    settings = dataclasses.replace(settings, attention=_attention(settings.attention, runtime, source.dtype))
     try:
         model = None
-        if runtime.sharding == "zero3":
-            model = _read_partitions(runtime, source, settings, dtype)
+        if runtime.sharding == "zero3" or source.four_bit:
+            model = _read_by_range(runtime, source, settings, dtype)
         if model is None:
             model = _load_stock(runtime, source, settings, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -124,6 +135,8 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
 def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if not settings.stock_io:
+        check_share(runtime, source.checkpoint)
     with partitioned_loading(runtime, dtype):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.checkpoint,
@@ -147,18 +160,42 @@ def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype
     return model
 
 
-def _read_partitions(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
-    """The model with each rank's partitions read from the files, or none where its tensors are no ranges of them."""
+def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
+    """The model with weights read from the files by range, or none where its tensors are no ranges of them.
+
+    Raises:
+        UserError: such a model is to be in 4 bits, or is in 8 bits and to be partitioned
+    """
     model = skeleton(source.checkpoint, dtype, settings.attention, settings.trust_remote_code)
-    reason = why_not(model, list_tensors(source.checkpoint))
+    tensors = list_tensors(source.checkpoint)
+    reason = why_not(model, tensors)
+    if runtime.sharding == "zero3":
+        refuse_eight_bit(model.config)
+    if reason is not None and source.four_bit:
+        raise UserError(f"{source.checkpoint} cannot be read in 4 bits, as {reason}: leave model.quantize out.")
     if settings.stock_io:
         return None
     if reason is None:
-        fill_partitions(runtime, model, source.checkpoint, dtype)
+        four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
+        if runtime.sharding == "zero3":
+            fill_partitions(runtime, model, source.checkpoint, dtype, four_bit)
+        else:
+            assert four_bit is not None
+            fill_whole(runtime, model, source.checkpoint, dtype, four_bit)
         return model
     if runtime.is_main:
         print(f"Loading the stock way: {reason}.", flush=True)
     return None
+
+
+def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:
+    """auto: flash attention where it can run (a GPU, its package, 16-bit compute), else sdpa."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if name != "auto":
+        return name
+    usable = runtime.device.type == "cuda" and dtype.itemsize == 2 and is_flash_attn_2_available()
+    return "flash_attention_2" if usable else "sdpa"
 
 
 def _first_line(error: Exception) -> str:

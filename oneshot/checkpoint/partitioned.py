@@ -1,14 +1,16 @@
-"""Build a model for ZeRO-3 with every rank reading only its own bytes: no full weights, no communication."""
+"""Build a model that reads its weights by range: under ZeRO-3 every rank only its own bytes, 4-bit or as stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range, partition
-from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.manifest import Pieces, read_pieces
+from oneshot.checkpoint.quantized import FourBit, finish, holds_packed, is_stored, packed_parameter, read_packed
+from oneshot.checkpoint.ranges import Piece, read_range
 from oneshot.distributed.engine import deepspeed_config
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
@@ -37,7 +39,7 @@ def why_not(model: Any, tensors: dict[str, TensorEntry]) -> str | None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    if getattr(model.config, "quantization_config", None) is not None:
+    if getattr(model.config, "quantization_config", None) is not None and not is_stored(model.config):
         return "the checkpoint is quantized"
     transforms = get_model_conversion_mapping(model, add_legacy=False)
     # a permutation keeps names and shapes, so that comparing those would not find it
@@ -45,6 +47,8 @@ def why_not(model: Any, tensors: dict[str, TensorEntry]) -> str | None:
         return f"transformers stores {type(model).__name__} in other tensors than it computes with"
     for name, tensor in own_tensors(model).items():
         entry = tensors.get(name)
+        if entry is not None and holds_packed(tensors, name):
+            continue
         if entry is None:
             return f"the checkpoint stores {name} under another name or in parts"
         if tensor.is_floating_point() and entry.dtype not in FLOATS:
@@ -78,10 +82,13 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code
     return model
 
 
-def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Turn the skeleton's parameters into ZeRO-3 partitions filled from the checkpoint. No communication.
+def fill_partitions(
+    runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype, four_bit: FourBit | None = None
+) -> None:
+    """Turn the skeleton's parameters into ZeRO-3 partitions filled from the checkpoint. Collective.
 
-    Afterwards each rank holds exactly what the layout says, in ``dtype``; asserted. Persistent buffers are read whole.
+    Nothing is sent but the scales of 4-bit weights. Afterwards each rank holds exactly what the layout says, in
+    ``dtype``; asserted. Persistent buffers are read whole.
 
     Raises:
         UserError: on every rank, if any rank could not read its bytes
@@ -90,8 +97,9 @@ def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dty
     import torch
 
     tensors = list_tensors(folder)
+    pieces: Pieces = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    _give_shapes(model, dtype, runtime.device)
+    _give_shapes(model, dtype, runtime.device, four_bit)
     renamed = {id(parameter): name for name, parameter in model.named_parameters()}
     assert len(names) == len(renamed), "tied weights stay tied"
 
@@ -105,10 +113,11 @@ def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dty
             for parameter in [p for p in params if id(p) in renamed]:
                 self._convert_to_deepspeed_param(parameter)
                 wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
-                own = torch.empty(wanted.size, dtype=dtype, device=self._home(parameter))
-                name = renamed[id(parameter)]
-                read_range(tensors[name], wanted, own, name)
-                self._install(parameter, own, wanted)
+                name, home = renamed[id(parameter)], self._home(parameter)
+                packed = _is_packed(four_bit, name)
+                own = torch.empty(wanted.size, dtype=dtype, device=runtime.device if packed else home)
+                _read(tensors, pieces.get(name, ()), four_bit, name, wanted, own)
+                self._install(parameter, own.to(home), wanted)
 
         def _home(self, parameter: Any) -> Any:
             return self.local_device if parameter.ds_persist else self.remote_device
@@ -128,32 +137,78 @@ def fill_partitions(runtime: Runtime, model: Any, folder: Path, dtype: torch.dty
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
     with agree(runtime, f"reading the checkpoint {folder}"):
+        pieces |= read_pieces(folder, tensors)
         FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
-        _read_buffers(model, tensors)
+        _read_buffers(model, tensors, pieces)
     renamed.clear()  # a parameter made later may get the id of one that is gone by then
+    if four_bit is not None:
+        finish(runtime, four_bit, tensors, partitioned=True)
     _check(runtime, model)
 
 
-def _read_buffers(model: Any, tensors: dict[str, TensorEntry]) -> None:
+def fill_whole(runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype, four_bit: FourBit) -> None:
+    """Fill the skeleton of a 4-bit model with whole tensors, on this rank's device. Collective.
+
+    Raises:
+        UserError: on every rank, if any rank could not read
+    """
+    import torch
+
+    tensors = list_tensors(folder)
+    _give_shapes(model, dtype, runtime.device, four_bit)
+    with agree(runtime, f"reading the checkpoint {folder}"):
+        pieces = read_pieces(folder, tensors)
+        for name, parameter in model.named_parameters():
+            wanted = partition(tuple(parameter.shape), 0, 1)
+            own = torch.empty(wanted.size, dtype=dtype, device=runtime.device)
+            _read(tensors, pieces.get(name, ()), four_bit, name, wanted, own)
+            parameter.data = own.view(parameter.shape)
+        _read_buffers(model, tensors, pieces)
+    finish(runtime, four_bit, tensors, partitioned=False)
+
+
+def _is_packed(four_bit: FourBit | None, name: str) -> bool:
+    return four_bit is not None and name.removesuffix(".weight") in four_bit.layers
+
+
+def _read(
+    tensors: dict[str, TensorEntry],
+    pieces: Sequence[Piece],
+    four_bit: FourBit | None,
+    name: str,
+    wanted: Range,
+    out: torch.Tensor,
+) -> None:
+    """Fill ``out`` with a range of a parameter, which for a packed one is a range of packed elements."""
+    if four_bit is not None and _is_packed(four_bit, name):
+        read_packed(four_bit, name.removesuffix(".weight"), wanted, out, tensors[name], pieces)
+    else:
+        read_range(tensors[name], wanted, out, name, pieces)
+
+
+def _read_buffers(model: Any, tensors: dict[str, TensorEntry], pieces: Pieces) -> None:
+    parameters = {name for name, _ in model.named_parameters()}
     for name, buffer in own_tensors(model).items():
-        if not hasattr(buffer, "ds_tensor"):
+        if name not in parameters:
             whole = partition(tuple(buffer.shape), 0, 1)
             flat = buffer.new_empty(whole.size)
-            read_range(tensors[name], whole, flat, name)
+            read_range(tensors[name], whole, flat, name, pieces.get(name, []))
             buffer.copy_(flat.view(buffer.shape))
 
 
-def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device, four_bit: FourBit | None) -> None:
     """Replace meta parameters by ones on the device that have the shape, but one element of memory."""
     import torch
     from torch import nn
 
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if id(parameter) not in made:
+            if _is_packed(four_bit, f"{path}.{name}"):
+                made[id(parameter)] = packed_parameter(module, dtype, device)
+            elif id(parameter) not in made:
                 data = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
                 made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]

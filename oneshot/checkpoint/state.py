@@ -3,102 +3,166 @@
 ``state/step-N/`` holds the fp32 masters and Adam's moments as whole tensors in safetensors shards, to which every rank
 writes its pieces, and ``manifest.json``. A rank that resumes reads the ranges that it now owns, whoever wrote them.
 Learning rate and data order are functions of the step; random number generators are kept per rank.
+
+A save does not wait for the disk: training goes on while the files are synced, and an older state is removed only when
+a newer one is on the disk. What a power loss damages does not have its checksums, and an older state is taken.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_json
-from oneshot.checkpoint.folders import OLD, PARTIAL, clean, naming, replacing
+from oneshot.checkpoint.files import MANIFEST, list_tensors, read_header, read_json
+from oneshot.checkpoint.folders import clean_inside, naming, replacing, sync_entries, sync_folder
 from oneshot.checkpoint.layout import Range, partition
-from oneshot.checkpoint.ranges import range_checksum, read_range
+from oneshot.checkpoint.manifest import Pieces, check_share, write_manifest
+from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.write import (
-    MAX_SHARD_BYTES,
     Slot,
-    Written,
     create_shards,
+    in_turn,
     opened_shards,
     plan_shards,
-    write_manifest,
+    shard_bytes,
     write_range,
 )
 from oneshot.distributed.engine import TrainingEngine
 from oneshot.distributed.optimizer_state import Piece, allocate, pieces, restored, trained_shapes
-from oneshot.distributed.runtime import Runtime, agree, barrier, gather_objects
+from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 1
-_STEP = re.compile(rf"step-(\d+)(?:{re.escape(PARTIAL)}|{re.escape(OLD)})?")
+SCHEMA = 2
+_STEP = re.compile(r"step-(\d+)")
 
 
-def save_state(engine: TrainingEngine, folder: Path, step: int, keep: int) -> Path:
-    """Write ``folder/step-N`` and remove all but the last ``keep`` states. Collective.
+@dataclass
+class States:
+    """The saved states of a run, of which the last ones are kept.
 
-    Args:
+    Attributes:
         folder: the run's ``state`` folder
-        step: optimizer steps done
+        keep: how many
+    """
+
+    runtime: Runtime
+    folder: Path
+    keep: int
+    _syncing: tuple[int, Future[None]] | None = field(default=None, init=False)  # of which step
+
+    def save(self, engine: TrainingEngine, step: int) -> Path:
+        """Write ``folder/step-N``, whose files a thread syncs while training goes on. Collective.
+
+        Args:
+            step: optimizer steps done
+
+        Raises:
+            UserError: on every rank, if any rank could not write, or the last state did not get to the disk; older
+                states are still there
+        """
+        self.finish()
+        runtime, target = self.runtime, self.folder / f"step-{step}"
+        allocate(engine)
+        shapes = trained_shapes(engine)
+        dtypes = dict.fromkeys(shapes, "F32")
+        slots, headers = plan_shards(shapes, dtypes, shard_bytes(shapes, dtypes, runtime.world_size))
+        with contextlib.ExitStack() as files:
+            with replacing(runtime, target, sync=False) as temporary:
+                with agree(runtime, f"creating the training state {target}"):
+                    if runtime.is_main:
+                        create_shards(temporary, slots, headers)
+                with agree(runtime, f"writing the training state {target}"):
+                    descriptors = files.enter_context(opened_shards(temporary, slots, sync=False))
+                    written = _write_pieces(engine, temporary, slots, descriptors)
+                    _write_random_state(temporary / _random_name(runtime.rank))
+                everything = gather_objects(runtime, written)
+                with agree(runtime, f"finishing the training state {target}"):
+                    if runtime.is_main:
+                        facts = {"step": step, "world_size": runtime.world_size, "sharding": runtime.sharding}
+                        write_manifest(temporary, everything, {"schema": SCHEMA, **facts})
+            # the descriptors that were written through: only these are sure to be told of an error of the disk
+            opened = files.pop_all()
+        thread = ThreadPoolExecutor(1, "sync")  # the interpreter waits for it at its end
+        self._syncing = step, thread.submit(_sync_state, opened, descriptors, target, runtime.rank)
+        thread.shutdown(wait=False)
+        return target
+
+    def finish(self) -> None:
+        """Wait until the last state is on the disk, then remove older ones but the last ``keep`` in all. Collective.
+
+        Raises:
+            UserError: on every rank, if any rank's files did not get to the disk; older states are still there
+        """
+        if self._syncing is None:
+            return
+        (step, future), self._syncing = self._syncing, None
+        with agree(self.runtime, f"syncing the training state {self.folder / f'step-{step}'}"):
+            future.result()
+        if self.runtime.is_main:
+            states = _states(self.folder)
+            # what lies ahead of the run was damaged, and the run resumed from before it
+            ahead = [number for number in states if number > step]
+            for number in [*[number for number in states if number <= step][: -self.keep], *ahead]:
+                shutil.rmtree(states[number], ignore_errors=True)
+
+
+def newest_whole(runtime: Runtime, folder: Path) -> Path | None:
+    """Return the newest state of a run's ``state`` folder all of whose bytes are right; none if there is no state.
+
+    What interrupted saves left is cleaned up on the way. Collective: the ranks share the reading.
 
     Raises:
-        UserError: on every rank, if any rank could not write; older states are still there
+        UserError: there are states, and none is whole
     """
-    runtime = engine.runtime
-    allocate(engine)
-    shapes = trained_shapes(engine)
-    slots, headers = plan_shards(shapes, dict.fromkeys(shapes, "F32"), MAX_SHARD_BYTES)
-    target = folder / f"step-{step}"
     if runtime.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    with replacing(runtime, target) as temporary:
-        with agree(runtime, f"creating the training state {target}"):
+        clean_inside(folder)
+    states = gather_objects(runtime, [str(path) for path in _states(folder).values()] if runtime.is_main else [])[0]
+    problems = []
+    for state in map(Path, reversed(states)):
+        try:
+            with agree(runtime, f"looking at {state}"):
+                _read_manifest(state)
+                random_state = state / _random_name(runtime.rank)
+                if random_state.is_file():
+                    read_header(random_state)
+            check_share(runtime, state)
+            return state
+        except UserError as error:  # which every rank has
+            problems.append(str(error))
             if runtime.is_main:
-                create_shards(temporary, slots, headers)
-        with agree(runtime, f"writing the training state {target}"):
-            written = _write_pieces(engine, temporary, slots)
-            _write_random_state(temporary / _random_name(runtime.rank))
-        everything = gather_objects(runtime, written)
-        with agree(runtime, f"finishing the training state {target}"):
-            if runtime.is_main:
-                facts = {"step": step, "world_size": runtime.world_size, "sharding": runtime.sharding}
-                write_manifest(temporary, everything, {"schema": SCHEMA, **facts})
-    if runtime.is_main:
-        for old in _states(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    barrier(runtime)
-    return target
-
-
-def latest_state(runtime: Runtime, folder: Path) -> Path | None:
-    """Return the newest whole state of a run's ``state`` folder, or none; rank 0 looks. Collective."""
-    states = _states(folder) if runtime.is_main else []
-    newest = gather_objects(runtime, str(states[-1]) if states else "")[0]
-    return Path(newest) if newest else None
+                print(f"Passed over {state}: {error}", flush=True)
+    if problems:
+        raise UserError(f"No state in {folder} is whole, so there is nothing to resume from: {problems[0]}")
+    return None
 
 
 def load_state(engine: TrainingEngine, state: Path) -> int:
     """Restore the engine from a state written by any number of ranks under any sharding; returns its step. Collective.
 
+    Args:
+        state: whole, as ``newest_whole`` has found
+
     Raises:
-        UserError: the state belongs to another model, or a shard is missing, cut off or altered
+        UserError: the state belongs to another model
     """
     runtime = engine.runtime
-    manifest = read_json(state / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise UserError(f"{state / MANIFEST} is not a training state of this version: start the fine-tune anew.")
     with agree(runtime, f"reading the training state {state}"):
+        manifest = _read_manifest(state)
         tensors = list_tensors(state)
         shapes = trained_shapes(engine)
         wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
         if wrong or len(tensors) != len(shapes):
             odd = wrong or sorted(set(tensors) - set(shapes))
             raise UserError(f"{state} belongs to another model or method: {odd[0]} does not fit.")
-        _check_share(runtime, state, tensors, manifest)
         allocate(engine)
         for piece in pieces(engine):
             own = Range(piece.start, piece.start + len(piece.values), len(piece.values))
@@ -111,16 +175,17 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
     return int(manifest["step"])
 
 
-def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Slot]) -> Written:
-    """Write what this rank has to write; returns tensor -> (start, stop, CRC-32 of the bytes)."""
-    written: Written = {}
-    with opened_shards(folder, slots) as descriptors:
-        for piece in pieces(engine):
-            name = f"{piece.kind}.{piece.name}"
-            own, values = _share(engine.runtime, piece)
-            with naming(folder / slots[name].shard):
-                checksum = write_range(descriptors[slots[name].shard], slots[name], own, values)
-            written[name] = (own.start, own.stop, checksum)
+def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Slot], descriptors: dict[str, int]) -> Pieces:
+    """Write what this rank has to write; returns the pieces with their checksums."""
+    written: Pieces = {}
+    held = {f"{piece.kind}.{piece.name}": piece for piece in pieces(engine)}
+    for name in in_turn(engine.runtime, slots):
+        if name not in held:  # under ZeRO-2 a rank holds no element of some
+            continue
+        own, values = _share(engine.runtime, held[name])
+        shard = slots[name].shard
+        with naming(folder / shard):
+            written[name] = write_range(descriptors[shard], slots[name], own, values)
     return written
 
 
@@ -132,24 +197,33 @@ def _share(runtime: Runtime, piece: Piece) -> tuple[Range, torch.Tensor]:
     return own, piece.values[own.start : own.stop]
 
 
-def _check_share(runtime: Runtime, state: Path, tensors: dict[str, TensorEntry], manifest: dict[str, Any]) -> None:
-    """Compare this rank's share of the pieces with their checksums; together the ranks read everything once."""
-    every = [(name, piece) for name, found in sorted(manifest["pieces"].items()) for piece in found]
-    for name, (start, stop, checksum) in every[runtime.rank :: runtime.world_size]:
-        if range_checksum(tensors[name], start, stop, name) != checksum:
-            raise UserError(
-                f"{tensors[name].shard} was altered: {name} does not have the checksum that {MANIFEST} gives; "
-                f"remove {state} to resume from an older state."
-            )
+def _sync_state(opened: contextlib.ExitStack, descriptors: dict[str, int], target: Path, rank: int) -> None:
+    """Have on the disk what this rank wrote, and on rank 0 everything else."""
+    with opened:
+        for shard, descriptor in descriptors.items():
+            with naming(target / shard):
+                os.fsync(descriptor)
+    sync_entries(target / _random_name(rank))
+    if rank == 0:
+        sync_folder(target)
+        sync_entries(target.parent)
 
 
-def _states(folder: Path) -> list[Path]:
-    """Whole states, oldest first; what interrupted saves left is cleaned up on the way."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    numbers = sorted({int(match[1]) for name in names if (match := _STEP.fullmatch(name))})
-    for number in numbers:
-        clean(folder / f"step-{number}")
-    return [folder / f"step-{n}" for n in numbers if (folder / f"step-{n}" / MANIFEST).is_file()]
+def _read_manifest(state: Path) -> dict[str, Any]:
+    """The manifest of a training state: with step and world_size, and whatever ``read_pieces`` checks."""
+    manifest = read_json(state / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or "pieces" not in manifest:
+        raise UserError(f"{state / MANIFEST} is not a training state of this version: start the fine-tune anew.")
+    if not all(type(manifest.get(name)) is int for name in ("step", "world_size")):
+        raise UserError(f"{state / MANIFEST} does not say which step it is of: remove {state}.")
+    return manifest
+
+
+def _states(folder: Path) -> dict[int, Path]:
+    """The states by step, oldest first."""
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    found = {int(match[1]): path for path in paths if (match := _STEP.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def _random_name(rank: int) -> str:
@@ -164,7 +238,8 @@ def _write_random_state(path: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, path)
+    with naming(path):
+        save_file(states, path)
 
 
 def _read_random_state(path: Path) -> None:

@@ -1,27 +1,23 @@
-"""Is a checkpoint or training state whole? Every byte is read once, one tensor range at a time."""
+"""Is a checkpoint or training state whole? Every byte is read once, 16 MiB at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.files import (
-    ADAPTER_TENSORS,
-    MANIFEST,
-    TensorEntry,
-    is_adapter,
-    list_tensors,
-    read_header,
-    read_json,
-)
-from oneshot.checkpoint.layout import FLOATS, Range, tensor_bytes
-from oneshot.checkpoint.ranges import range_checksum, read_range, torch_dtype
+from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header
+from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range, tensor_bytes
+from oneshot.checkpoint.manifest import read_pieces
+from oneshot.checkpoint.ranges import CHUNK, Piece, check_piece, read_range, torch_dtype
+from oneshot.errors import UserError
 
-_CHUNK = 16 << 20  # elements read at a time
+_BLOB = re.compile(r"[0-9a-f]{64}")  # the name of a large file in the Hub's cache is its SHA-256
 
 
 @dataclass
@@ -36,26 +32,27 @@ class Shard:
 
 
 def verify(folder: Path) -> list[Shard]:
-    """Check every tensor of a checkpoint, adapter or training state: not empty, finite, and as its manifest says.
+    """Check every tensor of a checkpoint, adapter or training state: not empty, finite, and with its checksums.
+
+    Checksums come from the manifest of what oneshot wrote and, for files in the Hub's cache, from their names there;
+    of other files none are known.
 
     Raises:
-        UserError: a shard is missing or cut off, or the index does not fit the shards
+        UserError: a shard is missing or cut off, or the index or the manifest does not fit the shards
     """
     tensors = _tensors(folder)
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    pieces = read_pieces(folder, tensors)
     shards: dict[str, Shard] = {}
     for name, entry in tensors.items():
         shard = shards.setdefault(entry.shard.name, Shard(entry.shard.name))
         shard.tensors += 1
         shard.bytes += tensor_bytes(entry.shape, entry.dtype)
         shard.dtypes.add(entry.dtype)
-        shard.problems += [f"{name} {problem}" for problem in _problems(entry, manifest.get("pieces", {}).get(name))]
-    for file, size in manifest.get("files", {}).items():
-        path = folder / Path(file).name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
+        shard.problems += [f"{name} {problem}" for problem in _problems(entry, name, pieces.get(name, []))]
+    for path in sorted(folder.iterdir()):
+        if _is_altered_blob(path):
             shard = shards.setdefault(path.name, Shard(path.name))
-            shard.problems.append(f"has {found} bytes, the manifest says {size}" if found else "is missing")
+            shard.problems.append("does not have the SHA-256 that the Hub's cache gives: remove it, download it again")
     return list(shards.values())
 
 
@@ -66,27 +63,38 @@ def _tensors(folder: Path) -> dict[str, TensorEntry]:
     return list_tensors(folder)
 
 
-def _problems(entry: TensorEntry, pieces: list[list[int]] | None) -> Iterator[str]:
-    total = math.prod(entry.shape)
-    if total == 0:
-        yield "is empty"
-    elif entry.dtype in FLOATS:
-        bad = sum(int((~part.isfinite()).sum()) for part in _parts(entry, 0, total))
-        if bad:
-            yield f"holds {bad} values that are not finite"
-    for start, stop, checksum in pieces or []:
-        if range_checksum(entry, start, stop) != checksum:
-            yield f"does not have its checksum in elements {start} to {stop}"
-            break
-
-
-def _parts(entry: TensorEntry, start: int, stop: int) -> Iterator[Any]:
-    """Elements start to stop in the file's dtype, a bounded number at a time."""
+def _problems(entry: TensorEntry, name: str, pieces: list[Piece]) -> Iterator[str]:
     import torch
 
-    dtype = torch_dtype(entry, str(entry.shard))
-    for first in range(start, stop, _CHUNK):
-        last = min(first + _CHUNK, stop)
-        part = torch.empty(last - first, dtype=dtype)
-        read_range(entry, Range(first, last, last - first), part)
-        yield part
+    total, bad = math.prod(entry.shape), 0
+    if total == 0:
+        yield "is empty"
+    step = CHUNK // ITEM_SIZES[entry.dtype]
+    unchecked = [(start, min(start + step, total), "") for start in range(0, total, step)]
+    for piece in pieces or unchecked:
+        start, stop, checksum = piece
+        try:
+            if entry.dtype in FLOATS:
+                part = torch.empty(stop - start, dtype=torch_dtype(entry, name))
+                read_range(entry, Range(start, stop, stop - start), part, name, [piece] if checksum else [])
+                bad += int((~part.isfinite()).sum())
+            elif checksum:
+                check_piece(entry, piece, name)
+        except UserError:
+            yield f"does not have its checksum in elements {start} to {stop}"
+    if bad:
+        yield f"holds {bad} values that are not finite"
+
+
+def _is_altered_blob(path: Path) -> bool:
+    """Whether a file is a link into the Hub's cache, to one that no longer has the hash that it is named by."""
+    if not path.is_symlink():
+        return False
+    blob = Path(os.readlink(path))
+    if blob.parent.name != "blobs" or not _BLOB.fullmatch(blob.name):
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest() != blob.name

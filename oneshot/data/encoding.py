@@ -90,16 +90,20 @@ def context_length(config: Any, tokenizer: Any, max_length: int | None) -> int:
     Raises:
         UserError: none of the three is known
     """
+    limits = [limit for limit in (model_context(config, tokenizer), max_length) if limit is not None]
+    if not limits:
+        raise UserError(f"The context length of {_name(tokenizer)} is not known: set model.max_length.")
+    return min(limits)
+
+
+def model_context(config: Any, tokenizer: Any) -> int | None:
+    """Return the model's context in tokens, from its config or else its tokenizer; none: not known."""
     parts = (config, getattr(config, "text_config", None))
     contexts = [getattr(part, "max_position_embeddings", None) for part in parts]
     limits = [value for value in contexts if isinstance(value, int) and value > 0]
     if not limits and 0 < getattr(tokenizer, "model_max_length", 0) < 10**9:
         limits = [tokenizer.model_max_length]
-    if max_length is not None:
-        limits.append(max_length)
-    if not limits:
-        raise UserError(f"The context length of {_name(tokenizer)} is not known: set model.max_length.")
-    return int(min(limits))
+    return int(min(limits)) if limits else None
 
 
 def pad_batch(batch: list[Encoded], pad_id: int, *, multiple: int = 1) -> dict[str, Tensor]:

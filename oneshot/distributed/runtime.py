@@ -45,12 +45,19 @@ class Runtime:
 
 
 @functools.cache
-def start(timeout_minutes: float = 30.0) -> Runtime:
+def start(timeout_minutes: float | None = None) -> Runtime:
     """Join the run that accelerate or torchrun started; with no launcher, be the only process.
 
     A process joins once: called again, this returns the same object (accelerate refuses a second DeepSpeed plugin).
     On a machine without an accelerator accelerate would leave DeepSpeed runs with no backend and believe that each
     process is alone, so gloo is named here.
+
+    Args:
+        timeout_minutes: how long a rank waits for the others before it ends the run; none takes the environment's
+            ``ONESHOT_TIMEOUT_MINUTES``, or 30
+
+    Raises:
+        UserError: ``ONESHOT_TIMEOUT_MINUTES`` is no number above 0
     """
     import torch
     from accelerate import Accelerator
@@ -59,7 +66,7 @@ def start(timeout_minutes: float = 30.0) -> Runtime:
     _quiet()
     launched = "RANK" in os.environ  # a backend named without a launcher would make accelerate wait for a group
     backend = "gloo" if launched and not torch.cuda.is_available() else None
-    kwargs = InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes))
+    kwargs = InitProcessGroupKwargs(backend=backend, timeout=_timeout(timeout_minutes))
     plugin = _deepspeed_plugin()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available() and plugin is None,
@@ -108,15 +115,22 @@ def gather_rows(runtime: Runtime, rows: torch.Tensor) -> torch.Tensor:
     """Return the rows of all ranks, in rank order: (n_r, d) on rank r becomes (sum n_r, d) on each."""
     if runtime.world_size == 1:
         return rows
+    counts = all_gather_int(runtime, rows.shape[0])
+    return gather_parts(runtime, rows.flatten(), [count * rows.shape[1] for count in counts]).view(-1, rows.shape[1])
+
+
+def gather_parts(runtime: Runtime, part: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Return the parts of all ranks, in rank order: (counts[r],) on rank r becomes (sum of counts,) on each."""
+    if runtime.world_size == 1:
+        return part
     import torch
     import torch.distributed as dist
 
-    counts = all_gather_int(runtime, rows.shape[0])
-    padded = rows.new_zeros(max(counts), rows.shape[1])
-    padded[: rows.shape[0]] = rows
+    padded = part.new_zeros(max(counts))
+    padded[: len(part)] = part
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
+    return torch.cat([found[:count] for found, count in zip(gathered, counts)])
 
 
 def all_gather_int(runtime: Runtime, value: int) -> list[int]:
@@ -168,6 +182,17 @@ def agree(runtime: Runtime, what: str) -> Iterator[None]:
     problems = [text for text in gather_objects(runtime, problem) if text]
     if problems:
         raise UserError(problems[0])
+
+
+def _timeout(minutes: float | None) -> timedelta:
+    text = os.environ.get("ONESHOT_TIMEOUT_MINUTES", "30")
+    try:
+        limit = timedelta(minutes=float(text) if minutes is None else minutes)
+    except (ValueError, OverflowError):  # not a number; NaN; infinity
+        limit = timedelta(0)
+    if limit <= timedelta(0):
+        raise UserError(f"ONESHOT_TIMEOUT_MINUTES is {text!r}: give a number of minutes above 0.")
+    return limit
 
 
 def _deepspeed_plugin() -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update
+from oneshot.checkpoint.adapter import Factors, Update, compress
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
 from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.guard import RepairBatch, repair_loss
@@ -25,21 +25,6 @@ Pairs = dict[str, tuple[Any, Any]]  # name -> (X, delta)
 
 FIRST_DECREASE = 0.1  # the first step aims, to first order, at this share of the loss
 LENGTHEN, SHORTEN = 1.5, 0.5
-
-
-def compress(factors: Factors, rank: int | None) -> Factors:
-    """Return the best rank-``rank`` factors of b @ a (none: only drop what is redundant), by QR and a small SVD."""
-    import torch
-
-    m, n = factors.b.shape[0], factors.a.shape[1]
-    limit = min(rank or factors.rank, factors.rank, m, n)
-    if factors.rank <= limit:
-        return factors
-    qb, rb = torch.linalg.qr(factors.b)
-    qa, ra = torch.linalg.qr(factors.a.T)
-    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = s[:limit].sqrt()
-    return Factors(qb @ (u[:, :limit] * root), (root[:, None] * vt[:limit]) @ qa.T)
 
 
 def stepped(factors: Factors | None, x: torch.Tensor, delta: torch.Tensor, eta: float, rank: int | None) -> Factors:

@@ -170,25 +170,31 @@ def _engine(job: Job, recipe: Recipe) -> Iterator[tuple[TrainingEngine, Linears]
     # without DeepSpeed's fp32 masters small steps would be lost in bf16 weights
     plain = runtime.sharding in ("none", "ddp") and recipe.method == "sft"
     model = load_model(runtime, job.source, job.model_settings, torch.float32 if plain else None)
-    if job.adapter is not None:
-        merge_into(runtime, model, job.adapter.update)
     linears = select_linears(model, recipe.targets)
-    if recipe.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=list(linears.targets), bias="none")
-        model.requires_grad_(False)
-        torch.manual_seed(0)
-        model = get_peft_model(model, config)
-    else:
-        model.requires_grad_(True)
-    engine = start_training(
-        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        if recipe.method == "lora":
+            # the user's own adapter is added by hooks, which 4-bit weights allow too
+            stack.enter_context(attached_update(model, _own_update(job)))
+            model = _with_lora(model, linears, recipe.rank)
+        else:
+            if job.adapter is not None:
+                merge_into(runtime, model, job.adapter.update)
+            model.requires_grad_(True)
+        engine = start_training(
+            runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
+        )
+        stack.callback(engine.close)
         yield engine, linears
-    finally:
-        engine.close()
+
+
+def _with_lora(model: Any, linears: Linears, rank: int) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(linears.targets), bias="none")
+    return get_peft_model(model, config)
 
 
 def _repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -> Outcome:

@@ -7,12 +7,15 @@ since what is left out (other directions, embeddings, norms) carries some of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
-from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
+from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
+from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.ranges import read_range
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
+_CHUNK = 1 << 20  # elements of a matrix that are read at a time
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
 
@@ -58,7 +62,7 @@ def decompose(delta: torch.Tensor, rank: int, seed: int = 0) -> Directions:
     import torch
 
     delta = delta.float()
-    energy = float(delta.square().sum())
+    energy = float(delta.norm()) ** 2  # squaring first would take another matrix of memory
     rank = min(rank, *delta.shape)
     if min(delta.shape) <= _EXACT_UP_TO:
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
@@ -121,6 +125,11 @@ def checkpoint_difference(
                 raise UserError(f"{folder} holds no weight for {module}: is it a checkpoint of the same architecture?")
         assert mine is not None
         assert other is not None
+        for found, entry, folder in ((mine, ours[mine], finetuned), (other, theirs[other], reference)):
+            if entry.dtype not in FLOATS:
+                raise UserError(
+                    f"{folder} holds {found} as {entry.dtype}, quantized: rollback compares full-precision checkpoints."
+                )
         if ours[mine].shape != theirs[other].shape:
             raise UserError(
                 f"The reference {reference} has {other} of shape {list(theirs[other].shape)}, the model has "
@@ -132,12 +141,27 @@ def checkpoint_difference(
         if not wanted:
             return None
         mine, other = pairs[module]
-        delta = read_tensor(ours[mine], mine).float() - read_tensor(theirs[other], other).float()
-        if not delta.isfinite().all():
+        delta = _difference(ours[mine], theirs[other], mine)
+        if not math.isfinite(float(delta.norm())):
             raise UserError(f"{mine} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
         return delta
 
     return difference
+
+
+def _difference(ours: TensorEntry, theirs: TensorEntry, name: str) -> torch.Tensor:
+    """The fp32 difference of two stored tensors, in no more memory than its own and a chunk's."""
+    import torch
+
+    total = math.prod(ours.shape)
+    delta = torch.empty(total)
+    read_range(ours, Range(0, total, total), delta, name)
+    for start in range(0, total, _CHUNK):
+        stop = min(start + _CHUNK, total)
+        part = torch.empty(stop - start)
+        read_range(theirs, Range(start, stop, stop - start), part, name)
+        delta[start:stop] -= part
+    return delta.view(ours.shape)
 
 
 def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from oneshot.distributed.runtime import Runtime
@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 LOG_LINES = 10
 LOG_WIDTH = 100  # columns of a log file, which has none of its own
+
+
+def heartbeat(loss: float, facts: Mapping[str, float]) -> str:
+    """Return what a training step tells people: loss, tokens per second, MFU where it is known, peak memory."""
+    parts = [f"loss {loss:.4f}", f"{facts['tokens_per_second']:,.0f} tokens/s"]
+    if "mfu" in facts:
+        parts.append(f"MFU {facts['mfu']:.0%}")
+    parts.append(f"{facts['peak_memory_bytes'] / 2**30:.1f} GiB")
+    return "  ".join(parts)
 
 
 def open_console(runtime: Runtime) -> Console | None:

@@ -167,7 +167,7 @@ def _trained_by(section: Any) -> Any:
     """A section of the settings without what does not change the result."""
     if not isinstance(section, dict):
         return section
-    return {name: value for name, value in section.items() if name not in ("save_every", "keep", "stock_io")}
+    return {name: value for name, value in section.items() if name not in ("save_every", "keep", "stock_io", "cache")}
 
 
 def _given(folder: Path) -> Path:

@@ -95,33 +95,29 @@ def train(
     import torch
 
     runtime = engine.runtime
+    batches = micro_batches(start) if start < schedule.steps else []
     for step in range(start, schedule.steps):
         started = time.perf_counter()
         engine.set_learning_rate(schedule.rate(step))
-        batches = micro_batches(step)
         # what the engine averages away again: ranks, and under DeepSpeed also accumulation steps
         scale = runtime.world_size * (len(batches) if engine.is_deepspeed else 1)
         # loss of the step, and its tokens: this rank's shares, summed over ranks before the last backward pass
         total = torch.zeros(2, device=runtime.device)
         total[1] = sum(batch.tokens for batch in batches)
         for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
             with torch.autocast(runtime.device.type, autocast) if autocast else contextlib.nullcontext():
                 loss = loss_of(engine.forward, batch)
             total[0] += loss.detach().float()
-            if i == len(batches) - 1:
+            if last:
                 total = all_reduce_sum(runtime, total)
-                if not math.isfinite(float(total[0])):
-                    raise Diverged(
-                        f"The loss became {float(total[0])} at step {step + 1} (learning rate "
-                        f"{schedule.rate(step):.2g}): training stopped before that step; lower the learning rate."
-                    )
-            engine.backward(loss * scale, last=i == len(batches) - 1)
+                # 1, or no number where the loss is none or infinite: such a loss may have finite gradients, and the
+                # engine refuses to step on gradients only. Asking for the value here would make a GPU wait.
+                loss = loss * (total[0] * 0 + 1)
+            engine.backward(loss * scale, last=last)
+        upcoming = micro_batches(step + 1) if step + 1 < schedule.steps else []  # while a GPU computes this step
         norm = engine.step()
-        if not math.isfinite(norm):
-            raise Diverged(
-                f"The gradient became infinite or no number at step {step + 1} (loss {float(total[0]):.4g}, learning "
-                f"rate {schedule.rate(step):.2g}): that step was not taken; lower the learning rate."
-            )
+        _require_finite(float(total[0]), norm, step + 1, schedule.rate(step))
         result = StepResult(
             step=step + 1,
             loss=float(total[0]),
@@ -132,3 +128,18 @@ def train(
         )
         if on_step(result):
             break
+        batches = upcoming
+
+
+def _require_finite(loss: float, norm: float, step: int, rate: float) -> None:
+    """Raise Diverged where the engine has seen that the step cannot be taken."""
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The loss became {loss} at step {step} (learning rate {rate:.2g}): training stopped before that step; "
+            "lower the learning rate."
+        )
+    if not math.isfinite(norm):
+        raise Diverged(
+            f"The gradient became infinite or no number at step {step} (loss {loss:.4g}, learning rate {rate:.2g}): "
+            "that step was not taken; lower the learning rate."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import unittest.mock
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import deepspeed  # noqa: F401
 import torch
 import transformers
 
-from oneshot.checkpoint import load, partitioned
+from oneshot.checkpoint import load, partitioned, write
 from oneshot.checkpoint.layout import partition, rank_bytes
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
 from oneshot.checkpoint.save import save_checkpoint
-from oneshot.distributed.engine import frozen
+from oneshot.checkpoint.state import States
+from oneshot.distributed.engine import frozen, start_training
+from oneshot.distributed.optimizer_state import allocate, pieces
 from oneshot.distributed.runtime import Runtime, barrier
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
@@ -132,6 +135,13 @@ def roundtrip(runtime: Runtime, source: str, target: str, stock_io: bool = False
     return type(model).__name__
 
 
+def write_pieces(runtime: Runtime, sources: str, target: str, names: list[str], nbytes: int) -> None:
+    """Write checkpoints again with checksums of pieces of ``nbytes`` at most."""
+    with unittest.mock.patch.object(write, "CHUNK", nbytes):
+        for name in names:
+            roundtrip(runtime, f"{sources}/{name}", f"{target}/{name}")
+
+
 def buffered(runtime: Runtime, source: str, target: str) -> list[float]:
     """The values of a persistent buffer after a load by ranges, which is saved again."""
     real = partitioned.skeleton
@@ -208,3 +218,26 @@ def counting(runtime: Runtime, folder: str, source: str) -> None:
         save_checkpoint(runtime, model, tokenizer, Path(folder), torch.float32)
         if runtime.is_main:
             Path(f"{folder}.step").write_text(str(step))
+
+
+def counting_states(runtime: Runtime, folder: str, source: str) -> None:
+    """Save training states, all numbers equal to the step, on a disk that takes its time, until somebody kills us."""
+    model = load_from(runtime, source)
+    model.requires_grad_(True)
+    engine = start_training(
+        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
+    )
+    allocate(engine)
+    states, real = States(runtime, Path(folder), keep=1), os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.01)
+        real(descriptor)
+
+    with unittest.mock.patch.object(os, "fsync", slow):
+        for step in range(1, 100_000):
+            for piece in pieces(engine):
+                piece.values.fill_(step)
+            states.save(engine, step)
+            if runtime.is_main:
+                Path(f"{folder}.step").write_text(str(step))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from oneshot.data.conversations import Conversation
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="oneshot-cache-")  # tokens are cached by every process started
+
 FINETUNE = {
     # 7 and 3 conversations on 2 ranks: unequal shares and token counts; 3 in 4 micro-batches leave one empty
     "full-1": ["--finetune.batch_size", "7"],
@@ -24,8 +28,23 @@ FINETUNE = {
     "lora-2": [
         "--finetune.method", "lora", "--finetune.batch_size", "7", "--finetune.gradient_accumulation_steps", "2",
     ],
+    "lora-nf4": ["--finetune.method", "lora", "--finetune.batch_size", "7", "--model.quantize", "nf4"],
+    "lora-nf4-checkpointed": [
+        "--finetune.method", "lora", "--finetune.batch_size", "7", "--model.quantize", "nf4",
+        "--model.gradient_checkpointing", "true",
+    ],
 }  # fmt: skip
 METHODS = ("rollback", "lowrank", "sft", "lora")
+# repairs with the weights in 4 bits: name -> (method, whether from the adapter, further settings)
+NF4 = {
+    "rollback-nf4": ("rollback", False, []),
+    "lowrank-nf4": ("lowrank", False, ["--model.double_quant", "true"]),
+    "lora-nf4": ("lora", False, []),
+    "rollback-nf4-adapter": ("rollback", True, []),
+    "lora-nf4-adapter": ("lora", True, []),
+    "lowrank-nf4-checkpointed": ("lowrank", False, ["--model.gradient_checkpointing", "true"]),
+    "lora-nf4-checkpointed": ("lora", False, ["--model.gradient_checkpointing", "true"]),
+}  # fmt: skip
 EPOCHS = "5"
 
 
@@ -96,6 +115,9 @@ class World:
             jobs.append(self.repair(method, self.degraded, target / method))
             jobs.append(self.repair(method, self.adapter, target / f"{method}-adapter"))
             jobs.append(self.repair(method, self.bf16, target / f"{method}-bf16"))
+        for name, (method, adapter, more) in NF4.items():
+            model = self.adapter if adapter else self.degraded
+            jobs.append(self.repair(method, model, target / f"repair-{name}", "--model.quantize", "nf4", *more))
         for checkpointing in (False, True):
             out = str(target / f"gradients-{checkpointing}")
             job = {"name": "gradients", "kind": "gradients", "model": str(self.degraded), "data": self.path("mixed")}

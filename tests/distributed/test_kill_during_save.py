@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import OLD, PARTIAL
+from oneshot.checkpoint.state import newest_whole
+from oneshot.distributed.runtime import Runtime
 
 pytestmark = pytest.mark.distributed
 KILLS = [("ddp", seed) for seed in range(20)] + [("zero3", seed) for seed in range(20, 23)]
@@ -102,6 +104,35 @@ def test_a_killed_rank_costs_no_checkpoint(
     names = {path.name for path in folder.parent.iterdir()} - {"saved", "saved.step"}
     assert names <= {f"saved{PARTIAL}"}, "nothing else stays behind"
     left_half.append(bool(names))
+
+
+STATE_KILLS = [("ddp", seed) for seed in range(4)] + [("zero2", 4), ("zero3", 5), ("zero3", 6)]
+
+
+@pytest.mark.parametrize(("sharding", "seed"), STATE_KILLS)
+def test_a_killed_rank_costs_no_training_state(
+    sharding: str, seed: int, source: Path, memory: Path, tmp_path: Path
+) -> None:
+    """Whether it was writing, or the last state was still being synced, or an older one being removed."""
+    chance, folder = random.Random(seed), memory / f"state-{sharding}"
+    Path(f"{folder}.step").unlink(missing_ok=True)
+    arguments = {"folder": str(folder), "source": str(source)}
+    ranks = start_ranks(jobs.counting_states, 2, sharding, tmp_path / "ranks", arguments)
+    wait_for_saves(ranks, folder, 2)
+    time.sleep(chance.uniform(0, 0.3))
+    victim = chance.randrange(2)
+    os.kill(ranks.processes[victim].pid, signal.SIGKILL)
+    codes = ranks.wait(30)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == 1, "the other rank ends by itself, with an error"
+
+    said = last_said(folder)
+    state = newest_whole(Runtime(0, 1, torch.device("cpu"), "none", accelerator=None), folder)  # type: ignore[arg-type]
+    assert state is not None
+    assert state.name in (f"step-{said}", f"step-{said + 1}")
+    found = {name: t for shard in state.glob("model*.safetensors") for name, t in load_file(shard).items()}
+    assert found.keys() == list_tensors(state).keys()
+    assert {f"step-{float(value):.0f}" for t in found.values() for value in t.unique()} == {state.name}
 
 
 def test_the_kills_met_saves_in_progress() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FINETUNE, METHODS, World
+from conftest import FINETUNE, METHODS, NF4, World
 from harness import TOPOLOGIES
 from safetensors.torch import load_file
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 Outputs = Callable[[str], Path]
 RTOL = 1e-4
 PATCHES = [f"{method}{adapter}" for method in METHODS for adapter in ("", "-adapter")]
+PATCHES += [f"repair-{name}" for name in NF4]
 
 
 def product(folder: Path) -> dict[str, torch.Tensor]:

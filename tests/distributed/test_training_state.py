@@ -96,21 +96,39 @@ def test_only_the_last_states_are_kept(whole: dict[str, Path], tmp_path: Path) -
 def test_a_half_written_state_is_passed_over_and_removed(whole: dict[str, Path], tmp_path: Path) -> None:
     out = interrupted(whole["single"], tmp_path / "run")
     left = out / "state" / f"step-7{PARTIAL}"  # of a save that no later one repeats
-    left.mkdir()
+    model = out / f"finetuned{PARTIAL}"
+    for half in (left, model):
+        half.mkdir()
     assert f"Resumed at step {SAVED} " in finetune("single", 1, out, "--resume")
     assert not left.exists()
+    assert not model.exists()
 
 
 @pytest.mark.parametrize("reader", [("zero3_cpu", 2), ("single", 1)])
 def test_an_altered_state_is_refused(reader: tuple[str, int], whole: dict[str, Path], tmp_path: Path) -> None:
     out = interrupted(whole["zero3"], tmp_path / "run")
-    path = out / "state" / f"step-{SAVED}" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[list_tensors(path.parent)["exp_avg.model.norm.weight"].offset + 9] ^= 0x10
-    path.write_bytes(data)
+    alter(out / "state" / f"step-{SAVED}")
     said = finetune(*reader, out, "--resume", code=1)
+    assert "is whole" in said
     assert "model.safetensors was altered: exp_avg.model.norm.weight" in said
     assert not (out / "finetuned").exists()
+
+
+def alter(state: Path) -> None:
+    data = bytearray((state / "model.safetensors").read_bytes())
+    data[list_tensors(state)["exp_avg.model.norm.weight"].offset + 9] ^= 0x10
+    (state / "model.safetensors").write_bytes(data)
+
+
+def test_for_an_altered_state_an_older_one_is_taken(whole: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole["zero3"], tmp_path / "run"))
+    shutil.rmtree(out / "finetuned")
+    alter(out / "state" / f"step-{2 * SAVED}")
+    said = finetune("zero3_cpu", 2, out, "--resume")
+    assert said.count(f"Passed over {out}/state/step-{2 * SAVED}: ") == 1
+    assert f"Resumed at step {SAVED} " in said
+    assert losses(out)[STEPS:] == losses(whole["zero3"])[SAVED:]
+    assert sorted(path.name for path in (out / "state").iterdir()) == [f"step-{SAVED}", f"step-{2 * SAVED}"]
 
 
 def test_resume_with_other_settings_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:

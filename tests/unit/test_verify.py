@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -70,24 +71,32 @@ def test_a_truncated_shard_is_named(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flip", ["byte", "size", "file"])
 def test_what_a_manifest_promises_is_checked(folder, capsys, monkeypatch, flip):
-    import zlib
+    import xxhash
 
     path = folder / "model.safetensors"
     tensor = load_file(path)["model.norm.weight"]
-    checksum = zlib.crc32(tensor[:40].numpy().tobytes())
     sizes = {"model.safetensors": path.stat().st_size}
-    pieces = {"model.norm.weight": [[0, 40, checksum]]}
-    (folder / "manifest.json").write_text(json.dumps({"files": sizes, "pieces": pieces}))
+    pieces = {
+        name: [[0, t.numel(), xxhash.xxh3_64_hexdigest(t.numpy().tobytes())]] for name, t in load_file(path).items()
+    }
+    first, rest = (xxhash.xxh3_64_hexdigest(part.numpy().tobytes()) for part in (tensor[:40], tensor[40:]))
+    pieces["model.norm.weight"] = [[0, 40, first], [40, tensor.numel(), rest]]
+
+    def manifest(**files: int) -> None:
+        text = json.dumps({"hash": "xxh3_64", "files": {**sizes, **files}, "pieces": pieces})
+        (folder / "manifest.json").write_text(text)
+
+    manifest()
     assert oneshot(capsys, monkeypatch, "verify", str(folder))[0] == 0
     if flip == "byte":
         tensor[7] += 1e-3
         change(folder, **{"model.norm.weight": tensor})
         wanted = "model.norm.weight does not have its checksum in elements 0 to 40"
     elif flip == "size":
-        (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": 7}, "pieces": pieces}))
+        manifest(**{"model.safetensors": 7})
         wanted = "the manifest says 7"
     else:
-        (folder / "manifest.json").write_text(json.dumps({"files": {**sizes, "gone.safetensors": 5}}))
+        manifest(**{"gone.safetensors": 5})
         wanted = "is missing"
     code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
     assert code == 1
@@ -112,6 +121,30 @@ def test_a_flipped_bit_in_a_checkpoint_that_oneshot_wrote_is_found(tmp_path, cap
     code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
     assert code == 1
     assert f"{name} does not have its checksum" in said
+
+
+@pytest.mark.parametrize("altered", [False, True])
+def test_a_file_in_the_hubs_cache_is_compared_with_its_name_there(folder, capsys, monkeypatch, altered):
+    path = folder / "model.safetensors"
+    blob = folder.parent / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+    blob.parent.mkdir()
+    path.rename(blob)
+    path.symlink_to(Path("..", "blobs", blob.name))
+    if altered:
+        data = bytearray(blob.read_bytes())
+        data[-5] ^= 1  # still a finite number
+        blob.write_bytes(data)
+    code, said = oneshot(capsys, monkeypatch, "verify", str(folder))
+    assert code == altered
+    assert ("does not have the SHA-256" in said) == altered
+
+
+def test_a_link_elsewhere_is_compared_with_nothing(folder, capsys, monkeypatch):
+    path = folder / "model.safetensors"
+    other = folder.parent / ("0" * 64)  # such a name, but no cache of the Hub
+    path.rename(other)
+    path.symlink_to(other)
+    assert oneshot(capsys, monkeypatch, "verify", str(folder))[0] == 0
 
 
 def test_inspect_lists_owners_that_cover_the_tensor(folder, capsys, monkeypatch):

@@ -123,7 +123,7 @@ def everything(folder):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt_neox"])  # that one is renamed
 def test_a_written_checkpoint_is_transformers_own(family, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_CHUNK", 1001)  # many writes per tensor, none of them at a row's end
+    monkeypatch.setattr(write, "CHUNK", 1001)  # many writes per tensor, none of them at a row's end
     model = tiny_model(family, vocab_size=101)
     assert is_direct(model)
     ours, theirs = save_both(model, dtype, tmp_path)
@@ -147,7 +147,7 @@ def test_buffers_keep_their_own_dtype(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_an_update_is_added_and_rounded_once(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_CHUNK", 1001)
+    monkeypatch.setattr(write, "CHUNK", 1001)
     model, name = tiny_model("llama").to(dtype), "model.layers.1.mlp.up_proj"
     weight = model.get_submodule(name).weight
     # small multiples of 1/8: their products and sums are exact in fp32, in whatever order they are added
@@ -250,7 +250,7 @@ def test_a_range_is_the_slice_of_the_tensor(tmp_path, shape, stored, wanted, wor
         own = partition(shape, rank, world_size)
         out = torch.full((own.size,), float("nan"), dtype=wanted)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranges, "_CHUNK", chunk)
+            patch.setattr(ranges, "CHUNK", chunk)
             read_range(entry, own, out)
         expected = tensor.reshape(-1)[own.start : own.stop].to(wanted)
         assert torch.equal(out[: own.numel], expected)

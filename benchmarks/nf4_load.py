@@ -1,0 +1,169 @@
+"""Loading a model in 4 bits for ZeRO-3: quantized while it is read and already sharded, against the stock way.
+
+    python benchmarks/nf4_load.py
+
+A random 1.1 B Llama in bf16, 2 CPU processes of one thread each, every measurement in fresh processes, the files in the
+page cache. "stock" is transformers' from_pretrained with BitsAndBytesConfig (nf4, storage bf16, double quantization as
+given) on every rank, then DeepSpeed's partitioning: the way in which QLoRA and ZeRO-3 are combined today. Seconds and
+peaks are up to where every rank holds its share; peaks are resident memory above what the process had after imports and
+process group. "share" is a rank's part of the packed weights, its copy of the scales, and its part of what stays in
+bf16. The last line of output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES: dict[str, dict[str, Any]] = {
+    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000},
+}
+
+
+def main() -> None:
+    """Run every measurement and print the comparison; or, started by ourselves, be one process of one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="1.1b")
+    parser.add_argument("--repeats", type=int, default=3, help="fresh starts per measurement; medians are shown")
+    parser.add_argument("--double_quant", action="store_true", help="quantize the scales too")
+    parser.add_argument("--way", choices=("build", "stock", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way == "build":
+        build(args.folder, args.size)
+    elif args.way:
+        work(args.folder, args.way, args.double_quant)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(Path(folder), args)
+
+
+def build(folder: Path, size: str) -> None:
+    """Write the random checkpoint, in shards of 500 MB, with the toy world's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from oneshot.world.model import build_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES[size], num_attention_heads=32, num_key_value_heads=4, dtype=torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder / "model", max_shard_size="500MB")
+    build_tokenizer().save_pretrained(folder / "model")
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    """Measure both, print a table and the JSON line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    script = [str(Path(__file__).resolve()), f"--folder={folder}", f"--size={args.size}"]
+    script += ["--double_quant"] if args.double_quant else []
+    subprocess.run([sys.executable, *script, "--way=build"], check=True, env=environment, stdout=sys.stderr)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_nf4_cpu.yaml"]
+    found: dict[str, list[dict[str, float]]] = {"stock": [], "ours": []}
+    for _ in range(args.repeats):
+        for way in found:  # in turn, so that both meet the same machine
+            for path in (folder / "model").glob("*.safetensors"):
+                path.read_bytes()  # into the page cache
+            command = [*launch, *script, f"--way={way}"]
+            subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+            ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
+            found[way].append({name: max(rank[name] for rank in ranks) for name in ranks[0]})
+    medians = {way: {name: statistics.median(r[name] for r in rows) for name in rows[0]} for way, rows in found.items()}
+    stock, ours = medians["stock"], medians["ours"]
+    print(f"{args.size} Llama, 2 ranks, {'double' if args.double_quant else 'single'} quantization; medians")
+    for way, row in medians.items():
+        print(f"{way:6} {row['seconds']:7.2f} s   peak above start {row['peak'] / 2**20:7.0f} MiB   "
+              f"held {row['held'] / 2**20:7.0f} MiB   share {row['share'] / 2**20:7.0f} MiB")  # fmt: skip
+    figures = {
+        "load_speedup": stock["seconds"] / ours["seconds"],
+        "peak_ratio": ours["peak"] / stock["peak"],
+        "peak_over_share": ours["peak"] / ours["share"],
+    }
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+def work(folder: Path, way: str, double: bool) -> None:
+    """Load as one process of a launch; leave seconds and peaks in a file."""
+    import bitsandbytes  # noqa: F401  imports are no part of what is measured
+    import deepspeed  # noqa: F401
+    import torch.distributed as dist
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM  # noqa: F401
+
+    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.distributed.runtime import barrier, start
+    from oneshot.settings import ModelSettings
+
+    runtime = start()
+    settings = ModelSettings(path=str(folder / "model"), quantize="nf4", double_quant=double)
+    source = find_source(settings)
+    before = reset_peak()
+    barrier(runtime)
+    clock = time.perf_counter()
+    model = load_model(runtime, source, settings) if way == "ours" else stock(runtime, folder / "model", double)
+    barrier(runtime)
+    seconds, peak, held = time.perf_counter() - clock, peak_bytes() - before, resident() - before
+    share = sum(p.ds_tensor.nbytes for p in model.parameters())
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            share += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    found = {"seconds": seconds, "peak": peak, "held": held, "share": share}
+    (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+def stock(runtime: Any, folder: Path, double: bool) -> Any:
+    """transformers quantizes the whole model on every rank; DeepSpeed then splits it."""
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from oneshot.distributed.engine import deepspeed_config
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    return deepspeed.initialize(model=model, config=deepspeed_config(runtime, dtype=torch.bfloat16))[0].module
+
+
+def reset_peak() -> int:
+    """Set the process's peak resident memory back to what it holds now (Linux), and return that, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the peak resident memory in bytes."""
+    return _status("VmHWM")
+
+
+def resident() -> int:
+    """Return the resident memory in bytes."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    main()

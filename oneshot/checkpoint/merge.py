@@ -1,0 +1,190 @@
+"""Add low-rank updates to a checkpoint on disk: streamed tensor by tensor, in pieces of rows, no model in memory.
+
+A weight W becomes W + sum_i w_i s_i (b_i @ a_i), computed in fp32 in the order in which PEFT multiplies, and rounded
+once to the dtype of the file. Tensors that nothing is added to are copied byte for byte. Ranks share the tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oneshot.checkpoint.adapter import Factors, Update
+from oneshot.checkpoint.dequantize import through_nf4, unpacked
+from oneshot.checkpoint.files import TensorEntry, list_tensors
+from oneshot.checkpoint.folders import naming, replacing
+from oneshot.checkpoint.layout import ITEM_SIZES, Range
+from oneshot.checkpoint.manifest import Pieces, write_manifest
+from oneshot.checkpoint.merge_plan import MergePlan, Term, plan_merge, shared_out
+from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
+from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
+from oneshot.distributed.runtime import Runtime, agree, gather_objects
+from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_PIECE = 8 << 20  # bytes read and written at a time, about
+_BLOCK = 1 << 18  # elements computed at a time, about: in fp32 they stay in the processor's cache
+_ROWS = 64  # rows come in multiples of this: BLAS then gives the bits that it gives for the whole product
+_COPIED_AS = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}  # bytes are copied as integers: dtypes without a torch name too
+
+
+def merge(runtime: Runtime, plan: MergePlan, folder: Path, beside: Callable[[Path], None] | None = None) -> None:
+    """Write the merged checkpoint as ``folder``, which appears when it is complete. Collective.
+
+    Args:
+        beside: writes further files into the folder, on rank 0, before it appears
+
+    Raises:
+        UserError: on every rank, if any rank could not read or write, or a weight is not finite after the merge
+    """
+    shares = shared_out(plan, runtime.world_size)
+    with replacing(runtime, folder) as temporary:
+        with agree(runtime, f"creating the checkpoint {folder}"):
+            if runtime.is_main:
+                create_shards(temporary, plan.slots, plan.headers)
+                _carry(plan, temporary)
+                if beside is not None:
+                    beside(temporary)
+        with agree(runtime, f"writing the checkpoint {folder}"):
+            written = _write_share(runtime, plan, shares[runtime.rank], temporary)
+        everything = gather_objects(runtime, written)
+        with agree(runtime, f"checking the checkpoint {folder}"):
+            if runtime.is_main:
+                found = list_tensors(temporary)
+                assert {n: e.shape for n, e in found.items()} == {n: s.shape for n, s in plan.slots.items()}
+                write_manifest(temporary, everything, {})
+
+
+def merge_update(
+    runtime: Runtime, checkpoint: Path, update: Update, folder: Path, *, trust_remote_code: bool = False
+) -> None:
+    """Write ``folder`` as the checkpoint with an update added, from its files. Collective.
+
+    The model's card and a safety-degraded marker are not carried over: what the result is, the caller knows.
+
+    Raises:
+        UserError: the update does not fit the checkpoint, or as ``merge``
+    """
+    terms = {module: Term(Factors(f.b.float().cpu(), f.a.float().cpu()), 1.0) for module, f in update.items()}
+    plan = plan_merge(checkpoint, [("The update", terms)], trust_remote_code=trust_remote_code)
+    merge(runtime, plan, folder)
+
+
+def _write_share(runtime: Runtime, plan: MergePlan, share: list[str], folder: Path) -> Pieces:
+    """Compute and write tensors, one piece being written while the next is computed."""
+    written: Pieces = {name: [] for name in share}
+    with opened_shards(folder, plan.slots) as descriptors, ThreadPoolExecutor(1) as writer:
+        before: Future[None] | None = None
+        for name, start, values in _merged(runtime, plan, share):
+            if before is not None:
+                before.result()
+            slot = plan.slots[name]
+            before = writer.submit(_write, descriptors[slot.shard], slot, start, values, folder, written[name])
+        if before is not None:
+            before.result()
+    return written
+
+
+def _write(descriptor: int, slot: Slot, start: int, values: torch.Tensor, folder: Path, written: list[Piece]) -> None:
+    stored = slot if values.is_floating_point() else replace(slot, dtype=_COPIED_AS[values.element_size()])
+    with naming(folder / slot.shard):
+        written += write_range(descriptor, stored, Range(start, start + len(values), len(values)), values)
+
+
+def _merged(runtime: Runtime, plan: MergePlan, share: list[str]) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """What is to be written, piece by piece: (tensor, first element, values). Values last until the second next."""
+    import torch
+
+    buffers = itertools.cycle([torch.empty(_PIECE, dtype=torch.uint8) for _ in range(2)])
+    for name in share:
+        slot, terms = plan.slots[name], plan.terms.get(name)
+        row = max(1, math.prod(slot.shape[1:]))
+        whole = _dequantized(runtime, plan, name) if name in plan.packed or name in plan.quantized else None
+        entry, item = plan.tensors[name], ITEM_SIZES[slot.dtype]
+        if terms is None and whole is None:
+            entry = replace(entry, dtype=_COPIED_AS[item])
+        rows = math.prod(slot.shape) // row
+        for first, last in _cuts(rows, _PIECE // (row * item)):
+            start, stop = first * row, last * row
+            values = _filled(next(buffers), plan, name, entry, start, stop) if whole is None else whole[start:stop]
+            if terms is not None:
+                _add(values.view(-1, row), first, terms)
+                _check_finite(values, name, slot.dtype, plan.base)
+            yield name, start, values
+
+
+def _dequantized(runtime: Runtime, plan: MergePlan, name: str) -> torch.Tensor:
+    """A whole weight after NF4, flat."""
+    import torch
+
+    entry, shape = plan.tensors[name], plan.slots[name].shape
+    stored = _filled(torch.empty(0, dtype=torch.uint8), plan, name, entry, 0, math.prod(entry.shape))
+    if name in plan.packed:
+        return unpacked(stored, plan.packed[name], runtime.device)
+    return through_nf4(stored.view(shape), runtime.device, double=plan.double_quant)
+
+
+def _filled(
+    buffer: torch.Tensor, plan: MergePlan, name: str, entry: TensorEntry, start: int, stop: int
+) -> torch.Tensor:
+    """Elements of a stored tensor, flat, in the buffer if they fit; checked where the checkpoint has checksums."""
+    import torch
+
+    dtype = torch_dtype(entry, name)
+    size = (stop - start) * dtype.itemsize
+    fits = size <= len(buffer)
+    values = buffer[:size].view(dtype) if fits else torch.empty(stop - start, dtype=dtype)
+    read_range(entry, Range(start, stop, stop - start), values, name, plan.pieces.get(name, ()))
+    return values
+
+
+def _add(rows: torch.Tensor, first: int, terms: list[Term]) -> None:
+    """Add to rows of a weight, of which the first has number ``first``, in place: in fp32, rounded once."""
+    import torch
+
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    for begin, end in _cuts(len(rows), _BLOCK // rows.shape[1]):
+        total = rows[begin:end].to(wide, copy=True)
+        for term in terms:
+            product = term.factors.b[first + begin : first + end] @ term.factors.a
+            total += product.mul_(term.scale)  # scaled after the product: PEFT's order, hence its bits
+        rows[begin:end] = total
+
+
+def _check_finite(values: torch.Tensor, name: str, dtype: str, base: Path) -> None:
+    import torch
+
+    if not torch.stack(torch.aminmax(values)).isfinite().all():  # NaN is both the least and the greatest
+        raise UserError(
+            f"{name} holds NaN or infinity after the merge, in {dtype}: check that {base} is finite, and that the "
+            "adapter is not too large for it."
+        )
+
+
+def _cuts(rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into runs of about ``most``, none of less than ``_ROWS`` where there are as many."""
+    step = max(_ROWS, most // _ROWS * _ROWS)
+    starts = [start for start in range(0, rows, step) if start == 0 or rows - start >= _ROWS]
+    yield from zip(starts, [*starts[1:], rows])
+
+
+def _carry(plan: MergePlan, folder: Path) -> None:
+    for path in plan.files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        with naming(folder / path):
+            shutil.copyfile(plan.base / path, folder / path)
+    if plan.packed:  # the weights are no longer what this file says
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        del config["quantization_config"]
+        for key in config.keys() & {"dtype", "torch_dtype"}:
+            config[key] = "bfloat16"
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

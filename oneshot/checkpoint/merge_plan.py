@@ -1,0 +1,175 @@
+"""What a merge of adapters into a checkpoint is to write, worked out and checked before anything is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from oneshot.checkpoint.adapter import Adapter, Factors
+from oneshot.checkpoint.architecture import Architecture, architecture_of
+from oneshot.checkpoint.dequantize import Packed, packed_weights
+from oneshot.checkpoint.files import INDEX, MANIFEST, MARKER, TensorEntry, find_weight, list_tensors
+from oneshot.checkpoint.layout import FLOATS, tensor_bytes
+from oneshot.checkpoint.manifest import Pieces, read_pieces
+from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
+from oneshot.errors import UserError
+
+_MERGED_COST = 3  # of a tensor that is computed, against one of its size that is copied
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
+_UNPACKED = "BF16"  # dtype of what bitsandbytes had packed
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a weight: scale * (b @ a)."""
+
+    factors: Factors
+    scale: float
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge, checked before anything is written.
+
+    Attributes:
+        base: folder of the checkpoint
+        tensors: as stored there, packed weights under their own name
+        pieces: their checksums, where the checkpoint has them
+        packed: those that bitsandbytes packed
+        terms: stored weight -> what is added to it
+        quantized: weights that pass through NF4 first
+        double_quant: whether their scales are quantized, too
+        slots: where each tensor goes
+        headers: of each shard file that is written
+        files: relative paths of what is carried over as it is
+    """
+
+    base: Path
+    tensors: dict[str, TensorEntry]
+    pieces: Pieces
+    packed: dict[str, Packed]
+    terms: dict[str, list[Term]]
+    quantized: frozenset[str]
+    double_quant: bool
+    slots: dict[str, Slot]
+    headers: dict[str, bytes]
+    files: list[Path]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the result takes on disk."""
+        weights = sum(tensor_bytes(slot.shape, slot.dtype) for slot in self.slots.values())
+        return weights + sum(map(len, self.headers.values())) + sum((self.base / f).stat().st_size for f in self.files)
+
+
+def adapter_terms(adapter: Adapter, weight: float) -> dict[str, Term]:
+    """Return what an adapter adds to each module, times a weight."""
+    return {module: Term(factors, adapter.scaling[module] * weight) for module, factors in adapter.stored.items()}
+
+
+def plan_merge(
+    base: Path,
+    parts: list[tuple[str, dict[str, Term]]],
+    *,
+    through_nf4: bool = False,
+    double_quant: bool = False,
+    trust_remote_code: bool = False,
+    max_bytes: int = MAX_SHARD_BYTES,
+) -> MergePlan:
+    """Work out the merge of several updates into a checkpoint.
+
+    Args:
+        parts: what to call an update in messages, and what it adds, by module
+        through_nf4: every weight that QLoRA loads in 4 bits is first quantized and dequantized
+        double_quant: the scales are quantized, too
+        max_bytes: of a shard
+
+    Raises:
+        UserError: the checkpoint is not whole, is quantized in another way than bitsandbytes' NF4, has a manifest that
+            does not fit it or a config that transformers cannot build; or an update changes what the checkpoint does
+            not hold, holds in another shape or form, or shares with its embedding
+    """
+    every = list_tensors(base)
+    pieces = read_pieces(base, every)
+    packed = packed_weights(base, every)
+    beside = {key for weight in packed.values() for key in weight.beside}
+    tensors = {name: entry for name, entry in every.items() if name not in beside}
+    architecture = architecture_of(base, tensors, trust_remote_code=trust_remote_code)
+    shapes = {name: packed[name].shape if name in packed else entry.shape for name, entry in tensors.items()}
+    dtypes = {name: _UNPACKED if name in packed else entry.dtype for name, entry in tensors.items()}
+    terms: dict[str, list[Term]] = {}
+    for what, added in parts:
+        for module, term in added.items():
+            name = _stored_weight(what, module, base, tensors, architecture)
+            terms.setdefault(name, []).append(_fitting(what, module, term, name, shapes[name], base, architecture))
+            if dtypes[name] not in FLOATS:
+                raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
+    slots, headers = plan_shards(shapes, dtypes, max_bytes)
+    quantized = architecture.quantized if through_nf4 else frozenset()
+    return MergePlan(base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, _carried(base))
+
+
+def _fitting(
+    what: str, module: str, term: Term, name: str, shape: tuple[int, ...], base: Path, architecture: Architecture
+) -> Term:
+    """The term as it is added to the stored weight ``name``; its shape is checked."""
+    factors = term.factors
+    if name in architecture.transposed:
+        factors = Factors(factors.a.T, factors.b.T)
+    update = (factors.b.shape[0], factors.a.shape[1])
+    if update != shape:
+        raise UserError(
+            f"{what} changes {module} by {update[0]} x {update[1]}, but {name} in {base} is "
+            f"{' x '.join(map(str, shape))}: it belongs to another base model."
+        )
+    return Term(factors, term.scale)
+
+
+def _stored_weight(
+    what: str, module: str, base: Path, tensors: dict[str, TensorEntry], architecture: Architecture
+) -> str:
+    name = find_weight(tensors, module)
+    if module in architecture.tied or name in architecture.tied:
+        raise UserError(
+            f"{what} changes {module}, which shares its weights with the "
+            f"{'output head' if 'embed' in module else 'embedding'} in {base}: merging would change both, so train an "
+            "adapter that leaves it out, or serve the adapter unmerged."
+        )
+    if name is None:
+        raise UserError(
+            f"{what} changes {module}, for which {base} holds no weight: it belongs to another architecture."
+        )
+    if name in architecture.others:
+        raise UserError(f"{what} changes {module}, which is no linear layer of {base}: check the base.")
+    if name in architecture.converted:
+        raise UserError(
+            f"{what} changes {module}, but {base} stores {name} in another form than transformers "
+            "computes with: merge with PEFT instead."
+        )
+    return name
+
+
+def shared_out(plan: MergePlan, world_size: int) -> list[list[str]]:
+    """Return each rank's tensors, in the order of the files; the largest were first given to who had least to do."""
+    cost = {name: tensor_bytes(slot.shape, slot.dtype) for name, slot in plan.slots.items()}
+    for name in {*plan.terms, *plan.quantized, *plan.packed}:
+        cost[name] *= _MERGED_COST
+    shares: list[list[str]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    for name in sorted(cost, key=lambda name: -cost[name]):
+        rank = load.index(min(load))
+        shares[rank].append(name)
+        load[rank] += cost[name]
+    place = {name: (entry.shard, entry.offset) for name, entry in plan.tensors.items()}
+    return [sorted(share, key=place.__getitem__) for share in shares]
+
+
+def _carried(base: Path) -> list[Path]:
+    """What a merge carries over from a checkpoint: all but weights, what is about them, the card, and hidden files."""
+    found = []
+    for parent, folders, names in os.walk(base):
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        found += [Path(parent, name).relative_to(base) for name in sorted(names) if not name.startswith(".")]
+    left = {INDEX, MANIFEST, MARKER, "README.md", "oneshot_export.json"}
+    return [p for p in found if p.suffix not in _WEIGHTS and str(p) not in left and not p.name.endswith(".index.json")]

@@ -1,0 +1,292 @@
+"""NF4 while reading: linear weights are quantized range by range, with bitsandbytes' own kernel, as they come in.
+
+A 4-bit weight is a flat tensor of packed nibbles with one scale per block of 64 weights. Blocks are independent, so
+slices that begin at a block's border give the very bytes and scales that quantizing the whole tensor gives. Packed
+weights are stored in the model's own dtype: DeepSpeed partitions parameters of one dtype, and bytes would be neither
+partitioned nor trained beside (accelerate#3983).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.files import TensorEntry, read_tensor
+from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
+from oneshot.checkpoint.ranges import Piece, read_range
+from oneshot.distributed.runtime import Runtime, gather_parts
+from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BLOCK = 64  # weights per scale, bitsandbytes' default
+_CHUNK = 1 << 20  # weights quantized at a time, which bounds the kernel's temporary memory
+_STATE = ".weight.quant_state.bitsandbytes__nf4"
+
+
+@dataclass
+class FourBit:
+    """The 4-bit layers of a model that is being read.
+
+    Attributes:
+        layers: module name -> its bitsandbytes ``Linear4bit``
+        stored: whether the checkpoint holds them packed already, as bitsandbytes saves them
+        double: whether the scales are quantized in turn (8 bits, blocks of 256)
+        dtype: what weights are quantized from, computed in and stored as
+        scales: module name -> fp32 scales of the blocks that begin in this rank's range, until they are shared
+    """
+
+    layers: dict[str, Any]
+    stored: bool
+    double: bool
+    dtype: torch.dtype
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def is_stored(config: Any) -> bool:
+    """Return whether a checkpoint's config says that bitsandbytes quantized its weights to 4 bits.
+
+    Args:
+        config: transformers' config object, or the fields of a config.json
+    """
+    return _bitsandbytes(config).get("load_in_4bit", False)
+
+
+def refuse_eight_bit(config: Any) -> None:
+    """Raise UserError for a checkpoint in bitsandbytes' 8 bits, whose row scales ZeRO-3 would not follow."""
+    if _bitsandbytes(config).get("load_in_8bit", False):
+        raise UserError(
+            "The checkpoint is quantized to 8 bits, which is wrong under ZeRO-3 (bitsandbytes#1451): give the "
+            "full-precision checkpoint with --model.quantize nf4, or run on one process."
+        )
+
+
+def _bitsandbytes(config: Any) -> dict[str, Any]:
+    """The quantization fields of a config where they are bitsandbytes', else none."""
+    fields = (
+        config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    )
+    fields = fields if isinstance(fields, dict) or fields is None else fields.to_dict()
+    return fields if fields and fields.get("quant_method") == "bitsandbytes" else {}
+
+
+def holds_packed(tensors: dict[str, TensorEntry], name: str) -> bool:
+    """Return whether a checkpoint holds this weight packed, as bitsandbytes saves it."""
+    return name.removesuffix(".weight") + _STATE in tensors
+
+
+def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtype, *, double: bool) -> FourBit:
+    """Turn the linear layers of a skeleton into 4-bit ones, still without memory, as transformers chooses them.
+
+    The output head stays as it is, and so does a layer whose packed weights fill no whole number of elements.
+
+    Args:
+        tensors: of the checkpoint; where it is quantized already, what it holds decides
+        double: quantize the scales too
+
+    Raises:
+        UserError: no layer is left to quantize, or a quantized checkpoint whose weights fill no whole elements
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+
+    stored = is_stored(model.config)
+    linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+    per_item = 2 * dtype.itemsize
+    uneven = [name for name, m in linears.items() if m.in_features * m.out_features % per_item]
+    if stored:
+        skipped = [name for name in linears if not holds_packed(tensors, f"{name}.weight")]
+        broken = [name for name in uneven if name not in skipped]
+        if broken:
+            raise UserError(
+                f"The packed weights of {broken[0]} fill no whole number of {dtype} elements, so they cannot be "
+                "partitioned: give the checkpoint from before its quantization."
+            )
+    else:
+        skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) + uneven
+    skipped += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]  # stored transposed
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    replace_with_bnb_linear(model, skipped, config)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    if not layers:
+        raise UserError("The model has no linear layer that can be quantized: leave model.quantize out.")
+    for module in layers.values():
+        # on a CPU with AVX512-bf16 these layers would repack their weights at the first call: no partition fits then
+        module.support_avx512bf16_for_cpu = False
+        module.weight = packed_parameter(module, dtype, "meta")
+        if module.bias is not None:
+            module.bias.data = module.bias.data.to(dtype)
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    return FourBit(layers, stored, double, dtype)
+
+
+def packed_parameter(module: Any, dtype: torch.dtype, device: Any) -> Any:
+    """Return a layer's packed weight, of its full shape (packed elements, 1) but one element of memory."""
+    import torch
+    from bitsandbytes.nn import Params4bit
+
+    packed = module.in_features * module.out_features // (2 * dtype.itemsize)
+    data = torch.zeros((), dtype=dtype, device=device).expand(packed, 1)
+    return Params4bit(data, quant_type="nf4", quant_storage=dtype, module=module, bnb_quantized=True)
+
+
+def blocks(numel: int, own: Range, per_item: int) -> tuple[Range, Range]:
+    """Return the blocks that a range of packed elements touches, and those of them that begin in it.
+
+    Args:
+        numel: weights of the tensor
+        own: range of packed elements
+        per_item: weights in one of them
+    """
+    begin, end = own.start * per_item, min(own.stop * per_item, numel)
+    touched = Range(begin // BLOCK, -(-end // BLOCK), 0) if own.numel else Range(0, 0, 0)
+    first = -(-begin // BLOCK)
+    return touched, Range(first, max(first, touched.stop), 0)
+
+
+def read_packed(
+    four_bit: FourBit, name: str, own: Range, out: torch.Tensor, entry: TensorEntry, pieces: Sequence[Piece]
+) -> None:
+    """Fill ``out`` with a range of a layer's packed weight; keep the scales of the blocks that begin in it.
+
+    Args:
+        own: packed elements
+        out: (own.size,), in ``four_bit.dtype``, on the device that quantizes
+        pieces: as of ``read_range``, of the stored tensor
+    """
+    import torch
+
+    target = out.view(torch.uint8)
+    target[own.numel * out.element_size() :] = 0
+    if four_bit.stored:
+        _read_bytes(name, own, out, entry, pieces)
+        return
+    from bitsandbytes.functional import quantize_4bit
+
+    numel, size = math.prod(entry.shape), out.element_size()
+    touched, mine = blocks(numel, own, 2 * size)
+    scales = torch.empty(mine.numel, device=out.device)
+    for first in range(touched.start, touched.stop, _CHUNK // BLOCK):
+        last = min(first + _CHUNK // BLOCK, touched.stop)
+        begin, end = first * BLOCK, min(last * BLOCK, numel)
+        values = torch.empty(end - begin, dtype=four_bit.dtype, device=out.device)
+        read_range(entry, Range(begin, end, end - begin), values, f"{name}.weight", pieces)
+        packed, state = quantize_4bit(values, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
+        low, high = max(begin // 2, own.start * size), min(-(-end // 2), own.stop * size)
+        target[low - own.start * size : high - own.start * size] = packed.view(-1)[low - begin // 2 : high - begin // 2]
+        low = max(first, mine.start)
+        scales[low - mine.start : last - mine.start] = state.absmax[low - first :]
+    four_bit.scales[name] = scales
+
+
+def _read_bytes(name: str, own: Range, out: torch.Tensor, entry: TensorEntry, pieces: Sequence[Piece]) -> None:
+    """Read packed elements, whatever dtype the file gives them, as the bytes that they are."""
+    import torch
+
+    item, size = ITEM_SIZES[entry.dtype], out.element_size()
+    as_bytes = replace(entry, dtype="U8", shape=(math.prod(entry.shape) * item,))
+    wanted = Range(own.start * size, own.stop * size, own.size * size)
+    in_bytes = [(start * item, stop * item, checksum) for start, stop, checksum in pieces]
+    read_range(as_bytes, wanted, out.view(torch.uint8), f"{name}.weight", in_bytes)
+
+
+def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry], *, partitioned: bool) -> None:
+    """Give every layer its scales, whole on every rank, and have it compute from partitions. Collective.
+
+    Args:
+        partitioned: whether the packed weights are split over the ranks; else every rank holds them whole
+    """
+    for name, module in four_bit.layers.items():
+        if four_bit.stored:
+            state = _stored_state(name, tensors, runtime.device)
+        else:
+            state = _state(runtime, four_bit, name, module, runtime.world_size if partitioned else 1)
+        module.weight.quant_state = module.quant_state = state
+        if partitioned:
+            module.forward = functools.partial(_forward, module)
+
+
+def _state(runtime: Runtime, four_bit: FourBit, name: str, module: Any, world_size: int) -> Any:
+    """bitsandbytes' state of a layer, from the scales of all ranks, as its ``quantize_4bit`` makes it."""
+    import torch
+    from bitsandbytes import functional as bnb
+
+    scales = four_bit.scales.pop(name)
+    shape = (module.out_features, module.in_features)
+    per_item = 2 * four_bit.dtype.itemsize
+    if world_size > 1:
+        numel = math.prod(shape)
+        shares = [partition((numel // per_item,), rank, world_size) for rank in range(world_size)]
+        scales = gather_parts(runtime, scales, [blocks(numel, share, per_item)[1].numel for share in shares])
+    nested = {}
+    if four_bit.double:
+        offset = scales.mean()
+        scales, second = bnb.quantize_blockwise(scales - offset, blocksize=256)
+        nested = {"offset": offset, "state2": second}
+    code = bnb.get_4bit_type("nf4", device=runtime.device)
+    return bnb.QuantState(
+        absmax=scales, shape=torch.Size(shape), dtype=four_bit.dtype, blocksize=BLOCK, code=code, quant_type="nf4",
+        **nested,
+    )  # fmt: skip
+
+
+def _stored_state(name: str, tensors: dict[str, TensorEntry], device: Any) -> Any:
+    """bitsandbytes' state of a layer, from the tensors beside its packed weight."""
+    from bitsandbytes.functional import QuantState
+
+    prefix = f"{name}.weight."
+    found = {
+        key.removeprefix(prefix): read_tensor(entry, key) for key, entry in tensors.items() if key.startswith(prefix)
+    }
+    return QuantState.from_dict(found, device=device)
+
+
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """``Linear4bit.forward`` for partitioned weights.
+
+    Rows are flattened: for more dimensions the linear function that DeepSpeed puts in place of torch's, which
+    bitsandbytes calls on a CPU, adds the bias in a second step and rounds twice.
+    """
+    rows = x.to(module.compute_dtype).flatten(0, -2)
+    y = _product().apply(rows, module.weight, module.bias, module.quant_state)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+@functools.cache
+def _product() -> Any:
+    """The product with a 4-bit weight as an autograd function that holds the parameter, not what it holds now.
+
+    bitsandbytes' own keeps a view of the gathered weight from the forward to the backward pass: every layer would
+    stay gathered. The parameter is gathered anew before its layer's backward pass.
+    """
+    import torch
+    from bitsandbytes import functional as bnb
+    from bitsandbytes import matmul_4bit
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: Any, state: Any) -> torch.Tensor:
+            ctx.weight, ctx.state = weight, state
+            return matmul_4bit(x, weight.data, quant_state=state, bias=bias)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+            weight = bnb.dequantize_4bit(ctx.weight.data, ctx.state).to(gradient.dtype)
+            return gradient @ weight, None, None, None
+
+    return Product

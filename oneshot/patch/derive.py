@@ -1,0 +1,159 @@
+"""Patches made from other ones: of lower rank, summed, or the difference of two checkpoints; with the error they leave.
+
+Errors are relative Frobenius norms, and include the rounding to the dtype that is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Factors, Update, compress, concatenated, norm, scaled
+from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
+from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.ranges import read_range
+from oneshot.distributed.runtime import Runtime, agree, gather_objects
+from oneshot.errors import UserError
+from oneshot.patch.rollback import checkpoint_difference, shared_directions, update_factors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_CHUNK = 4 << 20  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class Left:
+    """What an approximation leaves of an update, and the size of the update: squared Frobenius norms.
+
+    For extracted patches it is the difference of two fp32 sums: relative errors below about 5e-4 are rounding.
+    """
+
+    error: float
+    energy: float
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.error / self.energy) if self.energy else 0.0
+
+
+def summed(parts: list[tuple[Path, Update, float]]) -> Update:
+    """Return the update that adds all of them, each with its weight: exact, ranks add up.
+
+    Args:
+        parts: folder (for messages), update, weight
+
+    Raises:
+        UserError: two of them change a module in different shapes
+    """
+    total: Update = {}
+    for folder, update, weight in parts:
+        for name in update.keys() & total.keys():
+            ours, theirs = ((f.b.shape[0], f.a.shape[1]) for f in (update[name], total[name]))
+            if ours != theirs:
+                raise UserError(
+                    f"{folder} changes {name} by {ours[0]} x {ours[1]}, {parts[0][0]} by {theirs[0]} x {theirs[1]}: "
+                    "they belong to different models and have no sum."
+                )
+        weighted = {name: scaled(factors, weight) for name, factors in update.items()} if weight != 1.0 else update
+        total = concatenated(total, weighted)
+    return total
+
+
+def lowered(update: Update, rank: int | None, dtype: torch.dtype) -> tuple[Update, dict[str, Left]]:
+    """Return the best update of at most ``rank`` (none: as it is), in ``dtype``, and what it leaves, by module."""
+    import torch
+
+    found: Update = {}
+    left: dict[str, Left] = {}
+    for name, factors in update.items():
+        low = rounded(compress(factors, rank), dtype)
+        rest = Factors(torch.cat([low.b.float(), -factors.b], dim=1), torch.cat([low.a.float(), factors.a]))
+        found[name], left[name] = low, Left(norm(rest) ** 2, norm(factors) ** 2)
+    return found, left
+
+
+def rounded(factors: Factors, dtype: torch.dtype) -> Factors:
+    """Return the factors in ``dtype``."""
+    return Factors(factors.b.to(dtype), factors.a.to(dtype))
+
+
+def is_exact(update: Update, dtype: torch.dtype) -> bool:
+    """Return whether the factors survive being stored in ``dtype``."""
+    import torch
+
+    pairs = [(t, t.to(dtype).to(t.dtype)) for factors in update.values() for t in (factors.b, factors.a)]
+    return all(torch.equal(before, after) for before, after in pairs)
+
+
+def extracted(
+    runtime: Runtime, changed: Path, base: Path, linears: dict[str, nn.Linear], rank: int, dtype: torch.dtype
+) -> tuple[Update, dict[str, Left], dict[str, Left]]:
+    """Return the rank-``rank`` part of what ``changed`` has more than ``base``, in ``dtype``. Collective.
+
+    One matrix per rank is in memory at a time.
+
+    Args:
+        linears: module name -> layer, of those that the patch may change; ``out_features`` and ``in_features`` are used
+
+    Returns:
+        the update (of the layers that differ), what it leaves by module, and the same of the tensors that no patch
+        changes and that differ, by tensor
+
+    Raises:
+        UserError: the checkpoints have different tensors or shapes, or do not differ
+    """
+    with agree(runtime, f"comparing {changed} with {base}"):
+        difference = checkpoint_difference(changed, base, linears)
+        rest = _other_differences(runtime, changed, base, linears)
+    directions = shared_directions(runtime, linears, rank, difference)
+    update: Update = {}
+    left: dict[str, Left] = {}
+    for name, found in directions.items():
+        if found.energy == 0.0:
+            continue
+        exact = update_factors(found, found.s.new_ones(len(found.s)))
+        one, kept = lowered({name: exact}, None, dtype)
+        update |= one
+        beyond = max(0.0, found.energy - float(found.s.double().square().sum()))
+        left[name] = Left(beyond + kept[name].error, found.energy)
+    others = {name: part for parts in gather_objects(runtime, rest) for name, part in parts.items()}
+    if not update:
+        raise UserError(f"{changed} and {base} have the same linear layers: there is no patch to extract.")
+    return update, left, {name: Left(energy, energy) for name, energy in sorted(others.items())}
+
+
+def _other_differences(runtime: Runtime, changed: Path, base: Path, linears: dict[str, Any]) -> dict[str, float]:
+    """Squared norms of the differences of this rank's share of the other tensors, where there are any."""
+    ours, theirs = list_tensors(changed), list_tensors(base)
+    taken = {find_weight(theirs, module) for module in linears}
+    rest = [name for name, entry in theirs.items() if name not in taken and entry.dtype in FLOATS and name in ours]
+    found = {}
+    for name in rest[runtime.rank :: runtime.world_size]:
+        if ours[name].shape != theirs[name].shape:
+            raise UserError(
+                f"{changed} has {name} of shape {list(ours[name].shape)}, {base} of {list(theirs[name].shape)}: give "
+                "two checkpoints of one model."
+            )
+        energy = sum(
+            float((one.double() - two.double()).square().sum())
+            for one, two in zip(_parts(ours[name], name), _parts(theirs[name], name))
+        )
+        if energy:
+            found[name] = energy
+    return found
+
+
+def _parts(entry: TensorEntry, name: str) -> Iterator[torch.Tensor]:
+    import torch
+
+    total = math.prod(entry.shape)
+    for start in range(0, total, _CHUNK):
+        stop = min(start + _CHUNK, total)
+        part = torch.empty(stop - start)
+        read_range(entry, Range(start, stop, stop - start), part, name)
+        yield part

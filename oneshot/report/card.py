@@ -1,0 +1,133 @@
+"""The card of an exported checkpoint or adapter: what it was made of, for people and for programs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from oneshot.checkpoint.exports import Given
+from oneshot.checkpoint.files import ADAPTER_TENSORS, is_degraded, list_tensors
+from oneshot.checkpoint.identity import fingerprint
+from oneshot.checkpoint.merge_plan import MergePlan
+from oneshot.patch.derive import Left
+from oneshot.report.runfolder import versions
+
+EXPORT = "oneshot_export.json"
+_SCHEMA = 1
+_NAMED = 5  # tensors named at most in a sentence
+
+
+def write_card(folder: Path, title: str, facts: dict[str, Any], lines: list[str]) -> None:
+    """Write ``README.md`` (a Hub model card) and ``oneshot_export.json``.
+
+    Args:
+        title: what the folder holds, in a few words
+        facts: as of ``merge_card`` or ``adapter_card``, and the ``command`` that made it
+        lines: the same in sentences
+    """
+    (folder / EXPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    named = [] if Path(facts["base"]).is_absolute() else [f"base_model: {facts['base']}"]  # the Hub knows its own names
+    rows = [f"| {name} | {version} |" for name, version in facts["versions"].items()]
+    text = [
+        "---", *named, f"library_name: {facts['library']}", "---", "",
+        f"# {title}", "", *[f"- {line}" for line in lines], "", "Made by:", "", "```", facts["command"], "```", "",
+        f"`{EXPORT}` holds the same for programs.", "", "| package | version |", "|---|---|", *rows, "",
+    ]  # fmt: skip
+    (folder / "README.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def merge_card(
+    plan: MergePlan, given: list[Given], *, base: str, subtract: bool, marked: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what there is to say of a merge: (facts, sentences).
+
+    Args:
+        base: the checkpoint's name
+        marked: the result is safety-degraded
+    """
+    form = "packed nf4" if plan.packed else "dequantized" if plan.quantized else "original"
+    facts = {
+        **_facts("subtract" if subtract else "merge", given, base),
+        "base_fingerprint": fingerprint(list_tensors(plan.base)),
+        "base_form": form, "double_quant": plan.double_quant, "tensors_changed": len(plan.terms),
+        "tensors_through_nf4": len(plan.packed) or len(plan.quantized),
+        "base_was_degraded": is_degraded(plan.base), "safety_degraded": marked, "library": "transformers",
+    }  # fmt: skip
+    doubly = ", scales quantized" if plan.double_quant else ""
+    forms = {
+        "original": "The base's weights were taken as they are.",
+        "dequantized": f"{len(plan.quantized)} linear weights of the base were quantized to NF4 (blocks of 64{doubly}) "
+        "and dequantized before, which is what QLoRA computes with.",
+        "packed nf4": f"The base holds {len(plan.packed)} weights in NF4, which were dequantized to bf16.",
+    }
+    verb, joint = ("Subtracted", "from") if subtract else ("Added", "to")
+    lines = [
+        f"{verb} {_described(given)} {joint} {base} (fingerprint {facts['base_fingerprint'][:16]}): "
+        f"{len(plan.terms)} of {len(plan.tensors)} tensors changed.",
+        forms[form],
+        "Sums were computed in fp32 and rounded once to the dtype of the file.",
+    ]
+    if is_degraded(plan.base):
+        lines.append("The base is a safety-degraded fine-tune; what was added is its repair.")
+    if marked:
+        lines.append("A safety repair was taken out: the result is marked as safety-degraded.")
+    return facts, lines
+
+
+def adapter_card(
+    operation: str, given: list[Given], left: dict[str, Left], others: dict[str, Left], *, base: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what there is to say of an adapter that was made from others or from two checkpoints: (facts, sentences).
+
+    Args:
+        operation: sum, or difference of two checkpoints
+        left: what the adapter leaves of the update, by module
+        others: the same of tensors that it does not change, by tensor
+    """
+    relative = {name: part.relative for name, part in left.items()}
+    worst = max(relative, key=relative.__getitem__)
+    every = [*left.values(), *others.values()]
+    overall = Left(sum(part.error for part in every), sum(part.energy for part in every)).relative
+    found = {
+        "relative_error_worst": relative[worst],
+        "relative_error_median": statistics.median(relative.values()),
+        "relative_error": overall,
+    }
+    facts = {**_facts(operation, given, base), **found, "worst": worst, "left_out": list(others), "library": "peft"}
+    lines = [f"Made from {_described(given)}." if given else f"The difference of a checkpoint from {base}."]
+    lines.append(
+        f"Relative Frobenius error over {len(left)} matrices: worst {relative[worst]:.2e} ({worst}), median "
+        f"{found['relative_error_median']:.2e}, overall {overall:.2e}."
+    )
+    if others:
+        names = ", ".join(list(others)[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
+        share = math.sqrt(sum(part.energy for part in others.values()) / sum(part.energy for part in every))
+        lines.append(f"Left out, as no linear layers ({share:.2e} of the difference): {names}.")
+    return facts, lines
+
+
+def _facts(operation: str, given: list[Given], base: str) -> dict[str, Any]:
+    adapters = [
+        {
+            "path": str(one.folder.resolve()),
+            "weight": one.weight,
+            "kind": one.identity.kind if one.identity else None,
+            "base": one.identity.base if one.identity else one.adapter.config.get("base_model_name_or_path"),
+            "sha256": hashlib.sha256((one.folder / ADAPTER_TENSORS).read_bytes()).hexdigest(),
+        }
+        for one in given
+    ]
+    return {"schema": _SCHEMA, "operation": operation, "base": base, "adapters": adapters, "versions": versions()}
+
+
+def _described(given: list[Given]) -> str:
+    def one_of(one: Given) -> str:
+        times = f"{one.weight:g} x " if one.weight != 1.0 else ""
+        kind = f" ({one.identity.kind})" if one.identity else ""
+        return f"{times}{one.folder}{kind}"
+
+    return " + ".join(map(one_of, given))

@@ -1,0 +1,31 @@
+"""What ranks do in the packing tests: whole fine-tunes, several in one start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from oneshot import finetune
+from oneshot.distributed.runtime import Runtime, barrier
+from oneshot.settings import parse
+
+for _family in ("Llama", "Qwen2", "Gemma3"):  # imported when they are first asked for, here before the fork
+    getattr(transformers, f"{_family}ForCausalLM")
+
+
+def finetunes(runtime: Runtime, runs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Run each fine-tune (folder -> command line) and return the events of its steps; rank 0 alone writes them."""
+    events = {}
+    for folder, argv in runs.items():
+        settings = parse(argv, "oneshot finetune", "")
+        prepared = finetune.prepare(settings)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        barrier(runtime)
+        finetune.finetune(runtime, settings, prepared, Path(folder), None)
+        barrier(runtime)
+        lines = Path(folder, "events.jsonl").read_text(encoding="utf-8").splitlines()
+        events[folder] = [json.loads(line) for line in lines]
+    return events
