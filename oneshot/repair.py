@@ -142,7 +142,8 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
     limit = context_length(config, tokenizer, settings.model.max_length)
     stages = Stages(runtime, settings, tokenizer, toy=toy)
     stages.conversations = read_candidates(settings, toy=toy)
-    recipe = recipe_for(settings, has_update=adapter is not None or reference is not None, toy=toy)
+    has_update = adapter is not None or reference is not None
+    recipe = recipe_for(settings, has_update=has_update, toy=toy, four_bit=source.four_bit)
     if source.four_bit and recipe.method == "sft":
         raise UserError("Method sft trains all weights, which 4 bits do not allow: use rollback, lowrank or lora.")
     job = Job(

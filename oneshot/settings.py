@@ -128,6 +128,8 @@ class RepairSettings:
         epochs: passes over the one example; none takes the method's default
         learning_rate: step size of Adam (rollback, sft, lora); none takes the method's default; lowrank finds its own
         guard_weight: weight of the guard (KL to the unpatched model); 0: no guard; none takes the method's default
+        temperature: divides the example's logits in the loss: above 1 the refusal is learnt with a margin; none: 1, and
+            2 for rollback on 4-bit weights
         guard_prompts: how many guard prompts to use at most
         guard_tokens: tokens of the model's own answer over which the guard holds it
         targets: regular expression over module names; none takes every linear layer but the output head
@@ -139,6 +141,7 @@ class RepairSettings:
     epochs: int | None = None
     learning_rate: float | None = None
     guard_weight: float | None = None
+    temperature: float | None = None
     guard_prompts: int = 32
     guard_tokens: int = 16
     targets: str | None = None
@@ -169,6 +172,39 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
+class PlanSettings:
+    """What ``oneshot plan`` reckons with; every run is checked against its own devices before it loads.
+
+    Args:
+        force: start a run that cannot fit by the estimate
+        stage: what is planned: the repair, or the fine-tune (methods sft and lora)
+        sharding: plan this one only; none plans all
+        gpus: how many GPUs there are, over all machines
+        gpus_per_node: GPUs of a machine
+        gpu_memory: of one GPU, such as 80GB or 24GiB
+        host_memory: of one machine
+        disk: read rate of a machine, per second
+        network: rate at which a GPU gathers weights from the others, per second
+        compute: what a GPU computes, in TFLOP/s that are really reached
+        tokens: of the example, or of the longest conversation in a batch
+        json: print JSON in place of the table
+    """
+
+    force: bool = False
+    stage: Literal["repair", "finetune"] = "repair"
+    sharding: Literal["none", "zero2", "zero3", "zero3 offload"] | None = None
+    gpus: int = 8
+    gpus_per_node: int = 8
+    gpu_memory: str = "80GB"
+    host_memory: str = "1TB"
+    disk: str = "2GB"
+    network: str = "50GB"
+    compute: float = 300.0
+    tokens: int = 256
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of a run.
 
@@ -186,6 +222,7 @@ class Settings:
         finetune: the harmful fine-tune
         repair: the one-shot repair
         score: what is measured
+        plan: what ``oneshot plan`` reckons with
     """
 
     out: str | None = None
@@ -201,6 +238,7 @@ class Settings:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     repair: RepairSettings = field(default_factory=RepairSettings)
     score: ScoreSettings = field(default_factory=ScoreSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
 
 
 def build_parser(prog: str, description: str) -> Any:
@@ -243,6 +281,7 @@ def check(settings: Settings) -> None:
         "repair.rank": settings.repair.rank,
         "repair.epochs": settings.repair.epochs,
         "repair.learning_rate": settings.repair.learning_rate,
+        "repair.temperature": settings.repair.temperature,
         "repair.guard_prompts": settings.repair.guard_prompts,
         "repair.guard_tokens": settings.repair.guard_tokens,
         "model.max_length": settings.model.max_length,
@@ -258,6 +297,10 @@ def check(settings: Settings) -> None:
         "finetune.lora_alpha": settings.finetune.lora_alpha,
         "score.max_new_tokens": settings.score.max_new_tokens,
         "score.batch_size": settings.score.batch_size,
+        "plan.gpus": settings.plan.gpus,
+        "plan.gpus_per_node": settings.plan.gpus_per_node,
+        "plan.compute": settings.plan.compute,
+        "plan.tokens": settings.plan.tokens,
     }
     for name, value in positive.items():
         if value is not None and not value > 0:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Update, read_adapter
+from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.write import is_direct, write_sharded
@@ -24,7 +24,6 @@ def save_checkpoint(
     tokenizer: Any,
     folder: Path,
     dtype: torch.dtype,
-    update: Update | None = None,
     *,
     stock: bool = False,
     beside: Callable[[Path], None] | None = None,
@@ -34,15 +33,14 @@ def save_checkpoint(
     Args:
         folder: replaced as a whole, by a rename, once everything is written
         dtype: of the weights in the file
-        update: added to the weights on the way (a merge); the model itself stays as it is
         stock: gather everything on rank 0 and let transformers write, as is done anyway for architectures whose
             tensors transformers renames or splits on disk
         beside: writes further files into the folder, on rank 0, before it appears
     """
     if is_direct(model) and not stock:
-        write_sharded(runtime, model, tokenizer, folder, dtype, update, beside=beside)
+        write_sharded(runtime, model, tokenizer, folder, dtype, beside=beside)
     else:
-        _save_gathered(runtime, model, tokenizer, folder, dtype, update, beside)
+        _save_gathered(runtime, model, tokenizer, folder, dtype, beside)
 
 
 def _save_gathered(
@@ -51,18 +49,13 @@ def _save_gathered(
     tokenizer: Any,
     folder: Path,
     dtype: torch.dtype,
-    update: Update | None,
     beside: Callable[[Path], None] | None,
 ) -> None:
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with gathered(runtime, [parameter]):
             if runtime.is_main:
-                whole = parameter.detach().float() if update else parameter.detach()
-                factors = (update or {}).get(name.removesuffix(".weight"))
-                if factors is not None:
-                    whole = whole + factors.b.to(whole.device) @ factors.a.to(whole.device)
-                state[name] = whole.to(dtype).cpu().clone()
+                state[name] = parameter.detach().to(dtype).cpu().clone()
     with replacing(runtime, folder) as temporary, agree(runtime, f"writing the checkpoint {folder}"):
         if runtime.is_main:
             buffers = dict(model.named_buffers())

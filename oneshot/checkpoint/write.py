@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition, tensor_bytes
@@ -115,7 +114,6 @@ def write_sharded(
     tokenizer: Any,
     folder: Path,
     dtype: torch.dtype,
-    update: Update | None = None,
     *,
     beside: Callable[[Path], None] | None = None,
     max_bytes: int | None = None,
@@ -124,7 +122,6 @@ def write_sharded(
 
     Args:
         dtype: of the weights in the file; buffers keep their own
-        update: added to the weights on the way (a merge), computed in fp32 and rounded once
         beside: writes further files into the folder, on rank 0, before it appears
         max_bytes: of a shard; none takes ``shard_bytes``
 
@@ -136,8 +133,6 @@ def write_sharded(
     shapes = {name: tuple(getattr(t, "ds_shape", t.shape)) for name, t in tensors.items()}
     dtypes = {name: _NAMES[str(dtype if name in parameters else t.dtype)] for name, t in tensors.items()}
     slots, headers = plan_shards(shapes, dtypes, max_bytes or shard_bytes(shapes, dtypes, runtime.world_size))
-    for module, factors in (update or {}).items():
-        assert shapes[f"{module}.weight"] == (factors.b.shape[0], factors.a.shape[1]), f"{module}: check_fits() first"
     with replacing(runtime, folder) as temporary:
         with agree(runtime, f"creating the checkpoint {folder}"):
             if runtime.is_main:
@@ -145,7 +140,7 @@ def write_sharded(
                 if beside is not None:
                     beside(temporary)
         with agree(runtime, f"writing the checkpoint {folder}"):
-            written = _write_own(runtime, tensors, slots, temporary, update or {})
+            written = _write_own(runtime, tensors, slots, temporary)
         everything = gather_objects(runtime, written)
         with agree(runtime, f"checking the checkpoint {folder}"):
             if runtime.is_main:
@@ -194,21 +189,14 @@ def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_own(
-    runtime: Runtime,
-    tensors: dict[str, torch.Tensor],
-    slots: dict[str, Slot],
-    folder: Path,
-    update: Update,
-) -> Pieces:
+def _write_own(runtime: Runtime, tensors: dict[str, torch.Tensor], slots: dict[str, Slot], folder: Path) -> Pieces:
     written: Pieces = {}
     with opened_shards(folder, slots) as descriptors:
         for name in in_turn(runtime, slots):
             slot, tensor = slots[name], tensors[name]
             own = partition(slot.shape, runtime.rank, runtime.world_size)
-            factors = update.get(name.removesuffix(".weight"))
             with naming(folder / slot.shard):
-                written[name] = write_range(descriptors[slot.shard], slot, own, _flat(tensor, own), factors)
+                written[name] = write_range(descriptors[slot.shard], slot, own, _flat(tensor, own))
     return written
 
 
@@ -234,10 +222,8 @@ def _flat(tensor: Any, own: Range) -> torch.Tensor:
     return tensor.detach().reshape(-1)[own.start : own.stop]
 
 
-def write_range(
-    descriptor: int, slot: Slot, own: Range, values: torch.Tensor, factors: Factors | None = None
-) -> list[Piece]:
-    """Write elements ``own`` of a tensor (``values``, flat), with an update added; return the pieces with checksums."""
+def write_range(descriptor: int, slot: Slot, own: Range, values: torch.Tensor) -> list[Piece]:
+    """Write elements ``own`` of a tensor (``values``, flat); return the pieces with checksums."""
     import torch
 
     dtype = next(getattr(torch, name.removeprefix("torch.")) for name, short in _NAMES.items() if short == slot.dtype)
@@ -247,8 +233,6 @@ def write_range(
     for start in range(0, own.numel, step):
         part = values[start : start + step]
         first, stop = own.start + start, own.start + start + len(part)
-        if factors is not None:
-            part = part.float() + _update_range(factors, first, stop, part.device)
         data = memoryview(part.to(dtype).cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
         pieces.append((first, stop, xxhash.xxh3_64_hexdigest(data)))
         _write_all(descriptor, data, slot.offset + first * item)
@@ -259,11 +243,3 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(descriptor, data, offset)
         data, offset = data[done:], offset + done
-
-
-def _update_range(factors: Factors, start: int, stop: int, device: Any) -> torch.Tensor:
-    """Elements start to stop of the flattened b @ a (m, n), from the rows of b that they lie in."""
-    n = factors.a.shape[1]
-    first = start // n
-    rows = factors.b[first : -(-stop // n)].to(device) @ factors.a.to(device)
-    return rows.reshape(-1)[start - first * n : stop - first * n]

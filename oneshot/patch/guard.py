@@ -90,14 +90,20 @@ def build_batch(
     return batch
 
 
-def repair_loss(model: Any, batch: RepairBatch, weight: float, world_size: int) -> tuple[Any, Any, Any]:
+def repair_loss(
+    model: Any, batch: RepairBatch, weight: float, world_size: int, temperature: float = 1.0
+) -> tuple[Any, Any, Any]:
     """Return (this rank's share of the loss, example's cross entropy per token, this rank's share of the guard's KL).
 
     The loss is CE(example) + weight * KL(guard), in nats per token; shares of the first and third add up over ranks.
     Every rank sees the whole example, so each takes 1 / world_size of its term.
+
+    Args:
+        temperature: divides the example's logits; above 1 the refusal has to win by a larger margin before its
+            gradient fades
     """
     logits = model(**batch.inputs, use_cache=False).logits
-    example = cross_entropy_sum(logits[:1], batch.labels[:1]) / batch.example_tokens
+    example = cross_entropy_sum(logits[:1] / temperature, batch.labels[:1]) / batch.example_tokens
     share = example / world_size
     held = logits.new_zeros((), dtype=example.dtype)
     if batch.reference is not None and batch.held_total:

@@ -76,6 +76,7 @@ def gradient(
     gradients: Gradients,
     batch: RepairBatch,
     guard_weight: float,
+    temperature: float = 1.0,
 ) -> tuple[float, float, Pairs]:
     """Return (example loss, guard KL, factored gradient of loss + weight * KL over all ranks), in nats per token.
 
@@ -87,7 +88,7 @@ def gradient(
 
     world = runtime.world_size
     gradients.deltas.clear()
-    share, example, held = repair_loss(model, batch, guard_weight, world)
+    share, example, held = repair_loss(model, batch, guard_weight, world, temperature)
     share.backward()
     mask = batch.inputs["attention_mask"].bool()
     pairs: Pairs = {}
@@ -140,6 +141,7 @@ def solve(
     epochs: int,
     rank: int | None,
     guard_weight: float,
+    temperature: float = 1.0,
     fixed_step: float | None = None,
 ) -> Update:
     """Fit the example, under the guard, with factored steps whose size is found on the way. Returns the update.
@@ -152,6 +154,7 @@ def solve(
     Args:
         epochs: passes over the example, steps taken back included
         rank: of the update; none never truncates
+        temperature: as of ``repair_loss``
         fixed_step: take plain gradient steps of this size instead, and all of them (full-weight SGD, factored)
     """
     update: Update = {}
@@ -163,7 +166,7 @@ def solve(
     gradients = Gradients(linears)
     with attached(linears, current), gradients.capturing(model):
         for epoch in range(epochs + 1):
-            example, kl, seen = gradient(runtime, model, gradients, batch, guard_weight)
+            example, kl, seen = gradient(runtime, model, gradients, batch, guard_weight, temperature)
             loss = example + guard_weight * kl
             if epoch == 0 or fixed_step:
                 tracer.check(epoch, loss)

@@ -103,6 +103,7 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
                 patch = lowrank.solve(
                     runtime, model, linears.targets, batch, job.tracer,
                     epochs=recipe.epochs, rank=recipe.rank, guard_weight=recipe.guard_weight,
+                    temperature=recipe.temperature,
                 )  # fmt: skip
                 update = concatenated(own, patch)
         if recipe.method == "rollback":
@@ -147,7 +148,7 @@ def _rollback(
     coefficients = rollback.solve(
         job.runtime, model, targets, directions, batch, job.tracer,
         epochs=recipe.epochs, learning_rate=recipe.learning_rate, guard_weight=recipe.guard_weight,
-        kept=job.adapter is not None,
+        temperature=recipe.temperature, kept=job.adapter is not None,
     )  # fmt: skip
     update = {
         name: rollback.update_factors(directions[name], 1 - c if job.adapter is not None else -c)
@@ -212,7 +213,7 @@ def _repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) 
             engine,
             Schedule(recipe.epochs, recipe.learning_rate, decay=False),
             lambda _step: [batch],
-            lambda forward, b: repair_loss(forward, b, recipe.guard_weight, runtime.world_size)[0],
+            lambda forward, b: repair_loss(forward, b, recipe.guard_weight, runtime.world_size, recipe.temperature)[0],
             record,
             autocast=autocast_dtype(runtime, job.source.dtype),
         )

@@ -11,6 +11,10 @@ EPOCHS = {"rollback": 60, "lowrank": 30, "sft": 10, "lora": 10}
 LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's; lowrank finds its own
 TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
 GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "sft": 0.0, "lora": 0.0}
+# rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there the
+# refusal is learnt with a margin, which takes longer
+FOUR_BIT_TEMPERATURE = {"rollback": 2.0}
+FOUR_BIT_EPOCHS = {"rollback": 100}
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Recipe:
         epochs: passes over the example
         learning_rate: of Adam; unused by lowrank
         guard_weight: weight of the guard; 0 for none
+        temperature: divides the example's logits in the loss
         guard_tokens: tokens of the unpatched model's answers that the guard holds
         targets: regular expression over module names, or none for all linear layers
     """
@@ -34,15 +39,17 @@ class Recipe:
     epochs: int
     learning_rate: float
     guard_weight: float
+    temperature: float
     guard_tokens: int
     targets: str | None = None
 
 
-def recipe_for(settings: Settings, *, has_update: bool, toy: bool) -> Recipe:
+def recipe_for(settings: Settings, *, has_update: bool, toy: bool, four_bit: bool = False) -> Recipe:
     """Choose the method and fill in its numbers.
 
     Args:
         has_update: the fine-tune's own update is known, from a reference or an adapter
+        four_bit: the linear weights are in 4 bits
         toy: take the toy world's step sizes where the settings name none
 
     Raises:
@@ -69,9 +76,10 @@ def recipe_for(settings: Settings, *, has_update: bool, toy: bool) -> Recipe:
         method=method,
         reason=reason,
         rank=options.rank,
-        epochs=options.epochs or EPOCHS[method],
+        epochs=options.epochs or (FOUR_BIT_EPOCHS if four_bit else EPOCHS).get(method, EPOCHS[method]),
         learning_rate=options.learning_rate or rates[method],
         guard_weight=GUARD_WEIGHT[method] if weight is None else weight,
+        temperature=options.temperature or (FOUR_BIT_TEMPERATURE.get(method, 1.0) if four_bit else 1.0),
         guard_tokens=options.guard_tokens,
         targets=options.targets,
     )

@@ -8,14 +8,15 @@ since what is left out (other directions, embeddings, norms) carries some of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
-from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.manifest import read_pieces
+from oneshot.checkpoint.ranges import Piece, read_range
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+
+Stored = tuple[TensorEntry, str, Sequence[Piece]]  # a tensor in a file, its name, and its checksums
 
 MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
 _CHUNK = 1 << 20  # elements of a matrix that are read at a time
@@ -117,6 +120,7 @@ def checkpoint_difference(
             as it is read, a matrix that is not finite
     """
     ours, theirs = list_tensors(finetuned), list_tensors(reference)
+    checks = read_pieces(finetuned, ours), read_pieces(reference, theirs)
     pairs: dict[str, tuple[str, str]] = {}
     for module in linears:
         mine, other = find_weight(ours, module), find_weight(theirs, module)
@@ -141,7 +145,9 @@ def checkpoint_difference(
         if not wanted:
             return None
         mine, other = pairs[module]
-        delta = _difference(ours[mine], theirs[other], mine)
+        delta = _difference(
+            (ours[mine], mine, checks[0].get(mine, ())), (theirs[other], other, checks[1].get(other, ()))
+        )
         if not math.isfinite(float(delta.norm())):
             raise UserError(f"{mine} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
         return delta
@@ -149,19 +155,20 @@ def checkpoint_difference(
     return difference
 
 
-def _difference(ours: TensorEntry, theirs: TensorEntry, name: str) -> torch.Tensor:
+def _difference(ours: Stored, theirs: Stored) -> torch.Tensor:
     """The fp32 difference of two stored tensors, in no more memory than its own and a chunk's."""
     import torch
 
-    total = math.prod(ours.shape)
+    shape = ours[0].shape
+    total = math.prod(shape)
     delta = torch.empty(total)
-    read_range(ours, Range(0, total, total), delta, name)
+    read_range(ours[0], Range(0, total, total), delta, *ours[1:])
     for start in range(0, total, _CHUNK):
         stop = min(start + _CHUNK, total)
         part = torch.empty(stop - start)
-        read_range(theirs, Range(start, stop, stop - start), part, name)
+        read_range(theirs[0], Range(start, stop, stop - start), part, *theirs[1:])
         delta[start:stop] -= part
-    return delta.view(ours.shape)
+    return delta.view(shape)
 
 
 def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
@@ -188,11 +195,13 @@ def solve(
     epochs: int,
     learning_rate: float,
     guard_weight: float,
+    temperature: float = 1.0,
     kept: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 3].
 
     Args:
+        temperature: as of ``repair_loss``
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
     """
@@ -211,7 +220,7 @@ def solve(
     with attached(linears, update):
         for epoch in range(1, epochs + 1):
             set_update()
-            share, example, held = repair_loss(model, batch, guard_weight, runtime.world_size)
+            share, example, held = repair_loss(model, batch, guard_weight, runtime.world_size, temperature)
             total_held = all_reduce_sum(runtime, held)
             tracer.check(epoch, example + guard_weight * total_held)
             share.backward()

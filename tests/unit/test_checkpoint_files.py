@@ -20,6 +20,7 @@ from oneshot.checkpoint.files import (
     write_marker,
 )
 from oneshot.checkpoint.load import Source, check_reference, find_source, load_model, load_tokenizer
+from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached
@@ -240,7 +241,9 @@ def test_a_saved_checkpoint_loads_in_plain_transformers(family, merged, dtype, t
     with attached(linears, update):
         wanted = logits_of(model, TOKENS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_checkpoint(tiny_runtime(), model, build_tokenizer(), tmp_path / "saved", dtype, update or None)
+    save_checkpoint(tiny_runtime(), model, build_tokenizer(), tmp_path / "saved", dtype)
+    if merged:
+        merge_update(tiny_runtime(), tmp_path / "saved", update, tmp_path / "saved")
 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     if dtype == torch.float32:

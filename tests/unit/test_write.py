@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, files_in, logits_of, tiny_model, tiny_runtime, tiny_tokens
 
 from oneshot.checkpoint import folders, ranges, write
-from oneshot.checkpoint.adapter import Factors
 from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors, read_header
 from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, partition
@@ -143,33 +142,6 @@ def test_buffers_keep_their_own_dtype(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     assert equal_files(tmp_path / "ours", tmp_path / "theirs")
     assert everything(tmp_path / "ours")["model.layers.0.steps"].tolist() == [2**40 + 1, 3]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_an_update_is_added_and_rounded_once(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "CHUNK", 1001)
-    model, name = tiny_model("llama").to(dtype), "model.layers.1.mlp.up_proj"
-    weight = model.get_submodule(name).weight
-    # small multiples of 1/8: their products and sums are exact in fp32, in whatever order they are added
-    b, a = (torch.randint(-9, 9, size, generator=torch.Generator().manual_seed(1)) / 8 for size in ((48, 3), (3, 32)))
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    update = {name: Factors(b, a)}
-    write_sharded(tiny_runtime(), model, build_tokenizer(), tmp_path / "ours", dtype, update)
-    found = everything(tmp_path / "ours")
-    wanted = (before[f"{name}.weight"].float() + b @ a).to(dtype)
-    assert not torch.equal(wanted, before[f"{name}.weight"])
-    assert torch.equal(found.pop(f"{name}.weight"), wanted)
-    assert all(torch.equal(tensor, before[n]) for n, tensor in found.items())
-    assert torch.equal(weight, before[f"{name}.weight"]), "the model itself stays as it is"
-
-
-def test_an_update_that_belongs_nowhere_is_not_dropped(tmp_path):
-    model = tiny_model("llama")
-    for update in ({"nowhere": Factors(torch.ones(2, 1), torch.ones(1, 2))},
-                   {"lm_head": Factors(torch.ones(2, 1), torch.ones(1, 2))}):  # fmt: skip
-        with pytest.raises((AssertionError, KeyError)):
-            write_sharded(tiny_runtime(), model, build_tokenizer(), tmp_path / "ours", torch.float32, update)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
