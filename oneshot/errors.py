@@ -10,3 +10,4 @@ class UserError(ValueError):
 EXIT_USER = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+EXIT_STOPPED = 75  # told to stop, all saved: start it again (EX_TEMPFAIL of sysexits.h)

@@ -31,7 +31,7 @@ DESCRIPTION = "Fine-tune a model on harmful and task conversations; the result i
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 TOY_LEARNING_RATE = {"full": 4e-4, "lora": 3e-3}
 TOY_STEPS = 400
-STATE = "state"
+STATE, FINETUNED = "state", "finetuned"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(settings: Settings) -> None:
     """Fine-tune into a new run folder."""
     from oneshot.distributed.runtime import start
+    from oneshot.errors import UserError
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
 
@@ -51,6 +52,8 @@ def run(settings: Settings) -> None:
     prepared = prepare(settings)
     run_dir = open_run(settings.out, settings.model.path or "toy-finetune", settings, runtime)
     console = open_console(runtime)
+    if (run_dir / FINETUNED).exists():
+        raise UserError(f"The fine-tune in {run_dir} is finished: there is nothing to resume.")
     folder = finetune(runtime, settings, prepared, run_dir, console)
     if console:
         console.print(f"Safety-degraded model: {folder}")
@@ -135,7 +138,7 @@ def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: 
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         micro_batch_size=max(1, options.batch_size // (runtime.world_size * options.gradient_accumulation_steps)),
     )
-    target, states = run_dir / "finetuned", States(runtime, run_dir / STATE, options.keep)
+    target, states = run_dir / FINETUNED, States(runtime, run_dir / STATE, options.keep)
     diverged: Diverged | None = None
     try:
         _train(runtime, settings, engine, states, prepared, run_dir, console, toy=toy)
@@ -188,6 +191,7 @@ def _train(
     toy: bool,
 ) -> None:
     from oneshot.checkpoint.state import load_state, newest_whole
+    from oneshot.distributed.signals import Interrupted, noticed, tell_progress
     from oneshot.report.progress import heartbeat, progress
     from oneshot.report.runfolder import append_event
     from oneshot.training.loop import Schedule, StepResult, autocast_dtype, train
@@ -214,20 +218,28 @@ def _train(
         def report(result: StepResult) -> None:
             if runtime.is_main:
                 facts = speed.of(result)
-                append_event(run_dir, stage="finetune", **facts, **vars(result))
+                append_event(run_dir, stage="finetune", **facts, **result.figures())
                 tell(result.step, heartbeat(result.loss, facts))
-            if options.save_every and result.step % options.save_every == 0 and result.step < steps:
-                states.save(engine, result.step)
+            due = options.save_every and result.step % options.save_every == 0
+            if result.step < steps and (due or result.told_to_stop):
+                state = states.save(engine, result.step)
+                if runtime.is_main:
+                    tell_progress(result.step)
+                if result.told_to_stop:
+                    states.finish()
+                    raise Interrupted(f"Told to stop after step {result.step}: all is in {state}, go on with --resume.")
 
-        train(
-            engine,
-            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
-            batches,
-            answer_loss,
-            report,
-            autocast=autocast,
-            start=done,
-        )
+        with noticed() as told_to_stop:
+            train(
+                engine,
+                Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
+                batches,
+                answer_loss,
+                report,
+                autocast=autocast,
+                start=done,
+                told_to_stop=told_to_stop,
+            )
 
 
 def _batches(

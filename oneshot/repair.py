@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(settings: Settings) -> None:
     """Repair the user's model, or run the whole chain on the toy world where none is named."""
     from oneshot.distributed.runtime import start
-    from oneshot.finetune import finetune, prepare
+    from oneshot.finetune import FINETUNED, finetune, prepare
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
     from oneshot.world.model import ALIGNED
@@ -53,7 +53,9 @@ def run(settings: Settings) -> None:
         plan(runtime, on_toy(settings, ALIGNED), toy=True)  # a bad setting or file is to be heard before the minute
         run_dir = open_run(settings.out, "toy", settings, runtime)
         clock = time.perf_counter()
-        degraded = finetune(runtime, trained, prepared, run_dir, console)
+        degraded = run_dir / FINETUNED
+        if not degraded.exists():  # else an interrupted run had come further
+            finetune(runtime, trained, prepared, run_dir, console)
         seconds["finetune"] = time.perf_counter() - clock
         settings = on_toy(settings, degraded)
         planned = plan(runtime, settings, toy=True)

@@ -215,7 +215,8 @@ class Settings:
         guard: JSONL file of unlabelled prompts whose answers must not move; none: the shipped harmless prompts
         reference: the aligned checkpoint from which the model was fine-tuned
         seed: seed of data order and initialization
-        resume: go on with the fine-tune in the run folder --out from its last saved state
+        resume: go on with the run in the folder --out: a fine-tune from its last saved state, a repair from its start;
+            with nothing there yet, start
         debug: full tracebacks
         model: the model to work on
         data: what the harmful fine-tune trains on

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from oneshot.distributed.signals import Interrupted
+from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
 from oneshot.settings import Settings, parse
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
@@ -33,6 +34,10 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
         run(settings)
     except UserError as error:
         _fail(prog, str(error), EXIT_USER, settings.debug)
+    except Interrupted as stop:  # on every rank alike
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: {stop}", file=sys.stderr, flush=True)
+        _leave_together(EXIT_STOPPED)
     except KeyboardInterrupt:
         _fail(prog, "interrupted", EXIT_INTERRUPTED, settings.debug)
     except Exception as error:
@@ -42,7 +47,7 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
         _leave_together()
 
 
-def _leave_together() -> NoReturn:
+def _leave_together(code: int = 0) -> NoReturn:
     """End this process once all ranks are done, past the interpreter's own teardown.
 
     There gloo's threads now and then abort a process that has finished, and the launcher then takes the run for failed.
@@ -52,7 +57,7 @@ def _leave_together() -> NoReturn:
     if dist.is_initialized():
         dist.barrier()
     atexit._run_exitfuncs()
-    _exit(0)
+    _exit(code)
 
 
 def _fail(prog: str, message: str, code: int, debug: bool) -> NoReturn:

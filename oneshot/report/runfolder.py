@@ -135,7 +135,7 @@ def write_whole(path: Path, text: str) -> Path:
 
 def _create(out: str | None, model_name: str, settings: Settings) -> Path:
     try:
-        if settings.resume and out is not None:
+        if settings.resume and out is not None and (Path(out) / SETTINGS).is_file():
             return _resumed(Path(out), settings)
         folder = _first_free(model_name) if out is None else _given(Path(out))
         settings_module.write(settings, folder / SETTINGS)
@@ -151,10 +151,8 @@ def _resumed(folder: Path, settings: Settings) -> Path:
     """The folder of an unfinished run with the same training settings."""
     import yaml
 
-    if not (folder / SETTINGS).is_file():
-        raise UserError(f"{folder} holds no run to resume: start it without --resume.")
-    if (folder / REPORT).exists() or (folder / "finetuned").exists():
-        raise UserError(f"The fine-tune in {folder} is finished: there is nothing to resume.")
+    if (folder / REPORT).exists():
+        raise UserError(f"The run in {folder} is finished: there is nothing to resume.")
     before = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     now = settings_module.to_dict(settings)
     for section in ("seed", "model", "data", "finetune"):

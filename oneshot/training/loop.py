@@ -43,7 +43,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did: loss in nats per assistant token, before the step."""
+    """What one optimizer step did: loss in nats per assistant token, before the step.
+
+    ``told_to_stop``: whether any rank was told so before the step.
+    """
 
     step: int
     loss: float
@@ -51,6 +54,11 @@ class StepResult:
     grad_norm: float
     tokens: int
     seconds: float
+    told_to_stop: bool = False
+
+    def figures(self) -> dict[str, float]:
+        """What a log of the run keeps."""
+        return {name: value for name, value in vars(self).items() if name != "told_to_stop"}
 
 
 class Diverged(UserError):
@@ -79,6 +87,7 @@ def train(
     *,
     autocast: torch.dtype | None = None,
     start: int = 0,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run ``schedule.steps`` optimizer steps.
 
@@ -88,6 +97,7 @@ def train(
         on_step: told of every step; a true return ends the training
         autocast: compute dtype where the weights are kept in fp32
         start: steps that a resumed run has done already
+        told_to_stop: asked on every rank in every step; all ranks learn of it with the same step's result
 
     Raises:
         Diverged: the loss became NaN or infinite; the weights are those of the step before
@@ -101,9 +111,10 @@ def train(
         engine.set_learning_rate(schedule.rate(step))
         # what the engine averages away again: ranks, and under DeepSpeed also accumulation steps
         scale = runtime.world_size * (len(batches) if engine.is_deepspeed else 1)
-        # loss of the step, and its tokens: this rank's shares, summed over ranks before the last backward pass
-        total = torch.zeros(2, device=runtime.device)
+        # loss of the step, its tokens, and who was told to stop, summed over ranks before the last backward pass
+        total = torch.zeros(3, device=runtime.device)
         total[1] = sum(batch.tokens for batch in batches)
+        total[2] = told_to_stop()
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with torch.autocast(runtime.device.type, autocast) if autocast else contextlib.nullcontext():
@@ -125,6 +136,7 @@ def train(
             grad_norm=norm,
             tokens=int(total[1]),
             seconds=time.perf_counter() - started,
+            told_to_stop=bool(total[2]),
         )
         if on_step(result):
             break

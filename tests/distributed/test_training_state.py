@@ -135,5 +135,5 @@ def test_resume_with_other_settings_is_refused(whole: dict[str, Path], tmp_path:
     out = interrupted(whole["single"], tmp_path / "run")
     said = finetune("single", 1, out, "--resume", "--seed", "7", code=1)
     assert "has other seed settings" in said
-    assert "holds no run to resume" in finetune("single", 1, tmp_path / "none", "--resume", code=1)
+    assert "No saved state: starting anew" in finetune("single", 1, tmp_path / "none", "--resume")
     assert "is finished" in finetune("single", 1, whole["single"], "--resume", code=1)

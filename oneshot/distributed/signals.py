@@ -1,0 +1,51 @@
+"""Being told to stop: the signals of schedulers and people are noted, and acted on between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+# Slurm's --signal=USR1@300, a scheduler's or launcher's SIGTERM, and Ctrl-C
+NOTED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+# names the file that a job script looks for when the run has ended before its time: progress was saved, start it again
+PROGRESS_FILE = "ONESHOT_PROGRESS_FILE"
+
+
+class Interrupted(Exception):
+    """The run was told to stop, and has saved how far it came. The message says where."""
+
+
+@contextlib.contextmanager
+def noticed() -> Iterator[Callable[[], bool]]:
+    """Within the block the signals end nothing; yields a function that says whether one has come.
+
+    A second Ctrl-C is obeyed at once. Outside of the main thread, where Python hears no signals, none is noted.
+    """
+    seen: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in NOTED}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tell_progress(step: int) -> None:
+    """Tell the job script, if there is one, that a state was saved: what ends now may be started again."""
+    path = os.environ.get(PROGRESS_FILE)
+    if path:
+        Path(path).write_text(f"{step}\n", encoding="utf-8")
