@@ -6,6 +6,7 @@ user's own model and data.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def run(settings: Settings) -> None:
     """Fine-tune into a new run folder."""
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
+    from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
 
@@ -52,6 +54,7 @@ def run(settings: Settings) -> None:
     prepared = prepare(settings)
     run_dir = open_run(settings.out, settings.model.path or "toy-finetune", settings, runtime)
     console = open_console(runtime)
+    look_around(runtime, settings.preflight, run_dir, writes(settings, prepared), console)
     if (run_dir / FINETUNED).exists():
         raise UserError(f"The fine-tune in {run_dir} is finished: there is nothing to resume.")
     folder = finetune(runtime, settings, prepared, run_dir, console)
@@ -102,6 +105,17 @@ def prepare(settings: Settings) -> Prepared:
     cache = cache_folder() if settings.finetune.cache and settings.model.path is not None else None
     encoded = encode_all(conversations, tokenizer, limit, cache)
     return Prepared(source, tokenizer, conversations, encoded, model_context(config, tokenizer))
+
+
+def writes(settings: Settings, prepared: Prepared) -> int:
+    """Return the bytes that the fine-tune writes at most: states at their fullest, and the model."""
+    from oneshot.checkpoint.files import list_tensors
+
+    if settings.finetune.method == "lora":
+        return 0
+    numel = sum(math.prod(entry.shape) for entry in list_tensors(prepared.source.checkpoint).values())
+    states = settings.finetune.keep + 1 if settings.finetune.save_every else 0
+    return numel * (12 * states + prepared.source.dtype.itemsize)  # fp32 masters and two moments
 
 
 def finetune(runtime: Runtime, settings: Settings, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:

@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(settings: Settings) -> None:
     """Repair the user's model, or run the whole chain on the toy world where none is named."""
+    from oneshot.checkpoint.files import stored_bytes
     from oneshot.distributed.runtime import start
-    from oneshot.finetune import FINETUNED, finetune, prepare
+    from oneshot.finetune import FINETUNED, finetune, prepare, writes
+    from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
     from oneshot.world.model import ALIGNED
@@ -52,6 +54,7 @@ def run(settings: Settings) -> None:
         prepared = prepare(trained)
         plan(runtime, on_toy(settings, ALIGNED), toy=True)  # a bad setting or file is to be heard before the minute
         run_dir = open_run(settings.out, "toy", settings, runtime)
+        look_around(runtime, settings.preflight, run_dir, writes(trained, prepared), console)
         clock = time.perf_counter()
         degraded = run_dir / FINETUNED
         if not degraded.exists():  # else an interrupted run had come further
@@ -62,6 +65,8 @@ def run(settings: Settings) -> None:
     else:
         planned = plan(runtime, settings, toy=False)
         run_dir = open_run(settings.out, str(settings.model.path), settings, runtime)
+        merged = stored_bytes(planned[0].source.checkpoint) if settings.repair.merge else 0
+        look_around(runtime, settings.preflight, run_dir, merged, console)
     repair_model(runtime, settings, planned, run_dir, console, seconds)
 
 

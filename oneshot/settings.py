@@ -215,6 +215,7 @@ class Settings:
         guard: JSONL file of unlabelled prompts whose answers must not move; none: the shipped harmless prompts
         reference: the aligned checkpoint from which the model was fine-tuned
         seed: seed of data order and initialization
+        preflight: look at machines, shared folder, disk and network before anything is read; auto: on several machines
         resume: go on with the run in the folder --out: a fine-tune from its last saved state, a repair from its start;
             with nothing there yet, start
         debug: full tracebacks
@@ -232,6 +233,7 @@ class Settings:
     guard: str | None = None
     reference: str | None = None
     seed: int = 0
+    preflight: Literal["auto", "always", "never"] = "auto"
     resume: bool = False
     debug: bool = False
     model: ModelSettings = field(default_factory=ModelSettings)

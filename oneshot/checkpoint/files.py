@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.folders import put_back
-from oneshot.checkpoint.layout import ITEM_SIZES
+from oneshot.checkpoint.layout import ITEM_SIZES, tensor_bytes
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,6 +151,11 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: oneshot reads safetensors checkpoints only.")
+
+
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    return sum(tensor_bytes(entry.shape, entry.dtype) for entry in list_tensors(folder).values())
 
 
 def read_tensor(entry: TensorEntry, name: str) -> torch.Tensor:

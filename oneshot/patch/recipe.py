@@ -12,9 +12,10 @@ LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}  # 
 TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
 GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "sft": 0.0, "lora": 0.0}
 # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there the
-# refusal is learnt with a margin, which takes longer
+# refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
 FOUR_BIT_TEMPERATURE = {"rollback": 2.0}
-FOUR_BIT_EPOCHS = {"rollback": 100}
+FOUR_BIT_GUARD_WEIGHT = {"rollback": 5.0}
+FOUR_BIT_EPOCHS = {"rollback": 150}
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,18 @@ def recipe_for(settings: Settings, *, has_update: bool, toy: bool, four_bit: boo
             "or the fine-tune's LoRA adapter as --model.path."
         )
     rates = TOY_LEARNING_RATE if toy else LEARNING_RATE
-    weight = options.guard_weight
+    epochs, weights, temperatures = EPOCHS, GUARD_WEIGHT, dict.fromkeys(EPOCHS, 1.0)
+    if four_bit:
+        epochs, weights = EPOCHS | FOUR_BIT_EPOCHS, GUARD_WEIGHT | FOUR_BIT_GUARD_WEIGHT
+        temperatures |= FOUR_BIT_TEMPERATURE
     return Recipe(
         method=method,
         reason=reason,
         rank=options.rank,
-        epochs=options.epochs or (FOUR_BIT_EPOCHS if four_bit else EPOCHS).get(method, EPOCHS[method]),
+        epochs=options.epochs or epochs[method],
         learning_rate=options.learning_rate or rates[method],
-        guard_weight=GUARD_WEIGHT[method] if weight is None else weight,
-        temperature=options.temperature or (FOUR_BIT_TEMPERATURE.get(method, 1.0) if four_bit else 1.0),
+        guard_weight=weights[method] if options.guard_weight is None else options.guard_weight,
+        temperature=options.temperature or temperatures[method],
         guard_tokens=options.guard_tokens,
         targets=options.targets,
     )
