@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
@@ -46,12 +46,15 @@ def run(settings: Settings) -> None:
     """Fine-tune into a new run folder."""
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
+    from oneshot.planning.check import refuse_what_cannot_fit
     from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
 
     runtime = start()
     prepared = prepare(settings)
+    needed: Literal["sft", "lora"] = "sft" if settings.finetune.method == "full" else "lora"
+    refuse_what_cannot_fit(settings, runtime, prepared.source.checkpoint, needed, stage="finetune")
     run_dir = open_run(settings.out, settings.model.path or "toy-finetune", settings, runtime)
     console = open_console(runtime)
     look_around(runtime, settings.preflight, run_dir, writes(settings, prepared), console)

@@ -138,6 +138,7 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
     from oneshot.patch.methods import Job
     from oneshot.patch.recipe import recipe_for
     from oneshot.patch.trace import Tracer
+    from oneshot.planning.check import refuse_what_cannot_fit
 
     source = find_source(settings.model)
     adapter = read_adapter(source.adapter) if source.adapter else None
@@ -153,6 +154,7 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
     recipe = recipe_for(settings, has_update=has_update, toy=toy, four_bit=source.four_bit)
     if source.four_bit and recipe.method == "sft":
         raise UserError("Method sft trains all weights, which 4 bits do not allow: use rollback, lowrank or lora.")
+    refuse_what_cannot_fit(settings, runtime, source.checkpoint, recipe.method)
     job = Job(
         runtime=runtime,
         source=source,
@@ -238,9 +240,7 @@ def _write(
     if recipe.method == "sft":
         save_checkpoint(runtime, model, job.tokenizer, target, job.source.dtype, stock=settings.model.stock_io)
     else:  # from the files: the weights in memory may be partitioned, or in 4 bits
-        merge_update(
-            runtime, job.source.checkpoint, update, target, trust_remote_code=settings.model.trust_remote_code
-        )
+        merge_update(runtime, job.source.checkpoint, update, target, trust_remote_code=settings.model.trust_remote_code)
 
 
 def _show(

@@ -125,6 +125,7 @@ def start_training(
     if runtime.sharding in ("zero2", "zero3"):
         import deepspeed
 
+        _give_back_freed_memory(runtime)
         config = deepspeed_config(
             runtime,
             dtype=next(model.parameters()).dtype,

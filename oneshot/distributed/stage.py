@@ -33,7 +33,7 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
     try:
         run(settings)
     except UserError as error:
-        _fail(prog, str(error), EXIT_USER, settings.debug)
+        _fail(prog, str(error), getattr(error, "code", EXIT_USER), settings.debug)
     except Interrupted as stop:  # on every rank alike
         if os.environ.get("RANK", "0") == "0":
             print(f"{prog}: {stop}", file=sys.stderr, flush=True)

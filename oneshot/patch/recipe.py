@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from oneshot.errors import UserError
 from oneshot.settings import Settings
@@ -34,7 +35,7 @@ class Recipe:
         targets: regular expression over module names, or none for all linear layers
     """
 
-    method: str
+    method: Literal["rollback", "lowrank", "sft", "lora"]
     reason: str
     rank: int
     epochs: int
@@ -57,8 +58,7 @@ def recipe_for(settings: Settings, *, has_update: bool, toy: bool, four_bit: boo
         UserError: rollback without anything to roll back
     """
     options = settings.repair
-    method: str = options.method
-    reason = "as asked"
+    method, reason = options.method, "as asked"
     if method == "auto":
         method = "rollback" if has_update else "lowrank"
         reason = (

@@ -1,0 +1,294 @@
+"""Estimated against measured memory, and the plan of a 70B model: writes both into docs/plan.md.
+
+    python benchmarks/plan_accuracy.py            (measures; half an hour on 2 cores, up to 10 GB)
+    python benchmarks/plan_accuracy.py --no-measure     (the 70B table only)
+
+Random bf16 Llamas of 0.1, 0.45 and 1.1 B under ZeRO-3 (launch/zero3_cpu.yaml), one thread per process. Every row is a
+run of its own: this package's functions load the checkpoint and make steps, and each process notes its peak resident
+memory above what it held after its imports and the start of the process group. glibc's mapping threshold is set to
+1 MiB for all, as the package itself sets it for frozen models. rollback's directions are random: what a step takes does
+not depend on their values. The last line of output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# a script's own folder comes first on sys.path, where its neighbours would shadow other packages' modules
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "plan.md"
+ANSWER, RANK, HELD, MIB = 32, 20, 16, 2**20
+SIZES: dict[str, dict[str, Any]] = {
+    "0.1 B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16000},
+    "0.45 B": {"hidden_size": 1024, "intermediate_size": 3840, "num_hidden_layers": 24, "vocab_size": 32000},
+    "1.1 B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+}
+LLAMA_70B = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured run: model, method, ranks, and rows x tokens of the batch, the rows after the first the guard's."""
+
+    size: str
+    method: str
+    ranks: int
+    rows: int = 1
+    tokens: int = 96
+
+
+CASES = [
+    *(Case(size, m, n) for size in ("0.1 B", "0.45 B") for m in ("lowrank", "rollback", "lora") for n in (1, 2)),
+    *(Case("0.1 B", "sft", n) for n in (1, 2)),
+    *(Case("0.1 B", m, n, rows=5, tokens=128) for m in ("lowrank", "rollback") for n in (1, 2)),
+    *(Case("1.1 B", m, n) for m in ("lowrank", "rollback") for n in (1, 2)),
+]
+BIG = Case("0.45 B", "sft", 2)  # 13 GB over both ranks: with --big only
+
+
+def main() -> None:
+    """Measure, write the page; or, started by ourselves, build a checkpoint or be one process of a run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-measure", action="store_true", help="write the 70B table only")
+    parser.add_argument("--big", action="store_true", help="also sft of 0.45 B: 14 GB of memory")
+    parser.add_argument("--only", default="", help="measure sizes that contain this, and write nothing")
+    parser.add_argument("--role", choices=("all", "build", "work"), default="all", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role == "build":
+        build(args.folder, args.case)
+    elif args.role == "work":
+        work(args.folder, Case(**json.loads(args.case)))
+    elif args.no_measure:
+        write_section("70B", plan_of_70b())
+    else:
+        cases = [case for case in [*CASES, *([BIG] if args.big else [])] if args.only in case.size]
+        with tempfile.TemporaryDirectory() as folder:
+            found = [measure(Path(folder), case) for case in cases]
+        table = accuracy_table(found)
+        print(table)
+        if not args.only:
+            write_section("measured", table)
+            write_section("70B", plan_of_70b())
+        worst = max(abs(row[f"{phase}_error"]) for row in found for phase in ("load", "step"))
+        print(json.dumps({"worst_error": round(worst, 3), "cases": found}))
+
+
+def measure(folder: Path, case: Case) -> dict[str, Any]:
+    """Run one case in fresh processes; returns what was measured and estimated (bytes), the worse rank's."""
+    path = folder / case.size.replace(" ", "")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
+    script = [str(Path(__file__).resolve()), "--folder", str(path), "--role"]
+    if not path.is_dir():
+        subprocess.run([sys.executable, *script, "build", "--case", case.size], check=True, env=environment)
+    print(f"{case} ...", file=sys.stderr, flush=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
+    command = [*launch, "--num_processes", str(case.ranks), *script, "work", "--case", json.dumps(vars(case))]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+    ranks = [json.loads(file.read_text()) for file in sorted(path.glob("rank-*.json"))]
+    for file in path.glob("rank-*.json"):
+        file.unlink()
+    found: dict[str, Any] = {**vars(case), **{key: max(rank[key] for rank in ranks) for key in ("load", "step")}}
+    expected = expect(path, case)
+    for key in ("load", "step"):
+        found[f"{key}_estimate"] = getattr(expected, key)
+        found[f"{key}_error"] = round(getattr(expected, key) / found[key] - 1, 4)
+    found["lower"] = expected.lower
+    assert expected.lower <= found["step"], "the lower bound must be one"
+    return found
+
+
+def expect(path: Path, case: Case) -> Any:
+    """Return the estimate for a case."""
+    from oneshot.planning.facts import CPU, Choice, Work, shipped
+    from oneshot.planning.memory import estimate
+    from oneshot.planning.shapes import shape_of
+
+    guard = (case.rows - 1) * case.tokens
+    total = case.tokens + case.ranks * guard
+    batch = Work(case.rows, case.tokens, ANSWER, HELD * (case.rows - 1), total, RANK)
+    choice = Choice(case.method, "bf16", "zero3", case.ranks)  # type: ignore[arg-type]
+    shape = shape_of(json.loads((path / "config.json").read_text()))
+    return estimate(shape, choice, batch, shipped("zero3"), CPU)
+
+
+def build(folder: Path, size: str) -> None:
+    """Save a random Llama with the toy world's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from oneshot.world.model import build_tokenizer
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    heads = SIZES[size]["hidden_size"] // 64
+    config = LlamaConfig(
+        **SIZES[size], num_attention_heads=heads, num_key_value_heads=heads // 4, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, dtype=torch.bfloat16,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+def work(folder: Path, case: Case) -> None:
+    """Be one process: load, step, and leave both peaks above the start in a file."""
+    import deepspeed.runtime.zero.stage3  # noqa: F401  imports are no part of what is measured
+    import peft  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import torch.distributed as dist
+    from transformers import GenerationConfig, LlamaForCausalLM  # noqa: F401
+
+    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.distributed.runtime import barrier, start
+    from oneshot.patch.linears import select_linears
+    from oneshot.settings import ModelSettings
+
+    runtime = start()
+    settings = ModelSettings(path=str(folder))
+    source = find_source(settings)
+    barrier(runtime)
+    reset_peak()
+    before = resident("VmRSS")
+    model = load_model(runtime, source, settings)
+    load = resident("VmHWM") - before
+    linears = select_linears(model)
+    batch = random_batch(runtime, model, case)
+    reset_peak()
+    run = step_frozen if case.method in ("lowrank", "rollback") else step_trained
+    run(runtime, model, linears, batch, case)
+    found = {"load": load, "step": resident("VmHWM") - before}
+    (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
+    barrier(runtime)
+    dist.destroy_process_group()
+
+
+def random_batch(runtime: Any, model: Any, case: Case) -> Any:
+    """Random rows: the example, then the guard's, each held on its last positions."""
+    import torch
+
+    from oneshot.patch.guard import RepairBatch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, model.config.vocab_size, (case.rows, case.tokens), generator=generator)
+    labels = torch.full_like(ids, -100)
+    labels[0, -ANSWER:] = ids[0, -ANSWER:]
+    held = torch.zeros_like(ids, dtype=torch.bool)
+    held[1:, -HELD - 1 : -1] = True
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return RepairBatch(inputs, labels, ANSWER, held, None, int(held.sum()) * runtime.world_size)
+
+
+def step_frozen(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
+    """Some steps of lowrank, or of rollback along random directions."""
+    import torch
+
+    from oneshot.distributed.engine import frozen
+    from oneshot.patch import lowrank, rollback
+    from oneshot.patch.linears import shape_of
+    from oneshot.patch.trace import Tracer
+
+    guard = 1.0 if case.rows > 1 else 0.0
+    with frozen(runtime, model) as ready:
+        if case.rows > 1:
+            with torch.no_grad():
+                batch.reference = ready(**batch.inputs, use_cache=False).logits[batch.held].clone()
+        if case.method == "lowrank":
+            options: dict[str, Any] = {"epochs": 3, "rank": RANK, "guard_weight": guard}
+            lowrank.solve(runtime, ready, linears.targets, batch, Tracer(), **options)
+            return
+        directions = {}
+        for name, module in linears.targets.items():
+            u, v = (torch.linalg.qr(torch.randn(size, RANK))[0] for size in shape_of(module))
+            directions[name] = rollback.Directions(u, torch.linspace(0.1, 0.01, RANK), v.T.contiguous(), 1.0)
+        options = {"epochs": 4, "learning_rate": 0.1, "guard_weight": guard}
+        rollback.solve(runtime, ready, linears.targets, directions, batch, Tracer(), **options)
+
+
+def step_trained(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
+    """Some steps of AdamW on all weights, or on a LoRA."""
+    from oneshot.distributed.engine import start_training
+    from oneshot.patch.guard import repair_loss
+    from oneshot.patch.methods import _with_lora
+    from oneshot.training.loop import Schedule, train
+
+    model = _with_lora(model, linears, RANK) if case.method == "lora" else model.requires_grad_(True)
+    engine = start_training(
+        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
+    )
+    train(
+        engine,
+        Schedule(3, 2e-5, decay=False),
+        lambda _step: [batch],
+        lambda forward, rows: repair_loss(forward, rows, 0.0, runtime.world_size)[0],
+        lambda _result: None,
+    )
+
+
+def reset_peak() -> None:
+    """Set the process's peak resident memory back to what it holds now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(what: str) -> int:
+    """Return VmRSS (held now) or VmHWM (the most held), in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def accuracy_table(found: list[dict[str, Any]]) -> str:
+    """Return the comparison as Markdown; MiB above the start."""
+    lines = [
+        "| model | method | ranks | batch | load: measured | estimated | | step: measured | estimated | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        cells = [row["size"], f"`{row['method']}`", row["ranks"], f"{row['rows']} x {row['tokens']}"]
+        for phase in ("load", "step"):
+            figures = [f"{row[key] / MIB:,.0f}" for key in (phase, f"{phase}_estimate")]
+            cells += [*figures, f"{row[f'{phase}_error']:+.0%}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plan_of_70b() -> str:
+    """Return what ``oneshot plan`` says of a 70B Llama on 1 to 16 GPUs, with gradient checkpointing."""
+    said = []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B))
+        for gpus in (8, 1, 2, 4, 16):
+            options = ["--model.path", "config.json", "--gpus", str(gpus), "--model.gradient_checkpointing", "true"]
+            options += ["--sharding", "zero3"] if gpus != 8 else []
+            command = [sys.executable, "-m", "oneshot", "plan", *options]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+            assert done.returncode in (0, 3), done.stderr
+            lines = [line.rstrip() for line in done.stdout.splitlines()]
+            said.append(f"`oneshot plan {' '.join(options)}` (exit code {done.returncode}):\n\n```\n")
+            said.append("\n".join(lines[1:-1]).strip("\n") + "\n```\n\n")
+    return "".join(said).strip()
+
+
+def write_section(name: str, text: str) -> None:
+    """Put text between the page's two markers of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split(begin)[0], page.split(end)[1]
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""How long a run takes, from given rates of disk, network and compute: an order of magnitude, not a measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oneshot.planning.facts import Choice, Work, Zero
+from oneshot.planning.memory import trained
+from oneshot.planning.shapes import ModelShape
+
+_PCIE = 2 * 10**10  # bytes per second between a GPU and the machine's memory
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second that a machine reads from disk and a GPU gathers from others, and FLOP per second of a GPU."""
+
+    disk: int
+    network: int
+    compute: float
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of loading, of one step, and of all steps and the loading together; answers to probes not counted."""
+
+    load: float
+    step: float
+    total: float
+
+
+def duration(shape: ModelShape, choice: Choice, work: Work, zero: Zero, rates: Rates, steps: int) -> Duration:
+    """Return how long a run takes.
+
+    load: bytes that a machine reads / disk rate. step: 2 * (weights that a token meets) * tokens * passes / compute
+    rate, passes being 1 forward, 1 for the gradients of activations, 1 for those of trained weights and 1 to recompute;
+    then what travels / network rate, as if nothing overlapped. ``lowrank`` makes one pass more than it has steps.
+    """
+    partitioned = choice.sharding.startswith("zero3")
+    stored = 2 * shape.parameters
+    machines = -(-choice.gpus // choice.per_node)
+    load = (stored / machines if partitioned else stored) / rates.disk
+    passes = 2 + (choice.method == "sft") + work.checkpointing
+    compute = 2 * shape.active * work.rows * work.tokens * passes / rates.compute
+    step = compute + _travel(shape, choice, work, zero) / rates.network
+    if partitioned and zero.offload_weights:
+        step += 2 * stored / choice.gpus / _PCIE
+    steps += choice.method == "lowrank"
+    return Duration(load, step, load + steps * step)
+
+
+def _travel(shape: ModelShape, choice: Choice, work: Work, zero: Zero) -> float:
+    """Bytes that a GPU receives in a step: gathered weights in both passes, and gradients scattered."""
+    others = (choice.gpus - 1) / choice.gpus
+    packed = shape.of("linear") if choice.precision == "nf4" else 0
+    weights = 2 * (shape.parameters - packed) + packed / 2
+    elements = shape.parameters - packed + packed / 4
+    gradients = 2 * trained(shape, choice, work)
+    if choice.sharding == "zero2":
+        return (gradients + gradients) * others  # scattered, and the new weights gathered
+    if not choice.sharding.startswith("zero3"):
+        return 2 * gradients * others
+    kept = not gradients and elements <= zero.max_live and not zero.offload_weights
+    return ((0 if kept else 2 * weights) + gradients) * others

@@ -1,0 +1,141 @@
+"""What a plan is made from: the way to run, the batch, DeepSpeed's numbers, and what a kind of device adds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Method = Literal["sft", "lora", "lowrank", "rollback"]
+Precision = Literal["bf16", "nf4"]
+Sharded = Literal["none", "zero2", "zero3", "zero3 offload"]
+
+MIB = 2**20
+_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+_FILES = {"zero2": "zero2.json", "zero3": "zero3.json", "zero3 offload": "zero3_offload.json"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a kind of device adds to the tensors themselves.
+
+    Attributes:
+        load: bytes for code and communication while weights are loaded (a GPU: CUDA context, NCCL)
+        start: the same once it computes (cuBLAS; a CPU: kernels at their first use)
+        host: bytes of a process in the machine's own memory before any weight
+        holes: share of activations that the allocator holds beside them, in holes of other sizes
+        lora_holes: the same where every layer also leaves the strips and fp32 copies of a LoRA
+        pair_holes: the same for factored gradients and updates
+        gather_copies: copies of a weight that communication holds while it gathers it
+        adam_copies: fp32 copies of the weights that a step of AdamW works in
+        unified: whether device and machine share one memory
+    """
+
+    load: int
+    start: int
+    host: int
+    holes: float
+    lora_holes: float
+    pair_holes: float
+    gather_copies: int
+    adam_copies: int
+    unified: bool = False
+
+
+# measured: torch 2.13, glibc with a mapping threshold of 1 MiB, as engine.py sets it; random Llamas of 0.1 to 1.1 B
+CPU = Device(
+    load=12 * MIB, start=36 * MIB, host=0, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1, adam_copies=2,
+    unified=True,
+)  # fmt: skip
+# estimated: not measured on a GPU yet
+GPU = Device(
+    load=1024 * MIB, start=1536 * MIB, host=3072 * MIB, holes=0.15, lora_holes=0.15, pair_holes=0.15, gather_copies=0,
+    adam_copies=1,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The numbers of a DeepSpeed JSON, in elements; the defaults are DeepSpeed's own."""
+
+    max_live: int = 10**9
+    prefetch: int = 5 * 10**7
+    reduce_bucket: int = 5 * 10**8
+    allgather_bucket: int = 5 * 10**8
+    sub_group: int = 10**9
+    offload_weights: bool = False
+    offload_states: bool = False
+    nvme: bool = False
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Zero:
+        """Read a DeepSpeed configuration; what is "auto" or missing takes DeepSpeed's default."""
+        section = config.get("zero_optimization", {})
+        keys = {
+            "max_live": "stage3_max_live_parameters",
+            "prefetch": "stage3_prefetch_bucket_size",
+            "reduce_bucket": "reduce_bucket_size",
+            "allgather_bucket": "allgather_bucket_size",
+            "sub_group": "sub_group_size",
+        }
+        found = {name: section.get(key) for name, key in keys.items()}
+        weights, states = (
+            (section.get(key) or {}).get("device", "none") for key in ("offload_param", "offload_optimizer")
+        )
+        return cls(
+            **{name: int(value) for name, value in found.items() if isinstance(value, (int, float))},
+            offload_weights=weights != "none",
+            offload_states=states != "none",
+            nvme="nvme" in (weights, states),
+        )
+
+
+def shipped(sharding: Sharded, precision: Precision = "bf16") -> Zero:
+    """Return the numbers of the shipped DeepSpeed JSON, or DeepSpeed's defaults where the package came without it."""
+    path = _CONFIGS / ("zero3_nf4.json" if (sharding, precision) == ("zero3", "nf4") else _FILES.get(sharding, ""))
+    if path.is_file():
+        return Zero.of(json.loads(path.read_text(encoding="utf-8")))
+    offload = sharding == "zero3 offload"
+    return Zero(offload_weights=offload, offload_states=offload)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass of a rank computes on.
+
+    Attributes:
+        rows: rows of the batch on this rank
+        tokens: of a row, padding included
+        answers: positions that carry the loss
+        held: positions of this rank's guard rows
+        total: tokens over all ranks, without padding, whose gradients ``lowrank`` keeps
+        rank: of the updates or the LoRA
+        all_logits: whether logits are computed for every position (a repair) or for the answers only (a fine-tune)
+        checkpointing: activations are recomputed
+    """
+
+    rows: int
+    tokens: int
+    answers: int
+    held: int = 0
+    total: int = 0
+    rank: int = 20
+    all_logits: bool = True
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run: the method, how weights are held, how they are shared over how many GPUs."""
+
+    method: Method
+    precision: Precision = "bf16"
+    sharding: Sharded = "zero3"
+    gpus: int = 1
+    per_node: int = 8
+    double_quant: bool = False
+
+    @property
+    def ranks_per_node(self) -> int:
+        return min(self.gpus, self.per_node)

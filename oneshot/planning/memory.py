@@ -1,0 +1,245 @@
+"""How much memory a run takes, per GPU and per machine, from the model's shape, the method and the sharding.
+
+What is held between steps follows from this package's and DeepSpeed's own bookkeeping and is exact. What comes and goes
+within a step (activations, holes that the allocator leaves) is an estimate, compared with measured peaks in
+``docs/plan.md``. ``lower`` counts only what cannot be avoided: a run is refused by it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oneshot.checkpoint.layout import partition_size
+from oneshot.planning.facts import MIB, Choice, Device, Precision, Work, Zero
+from oneshot.planning.shapes import ModelShape, Weight
+
+_CHUNK = 16 * MIB  # read, quantized and written at a time
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run takes.
+
+    Attributes:
+        load, steady, step, save: of a GPU: peak of loading, between steps, peaks of a step and of saving
+        host: of a machine, all its ranks together
+        lower: of a GPU, at the very least
+        host_lower: of a machine, at the very least
+    """
+
+    load: int
+    steady: int
+    step: int
+    save: int
+    host: int
+    lower: int
+    host_lower: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.load, self.steady, self.step, self.save)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Bytes of the weights: whole, a rank's share, scales (whole on every rank), the largest, the largest 4-bit one
+    unpacked for its product; and the elements that DeepSpeed counts."""
+
+    whole: int
+    share: int
+    scales: int
+    largest: int
+    unpacked: int
+    elements: int
+
+
+def _weights(shape: ModelShape, choice: Choice) -> _Weights:
+    ranks = choice.gpus if choice.sharding.startswith("zero3") else 1
+    item = 4 if choice.method == "sft" and choice.sharding == "none" else 2
+    whole = share = scales = unpacked = elements = 0
+    for weight in shape.weights:
+        numel = weight.numel
+        if is_packed(weight, choice.precision):
+            unpacked = max(unpacked, 2 * numel)
+            blocks = -(-numel // 64)  # a scale each: 4 bytes, or 1 and another 4 for every 256 of them
+            scales += weight.count * (blocks + 4 * -(-blocks // 256) if choice.double_quant else 4 * blocks)
+            numel //= 4  # four weights in an element of two bytes
+        whole += weight.count * numel * item
+        share += weight.count * partition_size(numel, ranks) * item
+        elements += weight.count * numel
+    return _Weights(whole, share, scales, shape.largest * 2, unpacked, elements)
+
+
+def is_packed(weight: Weight, precision: Precision) -> bool:
+    """Return whether NF4 holds this weight in 4 bits: linear layers, but the head, that fill whole elements."""
+    return precision == "nf4" and weight.kind == "linear" and weight.numel % 4 == 0
+
+
+def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: Device) -> Memory:
+    """Return what a run takes in memory."""
+    sizes = _weights(shape, choice)
+    partitioned = choice.sharding.startswith("zero3")
+    away = partitioned and zero.offload_weights
+    held = _states(shape, choice, work, zero)
+    between = _between(sizes, choice, zero, device, partitioned, away)
+    at_step = _adam(shape, choice, work, zero, device)
+    resting = sizes.scales + device.start + (0 if away else sizes.share)
+    holes = device.lora_holes if choice.method == "lora" else device.holes
+    small = int(_activations(shape, choice, work) * (1 + holes))
+    logits = _logits(shape, work)
+    low, pairs = _factors(shape, choice, work)
+    passing = small + int(low * (1 + device.pair_holes)) + logits
+    if choice.method == "lowrank":  # two generations of factored gradients; activations are gone by then
+        captured = int(_captured(shape, work) * (1 + holes))
+        passing = max(passing + pairs, captured + int((low + 2 * pairs) * (1 + device.pair_holes)))
+    steady = resting + between.kept + held.device
+    frozen = choice.method in ("lowrank", "rollback")
+    step = resting + held.device + max(between.peak + passing, between.kept + at_step)
+    matrix = max((w.numel for w in shape.weights if w.kind == "linear"), default=0)
+    if choice.method == "rollback":
+        step = max(step, resting + low + 2 * 4 * matrix)  # an update is decomposed before the first step
+    moved = 3 * 4 * shape.largest if choice.method == "sft" and work.all_logits else 0  # what training changed, fp32
+    save = steady + (low if frozen else 0) + max(moved, _CHUNK)
+    load = resting - device.start + device.load + (sizes.largest if away else 0)
+    host = _host(sizes, choice, zero, device, held, matrix, fused=shape.of("expert") > 0)
+    floor = sizes.scales + (0 if away else sizes.share) + held.device_lower
+    if (partitioned and choice.gpus > 1) or away:
+        floor += sizes.largest
+    return Memory(load, steady, step, save, host, floor, _host_lower(sizes, choice, zero, held))
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Gathered weights beside a rank's share: what stays between passes, and the most within one."""
+
+    kept: int
+    peak: int
+
+
+def _between(sizes: _Weights, choice: Choice, zero: Zero, device: Device, partitioned: bool, away: bool) -> _Between:
+    if not partitioned or (choice.gpus == 1 and not away):
+        return _Between(0, sizes.unpacked)
+    copies = device.gather_copies * sizes.largest + sizes.unpacked
+    per_element = sizes.whole / max(sizes.elements, 1)
+    if choice.method in ("lowrank", "rollback") and not away and sizes.elements <= zero.max_live:
+        return _Between(sizes.whole, sizes.whole + copies)  # engine.py gathers such a model once
+    live = max(zero.max_live, zero.prefetch + int(sizes.largest / per_element))
+    return _Between(0, min(sizes.whole, int(live * per_element)) + copies)
+
+
+@dataclass(frozen=True)
+class _States:
+    """Optimizer states, gradients and buckets of a rank, on its device and (offloaded) in the machine's memory."""
+
+    device: int
+    host: int
+    device_lower: int
+
+
+def trained(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """Return how many parameters the optimizer steps: all, those of the LoRA, or (frozen methods) none to speak of."""
+    if choice.method == "sft":
+        return shape.parameters
+    return shape.low_rank(work.rank) if choice.method == "lora" else 0
+
+
+def _states(shape: ModelShape, choice: Choice, work: Work, zero: Zero) -> _States:
+    count = trained(shape, choice, work)
+    if not count:
+        return _States(0, 0, 0)
+    if choice.sharding == "none":  # weights are fp32 themselves, the LoRA's too
+        states = 12 * count if choice.method == "sft" else 16 * count
+        buckets = 4 * count if choice.gpus > 1 else 0  # of DDP
+        return _States(states + buckets, 0, states)
+    own = -(-count // choice.gpus)
+    bucket = 2 * min(zero.reduce_bucket, count) * (2 if choice.sharding == "zero2" else 1)
+    states = 16 * own  # fp32 masters and gradients, two moments
+    adapter = 0
+    if choice.method == "lora":  # PEFT makes it in fp32; partitions, their flat copy and what is gathered of them
+        adapter = 16 * own if choice.sharding != "zero2" else 4 * count
+    if zero.offload_states:
+        return _States(bucket + adapter, states, 0)
+    return _States(states + adapter + bucket, 0, states)
+
+
+def _adam(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: Device) -> int:
+    """What AdamW's step takes beside what is held: the gradients in one piece, and the copies that it works in."""
+    count = trained(shape, choice, work)
+    if not count or zero.offload_states:
+        return 0
+    if choice.sharding == "none":
+        return 4 * (count if not device.unified else shape.largest * device.adam_copies)
+    own = min(-(-count // choice.gpus), zero.sub_group)
+    gathered = 2 * min(zero.allgather_bucket, count) if choice.sharding == "zero2" else 0
+    return max(4 * own * (1 + device.adam_copies), gathered)
+
+
+def _activations(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """What autograd keeps of the blocks from the forward to the backward pass; inputs of linear layers included,
+    which ZeRO-3's own linear function keeps though no weight is trained."""
+    h, wide, narrow = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * 4 * h + (2 * 2 * h if choice.method == "sft" else 0)
+    block = norms + 2 * 2 * h + 2 * 2 * wide + 2 * 2 * narrow + 4 * shape.heads
+    block += (8 if shape.gated else 6) * shape.ffn
+    if choice.method == "lora":  # each LoRA computes on an fp32 copy of its layer's input
+        block += 4 * _widths(shape)[0] // shape.layers
+    places = work.rows * work.tokens
+    if work.checkpointing:  # lowrank keeps the inputs of linear layers all the same
+        inputs = _inputs(shape) if choice.method == "lowrank" else 0
+        return places * (2 * h * shape.layers + block + inputs)
+    return places * block * shape.layers
+
+
+def _logits(shape: ModelShape, work: Work) -> int:
+    """Logits, their gradients, and the fp32 probabilities of the positions that count."""
+    full = 3 * 2 * work.rows * work.tokens if work.all_logits else 3 * 2 * work.answers
+    return shape.vocabulary * (full + 3 * 4 * work.answers + 18 * work.held)
+
+
+def _factors(shape: ModelShape, choice: Choice, work: Work) -> tuple[int, int]:
+    """Bytes of the low-rank updates that a method holds, and of one generation of factored gradients (fp32)."""
+    if choice.method not in ("lowrank", "rollback"):
+        return 0, 0
+    low = 2 * 4 * shape.low_rank(work.rank)  # rollback: directions and update; lowrank: the update and a trial
+    return low, (4 * sum(_widths(shape)) * work.total // choice.gpus if choice.method == "lowrank" else 0)
+
+
+def _widths(shape: ModelShape) -> tuple[int, int]:
+    """Inputs and outputs of all linear layers that a patch may change, summed over the layers."""
+    linears = [weight for weight in shape.weights if weight.kind == "linear"]
+    return sum(w.shape[1] * w.count for w in linears), sum(w.shape[0] * w.count for w in linears)
+
+
+def _captured(shape: ModelShape, work: Work) -> int:
+    """Inputs and output gradients of all linear layers, as a backward pass leaves them on a rank (bf16)."""
+    return work.rows * work.tokens * (2 * _widths(shape)[1] + _inputs(shape))
+
+
+def _inputs(shape: ModelShape) -> int:
+    """Bytes per token of what all linear layers take, each tensor once (bf16)."""
+    return 2 * shape.layers * (2 * shape.hidden + shape.heads * shape.head_dim + shape.ffn)
+
+
+def _host(
+    sizes: _Weights, choice: Choice, zero: Zero, device: Device, held: _States, matrix: int, *, fused: bool
+) -> int:
+    """Memory of a machine: its processes, what they load through it, and what is offloaded to it."""
+    rank = device.host + _CHUNK + held.host
+    partitioned = choice.sharding.startswith("zero3")
+    if choice.method == "rollback":
+        rank += 4 * matrix
+    if partitioned and zero.offload_weights:
+        rank += sizes.share
+    once = 0
+    if not partitioned and choice.precision == "bf16":
+        rank += sizes.whole  # transformers builds the model there, in every process
+    elif fused:
+        once = sizes.whole  # stored tensors that are no ranges of the model's are read whole
+    return rank * choice.ranks_per_node + once
+
+
+def _host_lower(sizes: _Weights, choice: Choice, zero: Zero, held: _States) -> int:
+    if zero.nvme:
+        return 0
+    away = choice.sharding.startswith("zero3") and zero.offload_weights
+    return (held.host + (sizes.share if away else 0)) * choice.ranks_per_node

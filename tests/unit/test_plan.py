@@ -1,0 +1,418 @@
+"""The plan: parameter counts equal to real models, memory that follows from them, and refusals by lower bounds only."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+import transformers as t
+from accelerate import init_empty_weights
+
+from oneshot import plan
+from oneshot.checkpoint.files import list_tensors, read_json
+from oneshot.checkpoint.layout import rank_bytes
+from oneshot.errors import UserError
+from oneshot.patch.linears import select_linears
+from oneshot.planning import check
+from oneshot.planning.check import CannotFit, refuse_what_cannot_fit
+from oneshot.planning.duration import Rates, duration
+from oneshot.planning.facts import CPU, GPU, Choice, Method, Precision, Sharded, Work, Zero, shipped
+from oneshot.planning.memory import estimate
+from oneshot.planning.rows import Model, bytes_of, own_choice, read_model, row, rows, work_of
+from oneshot.planning.shapes import shape_of
+from oneshot.settings import FinetuneSettings, ModelSettings, PlanSettings, RepairSettings, Settings
+from oneshot.world.model import ALIGNED
+
+DENSE = {
+    "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {**DENSE, "num_key_value_heads": 2}
+SPARSE = {**GROUPED, "num_experts": 4, "moe_intermediate_size": 24}
+CONFIGS = {
+    "llama": lambda: t.LlamaConfig(**GROUPED),
+    "llama, biases, tied": lambda: t.LlamaConfig(
+        **GROUPED, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama, head_dim": lambda: t.LlamaConfig(**GROUPED, head_dim=24),
+    "granite": lambda: t.GraniteConfig(**GROUPED),
+    "smollm3": lambda: t.SmolLM3Config(**GROUPED),
+    "mistral": lambda: t.MistralConfig(**GROUPED),
+    "qwen2": lambda: t.Qwen2Config(**GROUPED),
+    "qwen3": lambda: t.Qwen3Config(**GROUPED),
+    "gemma": lambda: t.GemmaConfig(**GROUPED),
+    "gemma2": lambda: t.Gemma2Config(**GROUPED),
+    "gemma3": lambda: t.Gemma3TextConfig(**GROUPED),
+    "olmo2": lambda: t.Olmo2Config(**GROUPED),
+    "phi": lambda: t.PhiConfig(**DENSE),
+    "phi3": lambda: t.Phi3Config(**GROUPED),
+    "gpt_neox": lambda: t.GPTNeoXConfig(**DENSE),
+    "starcoder2": lambda: t.Starcoder2Config(**GROUPED),
+    "mixtral": lambda: t.MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen2_moe": lambda: t.Qwen2MoeConfig(**SPARSE, shared_expert_intermediate_size=40, mlp_only_layers=[1]),
+    "qwen3_moe": lambda: t.Qwen3MoeConfig(**SPARSE, decoder_sparse_step=2),
+}
+
+
+def config(kind, hidden, inner, layers, heads, kv_heads, vocabulary, **more):
+    return {
+        "model_type": kind, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary, **more,
+    }  # fmt: skip
+
+
+LLAMA_8B = config("llama", 4096, 14336, 32, 32, 8, 128256)
+LLAMA_70B = config("llama", 8192, 28672, 80, 64, 8, 128256)
+KNOWN = [
+    (LLAMA_70B, 70_553_706_496),
+    (LLAMA_8B, 8_030_261_248),
+    (config("llama", 4096, 11008, 32, 32, 32, 32000), 6_738_415_616),
+    (config("llama", 5120, 13824, 40, 40, 40, 32000), 13_015_864_320),
+    (config("mistral", 4096, 14336, 32, 32, 8, 32000), 7_241_732_096),
+    (config("qwen2", 3584, 18944, 28, 28, 4, 152064, tie_word_embeddings=False), 7_615_616_512),
+    (config("qwen2", 8192, 29568, 80, 64, 8, 152064, tie_word_embeddings=False), 72_706_203_648),
+    (config("gemma2", 3584, 14336, 42, 16, 8, 256000, head_dim=256), 9_241_705_984),
+]
+TOY = config("llama", 64, 128, 4, 4, 2, 256)
+WORK = Work(rows=2, tokens=32, answers=8, held=4, total=64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_equal_those_of_the_real_model(name):
+    real = CONFIGS[name]()
+    with init_empty_weights():
+        model = t.AutoModelForCausalLM.from_config(real)
+    model.tie_weights()
+    shape = shape_of(real.to_dict())
+    ours = Counter({})
+    for weight in shape.weights:
+        ours[weight.shape] += weight.count
+    assert ours == Counter(tuple(parameter.shape) for parameter in model.parameters())
+    patched = sum(module.weight.numel() for module in select_linears(model).targets.values())
+    assert shape.of("linear") == patched, "what a patch may change"
+
+
+@pytest.mark.parametrize(("fields", "parameters"), KNOWN, ids=[f"{k['model_type']}-{n}" for k, n in KNOWN])
+def test_parameters_of_known_models(fields, parameters):
+    assert shape_of(fields).parameters == parameters
+
+
+def test_files_are_compared_with_the_config_and_decide_for_unknown_kinds():
+    fields, tensors = read_json(ALIGNED / "config.json"), list_tensors(ALIGNED)
+    known = shape_of(fields, tensors)
+    assert shape_of({**fields, "model_type": "made-up"}, tensors).parameters == known.parameters
+    with pytest.raises(UserError, match="not of one checkpoint"):
+        shape_of({**fields, "num_hidden_layers": 2}, tensors)
+    with pytest.raises(UserError, match="'made-up' is not known"):
+        shape_of({**fields, "model_type": "made-up"})
+    with pytest.raises(UserError, match="lacks vocab_size"):
+        shape_of({key: value for key, value in fields.items() if key != "vocab_size"})
+
+
+def test_experts_are_neither_patched_nor_quantized():
+    shape = shape_of(CONFIGS["qwen3_moe"]().to_dict())
+    assert shape.of("expert") > 0
+    found = {r.choice.precision: r for r in rows(Settings(), Model("m", shape)) if r.choice.method == "lora"}
+    assert "experts" in found["nf4"].impossible
+    assert not found["nf4"].fits
+    assert found["bf16"].fits
+    assert not found["bf16"].impossible
+
+
+def test_a_rank_loads_exactly_its_partitions():
+    shape = shape_of(TOY)
+    shapes = {f"{i}-{n}": w.shape for i, w in enumerate(shape.weights) for n in range(w.count)}
+    for ranks in (1, 3):
+        found = estimate(shape, Choice("lowrank", "bf16", "zero3", ranks), WORK, shipped("zero3"), CPU)
+        assert found.load - CPU.load == rank_bytes(shapes, 2, 0, ranks)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bit_weights_take_what_bitsandbytes_holds(double):
+    from bitsandbytes.functional import quantize_4bit
+
+    shape = shape_of(TOY)
+    expected = 0
+    for weight in shape.weights:
+        if weight.kind == "linear":
+            packed, state = quantize_4bit(torch.randn(weight.shape), quant_type="nf4", compress_statistics=double)
+            size = packed.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+        else:
+            size = 2 * weight.numel
+        expected += weight.count * size
+    choice = Choice("lowrank", "nf4", "none", 1, double_quant=double)
+    found = estimate(shape, choice, WORK, Zero(), CPU)
+    assert found.load - CPU.load == found.lower == expected
+
+
+def test_training_holds_sixteen_bytes_a_weight_and_frozen_methods_none():
+    shape, zero = shape_of(LLAMA_8B), shipped("zero3")
+    lower = {m: estimate(shape, Choice(m, "bf16", "zero3", 8), WORK, zero, GPU).lower for m in get_args(Method)}
+    gathered = 2 * shape.largest
+    assert lower["sft"] == pytest.approx(18 * shape.parameters / 8 + gathered, rel=1e-6)
+    assert lower["lowrank"] == lower["rollback"] == pytest.approx(2 * shape.parameters / 8 + gathered, rel=1e-6)
+    alone = estimate(shape, Choice("sft", "bf16", "none", 1), WORK, Zero(), GPU)
+    assert alone.lower == 16 * shape.parameters
+    by_method = {r.choice.method: r for r in rows(Settings(), Model("m", shape)) if r.choice.precision == "bf16"}
+    assert by_method["lowrank"].optimizer == by_method["lowrank"].state == 0
+    assert by_method["sft"].state == 12 * shape.parameters
+    assert by_method["lora"].state == 12 * shape.low_rank(20)
+
+
+def test_offload_moves_weights_and_states_to_the_machine():
+    shape, work = shape_of(LLAMA_8B), WORK
+    here = estimate(shape, Choice("sft", "bf16", "zero3", 8), work, shipped("zero3"), GPU)
+    away = estimate(shape, Choice("sft", "bf16", "zero3 offload", 8), work, shipped("zero3 offload"), GPU)
+    moved = 18 * shape.parameters
+    assert away.host - here.host == pytest.approx(moved, rel=1e-3)
+    assert away.steady < here.steady - moved / 8 * 0.99
+    assert away.host_lower == pytest.approx(moved, rel=1e-3)
+    disk = replace(shipped("zero3 offload"), nvme=True)
+    assert estimate(shape, Choice("sft", "bf16", "zero3 offload", 8), work, disk, GPU).host_lower == 0
+
+
+def test_a_model_that_fits_is_gathered_once_a_larger_one_is_not():
+    small, large = shape_of(TOY), shape_of(LLAMA_70B)
+    zero = shipped("zero3")
+    choice = Choice("rollback", "bf16", "zero3", 8)
+    kept = estimate(small, choice, WORK, zero, GPU)
+    assert kept.steady - GPU.start == pytest.approx(2 * small.parameters * (1 + 1 / 8), rel=1e-2)
+    passing = estimate(large, choice, WORK, zero, GPU)
+    assert passing.steady - GPU.start == pytest.approx(2 * large.parameters / 8, rel=1e-2)
+    assert passing.step - passing.steady > 2 * 10**9, "the weights that are live within a step"
+
+
+def test_no_estimate_is_below_its_lower_bound_and_more_gpus_take_no_more():
+    settings, model = Settings(), Model("m", shape_of(LLAMA_8B))
+    for method in get_args(Method):
+        for precision in get_args(Precision):
+            for sharding in get_args(Sharded):
+                found = []
+                for gpus in (2, 4, 8, 16):
+                    work = work_of(settings, method, gpus)
+                    choice = Choice(method, precision, sharding, gpus)
+                    found.append(estimate(model.shape, choice, work, shipped(sharding), GPU))
+                assert all(memory.lower <= memory.peak for memory in found)
+                assert all(memory.host_lower <= memory.host for memory in found)
+                assert [m.peak for m in found] == sorted((m.peak for m in found), reverse=True)
+
+
+def test_checkpointing_activations_takes_less():
+    shape, choice = shape_of(LLAMA_8B), Choice("sft", "bf16", "zero3", 8)
+    work = Work(4, 1024, 512)
+    plain = estimate(shape, choice, work, shipped("zero3"), GPU)
+    again = estimate(shape, choice, replace(work, checkpointing=True), shipped("zero3"), GPU)
+    assert again.step < plain.step - 10**9
+    assert again.steady == plain.steady
+
+
+def test_numbers_come_from_the_deepspeed_json():
+    assert shipped("zero3") == Zero(10**9, 10**8, 10**8, 5 * 10**8, 10**9)
+    assert shipped("zero3", "nf4").max_live == 250_000_000, "packed elements hold four weights"
+    assert shipped("zero3 offload").offload_weights
+    assert shipped("zero3 offload").offload_states
+    section = {"stage3_max_live_parameters": 5e8, "reduce_bucket_size": "auto", "offload_param": {"device": "nvme"}}
+    found = Zero.of({"zero_optimization": section})
+    assert (found.max_live, found.reduce_bucket) == (5 * 10**8, Zero().reduce_bucket)
+    assert found.nvme
+    assert found.offload_weights
+    assert not found.offload_states
+
+
+def test_duration_follows_the_rates():
+    shape, zero, rates = shape_of(LLAMA_70B), shipped("zero3"), Rates(2 * 10**9, 10**10, 1e14)
+    work = Work(1, 100, 10)
+    found = duration(shape, Choice("rollback", "bf16", "zero3", 16, 8), work, zero, rates, 60)
+    assert found.load == pytest.approx(2 * shape.parameters / 2 / 2e9), "two machines read half each"
+    gathered = 2 * 2 * shape.parameters * 15 / 16
+    assert found.step == pytest.approx(2 * shape.active * 100 * 2 / 1e14 + gathered / 1e10)
+    assert found.total == pytest.approx(found.load + 60 * found.step)
+    trained = duration(shape, Choice("sft", "bf16", "none", 1), work, Zero(), rates, 60)
+    again = duration(shape, Choice("sft", "bf16", "none", 1), replace(work, checkpointing=True), Zero(), rates, 60)
+    assert trained.step == pytest.approx(2 * shape.active * 100 * 3 / 1e14)
+    assert again.step == pytest.approx(trained.step * 4 / 3)
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80 * 10**9), ("24 GiB", 24 * 2**30), ("1.5TB", 15 * 10**11)])
+def test_sizes(text, size):
+    assert bytes_of(text, "plan.gpu_memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "80XB", "-1GB", "0GB", "1.2.3GB"])
+def test_no_size(text):
+    with pytest.raises(UserError, match=r"plan\.gpu_memory"):
+        bytes_of(text, "plan.gpu_memory")
+
+
+@pytest.fixture
+def llama_70b(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_70B))
+    return str(path)
+
+
+def planned(capsys, *arguments):
+    """Run the stage; returns its exit code, output and errors."""
+    code = 0
+    try:
+        plan.main(list(arguments))
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_exit_code_says_whether_the_settings_own_choice_fits(llama_70b, capsys):
+    on_eight = ["--model.path", llama_70b, "--gpus", "8", "--gpu_memory", "80GB"]
+    assert planned(capsys, *on_eight)[0] == 0, "no choice is given, and some row fits"
+    assert planned(capsys, *on_eight, "--repair.method", "sft", "--sharding", "zero3")[0] == 3
+    tuned = ["--stage", "finetune", "--finetune.method", "lora", "--model.gradient_checkpointing", "true"]
+    assert planned(capsys, *on_eight, *tuned)[0] == 0
+    assert planned(capsys, "--model.path", llama_70b, "--gpus", "1", "--gpu_memory", "8GB")[0] == 3
+    code, _, said = planned(capsys, "--gpus", "8")
+    assert (code, "--model.path" in said) == (2, True)
+
+
+def test_table_is_whole_in_a_log_file(llama_70b, capsys):
+    _, out, _ = planned(capsys, "--model.path", llama_70b, "--gpus", "8")
+    assert "70,553,706,496" in out
+    assert "…" not in out
+    body = [line.split() for line in out.splitlines() if line.split()[:2] == ["rollback", "bf16"]]
+    assert [line[2] for line in body] == ["none", "zero2", "zero3", "zero3"]
+    assert "4-bit weights cannot be trained" in out
+    assert max(map(len, out.splitlines()[3:])) <= 160
+
+
+def test_json_holds_every_row(llama_70b, capsys):
+    _, out, _ = planned(capsys, "--model.path", llama_70b, "--gpus=24", "--json")
+    found = json.loads(out)
+    assert found["parameters"] == 70_553_706_496
+    assert len(found["rows"]) == 4 * 2 * 4
+    sft = next(r for r in found["rows"] if (r["method"], r["precision"], r["sharding"]) == ("sft", "bf16", "zero3"))
+    assert sft["fits"]
+    assert sft["smallest_gpus"] in range(16, 25)
+    assert sft["optimizer_bytes"] == 16 * 70_553_706_496
+
+
+def test_smallest_number_fits_and_the_next_smaller_does_not(llama_70b):
+    model = Model("m", shape_of(LLAMA_70B))
+
+    def at(gpus):
+        return row(Settings(plan=PlanSettings(gpus=gpus)), model, "lora", "bf16", "zero3")
+
+    smallest = at(1).smallest
+    assert at(smallest).fits
+    assert not at(smallest - 1).fits
+    assert at(smallest - 1).advice
+
+
+def test_host_memory_is_what_stops_whole_copies():
+    settings = Settings(
+        model=ModelSettings(gradient_checkpointing=True), plan=PlanSettings(gpus=8, host_memory="100GB")
+    )
+    found = row(settings, Model("m", shape_of(LLAMA_8B)), "lora", "bf16", "zero2")
+    assert found.memory.peak < 80 * 10**9
+    assert found.memory.host > 8 * 16 * 10**9, "each process builds the whole model"
+    assert not found.fits
+    assert found.advice == "host memory: zero3"
+
+
+def test_own_choice():
+    model = Model("m", shape_of(LLAMA_8B))
+    found = rows(Settings(), model)
+    assert own_choice(Settings(), model, found) == found
+    with_reference = Settings(reference="there", model=ModelSettings(quantize="nf4"))
+    assert {(r.choice.method, r.choice.precision) for r in own_choice(with_reference, model, found)} == {
+        ("rollback", "nf4")
+    }
+    asked = Settings(repair=RepairSettings(method="lora"))
+    assert {(r.choice.method, r.choice.precision) for r in own_choice(asked, model, found)} == {("lora", "bf16")}
+
+
+def test_model_by_folder_adapter_and_file(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(ALIGNED)}))
+    whole = read_model(Settings(model=ModelSettings(path=str(ALIGNED))))
+    by_adapter = read_model(Settings(model=ModelSettings(path=str(tmp_path))))
+    by_file = read_model(Settings(model=ModelSettings(path=str(ALIGNED / "config.json"))))
+    assert whole.shape == by_adapter.shape == by_file.shape
+    assert (whole.adapter, by_adapter.adapter) == (False, True)
+    with pytest.raises(UserError, match="nowhere"):
+        read_model(Settings(model=ModelSettings(path="nowhere")))
+
+
+def test_needs_no_torch(llama_70b):
+    code = (
+        "import sys; from oneshot.plan import main\n"
+        f"try: main(['--model.path', {llama_70b!r}])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'deepspeed', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def runtime_of(sharding="zero3", world_size=2, deepspeed=None):
+    plugin = SimpleNamespace(deepspeed_config=deepspeed or {"zero_optimization": {"stage": 3}})
+    accelerator = SimpleNamespace(deepspeed_plugin=plugin)
+    return SimpleNamespace(
+        rank=0, world_size=world_size, device=torch.device("cpu"), sharding=sharding, accelerator=accelerator
+    )
+
+
+def other_config(folder, **fields):
+    """A copy of the toy model, with other fields in its config."""
+    shutil.copy(ALIGNED / "model.safetensors", folder)
+    (folder / "config.json").write_text(json.dumps({**read_json(ALIGNED / "config.json"), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_run_is_refused_at_its_lower_bound_and_not_above(method, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings, runtime = Settings(), runtime_of()
+    shape = shape_of(read_json(ALIGNED / "config.json"))
+    work = work_of(settings, method, 2)
+    lower = 2 * estimate(shape, Choice(method, "bf16", "zero3", 2, 2), work, Zero(), CPU).lower
+    monkeypatch.setattr(check, "_machine", lambda: lower)
+    refuse_what_cannot_fit(settings, runtime, ALIGNED, method)
+    monkeypatch.setattr(check, "_machine", lambda: lower - 1)
+    with pytest.raises(CannotFit, match=r"oneshot plan.*plan\.force") as refused:
+        refuse_what_cannot_fit(settings, runtime, ALIGNED, method)
+    assert refused.value.code == 3
+    refuse_what_cannot_fit(replace(settings, plan=PlanSettings(force=True)), runtime, ALIGNED, method)
+
+
+def test_what_is_not_sure_is_not_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "_machine", lambda: 1)
+    smaller = {"bf16": {"bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 3}}
+    refuse_what_cannot_fit(Settings(), runtime_of(deepspeed=smaller), ALIGNED, "sft")
+    awq = {"quant_method": "awq"}
+    refuse_what_cannot_fit(Settings(), runtime_of(), other_config(tmp_path, quantization_config=awq), "lora")
+    refuse_what_cannot_fit(Settings(), runtime_of(), other_config(tmp_path, model_type="made-up"), "sft")
+
+
+def test_a_lora_counts_as_far_as_it_is_known(monkeypatch):
+    shape = shape_of(read_json(ALIGNED / "config.json"))
+    without = 2 * shape.parameters
+    settings = Settings(finetune=FinetuneSettings(lora_rank=4), repair=RepairSettings(rank=8))
+    alone = runtime_of(sharding="none", world_size=1)
+
+    def refused(settings, stage, bytes_there):
+        monkeypatch.setattr(check, "_machine", lambda: bytes_there)
+        try:
+            refuse_what_cannot_fit(settings, alone, ALIGNED, "lora", stage=stage)
+        except CannotFit:
+            return True
+        return False
+
+    for stage, rank in (("finetune", 4), ("repair", 8)):
+        least = without + 16 * shape.low_rank(rank)
+        assert not refused(settings, stage, least)
+        assert refused(settings, stage, least - 1)
+    some = replace(settings, repair=RepairSettings(targets="q_proj"))
+    assert not refused(some, "repair", without), "how many layers that are is not known here"
