@@ -216,6 +216,7 @@ class Settings:
         reference: the aligned checkpoint from which the model was fine-tuned
         seed: seed of data order and initialization
         preflight: look at machines, shared folder, disk and network before anything is read; auto: on several machines
+        hang_minutes: end a rank that has not moved for so long, with its stacks in the log; 0 for never
         resume: go on with the run in the folder --out: a fine-tune from its last saved state, a repair from its start;
             with nothing there yet, start
         debug: full tracebacks
@@ -234,6 +235,7 @@ class Settings:
     reference: str | None = None
     seed: int = 0
     preflight: Literal["auto", "always", "never"] = "auto"
+    hang_minutes: float = 60.0
     resume: bool = False
     debug: bool = False
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -309,6 +311,7 @@ def check(settings: Settings) -> None:
         if value is not None and not value > 0:
             raise UserError(f"Setting {name} is {value}: give a value above 0.")
     not_negative = {
+        "hang_minutes": settings.hang_minutes,
         "repair.guard_weight": settings.repair.guard_weight,
         "data.harmful_count": settings.data.harmful_count,
         "data.task_count": settings.data.task_count,

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from oneshot.distributed.signals import Interrupted
+from oneshot.distributed.watchdog import watched
 from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
 from oneshot.settings import Settings, parse
 
@@ -31,7 +32,8 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
     except UserError as error:
         _fail(prog, str(error), EXIT_USER, debug=False)
     try:
-        run(settings)
+        with watched(settings.hang_minutes):
+            run(settings)
     except UserError as error:
         _fail(prog, str(error), getattr(error, "code", EXIT_USER), settings.debug)
     except Interrupted as stop:  # on every rank alike

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.runtime import Runtime, gather_objects
+from oneshot.distributed.watchdog import alive
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ def generate_answers(
     answers: list[str] = []
     with evaluating(model):
         for start in range(0, len(indices), batch_size):
+            alive()
             batch = [encoded[index] for index in indices[start : start + batch_size]]
             answers += decoder.answers(batch, runtime.device)
     mine = list(zip(indices[:own], answers[:own]))

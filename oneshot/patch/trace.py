@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from oneshot.distributed.watchdog import alive
 from oneshot.training.loop import Diverged
 
 
@@ -21,6 +22,7 @@ class Tracer:
         self._listen = listen
 
     def add(self, **record: Any) -> None:
+        alive()
         self.records.append(record)
         if self._listen:
             self._listen(record)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.engine import TrainingEngine
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
+from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def train(
     runtime = engine.runtime
     batches = micro_batches(start) if start < schedule.steps else []
     for step in range(start, schedule.steps):
+        alive()
         started = time.perf_counter()
         engine.set_learning_rate(schedule.rate(step))
         # what the engine averages away again: ranks, and under DeepSpeed also accumulation steps
