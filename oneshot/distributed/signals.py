@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+_ECHO = 2.0  # seconds
 # Slurm's --signal=USR1@300, a scheduler's or launcher's SIGTERM, and Ctrl-C
 NOTED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # names the file that a job script looks for when the run has ended before its time: progress was saved, start it again
@@ -24,14 +26,15 @@ class Interrupted(Exception):
 def noticed() -> Iterator[Callable[[], bool]]:
     """Within the block the signals end nothing; yields a function that says whether one has come.
 
-    A second Ctrl-C is obeyed at once. Outside of the main thread, where Python hears no signals, none is noted.
+    A second Ctrl-C is obeyed at once; one that comes with the first has only been passed
+    on by a launcher. Outside of the main thread, where Python hears no signals, none is noted.
     """
-    seen: list[int] = []
+    seen: dict[int, float] = {}
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in seen:
+        first = seen.setdefault(number, time.monotonic())
+        if number == signal.SIGINT and time.monotonic() - first > _ECHO:
             raise KeyboardInterrupt
-        seen.append(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -6,11 +6,12 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from oneshot.distributed.signals import Interrupted
 from oneshot.distributed.watchdog import watched
@@ -19,6 +20,7 @@ from oneshot.settings import Settings, parse
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
 _FIRST, _HEARD = "oneshot/first_failure", "oneshot/heard"
+T = TypeVar("T")
 
 
 def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable[[Settings], None]) -> None:
@@ -44,6 +46,8 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
         _fail(prog, "interrupted", EXIT_INTERRUPTED, settings.debug)
     except Exception as error:
         hint = "" if settings.debug else " (--debug shows the traceback)"
+        if _ranks() > 1 and "timed out" in str(error).lower():
+            hint = f"; another rank, its node or the network is gone, or needs more ONESHOT_TIMEOUT_MINUTES{hint}"
         _fail(prog, f"{type(error).__name__}: {_one_line(error)}{hint}", EXIT_FAILED, settings.debug)
     if _ranks() > 1:
         _leave_together()
@@ -82,7 +86,7 @@ def _to_be_heard(rank: str) -> bool:
     """Whether this rank is the first to fail, as the run's key-value store knows; others fail as a consequence.
 
     The launcher ends every rank as soon as one is gone, so a rank that is not the first stays until that one has
-    been heard.
+    been heard. Where the network is cut, the store is out of reach, and each side speaks for itself.
     """
     store = _store()
     if store is None:
@@ -90,20 +94,38 @@ def _to_be_heard(rank: str) -> bool:
         if rank != "0":
             time.sleep(HEARD_WITHIN)
         return True
-    try:
-        if store.compare_set(_FIRST, "", rank) == rank.encode():
-            return True
-        store.wait([_HEARD], timedelta(seconds=HEARD_WITHIN))
-    except Exception:  # the store dies with the rank or agent that keeps it, whose own error has been shown
+
+    def ask() -> bool:
+        try:
+            if store.compare_set(_FIRST, "", rank) == rank.encode():
+                return True
+            store.wait([_HEARD], timedelta(seconds=HEARD_WITHIN))
+        except Exception:  # the store dies with the rank or agent that keeps it, whose own error has been shown
+            return False
         return False
-    return False
+
+    return _bounded(ask, 2 * HEARD_WITHIN, otherwise=True)
 
 
 def _tell_the_others() -> None:
     store = _store()
-    if store is not None:
+    if store is None:
+        return
+
+    def tell() -> None:
         with contextlib.suppress(Exception):  # the same
             store.set(_HEARD, "")
+
+    _bounded(tell, HEARD_WITHIN, otherwise=None)
+
+
+def _bounded(call: Callable[[], T], seconds: float, *, otherwise: T) -> T:
+    """Return what ``call`` returns, or ``otherwise`` if it takes longer: the store itself knows no time limit."""
+    answers: list[T] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else otherwise
 
 
 def _store() -> Any:

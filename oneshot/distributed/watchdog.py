@@ -10,7 +10,6 @@ import faulthandler
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-
 _STDERR = 2  # the descriptor: what Python calls stderr may be somebody's buffer
 
 
