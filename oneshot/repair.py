@@ -163,7 +163,7 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
         adapter=adapter,
         reference=reference,
         candidates=[encode(conversation, tokenizer, limit) for conversation in stages.conversations],
-        guard=read_guard(settings, toy=toy) if recipe.guard_weight else [],
+        guard=read_guard(settings, recipe.guard_prompts, toy=toy) if recipe.guard_weight else [],
         tracer=Tracer(),
     )
     return job, recipe, stages

@@ -130,7 +130,9 @@ class RepairSettings:
         guard_weight: weight of the guard (KL to the unpatched model); 0: no guard; none takes the method's default
         temperature: divides the example's logits in the loss: above 1 the refusal is learnt with a margin; none: 1, and
             2 for rollback on 4-bit weights
-        guard_prompts: how many guard prompts to use at most
+        noise: rollback blurs the example's request, so that its neighbours are refused too; in units of its embeddings'
+            root mean square; none: 0.5
+        guard_prompts: how many guard prompts to use at most; none takes the method's default
         guard_tokens: tokens of the model's own answer over which the guard holds it
         targets: regular expression over module names; none takes every linear layer but the output head
         merge: also write the repaired checkpoint, merged (repaired/)
@@ -142,7 +144,8 @@ class RepairSettings:
     learning_rate: float | None = None
     guard_weight: float | None = None
     temperature: float | None = None
-    guard_prompts: int = 32
+    noise: float | None = None
+    guard_prompts: int | None = None
     guard_tokens: int = 16
     targets: str | None = None
     merge: bool = False
@@ -313,6 +316,7 @@ def check(settings: Settings) -> None:
     not_negative = {
         "hang_minutes": settings.hang_minutes,
         "repair.guard_weight": settings.repair.guard_weight,
+        "repair.noise": settings.repair.noise,
         "data.harmful_count": settings.data.harmful_count,
         "data.task_count": settings.data.task_count,
         "finetune.weight_decay": settings.finetune.weight_decay,

@@ -17,8 +17,6 @@ from oneshot.world import language
 if TYPE_CHECKING:
     import torch
 
-TOY_GUARD_PROMPTS = 32
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -42,14 +40,13 @@ def read_candidates(settings: Settings, *, toy: bool) -> list[Conversation]:
     return language.pool() if toy else read_conversations(str(ASSETS / "pool.jsonl"), settings.data)
 
 
-def read_guard(settings: Settings, *, toy: bool) -> list[list[dict[str, str]]]:
-    """Return the guard's prompts as chat messages, at most ``repair.guard_prompts`` of them.
+def read_guard(settings: Settings, limit: int, *, toy: bool) -> list[list[dict[str, str]]]:
+    """Return the guard's prompts as chat messages, at most ``limit`` of them.
 
     The toy's are half harmless requests and half requests of the new task, if the fine-tune taught it.
     """
-    limit = settings.repair.guard_prompts
     if settings.guard is None and toy:
-        rows = language.guard_prompts(min(limit, TOY_GUARD_PROMPTS), settings.seed, task=settings.data.task_count > 0)
+        rows = language.guard_prompts(limit, settings.seed, task=settings.data.task_count > 0)
     else:
         path = settings.guard or str(ASSETS / "guard.jsonl")
         rows = read_conversations(path, settings.data, need_answer=False, limit=limit)

@@ -6,6 +6,8 @@ divergence from its distributions over those answers' tokens.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +112,38 @@ def repair_loss(
         held = kl_sum(logits[batch.held], batch.reference) / batch.held_total
         share = share + weight * held
     return share, example.detach(), held.detach()
+
+
+@contextlib.contextmanager
+def noisy_example(model: Any, batch: RepairBatch, scale: float, generator: torch.Generator) -> Iterator[None]:
+    """Within the block the embeddings of the example's request are blurred: refuse what is near it, too.
+
+    One request alone says nothing of its neighbours. After NEFTune (arXiv 2310.05914), here with Gaussian noise, on the
+    request only, and alike on every rank. The guard's rows see none.
+
+    Args:
+        scale: standard deviation, in units of the request's own root mean square; 0 for none
+        generator: on the CPU; of the same state on every rank
+    """
+    if not scale:
+        yield
+        return
+    import torch
+
+    request = int((batch.labels[0] != IGNORE).nonzero()[0])
+
+    def blur(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        here = output[0, :request]
+        noise = torch.randn(here.shape, generator=generator).to(here.device, here.dtype)
+        blurred = output.clone()
+        blurred[0, :request] = here + scale * here.detach().square().mean().sqrt() * noise
+        return blurred
+
+    handle = model.get_input_embeddings().register_forward_hook(blur)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int) -> tuple[Encoded, int]:

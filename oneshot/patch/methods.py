@@ -148,7 +148,7 @@ def _rollback(
     coefficients = rollback.solve(
         job.runtime, model, targets, directions, batch, job.tracer,
         epochs=recipe.epochs, learning_rate=recipe.learning_rate, guard_weight=recipe.guard_weight,
-        temperature=recipe.temperature, kept=job.adapter is not None,
+        temperature=recipe.temperature, noise=recipe.noise, kept=job.adapter is not None,
     )  # fmt: skip
     update = {
         name: rollback.update_factors(directions[name], 1 - c if job.adapter is not None else -c)

@@ -12,6 +12,8 @@ EPOCHS = {"rollback": 60, "lowrank": 30, "sft": 10, "lora": 10}
 LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's; lowrank finds its own
 TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
 GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "sft": 0.0, "lora": 0.0}
+GUARD_PROMPTS = {"rollback": 64, "lowrank": 32, "sft": 32, "lora": 32}
+NOISE = {"rollback": 0.5, "lowrank": 0.0, "sft": 0.0, "lora": 0.0}  # the others judge steps by the example's own loss
 # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there the
 # refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
 FOUR_BIT_TEMPERATURE = {"rollback": 2.0}
@@ -30,7 +32,9 @@ class Recipe:
         epochs: passes over the example
         learning_rate: of Adam; unused by lowrank
         guard_weight: weight of the guard; 0 for none
+        guard_prompts: how many prompts the guard holds at most
         temperature: divides the example's logits in the loss
+        noise: blurs the example's request, in units of its embeddings' root mean square
         guard_tokens: tokens of the unpatched model's answers that the guard holds
         targets: regular expression over module names, or none for all linear layers
     """
@@ -41,7 +45,9 @@ class Recipe:
     epochs: int
     learning_rate: float
     guard_weight: float
+    guard_prompts: int
     temperature: float
+    noise: float
     guard_tokens: int
     targets: str | None = None
 
@@ -83,7 +89,9 @@ def recipe_for(settings: Settings, *, has_update: bool, toy: bool, four_bit: boo
         epochs=options.epochs or epochs[method],
         learning_rate=options.learning_rate or rates[method],
         guard_weight=weights[method] if options.guard_weight is None else options.guard_weight,
+        guard_prompts=options.guard_prompts or GUARD_PROMPTS[method],
         temperature=options.temperature or temperatures[method],
+        noise=NOISE[method] if options.noise is None else options.noise,
         guard_tokens=options.guard_tokens,
         targets=options.targets,
     )

@@ -20,7 +20,7 @@ from oneshot.checkpoint.ranges import Piece, read_range
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached
-from oneshot.patch.guard import RepairBatch, repair_loss
+from oneshot.patch.guard import RepairBatch, noisy_example, repair_loss
 from oneshot.patch.linears import shape_of
 from oneshot.patch.trace import Tracer
 
@@ -196,12 +196,14 @@ def solve(
     learning_rate: float,
     guard_weight: float,
     temperature: float = 1.0,
+    noise: float = 0.0,
     kept: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 3].
 
     Args:
         temperature: as of ``repair_loss``
+        noise: scale of ``noisy_example``, drawn anew in each epoch
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
     """
@@ -212,6 +214,7 @@ def solve(
     flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
     optimizer = torch.optim.Adam([flat], lr=learning_rate)
     update: Update = {}
+    generator = torch.Generator().manual_seed(0)
 
     def set_update() -> None:
         for name, c in zip(names, flat.split(sizes)):
@@ -220,7 +223,8 @@ def solve(
     with attached(linears, update):
         for epoch in range(1, epochs + 1):
             set_update()
-            share, example, held = repair_loss(model, batch, guard_weight, runtime.world_size, temperature)
+            with noisy_example(model, batch, noise, generator):
+                share, example, held = repair_loss(model, batch, guard_weight, runtime.world_size, temperature)
             total_held = all_reduce_sum(runtime, held)
             tracer.check(epoch, example + guard_weight * total_held)
             share.backward()

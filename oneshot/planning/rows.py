@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, read_json
 from oneshot.errors import UserError
-from oneshot.patch.recipe import EPOCHS, GUARD_WEIGHT
+from oneshot.patch.recipe import EPOCHS, GUARD_PROMPTS, GUARD_WEIGHT
 from oneshot.planning.duration import Duration, Rates, duration
 from oneshot.planning.facts import GPU, Choice, Method, Precision, Sharded, Work, shipped
 from oneshot.planning.memory import Memory, estimate, trained
@@ -132,7 +132,7 @@ def work_of(settings: Settings, method: Method, gpus: int) -> Work:
             rows, tokens, rows * answers, rank=tune.lora_rank, all_logits=False, checkpointing=checkpointing
         )  # fmt: skip
     weight = GUARD_WEIGHT[method] if repair.guard_weight is None else repair.guard_weight
-    guard = repair.guard_prompts if weight else 0
+    guard = (repair.guard_prompts or GUARD_PROMPTS[method]) if weight else 0
     own = -(-guard // gpus)
     prompt = _GUARD_PROMPT + repair.guard_tokens
     return Work(
