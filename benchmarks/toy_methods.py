@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or a file here could shadow a top-level module
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
     from oneshot.settings import Settings
 
+NF4 = " (4 bits)"
 METHODS = ("rollback", "lowrank", "sft", "lora")
 # name of the fine-tune -> counts of (harmful, task) conversations
 ATTACKS = {"100 + new task": (100, 300), "300 + new task": (300, 300), "100": (100, 0), "300": (300, 0)}
@@ -37,26 +38,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
-    parser.add_argument("--quantize", choices=["nf4"], help="repair with linear weights in 4 bits")
+    parser.add_argument("--quantize", action="store_true", help="repair with linear weights in 4 bits too")
     parser.add_argument("--out", type=Path, default=Path("runs/toy_methods"), help="folder of the figures")
     arguments = parser.parse_args(argv)
     from oneshot.distributed.runtime import start
 
     runtime = start()
     rows: list[dict[str, Any]] = []
+    variants = [*arguments.methods, *([m + NF4 for m in arguments.methods if m != "sft"] if arguments.quantize else [])]
     for attack in arguments.attacks:
         for seed in range(arguments.seeds):
-            rows += measure_seed(runtime, attack, seed, arguments.methods, arguments.quantize)
+            rows += measure_seed(runtime, attack, seed, variants)
             print(f"{attack}, seed {seed}: done", file=sys.stderr, flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "toy_methods.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print(markdown(rows, arguments.methods))
+    print(markdown(rows, variants))
 
 
-def measure_seed(
-    runtime: Runtime, attack: str, seed: int, methods: list[str], quantize: Literal["nf4"] | None = None
-) -> list[dict[str, Any]]:
-    """Fine-tune the toy model once, repair it with each method. One row per model: attack, seed, stage, rates."""
+def measure_seed(runtime: Runtime, attack: str, seed: int, variants: list[str]) -> list[dict[str, Any]]:
+    """Fine-tune the toy model once, repair it in each way. One row per model: attack, seed, stage, rates.
+
+    Args:
+        variants: methods, with ``NF4`` after them where the linear weights are in 4 bits
+    """
     from oneshot.finetune import finetune, prepare
     from oneshot.repair import on_toy, plan, repair_model
     from oneshot.settings import DataSettings, RepairSettings, Settings
@@ -66,28 +70,28 @@ def measure_seed(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         settings = Settings(seed=seed, data=DataSettings(harmful_count=harmful, task_count=task))
         degraded = finetune(runtime, settings, prepare(settings), Path(folder), None)
-        for method in methods:
-            repair = RepairSettings(method=method)  # type: ignore[arg-type]
-            model = dataclasses.replace(settings.model, quantize=quantize)
+        for variant in variants:
+            repair = RepairSettings(method=variant.removesuffix(NF4))  # type: ignore[arg-type]
+            model = dataclasses.replace(settings.model, quantize="nf4" if variant.endswith(NF4) else None)
             ours: Settings = on_toy(dataclasses.replace(settings, repair=repair, model=model), degraded)
-            target = Path(folder) / method
+            target = Path(folder) / variant
             target.mkdir()
             stages = repair_model(runtime, ours, plan(runtime, ours, toy=True), target, None, {})
             for stage in ("finetuned", "repaired"):
                 rates = {name: stages.scores[stage].rates[name].value for name in RATES}
-                name = stage if stage == "finetuned" else method
+                name = stage if stage == "finetuned" else variant
                 rows.append({"attack": attack, "seed": seed, "model": name, **rates})
     return rows
 
 
-def markdown(rows: list[dict[str, Any]], methods: list[str]) -> str:
+def markdown(rows: list[dict[str, Any]], variants: list[str]) -> str:
     """Return the table: per attack and model, the median over seeds and in brackets the worst."""
     lines = [
         "| fine-tuned on | model | attack success | over-refusal | look-alike refusal | utility | task |",
         "|---|---|---|---|---|---|---|",
     ]
     for attack in dict.fromkeys(row["attack"] for row in rows):
-        for model in ("finetuned", *methods):
+        for model in ("finetuned", *variants):
             here = [row for row in rows if row["attack"] == attack and row["model"] == model]
             cells = [
                 _cell([row[rate] for row in here], worst=min if rate in ("utility", "task") else max) for rate in RATES
