@@ -12,10 +12,9 @@ batch, learning rates, clipping and precision. padded, packed: ``oneshot/finetun
 --finetune.packing never and always. Tokens are those of the conversations; padding is not counted. All three must have
 the same loss in every step, within 1%.
 
-Measured with torch 2.13.0, transformers 5.23.0, accelerate 1.15.0 and trl 1.16.0 on 2 cores that had other work too,
-one run each: padded 1.6 times trl's tokens per second and packed 1.75 times padded's on 2 processes, 1.8 and 2.3 times
-on 1; losses within 3e-7 of each other. On a CPU trl's output head computes every position,
-ours those that predict an answer.
+Measured with torch 2.13.0, transformers 5.23.0, accelerate 1.15.0 and trl 1.16.0 on 2 cores, one run each: padded 1.5
+times trl's tokens per second and packed 2.5 times padded's on 2 processes, 1.45 and 2.1 times on 1; losses within 3e-7
+of each other. On a CPU trl's output head computes every position, ours those that predict an answer.
 
 trl is not among oneshot's own requirements: ``pip install -e '.[bench]'``.
 """
