@@ -113,6 +113,8 @@ def merge_with_peft(folder: Path) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
+    from oneshot.distributed.resources import peak_bytes, reset_peak
+
     before, clock = reset_peak(), time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     merged: Any = PeftModel.from_pretrained(model, str(folder / "adapter")).merge_and_unload()
@@ -133,6 +135,7 @@ def merge_with_oneshot(folder: Path) -> dict[str, float]:
 
     from oneshot import export
     from oneshot.checkpoint import architecture, exports, merge  # noqa: F401
+    from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import start
     from oneshot.report import card  # noqa: F401
 
@@ -141,18 +144,6 @@ def merge_with_oneshot(folder: Path) -> dict[str, float]:
     export.run(["--model", str(folder / "model"), "--adapter", str(folder / "adapter"), "--out", str(folder / "ours")])
     seconds, peak = time.perf_counter() - clock, peak_bytes() - before
     return {"seconds": seconds, "synced": seconds, "peak": peak}
-
-
-def reset_peak() -> int:
-    """Set the process's peak resident memory back to what it holds now (Linux), and return that, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Return the peak resident memory in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

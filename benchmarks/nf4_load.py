@@ -102,6 +102,7 @@ def work(folder: Path, way: str, double: bool) -> None:
     from transformers import BitsAndBytesConfig, LlamaForCausalLM  # noqa: F401
 
     from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.distributed.resources import peak_bytes, reset_peak, resident_bytes
     from oneshot.distributed.runtime import barrier, start
     from oneshot.settings import ModelSettings
 
@@ -113,7 +114,7 @@ def work(folder: Path, way: str, double: bool) -> None:
     clock = time.perf_counter()
     model = load_model(runtime, source, settings) if way == "ours" else stock(runtime, folder / "model", double)
     barrier(runtime)
-    seconds, peak, held = time.perf_counter() - clock, peak_bytes() - before, resident() - before
+    seconds, peak, held = time.perf_counter() - clock, peak_bytes() - before, resident_bytes() - before
     share = sum(p.ds_tensor.nbytes for p in model.parameters())
     for module in model.modules():
         state = getattr(module, "quant_state", None)
@@ -142,27 +143,6 @@ def stock(runtime: Any, folder: Path, double: bool) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
     model.requires_grad_(False)
     return deepspeed.initialize(model=model, config=deepspeed_config(runtime, dtype=torch.bfloat16))[0].module
-
-
-def reset_peak() -> int:
-    """Set the process's peak resident memory back to what it holds now (Linux), and return that, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Return the peak resident memory in bytes."""
-    return _status("VmHWM")
-
-
-def resident() -> int:
-    """Return the resident memory in bytes."""
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

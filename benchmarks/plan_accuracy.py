@@ -154,6 +154,7 @@ def work(folder: Path, case: Case) -> None:
     from transformers import GenerationConfig, LlamaForCausalLM  # noqa: F401
 
     from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.distributed.resources import peak_bytes, reset_peak, resident_bytes
     from oneshot.distributed.runtime import barrier, start
     from oneshot.patch.linears import select_linears
     from oneshot.settings import ModelSettings
@@ -163,15 +164,15 @@ def work(folder: Path, case: Case) -> None:
     source = find_source(settings)
     barrier(runtime)
     reset_peak()
-    before = resident("VmRSS")
+    before = resident_bytes()
     model = load_model(runtime, source, settings)
-    load = resident("VmHWM") - before
+    load = peak_bytes() - before
     linears = select_linears(model)
     batch = random_batch(runtime, model, case)
     reset_peak()
     run = step_frozen if case.method in ("lowrank", "rollback") else step_trained
     run(runtime, model, linears, batch, case)
-    found = {"load": load, "step": resident("VmHWM") - before}
+    found = {"load": load, "step": peak_bytes() - before}
     (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
     barrier(runtime)
     dist.destroy_process_group()
@@ -237,17 +238,6 @@ def step_trained(runtime: Any, model: Any, linears: Any, batch: Any, case: Case)
         lambda forward, rows: repair_loss(forward, rows, 0.0, runtime.world_size)[0],
         lambda _result: None,
     )
-
-
-def reset_peak() -> None:
-    """Set the process's peak resident memory back to what it holds now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(what: str) -> int:
-    """Return VmRSS (held now) or VmHWM (the most held), in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def accuracy_table(found: list[dict[str, Any]]) -> str:

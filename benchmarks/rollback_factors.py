@@ -118,6 +118,7 @@ def work(folder: Path, size: str) -> None:
     from safetensors.torch import save_file
 
     from oneshot.checkpoint.files import list_tensors
+    from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import barrier, start
     from oneshot.patch.rollback import checkpoint_difference, shared_directions
 
@@ -149,18 +150,6 @@ def work(folder: Path, size: str) -> None:
         save_file(kept, folder / f"factors-{runtime.world_size}.safetensors")
     if runtime.world_size > 1:
         dist.barrier()
-
-
-def reset_peak() -> int:
-    """Set the process's peak resident memory back to what it holds now (Linux), and return that, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Return the peak resident memory in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

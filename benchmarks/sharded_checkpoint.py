@@ -145,6 +145,7 @@ def work(folder: Path, role: str, way: str) -> None:
 
     from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
     from oneshot.checkpoint.save import save_checkpoint
+    from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import barrier, start
     from oneshot.settings import ModelSettings
 
@@ -187,6 +188,7 @@ def save_state_once(runtime: Any, model: Any, folder: Path, way: str) -> dict[st
     from oneshot.checkpoint.state import States
     from oneshot.distributed.engine import start_training
     from oneshot.distributed.optimizer_state import allocate
+    from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import barrier
 
     model.requires_grad_(True)
@@ -219,18 +221,6 @@ def _engine(runtime: Any, model: Any) -> Any:
 
     model.requires_grad_(False)
     return deepspeed.initialize(model=model, config=deepspeed_config(runtime, dtype=next(model.parameters()).dtype))[0]
-
-
-def reset_peak() -> int:
-    """Set the process's peak resident memory back to what it holds now (Linux), and return that, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Return the peak resident memory in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, read_json, read_tensor
+from oneshot.checkpoint.quantized import BLOCK
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 64  # weights per scale, bitsandbytes' default
 _STATE = ".quant_state.bitsandbytes__nf4"
 
 

@@ -1,7 +1,8 @@
-"""What a run used: peak memory of every rank."""
+"""What a run used: memory of this process, and peaks of every rank."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from oneshot.distributed.runtime import Runtime, gather_objects
@@ -20,3 +21,24 @@ def measured(runtime: Runtime) -> dict[str, Any]:
         "peak_rss_bytes": [rank["rss"] for rank in ranks],
         "peak_gpu_bytes": [rank["gpu"] for rank in ranks if rank["gpu"] is not None],
     }
+
+
+def reset_peak() -> int:
+    """Set the process's peak resident memory back to what it holds now (Linux), and return that, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the process's peak resident memory since ``reset_peak``, in bytes (Linux)."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Return the process's resident memory in bytes (Linux)."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
