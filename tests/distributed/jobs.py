@@ -22,6 +22,7 @@ from oneshot.data.conversations import read_conversations
 from oneshot.data.encoding import encode, pad_batch
 from oneshot.distributed.engine import frozen, start_training
 from oneshot.distributed.runtime import start
+from oneshot.distributed.stage import _leave_together
 from oneshot.errors import UserError
 from oneshot.measure.generate import generate_answers
 from oneshot.patch.attach import Gradients
@@ -118,6 +119,8 @@ def main() -> None:
             print(f"job {job['name']}", file=sys.stderr)
             traceback.print_exc()
             raise
+    if start().world_size > 1:
+        _leave_together()  # as the stages do: in Python's own teardown gloo's threads now and then abort
 
 
 if __name__ == "__main__":
