@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, read_json, read_tensor
-from oneshot.checkpoint.quantized import BLOCK
+from oneshot.checkpoint.quantized import BLOCK, PACKED
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-_STATE = ".quant_state.bitsandbytes__nf4"
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ def packed_weights(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, P
         )
     found = {}
     for key in tensors:
-        if key.endswith(_STATE):
-            name = key.removesuffix(_STATE)
+        if key.endswith(PACKED):
+            name = key.removesuffix(PACKED)
             beside = {k: entry for k, entry in tensors.items() if k.startswith(f"{name}.")}
             if name not in tensors or not {f"{name}.absmax", f"{name}.quant_map"} <= beside.keys():
                 raise UserError(f"{folder} holds {key} but not all of the packed weight: copy the checkpoint again.")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # weights per scale, bitsandbytes' default
 _CHUNK = 1 << 20  # weights quantized at a time, which bounds the kernel's temporary memory
-_STATE = ".weight.quant_state.bitsandbytes__nf4"
+PACKED = ".quant_state.bitsandbytes__nf4"  # after a weight's name: bitsandbytes stores it packed
 
 
 @dataclass
@@ -77,7 +77,7 @@ def _bitsandbytes(config: Any) -> dict[str, Any]:
 
 def holds_packed(tensors: dict[str, TensorEntry], name: str) -> bool:
     """Return whether a checkpoint holds this weight packed, as bitsandbytes saves it."""
-    return name.removesuffix(".weight") + _STATE in tensors
+    return name + PACKED in tensors
 
 
 def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtype, *, double: bool) -> FourBit:

@@ -144,3 +144,7 @@ def test_stock_io_and_quantize_exclude_each_other():
 
     with pytest.raises(UserError, match=r"model\.stock_io"):
         check(Settings(model=ModelSettings(quantize="nf4", stock_io=True)))
+
+
+def test_attention_auto_is_what_can_run_here(tmp_path):
+    assert load(saved(tiny_model("llama"), tmp_path), attention="auto").config._attn_implementation == "sdpa"
