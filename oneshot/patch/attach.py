@@ -85,7 +85,10 @@ class Gradients:
                 handle.remove()
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (X, delta) of one layer, fp32: (rows, n) and (rows, m); no rows where the loss did not reach it."""
+        """Return (X, delta) of one layer: (rows, n) and (rows, m); no rows where the loss did not reach it.
+
+        In fp32, or in fp64 where the model computes in that.
+        """
         import torch
 
         module = self.linears[name]
@@ -95,7 +98,8 @@ class Gradients:
         x, delta = self.inputs[name].flatten(0, -2), self.deltas[name].flatten(0, -2)
         if self.keep is not None:
             x, delta = x[self.keep.flatten()], delta[self.keep.flatten()]
-        return x.float(), delta.float()
+        kind = torch.promote_types(x.dtype, torch.float32)
+        return x.to(kind), delta.to(kind)
 
     def _hook(self, name: str) -> Any:
         def capture(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
