@@ -25,15 +25,17 @@ if [[ -n ${ONESHOT_CONTAINER:-} ]]; then
   options+=("--container-mounts=$PWD:$PWD${ONESHOT_MOUNTS:+,$ONESHOT_MOUNTS}")
 fi
 
-# a fine-tune writes this file when it has saved its state: whatever ends the run after that, the job can go on
-export ONESHOT_PROGRESS_FILE=$PWD/runs/.progress-$SLURM_JOB_ID
+# a fine-tune writes the first file when it has saved its state: whatever ends the run after that, the job can go on;
+# a run that fails writes its exit code into the second, of which its launchers and srun would make another
+export ONESHOT_PROGRESS_FILE=$PWD/runs/.progress-$SLURM_JOB_ID ONESHOT_CODE_FILE=$PWD/runs/.code-$SLURM_JOB_ID
 mkdir -p runs
-rm -f "$ONESHOT_PROGRESS_FILE"
+rm -f "$ONESHOT_PROGRESS_FILE" "$ONESHOT_CODE_FILE"
 code=0
 srun "${options[@]}" launch/node.sh "$@" || code=$?
+if ((code != 0)) && [[ -s $ONESHOT_CODE_FILE ]]; then code=$(<"$ONESHOT_CODE_FILE"); fi
 if ((code != 0)) && [[ -s $ONESHOT_PROGRESS_FILE ]] && ((${SLURM_RESTART_COUNT:-0} < ${ONESHOT_MAX_REQUEUES:-20})); then
   echo "slurm/start.sh: ended with exit code $code; step $(<"$ONESHOT_PROGRESS_FILE") is saved: requeue." >&2
   scontrol requeue "$SLURM_JOB_ID" || code=$?
 fi
-rm -f "$ONESHOT_PROGRESS_FILE"
+rm -f "$ONESHOT_PROGRESS_FILE" "$ONESHOT_CODE_FILE"
 exit "$code"

@@ -16,6 +16,8 @@ _ECHO = 2.0  # seconds
 NOTED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # names the file that a job script looks for when the run has ended before its time: progress was saved, start it again
 PROGRESS_FILE = "ONESHOT_PROGRESS_FILE"
+# names the file in which a job script finds the run's own exit code: launchers turn every failure into a 1
+CODE_FILE = "ONESHOT_CODE_FILE"
 
 
 class Interrupted(Exception):
@@ -52,3 +54,12 @@ def tell_progress(step: int) -> None:
     path = os.environ.get(PROGRESS_FILE)
     if path:
         Path(path).write_text(f"{step}\n", encoding="utf-8")
+
+
+def tell_code(code: int) -> None:
+    """Tell the job script, if there is one, with what exit code the run failed; the first rank's word counts."""
+    path = os.environ.get(CODE_FILE)
+    if path:
+        # a failure is not to fail for want of this
+        with contextlib.suppress(OSError), Path(path).open("x", encoding="utf-8") as stream:
+            stream.write(f"{code}\n")

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
-from oneshot.distributed.signals import Interrupted
+from oneshot.distributed.signals import Interrupted, tell_code
 from oneshot.distributed.watchdog import watched
 from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
 from oneshot.settings import Settings, parse
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
+# what gloo and NCCL say of a peer that is gone, or silent for too long
+_LOST = ("timed out", "timeout", "connection reset", "connection closed")
 _FIRST, _HEARD = "oneshot/first_failure", "oneshot/heard"
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable
         _fail(prog, "interrupted", EXIT_INTERRUPTED, settings.debug)
     except Exception as error:
         hint = "" if settings.debug else " (--debug shows the traceback)"
-        if _ranks() > 1 and "timed out" in str(error).lower():
+        if _ranks() > 1 and any(words in str(error).lower() for words in _LOST):
             hint = f"; another rank, its node or the network is gone, or needs more ONESHOT_TIMEOUT_MINUTES{hint}"
         _fail(prog, f"{type(error).__name__}: {_one_line(error)}{hint}", EXIT_FAILED, settings.debug)
     if _ranks() > 1:
@@ -71,12 +73,14 @@ def _fail(prog: str, message: str, code: int, debug: bool) -> NoReturn:
         if debug:
             traceback.print_exc()
         _say(prog, message)
+        tell_code(code)
         sys.exit(code)
     rank = os.environ.get("RANK", "0")
     if _to_be_heard(rank):
         if debug:
             traceback.print_exc()
         _say(prog, f"rank {rank}: {message}")
+        tell_code(code)
         _tell_the_others()
     # not sys.exit: leaving in order would wait for the other ranks, which wait for this one
     _exit(code)

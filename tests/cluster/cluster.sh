@@ -57,12 +57,17 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=1
 # sbatch refuses what no node can give, as most sites have it
 EnforcePartLimits=ALL
 KillWait=5
-SlurmdTimeout=20
+SlurmdTimeout=12
 ReturnToService=2
+# a job that has to make room for an urgent one is told so, and has a minute to end by itself; an abrupt one has none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=127.0.0.[1-2] NodeHostname=localhost Port=[${ports[1]}-${ports[2]}] CPUs=16 Gres=gpu:8
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=abrupt Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 CONF
 }
 

@@ -44,3 +44,12 @@ def repaired(degraded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("repaired") / "run"
     stage("repair", *repair_settings(degraded / "finetuned", out))
     return out
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of the same fine-tune on both nodes of the cluster, one process on each."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    arguments = ["slurm/finetune_70b.sh", "--config", TINY, "--out", str(folder / "run")]
+    cluster.submit("--gpus-per-node=1", *arguments, logs=folder).check()
+    return folder / "run"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,10 +57,15 @@ class Job:
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def progress(self) -> str:
+        """The step of the last saved state, as the job script reads it; nothing before there is one."""
+        path = ROOT / "runs" / f".progress-{self.number}"
+        return path.read_text().strip() if path.exists() else ""
+
     def until(self, true: Callable[[], bool], timeout: float) -> None:
         wait_until(true, lambda: f"{self.facts()}\n{self.text()[-6000:]}", timeout)
 
-    def ended(self, timeout: float = 120) -> tuple[str, str]:
+    def ended(self, timeout: float = 240) -> tuple[str, str]:
         """Wait for the job's end. Returns its state and exit code (code:signal)."""
         try:
             self.until(lambda: self.facts()["JobState"] in ENDED, timeout)
@@ -66,7 +74,7 @@ class Job:
         facts = self.facts()
         return facts["JobState"], facts["ExitCode"]
 
-    def check(self, timeout: float = 120) -> Job:
+    def check(self, timeout: float = 240) -> Job:
         """Return self, having waited for its end and made sure that it went well."""
         assert self.ended(timeout) == ("COMPLETED", "0:0"), self.text()[-6000:]
         return self
@@ -92,6 +100,22 @@ class Cluster:
         name = name or re.search(r"^#SBATCH --job-name=(.*)", (ROOT / script).read_text(), re.MULTILINE)[1]
         return Job(number[1], logs / f"{name}-{number[1]}.log", self.slurm_conf)
 
+    def crash(self, node: str) -> None:
+        """Kill a node's daemon and all that it has started, at once."""
+        log = self.slurm_conf.parent / f"slurmd-{node}.log"
+        assert send(signal.SIGKILL, holding=log)
+        send(signal.SIGKILL, SLURMD_NODENAME=node)
+
+    def start(self, node: str) -> None:
+        """Start a node's daemon again."""
+        places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+        started = _slurm(self.slurm_conf, str(shutil.which("slurmd", path=places)), "-N", node)
+        assert started.returncode == 0, started.stderr
+
+    def state_of(self, node: str) -> str:
+        """idle, allocated, down, ...; with a star behind it where the node does not answer."""
+        return _slurm(self.slurm_conf, "sinfo", "--noheader", "--nodes", node, "--format=%T").stdout.split()[0]
+
     def sbatch(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return _slurm(self.slurm_conf, "sbatch", *command, **environment)
 
@@ -99,6 +123,25 @@ class Cluster:
 def _slurm(slurm_conf: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables_ = variables(SLURM_CONF=str(slurm_conf), **environment)
     return subprocess.run(command, cwd=ROOT, env=variables_, capture_output=True, text=True, timeout=60)
+
+
+def send(number: signal.Signals, *, holding: Path | None = None, **environment: str) -> list[int]:
+    """Signal the processes that hold a file open, or have these variables; returns their ids.
+
+    Slurm's own commands reach none of these from outside: they signal whole steps, and end them in order.
+    """
+    wanted = {f"{name}={value}".encode() for name, value in environment.items()}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if holding is not None:
+                hit = any(os.readlink(link) == str(holding) for link in (process / "fd").iterdir())
+            else:
+                hit = wanted <= set((process / "environ").read_bytes().split(b"\0"))
+            if hit:
+                os.kill(int(process.name), number)
+                found.append(int(process.name))
+    return found
 
 
 def stage(*arguments: str) -> None:
@@ -135,3 +178,9 @@ def learnt(run: Path) -> dict[str, torch.Tensor]:
     """What a fine-tune of the toy model changed in its weight matrices."""
     before, after = (load_file(folder / "model.safetensors") for folder in (ALIGNED, run / "finetuned"))
     return {name: after[name] - before[name] for name in before if before[name].dim() == 2}
+
+
+def same(run: Path, wanted: Path) -> bool:
+    """Whether two fine-tunes have the same weights, bit for bit."""
+    ours, theirs = (load_file(folder / "finetuned" / "model.safetensors") for folder in (run, wanted))
+    return set(ours) == set(theirs) and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

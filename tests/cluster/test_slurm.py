@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from slurmjobs import HERE, TINY, Cluster, apart, learnt, patch_of, repair_settings
+from slurmjobs import HERE, TINY, Cluster, apart, learnt, patch_of, repair_settings, same
 
 pytestmark = pytest.mark.cluster
 RTOL = 1e-4
@@ -28,8 +28,8 @@ def test_a_patch_made_on_two_nodes_is_that_of_one_process(
     assert report["stages"] == one["stages"]
 
 
-def test_a_finetune_warned_twice_is_that_of_one_process_never_interrupted(
-    cluster: Cluster, degraded: Path, tmp_path: Path
+def test_a_finetune_warned_twice_is_that_of_one_never_interrupted(
+    cluster: Cluster, degraded: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Warned, it saves and ends; the job requeues itself and goes on where it was, in the same folder and log."""
     out = tmp_path / "run"
@@ -37,23 +37,27 @@ def test_a_finetune_warned_twice_is_that_of_one_process_never_interrupted(
     job = cluster.submit("--gpus-per-node=1", "slurm/finetune_70b.sh", *arguments, logs=tmp_path)
     steps = out / "events.jsonl"
     for restarts, least in enumerate((5, 20)):
-        job.until(lambda least=least: steps.exists() and steps.read_text().count("\n") > least, 60)
+        job.until(lambda least=least: steps.exists() and steps.read_text().count("\n") > least, 120)
         job.slurm("scancel", "--signal=USR1", job.number)  # to the step, as sbatch --signal=USR1@300 does in its time
-        job.until(lambda number=restarts + 1: job.facts()["Restarts"] == str(number), 60)
+        job.until(lambda number=restarts + 1: job.facts()["Restarts"] == str(number), 120)
     job.check()
     assert job.text().count("node 0 of 2") == 3
     said = " ".join(job.text().split())
     assert said.count("Told to stop after step") == 2
     assert said.count("Resumed at step") == 2
     assert [json.loads(line)["step"] for line in steps.read_text().splitlines()] == list(range(1, 61))
+    assert same(out, uninterrupted)
     assert apart(learnt(out), learnt(degraded)) < RTOL
 
 
 def test_the_warning_before_the_end_reaches_the_workers_alone(cluster: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     script.write_text(f'#!/bin/bash\nexec slurm/start.sh {HERE / "waits_for_usr1.py"} "$@"\n')
-    options = ["--nodes=2", "--gpus-per-node=2", "--job-name=warned", "--time=1", "--signal=USR1@45"]
-    cluster.submit(*options, str(script), str(tmp_path), logs=tmp_path).check()
+    options = ["--nodes=2", "--gpus-per-node=2", "--job-name=warned", "--time=10", "--signal=USR1@120"]
+    job = cluster.submit(*options, str(script), str(tmp_path), logs=tmp_path)
+    job.until(lambda: len(list(tmp_path.glob("*.ready"))) == 4, 120)
+    job.slurm("scontrol", "update", f"jobid={job.number}", "endtime=now+100")  # which Slurm looks at twice a minute
+    job.check()
     assert sorted(path.name for path in tmp_path.glob("*.heard")) == ["0.heard", "1.heard", "2.heard", "3.heard"]
 
 

@@ -12,7 +12,7 @@ me = Path(sys.argv[1]) / os.environ.get("RANK", "0")
 heard = []
 signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
 me.with_suffix(".ready").touch()
-deadline = time.monotonic() + 90
+deadline = time.monotonic() + 100
 while not heard and time.monotonic() < deadline:
     time.sleep(0.1)
 time.sleep(1)  # a launcher that USR1 had killed would take this process with it

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from oneshot.distributed.runtime import _timeout
+from oneshot.distributed.signals import CODE_FILE, tell_code
 from oneshot.errors import UserError
 from oneshot.settings import Settings, parse
 
@@ -319,6 +320,26 @@ def test_a_job_is_requeued_only_where_progress_was_saved(place: Place) -> None:
     ran = place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", CODE="0")
     assert (ran.returncode, ran.stdout) == (0, "")
     assert list((place.root / "runs").iterdir()) == []
+
+
+def test_a_job_ends_with_the_code_that_its_first_failing_rank_gave(place: Place) -> None:
+    """Launchers make it a 1, and srun a 143 where it ended another node."""
+    place.stand_in("srun", 'printf "$SAID" > "$ONESHOT_CODE_FILE"; exit ${CODE:-143}')
+    assert place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", SAID="3\\n").returncode == 3
+    assert place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", SAID="").returncode == 143
+    assert place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", SAID="3\\n", CODE="0").returncode == 0
+    assert list((place.root / "runs").iterdir()) == []
+
+
+def test_the_first_rank_to_tell_its_code_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CODE_FILE, str(tmp_path / "code"))
+    tell_code(3)
+    tell_code(1)
+    assert (tmp_path / "code").read_text() == "3\n"
+    monkeypatch.setenv(CODE_FILE, str(tmp_path / "no" / "code"))
+    tell_code(2)
+    monkeypatch.delenv(CODE_FILE)
+    tell_code(2)
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
