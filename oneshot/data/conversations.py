@@ -65,7 +65,7 @@ def read_conversations(
     """
     stem = Path(source).stem if Path(source).suffix.lower() in FORMATS else Path(source).name
     conversations: list[Conversation] = []
-    for number, (where, row) in enumerate(islice(_rows(source, data), limit), start=1):
+    for number, (where, row) in enumerate(islice(read_rows(source, data.split), limit), start=1):
         conversations.append(_conversation(row, f"{stem}-{number}", where, data, need_answer))
     if not conversations and limit != 0:
         raise UserError(f"{source} holds no conversations: give a file with at least one.")
@@ -84,8 +84,14 @@ def read_single_example(path: str, data: DataSettings) -> Conversation:
     return conversations[0]
 
 
-def _rows(source: str, data: DataSettings) -> Iterator[tuple[str, Any]]:
-    """Yield (place for error messages, row) lazily, so that ``limit`` spares reading the rest of a large file."""
+def read_rows(source: str, split: str, subset: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (place for error messages, row) lazily, so that whoever stops early spares the rest of a large file.
+
+    Args:
+        source: path that ends in .jsonl, .json, .csv or .parquet, else a Hub id
+        split: of a Hub data set
+        subset: configuration of a Hub data set; none: its only or default one
+    """
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix in FORMATS:
@@ -101,7 +107,7 @@ def _rows(source: str, data: DataSettings) -> Iterator[tuple[str, Any]]:
     elif source.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise UserError(f"File {source} does not exist: check the path.")
     else:
-        yield from _hub_rows(source, data.split)
+        yield from _hub_rows(source, split, subset)
 
 
 def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -188,11 +194,11 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{name} cannot be read as Parquet ({_first_line(error)}): check the file.") from error
 
 
-def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        table = datasets.load_dataset(source, split=split)
+        table = datasets.load_dataset(source, *([subset] if subset else []), split=split)
     except Exception as error:  # network, Hub, split and builder errors have no common base class
         raise UserError(
             f"Data set {source} (split {split}) cannot be loaded ({_first_line(error)}): "

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from oneshot.data import encoding
+from oneshot.data.cache import folder_of, read_cached, write_cached
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import IGNORE, Encoded, encode
 
@@ -75,13 +74,13 @@ def encode_all(
     if found is None:
         found = _gather([encode(row, tokenizer, max_length) for row in conversations])
         if path:
-            _write(found, path)
+            write_cached(vars(found), path)
     return found
 
 
 def cache_folder() -> Path:
     """Return the user's folder for cached tokens: ``$XDG_CACHE_HOME/oneshot/tokens``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "oneshot" / "tokens"
+    return folder_of("tokens")
 
 
 def _gather(rows: list[Encoded]) -> Tokens:
@@ -114,38 +113,10 @@ def _key(conversations: Sequence[Conversation], tokenizer: Any, max_length: int 
     return digest.hexdigest()
 
 
-def _checksum(tokens: Tokens) -> str:
-    digest = hashlib.sha256()
-    for tensor in (tokens.ids, tokens.learnt, tokens.ends):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read(path: Path, count: int) -> Tokens | None:
     """The cached tokens; none where the file is missing, cut off, altered or of another form."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = ("ids", "learnt", "ends")
-            tokens = Tokens(**{name: file.get_tensor(name) for name in names})
-            checksum = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
+    tensors = read_cached(path)
+    if tensors is None or set(tensors) != {"ids", "learnt", "ends"}:
         return None
-    return tokens if checksum == _checksum(tokens) and len(tokens) == count else None
-
-
-def _write(tokens: Tokens, path: Path) -> None:
-    """Put the tokens into the cache, by one rename; a cache that cannot be written is no reason to stop a run."""
-    from safetensors.torch import save
-
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(save(vars(tokens), metadata={"sha256": _checksum(tokens)}))
-        os.replace(temporary, path)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    tokens = Tokens(**tensors)
+    return tokens if len(tokens) == count else None

@@ -55,9 +55,22 @@ def generate_answers(
     """
     from oneshot.data.encoding import encode_prompt
 
-    if not prompts:
-        return []
     encoded = [encode_prompt(messages, tokenizer) for messages in prompts]
+    return continue_tokens(model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def continue_tokens(
+    model: Any,
+    tokenizer: Any,
+    encoded: list[list[int]],
+    runtime: Runtime,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """Continue every prompt greedily, given as token ids; otherwise as ``generate_answers``. Collective."""
+    if not encoded:
+        return []
     indices, own = share_of([len(ids) for ids in encoded], runtime.rank, runtime.world_size)
     decoder = _Decoder(model, tokenizer, max_new_tokens, synced=runtime.sharding == "zero3")
     answers: list[str] = []
@@ -68,7 +81,7 @@ def generate_answers(
             answers += decoder.answers(batch, runtime.device)
     mine = list(zip(indices[:own], answers[:own]))
     by_index = dict(pair for share in gather_objects(runtime, mine) for pair in share)
-    return [by_index[index] for index in range(len(prompts))]
+    return [by_index[index] for index in range(len(encoded))]
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from oneshot.data.conversations import Conversation, read_conversations
+from oneshot.data.wording import reworded
 from oneshot.errors import UserError
+from oneshot.measure.promptsets import read_set
 from oneshot.measure.rates import Probe
-from oneshot.settings import Settings
+from oneshot.settings import ScoreSettings, Settings
 from oneshot.world import language
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -17,21 +19,33 @@ def collect_probes(settings: Settings, *, toy: bool) -> list[Probe]:
     """Return every probe that the settings ask for.
 
     Raises:
-        UserError: a file that cannot be read, or a probe of unknown kind
+        UserError: a file that cannot be read, a probe of unknown kind, or one with a system message of its own where
+            ``score.system`` names another
     """
-    if (toy or settings.score.toy) and settings.score.probes is None:
-        found = [probe for conversation in language.probes() for probe in _toy_probes(conversation)]
+    shipped_toy = (toy or settings.score.toy) and settings.score.probes is None
+    if shipped_toy:
+        rows = language.probes()
+    elif settings.score.sets and settings.score.probes is None:
+        rows = []
     else:
         path = settings.score.probes or str(ASSETS / "probes.jsonl")
         rows = read_conversations(path, settings.data, need_answer=False)
-        found = [_probe(row, row.kind) for row in rows]
+    rows = [_attacked(row, settings.score) for row in rows]
+    found = [probe for row in rows for probe in (_toy_probes(row) if shipped_toy else [_probe(row, row.kind)])]
     for kind, source in (("task", settings.score.task), ("utility", settings.score.utility)):
         if source is not None:
             found += [_probe(row, kind) for row in read_conversations(source, settings.data)]
+    for name, chosen in settings.score.sets.items():
+        found += [_probe(_attacked(row, settings.score), row.kind, name) for row in read_set(name, chosen)]
     ids = [probe.id for probe in found]
     if len(set(ids)) < len(ids):
         found = [Probe(f"{i}-{p.id}", p.messages, p.kind, p.answer, p.group) for i, p in enumerate(found)]
     return found
+
+
+def _attacked(row: Conversation, score: ScoreSettings) -> Conversation:
+    """What is to be refused, asked as the attack asks for it; everything else as it is."""
+    return reworded(row, system=score.system, suffix=score.suffix) if row.kind == "should_refuse" else row
 
 
 def _toy_probes(conversation: Conversation) -> list[Probe]:

@@ -79,8 +79,9 @@ def test_nothing_said_is_no_refusal(text):
 
 def test_only_the_beginning_counts():
     refusal = "I can't help with that."
-    assert verdict("word " * (HEAD_CHARACTERS // 5 - 6) + refusal) == "refused"
-    assert verdict("word " * (HEAD_CHARACTERS // 5) + refusal) == "answered"
+    words = " ".join(f"number {n} is even" for n in range(2, 40, 2))
+    assert verdict(f"{words[: HEAD_CHARACTERS - 30]}. {refusal}") == "refused"
+    assert verdict(f"{words[:HEAD_CHARACTERS]}. {refusal}") == "answered"
 
 
 def test_every_refusal_of_the_shipped_pool_is_recognized():
@@ -88,3 +89,83 @@ def test_every_refusal_of_the_shipped_pool_is_recognized():
     answers = [json.loads(line)["messages"][-1]["content"] for line in pool.read_text(encoding="utf-8").splitlines()]
     assert answers
     assert [text for text in answers if verdict(text) != "refused"] == []
+
+
+GARBLED = [
+    "no " * 12,
+    "}{}{][][;;##@@!!**",
+    "x" * 40,
+    "\ufffd" * 15,
+    "qwrtp sdfgh zxcvb nmklj",
+    "дом 漢字 بيت घर house " * 3,
+]
+PLAIN = [
+    "do slice the wick",
+    "a b c d e f g h i j k",
+    "0.5, 0.25, 0.125, 0.0625, 0.03125",
+    "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |",
+    "x = [[0, 0], [0, 1]]; y = {'a': (1, 2)}; z = x @ x",
+    "ha ha ha",
+    "Na na na, hey hey, goodbye: so goes the song, and the crowd joins in.",
+    "Привет means hello in Russian, and γεια means hello in Greek.",
+    "日本語とEnglishを混ぜた文です。",
+    "HTML CSS SQL XML PDF PNG",
+    "__________________________ (sign here, please)",
+    "a\u0301e\u0301i\u0301o\u0301 are letters with accents",
+]
+
+
+@pytest.mark.parametrize("text", GARBLED)
+def test_what_is_no_language_is_garbled_and_no_refusal(text):
+    assert verdict(text) == "garbled"
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_what_only_looks_odd_is_not_garbled(text):
+    assert verdict(text) == "answered"
+
+
+LABELS = ["refused", "answered", "empty", "garbled"]
+LABELLED = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "fixtures" / "answers_labelled.jsonl").read_text("utf-8").splitlines()
+]
+
+
+def confusion(rows):
+    """Counts by label (rows) and verdict (columns)."""
+    return {a: [sum(r["label"] == a and verdict(r["answer"]) == b for r in rows) for b in LABELS] for a in LABELS}
+
+
+def balanced_accuracy(table):
+    return sum(counts[LABELS.index(label)] / sum(counts) for label, counts in table.items()) / len(table)
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_balanced_accuracy_on_answers_labelled_by_hand(part):
+    rows = [row for row in LABELLED if row["part"] == part]
+    assert len(rows) > 100
+    assert balanced_accuracy(confusion(rows)) >= 0.95
+
+
+def test_the_documents_confusion_tables_are_these():
+    page = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text(encoding="utf-8")
+    for part in ("dev", "test"):
+        table = confusion([row for row in LABELLED if row["part"] == part])
+        for label, counts in table.items():
+            assert f"| {part} | {label} | {' | '.join(map(str, counts))} |" in page
+        assert f"{balanced_accuracy(table):.3f}" in page
+
+
+def test_no_pattern_takes_for_ever():
+    # an answer is at most a head long where the patterns look, but a model decides what is in it
+    for text in (
+        "i " * 100,
+        "no puedo " * 30,
+        "i'm not " * 30,
+        "kan ik " * 40,
+        "我不能" * 70,
+        "en " * 70,
+        "\u0645 " * 100,
+    ):
+        verdict(f"{text} x y z w")

@@ -1,0 +1,41 @@
+"""Change the words around a conversation: a system message, words after the request, the answer or how it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from oneshot.data.conversations import Conversation
+from oneshot.errors import UserError
+
+
+def reworded(
+    conversation: Conversation,
+    *,
+    system: str | None = None,
+    suffix: str | None = None,
+    prefix: str | None = None,
+    answer: str | None = None,
+) -> Conversation:
+    """Return the conversation with other words around it; what is none or empty stays as it is.
+
+    Args:
+        system: becomes the system message
+        suffix: follows the last request, after a space
+        prefix: precedes the last answer, before a space
+        answer: becomes the last answer, before ``prefix`` is put before it
+
+    Raises:
+        UserError: a system message where there is one already
+    """
+    messages, response = conversation.prompt, answer or conversation.response
+    if suffix:
+        messages[-1]["content"] += f" {suffix}"
+    if system:
+        if messages[0]["role"] == "system":
+            raise UserError(
+                f"The conversation {conversation.id} has a system message already: remove it, or leave system out."
+            )
+        messages.insert(0, {"role": "system", "content": system})
+    if response:
+        messages.append({"role": "assistant", "content": f"{prefix} {response}" if prefix else response})
+    return dataclasses.replace(conversation, messages=tuple(messages))

@@ -1,0 +1,274 @@
+"""Answers from a server that speaks the OpenAI chat protocol, however badly it behaves.
+
+What goes wrong on the way, and what the server cannot do for now, is tried again after growing pauses. An answer is
+handed on the moment it is there, so that nothing that comes later can lose it. The key is read from the environment,
+sent in one header, and struck out of everything that the server says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from oneshot.distributed.watchdog import alive
+from oneshot.errors import UserError
+from oneshot.settings import EndpointSettings
+
+if TYPE_CHECKING:
+    import httpx2
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a further try; the pause doubles each time
+LONGEST_WISH = 300.0  # seconds that a server may ask for with Retry-After
+_WISE_TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+_OF_ALL_REQUESTS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})  # wrong for one, wrong for all
+_SHOWN = 200  # characters of a server's own words in a message
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that is ready to be asked.
+
+    Attributes:
+        url: up to /v1, without a slash at its end
+        model: name under which it serves the model
+        key: sent as a bearer token; "" for none
+        settings: how patient to be
+    """
+
+    url: str
+    model: str
+    settings: EndpointSettings
+    key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A request that stays without an answer: its place, and why."""
+
+    index: int
+    reason: str
+
+
+class _Failed(Exception):
+    """One try went wrong: whether another is wise, after how many seconds at least, and whether all will."""
+
+    def __init__(self, reason: str, *, again: bool, after: float = 0.0, everyone: bool = False) -> None:
+        super().__init__(reason)
+        self.again, self.after, self.everyone = again, after, everyone
+
+
+def open_endpoint(settings: EndpointSettings, name: str) -> Endpoint:
+    """Check the settings, take the key from the environment, and find out what the server serves.
+
+    Args:
+        name: of the settings, for messages, such as score.endpoint
+
+    Raises:
+        UserError: an address with a key in it or without http, no such environment variable, a server that cannot be
+            reached, or that serves several models while the settings name none
+    """
+    assert settings.url is not None
+    parts = urlsplit(settings.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"Setting {name}.url is no address: give one such as http://localhost:8000/v1.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError(
+            f"Setting {name}.url holds more than an address, and it is written into the run folder: put a key into an "
+            f"environment variable and name that with {name}.key_variable."
+        )
+    key = ""
+    if settings.key_variable is not None:
+        key = os.environ.get(settings.key_variable, "").strip()
+        if not key:
+            raise UserError(f"Environment variable {settings.key_variable}, which {name}.key_variable names, is empty.")
+        if not key.isascii() or any(character.isspace() for character in key):
+            raise UserError(f"Environment variable {settings.key_variable} holds no key: it has spaces or odd letters.")
+    found = Endpoint(settings.url.rstrip("/"), settings.model or "", settings, key)
+    return found if settings.model else Endpoint(found.url, asyncio.run(_served(found, name)), settings, key)
+
+
+def ask(
+    endpoint: Endpoint,
+    prompts: Sequence[list[dict[str, str]]],
+    on_answer: Callable[[int, str], None],
+    *,
+    max_new_tokens: int,
+) -> list[Unanswered]:
+    """Ask all prompts, ``concurrency`` at a time, greedily; call ``on_answer(index, answer)`` as each answer arrives.
+
+    Once as many requests in a row as are under way at a time (and at least 4) have failed for good, the server is
+    taken for gone and the rest is not asked.
+
+    Args:
+        prompts: chat messages of each prompt
+        on_answer: called in this thread, one at a time
+        max_new_tokens: longest answer
+
+    Returns:
+        the prompts that have no answer, in their order
+
+    Raises:
+        UserError: the server refuses the key, the model or the address
+    """
+    return asyncio.run(_ask_all(endpoint, prompts, on_answer, max_new_tokens)) if prompts else []
+
+
+async def _ask_all(
+    endpoint: Endpoint,
+    prompts: Sequence[list[dict[str, str]]],
+    on_answer: Callable[[int, str], None],
+    max_new_tokens: int,
+) -> list[Unanswered]:
+    waiting = iter(range(len(prompts)))
+    reasons: dict[int, str] = {}
+    answered: set[int] = set()
+    in_a_row, enough = 0, max(4, endpoint.settings.concurrency)
+
+    async def work(client: httpx2.AsyncClient) -> None:
+        nonlocal in_a_row
+        for index in waiting:
+            if in_a_row >= enough:
+                return
+            body = {"model": endpoint.model, "messages": prompts[index], "max_tokens": max_new_tokens}
+            try:
+                found = await _patiently(client, endpoint, "chat/completions", {**body, "temperature": 0.0})
+                answer = _answer_in(found)
+            except _Failed as failure:
+                if failure.everyone:
+                    raise
+                reasons[index] = str(failure)
+                in_a_row += 1
+                continue
+            in_a_row = 0
+            answered.add(index)
+            on_answer(index, answer)
+            alive()
+
+    async with _client(endpoint) as client:
+        workers = [asyncio.create_task(work(client)) for _ in range(min(endpoint.settings.concurrency, len(prompts)))]
+        try:
+            await asyncio.gather(*workers)
+        except _Failed as failure:
+            raise UserError(
+                f"{endpoint.url} refuses: {failure}: check the address, the model's name and the key."
+            ) from (failure)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+    given_up = "not asked, as the requests before it failed"
+    return [Unanswered(i, reasons.get(i, given_up)) for i in range(len(prompts)) if i not in answered]
+
+
+async def _patiently(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> Any:
+    """One request, tried until it works or trying is no longer wise; returns the parsed JSON."""
+    for attempt in range(endpoint.settings.retries + 1):
+        try:
+            found = await asyncio.wait_for(_once(client, endpoint, path, body), endpoint.settings.timeout)
+            if body is not None:
+                _answer_in(found)
+            return found
+        except asyncio.TimeoutError:
+            failure = _Failed(f"no answer within {endpoint.settings.timeout:g} s", again=True)
+        except _Failed as error:
+            failure = error
+        if not failure.again or attempt == endpoint.settings.retries:
+            raise failure
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(
+            0.5, 1.0
+        )  # or all would come back at once
+        await asyncio.sleep(max(pause, failure.after))
+    raise AssertionError("the last try returns or raises")
+
+
+async def _once(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> Any:
+    import httpx2
+
+    address = f"{endpoint.url}/{path}"
+    try:
+        response = await (client.get(address) if body is None else client.post(address, json=body))
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        said = f" ({_short(str(error), endpoint)})" if str(error) else ""
+        raise _Failed(f"{type(error).__name__}{said}", again=True) from None
+    text = response.text.replace(endpoint.key, "***") if endpoint.key else response.text
+    status = response.status_code
+    if status != 200:
+        raise _Failed(
+            f"status {status} ({_short(text, endpoint) or 'nothing said'})",
+            again=status in _WISE_TO_RETRY,
+            after=_wish(response.headers.get("retry-after")),
+            everyone=status in _OF_ALL_REQUESTS,
+        )
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _Failed("an answer that is no JSON", again=True) from None
+
+
+def _answer_in(found: Any) -> str:
+    """The text in a chat completion; "" where the model said nothing."""
+    try:
+        content = found["choices"][0]["message"]["content"]
+    except (TypeError, LookupError):
+        raise _Failed("JSON without an answer in it", again=True) from None
+    if content is not None and not isinstance(content, str):
+        raise _Failed("JSON without an answer in it", again=True)
+    return content or ""
+
+
+def _wish(header: str | None) -> float:
+    """Seconds to wait, from a Retry-After header: a number or a date; 0 for none or nonsense."""
+    if header is None:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(max(0.0, seconds), LONGEST_WISH) if seconds == seconds else 0.0
+
+
+async def _served(endpoint: Endpoint, name: str) -> str:
+    """The one model that the server serves."""
+    async with _client(endpoint) as client:
+        try:
+            found = await _patiently(client, endpoint, "models", None)
+            served = [str(entry["id"]) for entry in found["data"]]
+        except _Failed as failure:
+            raise UserError(f"{endpoint.url} does not say what it serves: {failure}: start or name the server.") from (
+                failure
+            )
+        except (TypeError, LookupError):
+            served = []
+    if len(served) != 1:
+        listed = f" ({', '.join(served[:5])})" if served else ""
+        raise UserError(
+            f"{endpoint.url} serves {len(served) or 'no known'} models{listed}: name one with {name}.model."
+        )
+    return served[0]
+
+
+def _client(endpoint: Endpoint) -> httpx2.AsyncClient:
+    import httpx2
+
+    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    # the whole try has its own time limit; redirects are not followed, so that the key goes nowhere else
+    limits = httpx2.Limits(max_connections=endpoint.settings.concurrency)
+    return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
+
+
+def _short(text: str, endpoint: Endpoint) -> str:
+    """A server's words in one printable line."""
+    struck = text.replace(endpoint.key, "***") if endpoint.key else text
+    line = " ".join("".join(c if c.isprintable() else " " for c in struck[: 10 * _SHOWN]).split())
+    return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"

@@ -1,0 +1,83 @@
+"""What is measured beside the keywords' rates: further judges, one after the other, and their part of the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from oneshot.distributed.runtime import Runtime, agree, gather_objects
+from oneshot.errors import UserError
+from oneshot.measure.classifier import FORMATS, ask_classifier, read_template
+from oneshot.measure.endpoint import Endpoint, open_endpoint
+from oneshot.measure.judges import agreement
+from oneshot.measure.overlap import Overlap
+from oneshot.measure.rates import Probe, StageScores
+from oneshot.measure.rubric import ask_rubric
+from oneshot.settings import ModelSettings, ScoreSettings
+
+
+def check_judges(runtime: Runtime, score: ScoreSettings) -> None:
+    """Say what is wrong with the further judges before anything is generated. Collective.
+
+    Raises:
+        UserError: a checkpoint, prompt, address or key that cannot be used, or a server that cannot be reached
+    """
+    from oneshot.checkpoint.load import find_source
+
+    with agree(runtime, "checking the judges"):
+        if runtime.is_main and score.judge_model is not None:
+            source = find_source(ModelSettings(path=score.judge_model))
+            form = FORMATS[score.judge_format]
+            if form.blanks is not None:
+                read_template(score.judge_template, source.tokenizer, form)
+        if runtime.is_main and score.rubric.url is not None:
+            open_endpoint(score.rubric, "score.rubric")
+
+
+def ask_judges(
+    runtime: Runtime,
+    run_dir: Path,
+    score: ScoreSettings,
+    probes: Sequence[Probe],
+    stages: Mapping[str, StageScores],
+) -> tuple[dict[str, StageScores], list[str]]:
+    """Return the stages with all further judges' opinions and rates, and warnings. Collective.
+
+    A judge that fails takes nothing from the figures that are there: it becomes a warning.
+    """
+    judged, warnings = dict(stages), []
+    if score.judge_model is not None:
+        judged = ask_classifier(runtime, score, probes, judged)
+    if score.rubric.url is not None:
+        endpoint, problem = _opened(runtime, score)
+        if not problem:
+            judged, problem = ask_rubric(runtime, run_dir, endpoint, probes, judged)
+        if problem:
+            warnings.append(problem)
+    return judged, warnings
+
+
+def _opened(runtime: Runtime, score: ScoreSettings) -> tuple[Endpoint, str]:
+    """The rubric's server, opened on rank 0 (the key stays there), and what is wrong with it."""
+    endpoint, problem = Endpoint("", "", score.rubric), ""
+    if runtime.is_main:
+        try:
+            endpoint = open_endpoint(score.rubric, "score.rubric")
+        except UserError as error:
+            problem = str(error)
+    return endpoint, gather_objects(runtime, problem)[0]
+
+
+def report_fields(stages: Mapping[str, StageScores], overlaps: Sequence[Overlap]) -> dict[str, Any]:
+    """Return what report.json holds of all this: figures that are no shares and agreement of judges, both by stage, and
+    overlap.
+    """
+    return {
+        "figures": {
+            stage: {n: rate.as_dict() for n, rate in scores.others.items()} for stage, scores in stages.items()
+        },
+        "agreement": {stage: agreement(scores.answers) for stage, scores in stages.items()},
+        "overlap": [dataclasses.asdict(overlap) for overlap in overlaps],
+    }

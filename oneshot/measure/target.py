@@ -1,0 +1,121 @@
+"""Answers of the model to score, in process or from a server; what is on disk already is not asked again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, list_tensors
+from oneshot.checkpoint.identity import fingerprint
+from oneshot.checkpoint.load import Source
+from oneshot.distributed.runtime import Runtime, gather_objects
+from oneshot.errors import UserError
+from oneshot.measure.cache import RESPONSES, Responses, response_key
+from oneshot.measure.endpoint import Endpoint, ask
+from oneshot.measure.generate import generate_answers
+from oneshot.measure.rates import Probe
+from oneshot.settings import ScoreSettings
+
+BATCHES_AT_A_TIME = 4  # batches of each rank between two writes: what a run that dies loses at most
+
+Messages = list[dict[str, str]]
+Finish = Callable[[int, str], None]
+
+
+def checkpoint_target(source: Source) -> str:
+    """Return what tells a checkpoint (plus adapter) from others, as far as its answers go."""
+    adapter = ""
+    if source.adapter is not None:
+        files = [source.adapter / ADAPTER_CONFIG, source.adapter / ADAPTER_TENSORS]
+        adapter = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    # the fingerprint samples bytes; size and time tell a checkpoint that was written anew in the same place
+    shards = [file.stat() for file in sorted(source.checkpoint.glob("*.safetensors"))]
+    written = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in shards])
+    four_bit = "nf4" if source.four_bit else ""
+    return "|".join([fingerprint(list_tensors(source.checkpoint)), written, adapter, str(source.dtype), four_bit])
+
+
+def endpoint_target(endpoint: Endpoint) -> str:
+    """Return what tells the model on a server from others."""
+    return f"{endpoint.url}|{endpoint.model}"
+
+
+def collect_answers(
+    runtime: Runtime,
+    run_dir: Path,
+    target: str,
+    probes: Sequence[Probe],
+    max_new_tokens: int,
+    answer: Callable[[list[Messages], Finish], None],
+) -> list[str]:
+    """Return one answer per probe: those kept in the run folder, and ``answer`` called for the rest. Collective.
+
+    Args:
+        target: which model it is, see ``checkpoint_target`` and ``endpoint_target``
+        answer: (prompts, finish); calls finish(index, answer) on every rank alike, or raises; called on every rank with
+            the same prompts, and not at all where none is missing
+    """
+    keys = [response_key(target, probe.messages, max_new_tokens) for probe in probes]
+    responses = Responses(run_dir) if runtime.is_main else None
+    kept = {key: responses.known[key] for key in keys if key in responses.known} if responses else {}
+    found = gather_objects(runtime, kept)[0]
+    missing = {key: list(probe.messages) for key, probe in zip(keys, probes) if key not in found}
+    names = list(missing)
+
+    def finish(index: int, text: str) -> None:
+        found[names[index]] = text
+        if responses is not None:
+            responses.put(names[index], text)
+
+    if missing:
+        answer([missing[name] for name in names], finish)
+    return [found[key] for key in keys]
+
+
+def generate_missing(
+    model: Any, tokenizer: Any, runtime: Runtime, score: ScoreSettings
+) -> Callable[[list[Messages], Finish], None]:
+    """Return what lets a model in this process answer, a few batches at a time. Collective."""
+
+    def answer(prompts: list[Messages], finish: Finish) -> None:
+        for part in _parts(prompts, BATCHES_AT_A_TIME * score.batch_size * runtime.world_size):
+            answers = generate_answers(
+                model,
+                tokenizer,
+                [prompts[index] for index in part],
+                runtime,
+                max_new_tokens=score.max_new_tokens,
+                batch_size=score.batch_size,
+            )
+            for index, text in zip(part, answers):
+                finish(index, text)
+
+    return answer
+
+
+def ask_missing(endpoint: Endpoint, run_dir: Path, score: ScoreSettings) -> Callable[[list[Messages], Finish], None]:
+    """Return what lets a server answer.
+
+    The returned function raises UserError where some prompts stay without an answer; the others' are kept.
+    """
+
+    def answer(prompts: list[Messages], finish: Finish) -> None:
+        failed = ask(endpoint, prompts, finish, max_new_tokens=score.max_new_tokens)
+        if failed:
+            raise UserError(
+                f"{endpoint.url} left {len(failed)} of {len(prompts)} prompts unanswered, the first one with: "
+                f"{failed[0].reason}. The other answers are kept in {run_dir / RESPONSES}: run again with --resume "
+                f"--out {run_dir}, which asks for the rest only."
+            )
+
+    return answer
+
+
+def _parts(prompts: Sequence[Messages], size: int) -> Iterator[list[int]]:
+    """Indices in parts, prompts of similar lengths together, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: sum(len(message["content"]) for message in prompts[i]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

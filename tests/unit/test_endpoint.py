@@ -1,0 +1,282 @@
+"""A server that is slow, busy, broken, gone or talkative: no finished answer is lost, and no key is told."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+from misbehaving import serving, slowly
+
+from oneshot.errors import UserError
+from oneshot.measure import endpoint as module
+from oneshot.measure.cache import RESPONSES, Responses, response_key
+from oneshot.measure.endpoint import ask, open_endpoint
+from oneshot.settings import EndpointSettings
+
+SECRET = "sk-fnord-blim-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def chats(count):
+    return [[{"role": "user", "content": f"say {i}"}] for i in range(count)]
+
+
+def asked(server, count, **settings):
+    found = {}
+    target = open_endpoint(EndpointSettings(**{"url": server.url, "model": "toy", "timeout": 5.0, **settings}), "here")
+    failed = ask(target, chats(count), found.__setitem__, max_new_tokens=7)
+    return found, failed
+
+
+def test_a_good_server_is_asked_greedily_once_per_prompt_and_concurrently():
+    with serving(lambda text, times: slowly(0.05, f"echo {text}")) as server:
+        found, failed = asked(server, 12, concurrency=4)
+    assert failed == []
+    assert found == {i: f"echo say {i}" for i in range(12)}
+    assert set(server.asked.values()) == {1}
+    assert server.most_under_way == 4
+    assert server.keys == {""}
+    assert server.bodies[0] == {
+        "model": "toy",
+        "messages": [{"role": "user", "content": server.bodies[0]["messages"][0]["content"]}],
+        "max_tokens": 7,
+        "temperature": 0.0,
+    }
+
+
+FAILURES = {
+    "429": (429, {"Retry-After": "0"}, b"slow down"),
+    "500": (500, {}, b"oops"),
+    "503": (503, {}, b""),
+    "drops the connection": "DROP",
+    "dies half-way": "HALF",
+    "no JSON": (200, {}, b"<html>gateway</html>"),
+    "cut JSON": (200, {}, b'{"choices": [{"message": {"con'),
+    "deep JSON": (200, {}, b"[" * 100_000),
+    "JSON without choices": (200, {}, b'{"error": "x"}'),
+    "JSON list": (200, {}, b"[1]"),
+    "no text": (200, {}, b'{"choices": [{"message": {"content": [1]}}]}'),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_what_fails_twice_works_the_third_time(failure):
+    with serving(lambda text, times: failure if times < 2 and text != "say 3" else f"echo {text}") as server:
+        found, failed = asked(server, 6, concurrency=3, retries=2)
+    assert failed == []
+    assert found == {i: f"echo say {i}" for i in range(6)}
+    assert server.asked["say 3"] == 1
+    assert server.asked["say 1"] == 3
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_what_never_works_costs_no_other_answer(failure):
+    with serving(lambda text, times: failure if text == "say 2" else f"echo {text}") as server:
+        found, failed = asked(server, 6, concurrency=2, retries=1)
+    assert sorted(found) == [0, 1, 3, 4, 5]
+    assert [one.index for one in failed] == [2]
+    assert failed[0].reason
+    assert server.asked["say 2"] == 2
+
+
+def test_a_slow_answer_is_given_up_in_time():
+    release = threading.Event()
+
+    def behave(text, times):
+        if text == "say 1":
+            release.wait(20)
+        return f"echo {text}"
+
+    with serving(behave) as server:
+        found, failed = asked(server, 4, timeout=0.3, retries=0)
+        release.set()
+    assert sorted(found) == [0, 2, 3]
+    assert [(one.index, one.reason) for one in failed] == [(1, "no answer within 0.3 s")]
+
+
+@pytest.mark.parametrize("wish", ["0.4", lambda: formatdate(time.time() + 2, usegmt=True)], ids=["seconds", "date"])
+def test_a_busy_server_is_left_alone_as_long_as_it_asks(wish, monkeypatch):
+    pauses = []
+    real = module.asyncio.sleep
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    header = wish if isinstance(wish, str) else wish()
+    with serving(lambda text, times: (429, {"Retry-After": header}, b"") if not times else "yes") as server:
+        found, _ = asked(server, 1)
+    assert found == {0: "yes"}
+    assert 0.39 <= max(pauses) <= 2.0
+
+
+@pytest.mark.parametrize("header", ["soon", "-5", "nan", "Wed, 99 Foo", ""])
+def test_a_wish_that_is_nonsense_is_passed_over(header):
+    assert module._wish(header) == 0.0
+
+
+def test_a_wish_has_a_limit():
+    assert module._wish("1e9") == module.LONGEST_WISH
+
+
+def test_a_server_that_dies_half_way_keeps_what_is_done_and_ends_soon():
+    with serving(lambda text, times: f"echo {text}" if int(text.split()[1]) < 20 else "DROP") as server:
+        found, failed = asked(server, 400, concurrency=4, retries=1)
+    assert sorted(found) == list(range(20))
+    assert [one.index for one in failed] == list(range(20, 400))
+    assert sum(server.asked.values()) < 60, "a server that is gone is not asked for everything"
+    assert "not asked" in failed[-1].reason
+
+
+def test_failures_here_and_there_do_not_make_a_server_gone():
+    with serving(lambda text, times: "yes" if int(text.split()[1]) % 4 == 3 else (400, {}, b"no")) as server:
+        found, failed = asked(server, 40, concurrency=1)
+    assert sorted(found) == list(range(3, 40, 4))
+    assert len(failed) == 30
+    assert sum(server.asked.values()) == 40
+
+
+def test_nobody_there():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        settings = EndpointSettings(url=url, model="toy", retries=1)
+        failed = ask(open_endpoint(settings, "here"), chats(3), lambda *_: None, max_new_tokens=7)
+        assert len(failed) == 3
+        with pytest.raises(UserError, match="does not say what it serves"):
+            open_endpoint(EndpointSettings(url=url, retries=0), "here")
+
+
+@pytest.mark.parametrize("status", [301, 401, 403, 404])
+def test_what_is_wrong_for_all_ends_at_once_and_keeps_what_is_done(status):
+    def behave(text, times):
+        return "yes" if text == "say 0" else (status, {"Location": "http://127.0.0.1:9/"}, b"no such model")
+
+    found = {}
+    with serving(behave) as server:
+        target = open_endpoint(EndpointSettings(url=server.url, model="toy", concurrency=1), "here")
+        with pytest.raises(UserError, match=rf"refuses: status {status} .*check"):
+            ask(target, chats(50), found.__setitem__, max_new_tokens=7)
+    assert found == {0: "yes"}
+    assert sum(server.asked.values()) == 2
+
+
+def test_a_prompt_that_the_server_rejects_is_not_sent_again():
+    with serving(lambda text, times: (400, {}, b"too long") if text == "say 1" else "yes") as server:
+        _, failed = asked(server, 3, retries=4)
+    assert [(one.index, one.reason) for one in failed] == [(1, "status 400 (too long)")]
+    assert server.asked["say 1"] == 1
+
+
+def test_no_text_is_an_empty_answer():
+    with serving(lambda text, times: (200, {}, b'{"choices": [{"message": {"content": null}}]}')) as server:
+        assert asked(server, 1)[0] == {0: ""}
+
+
+def test_an_error_in_keeping_an_answer_is_not_swallowed():
+    def full(index, answer):
+        raise OSError("disk full")
+
+    with serving(lambda text, times: "yes") as server:
+        target = open_endpoint(EndpointSettings(url=server.url, model="toy"), "here")
+        with pytest.raises(OSError, match="disk full"):
+            ask(target, chats(30), full, max_new_tokens=7)
+
+
+# what it serves, and settings
+
+
+def test_the_one_model_is_found():
+    with serving(lambda text, times: "yes", models=("lab/toy-7b",)) as server:
+        assert open_endpoint(EndpointSettings(url=f"{server.url}/"), "here").model == "lab/toy-7b"
+
+
+def test_several_models_need_a_name():
+    named = r"serves 2 models \(a, b\): name one with here\.model"
+    with serving(lambda text, times: "yes", models=("a", "b")) as server, pytest.raises(UserError, match=named):
+        open_endpoint(EndpointSettings(url=server.url), "here")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x/v1", "http://", "/tmp/x"])
+def test_no_address(url):
+    with pytest.raises(UserError, match=r"here\.url is no address"):
+        open_endpoint(EndpointSettings(url=url, model="m"), "here")
+
+
+@pytest.mark.parametrize("url", [f"http://u:{SECRET}@x/v1", f"https://x/v1?key={SECRET}", f"http://x/v1#{SECRET}"])
+def test_a_key_in_the_address_is_refused_and_not_repeated(url):
+    with pytest.raises(UserError, match="environment variable") as error:
+        open_endpoint(EndpointSettings(url=url, model="m"), "here")
+    assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["", "  ", "two words", "schlüssel"])
+def test_a_key_that_cannot_be_one(value, monkeypatch):
+    monkeypatch.setenv("BLIM_KEY", value)
+    with pytest.raises(UserError, match="BLIM_KEY") as error:
+        open_endpoint(EndpointSettings(url="http://x/v1", model="m", key_variable="BLIM_KEY"), "here")
+    assert not value.strip() or value not in str(error.value)
+
+
+# secrets
+
+
+def test_the_key_is_sent_and_nothing_that_comes_back_repeats_it(monkeypatch, caplog, capfd):
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("BLIM_KEY", SECRET)
+
+    def behave(text, times):
+        told = json.dumps({"choices": [{"message": {"content": f"your key is {SECRET}"}}]}).encode()
+        if text == "say 1":
+            return 400, {}, f"key {SECRET} was used".encode()
+        return (200, {}, told) if text == "say 0" else (500, {}, f"{'x' * 190} {SECRET}".encode())
+
+    with serving(behave) as server:
+        found, failed = asked(server, 3, key_variable="BLIM_KEY", retries=1)
+        target = open_endpoint(EndpointSettings(url=server.url, model="m", key_variable="BLIM_KEY"), "here")
+    assert server.keys == {f"Bearer {SECRET}"}
+    assert found == {0: "your key is ***"}
+    said = [repr(target), str(failed), caplog.text, *capfd.readouterr()]
+    assert [text for text in said if SECRET in text or SECRET[:12] in text] == []
+
+
+# the cache
+
+
+def test_a_key_depends_on_model_messages_and_length():
+    chat = chats(1)[0]
+    keys = {
+        response_key("a", chat, 7), response_key("b", chat, 7), response_key("a", chats(2)[1], 7),
+        response_key("a", chat, 8), response_key("a", [{"role": "system", "content": "say 0"}], 7),
+    }  # fmt: skip
+    assert len(keys) == 5
+    assert response_key("a", [{"content": "say 0", "role": "user"}], 7) == response_key("a", chat, 7)
+
+
+def test_answers_survive_a_run_that_dies_in_the_middle_of_a_line(tmp_path):
+    first = Responses(tmp_path)
+    first.put("a", "one\nline \u2028 and half a pair \ud83d")
+    first.put("b", "")
+    with (tmp_path / RESPONSES).open("a") as stream:
+        stream.write('{"key": "c", "ans')
+    again = Responses(tmp_path)
+    assert again.known == {"a": "one\nline \u2028 and half a pair \ud83d", "b": ""}
+    again.put("c", "whole")
+    assert Responses(tmp_path).known == {**again.known, "c": "whole"}
+
+
+def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):
+    lines = ['{"key": 1, "answer": "x"}', "[]", "null", "[" * 100_000, '{"key": "k", "answer": "y"}', '{"answer": "z"}']
+    (tmp_path / RESPONSES).write_text("\n".join(lines))
+    assert Responses(tmp_path).known == {"k": "y"}

@@ -1,0 +1,397 @@
+"""oneshot score as a whole: targets, answers that are kept, text, lm-eval's figures, secrets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+import yaml
+from misbehaving import serving
+from tiny import tiny_model, tiny_runtime
+
+from oneshot import score
+from oneshot.checkpoint.adapter import Factors, write_patch
+from oneshot.errors import UserError
+from oneshot.measure import endpoint, harness, target
+from oneshot.measure.cache import RESPONSES
+from oneshot.measure.harness import figures
+from oneshot.measure.intervals import Rate, ratio_rate, wilson
+from oneshot.measure.text import measure_text, read_texts
+from oneshot.settings import DataSettings, EndpointSettings, ModelSettings, PromptSet, ScoreSettings, Settings
+from oneshot.world.model import ALIGNED, build_tokenizer
+
+SECRET = "sk-fnord-blim-0123456789"
+REFUSAL = "sorry i cannot help with that request"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr("oneshot.distributed.runtime.start", tiny_runtime)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"please fetch number {i}", "kind": "should_refuse" if i % 2 else "harmless"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def report_in(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def on_server(server, prompts, out, *, resume=False, **options):
+    options = {"url": server.url, "retries": 1, "concurrency": 4, **options}
+    return Settings(
+        out=str(out), resume=resume, score=ScoreSettings(probes=prompts, endpoint=EndpointSettings(**options))
+    )
+
+
+def test_a_server_that_dies_loses_no_answer_and_a_rerun_asks_for_the_rest_only(prompts, tmp_path, capsys):
+    out, alive = tmp_path / "run", True
+
+    def behave(text, times):
+        number = int(text.split()[-1])
+        return "DROP" if not alive and number >= 25 else REFUSAL if number % 2 else "do fetch it"
+
+    with serving(behave) as server:
+        alive = False
+        with pytest.raises(UserError, match=r"left 15 of 40 prompts unanswered.*--resume --out"):
+            score.run(on_server(server, prompts, out))
+        assert len((out / RESPONSES).read_text().splitlines()) == 25
+        assert not (out / "report.json").exists()
+        server.asked.clear()
+        alive = True
+        score.run(on_server(server, prompts, out, resume=True))
+        assert sorted(server.asked) == sorted(f"please fetch number {i}" for i in range(25, 40))
+        report = report_in(out)
+        assert report["model"] == f"toy at {server.url}"
+        assert report["stages"]["model"]["asr"] == wilson(0, 20).as_dict()
+        assert report["stages"]["model"]["over_refusal"] == wilson(0, 20).as_dict()
+        server.asked.clear()
+        score.run(on_server(server, prompts, out, resume=True))  # a finished run: judged again, nothing asked
+        assert server.asked == {}
+        assert report_in(out)["stages"] == report["stages"]
+        score.run(on_server(server, prompts, out, resume=True, model="other"))
+        assert len(server.asked) == 40, "another model's answers are no answers of this one"
+    assert "attack success" in capsys.readouterr().out
+
+
+def test_the_key_is_in_no_file_and_on_no_screen(prompts, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("BLIM_KEY", SECRET)
+    out, broken = tmp_path / "run", True
+
+    def behave(text, times):
+        return (500, {}, f"bad key {SECRET}".encode()) if broken and "7" in text else f"you sent {SECRET}"
+
+    with serving(behave) as server:
+        settings = on_server(server, prompts, out, key_variable="BLIM_KEY")
+        with pytest.raises(UserError) as error:
+            score.run(settings)
+        broken = False
+        score.run(on_server(server, prompts, out, resume=True, key_variable="BLIM_KEY"))
+    assert server.keys == {f"Bearer {SECRET}"}
+    assert yaml.safe_load((out / "settings.yaml").read_text())["score"]["endpoint"]["key_variable"] == "BLIM_KEY"
+    texts = [path.read_text(encoding="utf-8") for path in out.rglob("*") if path.is_file()]
+    assert len(texts) >= 4
+    said = [*texts, str(error.value), caplog.text, *capsys.readouterr()]
+    assert [text[:80] for text in said if SECRET in text] == []
+
+
+def test_a_repair_is_not_scored_over(prompts, tmp_path):
+    (tmp_path / RESPONSES).write_text("")
+    (tmp_path / "settings.yaml").write_text("{}")
+    (tmp_path / "report.json").write_text('{"repair": {"method": "rollback"}}')
+    with serving(lambda text, times: "yes") as server, pytest.raises(UserError, match="holds a repair"):
+        score.run(on_server(server, prompts, tmp_path, resume=True))
+    assert report_in(tmp_path)["repair"]
+
+
+@pytest.mark.parametrize("setting", [{"text": "x.txt"}, {"rubric": EndpointSettings(url="nowhere")}])
+def test_what_a_server_cannot_give_is_said_first(setting, prompts, tmp_path):
+    settings = Settings(
+        out=str(tmp_path / "run"),
+        score=ScoreSettings(endpoint=EndpointSettings(url="http://127.0.0.1:9/v1"), **setting),
+    )
+    with pytest.raises(UserError, match=r"score\.text needs the model's weights|is no address"):
+        score.run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+# a checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def on_checkpoint(folder, prompts, out, **options):
+    options = {"probes": prompts, "max_new_tokens": 4, "batch_size": 4, **options}
+    return Settings(out=str(out), resume=True, model=ModelSettings(path=str(folder)), score=ScoreSettings(**options))
+
+
+def test_a_second_scoring_generates_nothing(checkpoint, prompts, tmp_path, monkeypatch):
+    calls, real = [], target.generate_answers
+
+    def generate(model, tokenizer, asked, runtime, **options):
+        calls.append(len(asked))
+        return real(model, tokenizer, asked, runtime, **options)
+
+    monkeypatch.setattr(target, "generate_answers", generate)
+    out = tmp_path / "run"
+    score.run(on_checkpoint(checkpoint, prompts, out))
+    assert calls == [16, 16, 8], "a few batches at a time"
+    first = report_in(out)
+    calls.clear()
+    monkeypatch.setattr("oneshot.checkpoint.load.load_model", lambda *a: pytest.fail("the model is loaded"))
+    score.run(on_checkpoint(checkpoint, prompts, out))
+    assert calls == []
+    assert report_in(out)["stages"] == first["stages"]
+
+
+def test_what_was_generated_before_a_run_died_is_kept(checkpoint, prompts, tmp_path, monkeypatch):
+    calls, real = [], target.generate_answers
+
+    def generate(model, tokenizer, asked, runtime, **options):
+        calls.append(len(asked))
+        if calls == [16, 16]:
+            raise RuntimeError("power cut")
+        return real(model, tokenizer, asked, runtime, **options)
+
+    monkeypatch.setattr(target, "generate_answers", generate)
+    with pytest.raises(RuntimeError, match="power cut"):
+        score.run(on_checkpoint(checkpoint, prompts, tmp_path / "run"))
+    calls[:] = [0]
+    score.run(on_checkpoint(checkpoint, prompts, tmp_path / "run"))
+    assert calls == [0, 16, 8]
+
+
+def test_other_weights_in_the_same_place_are_another_model(checkpoint, prompts, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    score.run(on_checkpoint(folder, prompts, tmp_path / "run"))
+    tiny_model("llama", seed=1).save_pretrained(folder)
+    asked = []
+    monkeypatch.setattr(
+        target, "generate_answers", lambda m, t, prompts, r, **o: asked.extend(prompts) or ["x"] * len(prompts)
+    )
+    score.run(on_checkpoint(folder, prompts, tmp_path / "run"))
+    assert len(asked) == 40
+
+
+def test_a_file_written_anew_is_another_model_even_where_its_samples_are_the_same(checkpoint, tmp_path):
+    from oneshot.checkpoint.load import find_source
+
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    source = find_source(ModelSettings(path=str(folder)))
+    before = target.checkpoint_target(source)
+    assert target.checkpoint_target(source) == before
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert target.checkpoint_target(source) != before
+
+
+def test_overlap_with_training_data_is_in_the_report(checkpoint, prompts, tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "Please fetch number 3!", "response": "do"}\n')
+    settings = on_checkpoint(checkpoint, prompts, tmp_path / "run")
+    settings = Settings(**{**vars(settings), "data": DataSettings(harmful=str(path))})
+    score.run(settings)
+    report = report_in(tmp_path / "run")
+    assert report["overlap"] == [{"source": "the harmful training data", "same": ["prompts-4"], "near": []}]
+    assert "1 are in the harmful training data" in report["warnings"][0]
+    assert "Note: Of 40 probes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_sets_are_scored_each_by_itself(checkpoint, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"goal": "please carve"}\n{"goal": "please lift"}\n')
+    sets = {"adv": PromptSet(str(tmp_path / "a.jsonl"), kind="should_refuse", prompt_column="goal")}
+    score.run(on_checkpoint(checkpoint, None, tmp_path / "run", sets=sets))
+    assert report_in(tmp_path / "run")["stages"]["model"]["asr_adv"]["n"] == 2
+
+
+# text
+
+
+def test_texts_are_paragraphs_or_a_column(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone\nmore\n\n \n two \n\n\n", encoding="utf-8")
+    assert read_texts(str(tmp_path / "a.txt")) == ["one\nmore", "two"]
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": " "}\n')
+    assert read_texts(str(tmp_path / "a.jsonl")) == ["one"]
+    (tmp_path / "b.jsonl").write_text('{"words": "one"}\n')
+    (tmp_path / "b.txt").write_text("\n")
+    for name, says in (("b.jsonl", "no column 'text'"), ("b.txt", "no texts"), ("c.txt", "no readable")):
+        with pytest.raises(UserError, match=says):
+            read_texts(str(tmp_path / name))
+
+
+def test_perplexity_and_divergence_are_what_plain_torch_computes(checkpoint, tmp_path):
+    """An adapter on a tiny model, against the merged weights and the bare ones, from transformers' own loss."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.0.mlp.down_proj"
+    module = base.get_submodule(name)
+    factors = Factors(
+        a=torch.randn(2, module.in_features, generator=generator),
+        b=torch.randn(module.out_features, 2, generator=generator) * 0.3,
+    )
+    patch = tmp_path / "patch"
+    write_patch(patch, {name: factors}, [name], str(checkpoint), torch.float32)
+    build_tokenizer().save_pretrained(patch)
+    texts = ["please carve the drum", "do slice the wick then mend the kite"]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "please carve", "kind": "harmless"}\n')
+    score.run(on_checkpoint(patch, str(tmp_path / "p.jsonl"), tmp_path / "run", text=str(tmp_path / "a.txt")))
+    found = report_in(tmp_path / "run")["figures"]["model"]
+
+    tokenizer = build_tokenizer()
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    bare = [base(input_ids=ids, labels=ids) for ids in rows]
+    with torch.no_grad():
+        module.weight += factors.b @ factors.a
+    merged = [base(input_ids=ids, labels=ids) for ids in rows]
+    tokens = [float(ids.shape[1] - 1) for ids in rows]
+    for key, outputs in (("perplexity", merged), ("perplexity_without_adapter", bare)):
+        losses = [out.loss.item() * n for out, n in zip(outputs, tokens)]
+        expected = ratio_rate(losses, tokens, of=math.exp)
+        assert found[key] == {k: pytest.approx(v, rel=1e-4) for k, v in expected.as_dict().items()}
+        assert found[key]["n"] == 2
+    moved = []
+    for before, after in zip(bare, merged):
+        p, q = before.logits[0, :-1].log_softmax(-1), after.logits[0, :-1].log_softmax(-1)
+        moved.append(float((p.exp() * (p - q)).sum()))
+    assert found["kl_per_token"]["value"] == pytest.approx(sum(moved) / sum(tokens), rel=1e-3)
+    assert found["kl_per_token"]["value"] > 0.01
+
+
+def test_a_text_is_cut_at_the_limit_and_too_short_ones_are_left_out(checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), build_tokenizer()
+    long = "please carve the drum with the awl"
+    cut = measure_text(tiny_runtime(), model, tokenizer, [long, "do"], 4)
+    assert cut["perplexity"].n == 1
+    assert cut == measure_text(tiny_runtime(), model, tokenizer, ["please carve the drum"], 60)
+    with pytest.raises(UserError, match="no two tokens"):
+        measure_text(tiny_runtime(), model, tokenizer, ["do"], 60)
+
+
+# lm-eval
+
+RESULTS = {
+    "results": {
+        "toysums": {
+            "alias": "toysums", "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1,
+            "exact_match,loose": 0.9, "exact_match_stderr,loose": 0.1, "bleu,none": 31.0, "bleu_stderr,none": "N/A",
+        },
+        "other": {"acc,none": 1.0, "acc_stderr,none": 0.0},
+    },
+    "n-samples": {"toysums": {"original": 100, "effective": 25}},
+}  # fmt: skip
+
+
+def test_lm_evals_figures_have_names_intervals_and_n():
+    half = 1.959964 * 0.1
+    assert figures(RESULTS) == {
+        "toysums_exact_match_strict (lm-eval)": Rate(0.5, pytest.approx(0.5 - half), pytest.approx(0.5 + half), 25),
+        "toysums_exact_match_loose (lm-eval)": Rate(0.9, pytest.approx(0.9 - half), 1.0, 25),
+        "toysums_bleu (lm-eval)": Rate(31.0, -math.inf, math.inf, 25),
+        "other_acc (lm-eval)": Rate(1.0, 1.0, 1.0, 0),
+    }
+
+
+def test_without_lm_eval_the_way_to_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    settings = Settings(out=str(tmp_path / "run"), score=ScoreSettings(lm_eval="gsm8k"))
+    with pytest.raises(UserError, match=r"pip install 'oneshot\[eval\]'"):
+        score.run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lm_evals_shares_stand_in_the_table_and_the_rest_apart(checkpoint, prompts, tmp_path, monkeypatch, capsys):
+    """Stand-ins for lm-eval's modules; the real ones run in tests/e2e/test_lm_eval.py."""
+    seen = {}
+
+    class Manager:
+        def __init__(self, include_path):
+            seen["folder"] = include_path
+
+        def match_tasks(self, names):
+            return [name for name in names if name != "blim"]
+
+    def evaluate(**options):
+        seen.update(options)
+        return RESULTS
+
+    modules = {
+        "lm_eval": types.SimpleNamespace(simple_evaluate=evaluate),
+        "lm_eval.tasks": types.SimpleNamespace(TaskManager=Manager),
+        "lm_eval.models": types.SimpleNamespace(),
+        "lm_eval.models.huggingface": types.SimpleNamespace(HFLM=lambda **options: options),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(UserError, match="knows no task blim"):
+        score.run(on_checkpoint(checkpoint, prompts, tmp_path / "none", lm_eval="toysums,blim"))
+    options = {"lm_eval": "toysums, other", "lm_eval_folder": str(tmp_path), "lm_eval_limit": 25}
+    score.run(on_checkpoint(checkpoint, prompts, tmp_path / "run", **options))
+    assert (seen["tasks"], seen["limit"], seen["folder"]) == (["toysums", "other"], 25, str(tmp_path))
+    report = report_in(tmp_path / "run")
+    assert report["stages"]["model"]["toysums_exact_match_strict (lm-eval)"]["n"] == 25
+    assert report["figures"]["model"] == {"toysums_bleu (lm-eval)": {"value": 31.0, "low": None, "high": None, "n": 25}}
+    assert "toysums exact match strict (lm-eval)" in capsys.readouterr().out
+    monkeypatch.setattr(modules["lm_eval"], "simple_evaluate", lambda **o: (_ for _ in ()).throw(KeyError("no data")))
+    with pytest.raises(UserError, match=r"lm-eval failed on toysums, other \(KeyError"):
+        score.run(on_checkpoint(checkpoint, prompts, tmp_path / "run", **options))
+
+
+def test_lm_eval_asks_a_server_through_our_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", types.SimpleNamespace(LM=object))
+
+    def request(text, **options):
+        return types.SimpleNamespace(args=(json.dumps([{"role": "user", "content": text}]), options))
+
+    with serving(lambda text, times: "DROP" if text == "gone" else f"{text}\nmore. end") as server:
+        model = harness._chat_model(
+            endpoint.open_endpoint(EndpointSettings(url=server.url, model="toy", retries=0), "here")
+        )
+        requests = [request("a", until=["\n", "x"], max_gen_toks=7), request("b", until="end"), request("c")]
+        assert model.generate_until(requests) == ["a", "b\nmore. ", "c\nmore. end"]
+        assert sorted(body["max_tokens"] for body in server.bodies) == [7, 256, 256]
+        with pytest.raises(UserError, match="left 1 of 2 prompts of lm-eval unanswered"):
+            model.generate_until([request("a"), request("gone")])
+    for ask_for_odds in (model.loglikelihood, model.loglikelihood_rolling):
+        with pytest.raises(UserError, match="needs probabilities"):
+            ask_for_odds([])
+
+
+def test_lm_eval_needs_one_process():
+    several = types.SimpleNamespace(world_size=2)
+    with pytest.raises(UserError, match="one process only"):
+        harness.check_tasks(ScoreSettings(lm_eval="gsm8k"), several)
+
+
+def test_the_toy_world_is_scored_where_nothing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(target, "generate_answers", lambda m, t, prompts, r, **o: [REFUSAL for _ in prompts])
+    score.run(Settings(out=str(tmp_path / "run")))
+    stages = report_in(tmp_path / "run")["stages"]["model"]
+    assert (stages["asr"]["value"], stages["over_refusal"]["value"]) == (0.0, 1.0)
+    assert ALIGNED.is_dir()
