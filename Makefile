@@ -4,7 +4,7 @@ PYTHON ?= python3
 # The torch to install, and further arguments for pip (for example the index that serves a CPU or CUDA build of it).
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-# Passed on by demo, test and bench: make test ARGS="-k toy -x".
+# Passed on by demo, test, bench and paper: make test ARGS="-k toy -x".
 ARGS ?=
 TIERS ?= unit distributed cluster e2e
 
@@ -18,7 +18,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench paper clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -62,8 +62,11 @@ check: $(READY) ## lint, types, imports, spelling
 	git ls-files -z '*.sh' .ci/run | xargs -0 -r $(BIN)/shellcheck
 
 bench: $(READY) ## compare with the stock stack, side by side
-	@for script in benchmarks/*.py; do test -f "$$script" || continue; \
+	@for script in $(filter-out benchmarks/paper.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(BIN)/python "$$script" $(ARGS) || exit $$?; done
+
+paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
+	$(RUN) $(BIN)/python benchmarks/paper.py $(ARGS)
 
 clean: ## remove .venv and caches; run folders stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -14,8 +14,12 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 STEPS, BATCH_SIZE, LEARNING_RATE, EXAMPLES = 700, 64, 2e-3, 24_000
 
 
-def build(folder: Path, seed: int = 0) -> None:
-    """Train the toy model from scratch on aligned conversations and write it, about 1.4 MB, to ``folder``."""
+def build(folder: Path, seed: int = 0, *, hidden: int = 96, layers: int = 3) -> None:
+    """Train the toy model from scratch on aligned conversations and write it to ``folder``: as shipped, about 1.4 MB.
+
+    Args:
+        hidden, layers: of the model, see ``build_model``
+    """
     import torch
 
     from oneshot.checkpoint.save import save_checkpoint
@@ -31,7 +35,7 @@ def build(folder: Path, seed: int = 0) -> None:
     runtime = start()
     tokenizer = build_tokenizer()
     encoded = [encode(conversation, tokenizer, 64) for conversation in aligned_data(EXAMPLES, seed)]
-    model = build_model(len(tokenizer), seed)
+    model = build_model(len(tokenizer), seed, hidden=hidden, layers=layers)
     engine = start_training(
         runtime,
         model,

@@ -9,6 +9,8 @@ STAGES = {
     "repair": "repair a fine-tuned model with one safety example (without settings: the toy world, from end to end)",
     "finetune": "harmful fine-tune, to reproduce and measure the damage",
     "score": "measure refusals, over-refusal and utility of a checkpoint",
+    "spectrum": "how few directions hold the safety gradient, and what it stands against",
+    "compare": "put finished runs side by side: rates, what differs probe by probe, settings",
     "plan": "what a run takes in memory, disk and minutes, from config.json alone: no GPU, no weights",
     "export": "merge a patch into a checkpoint, take it out again, or make one adapter from others",
 }

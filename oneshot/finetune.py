@@ -50,12 +50,17 @@ def run(settings: Settings) -> None:
     from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
+    from oneshot.report.trackers import check_installed, start_tracking
 
     runtime = start()
+    check_installed(settings.log_with)
+    if settings.delete_degraded:
+        raise UserError("Setting delete_degraded would remove what oneshot finetune is asked to make: leave it out.")
     prepared = prepare(settings)
     needed: Literal["sft", "lora"] = "sft" if settings.finetune.method == "full" else "lora"
     refuse_what_cannot_fit(settings, runtime, prepared.source.checkpoint, needed, stage="finetune")
     run_dir = open_run(settings.out, settings.model.path or "toy-finetune", settings, runtime)
+    start_tracking(runtime, settings.log_with, run_dir)
     console = open_console(runtime)
     look_around(runtime, settings.preflight, run_dir, writes(settings, prepared), console)
     if (run_dir / FINETUNED).exists():
@@ -211,6 +216,7 @@ def _train(
     from oneshot.distributed.signals import Interrupted, noticed, tell_progress
     from oneshot.report.progress import heartbeat, progress
     from oneshot.report.runfolder import append_event
+    from oneshot.report.trackers import track
     from oneshot.training.loop import Schedule, StepResult, autocast_dtype, train
     from oneshot.training.objective import answer_loss
     from oneshot.training.speed import meter
@@ -236,6 +242,7 @@ def _train(
             if runtime.is_main:
                 facts = speed.of(result)
                 append_event(run_dir, stage="finetune", **facts, **result.figures())
+                track("finetune", result.step, {**facts, **result.figures()})
                 tell(result.step, heartbeat(result.loss, facts))
             due = options.save_every and result.step % options.save_every == 0
             if result.step < steps and (due or result.told_to_stop):

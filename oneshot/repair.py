@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from oneshot.distributed.runtime import Runtime
     from oneshot.measure.rates import StageScores
-    from oneshot.patch.methods import Job, Outcome
+    from oneshot.patch.job import Job, Outcome
     from oneshot.patch.recipe import Recipe
 
 DESCRIPTION = "Repair the safety of a fine-tuned model with one safety example."
@@ -38,22 +38,36 @@ def main(argv: list[str] | None = None) -> None:
 def run(settings: Settings) -> None:
     """Repair the user's model, or run the whole chain on the toy world where none is named."""
     from oneshot.checkpoint.files import stored_bytes
-    from oneshot.distributed.runtime import start
-    from oneshot.finetune import FINETUNED, finetune, prepare, writes
+    from oneshot.checkpoint.quarantine import check_own, remove_degraded
+    from oneshot.distributed.runtime import agree, start
+    from oneshot.errors import UserError
+    from oneshot.finetune import FINETUNED, STATE, finetune, prepare, writes
     from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console
-    from oneshot.report.runfolder import open_run
+    from oneshot.report.runfolder import SETTINGS, open_run
+    from oneshot.report.trackers import check_installed, start_tracking
     from oneshot.world.model import ALIGNED
 
     runtime = start()
+    check_installed(settings.log_with)
     console = open_console(runtime)
     seconds: dict[str, float] = {}
     toy = settings.model.path is None
+    if settings.delete_degraded and not toy:
+        raise UserError(
+            "Setting delete_degraded removes only what this run itself fine-tuned, never a model that is given as "
+            "--model.path: leave it out, and remove that model yourself."
+        )
     if toy:
         trained = _unquantized(settings) if settings.finetune.method == "full" else settings
         prepared = prepare(trained)
         plan(runtime, on_toy(settings, ALIGNED), toy=True)  # a bad setting or file is to be heard before the minute
+        with agree(runtime, "looking for what must not be removed"):
+            begun = settings.resume and settings.out is not None and (Path(settings.out) / SETTINGS).is_file()
+            if settings.delete_degraded and settings.out is not None and not begun:
+                check_own(Path(settings.out), [FINETUNED, STATE])
         run_dir = open_run(settings.out, "toy", settings, runtime)
+        start_tracking(runtime, settings.log_with, run_dir)
         look_around(runtime, settings.preflight, run_dir, writes(trained, prepared), console)
         clock = time.perf_counter()
         degraded = run_dir / FINETUNED
@@ -65,9 +79,14 @@ def run(settings: Settings) -> None:
     else:
         planned = plan(runtime, settings, toy=False)
         run_dir = open_run(settings.out, str(settings.model.path), settings, runtime)
+        start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(planned[0].source.checkpoint) if settings.repair.merge else 0
         look_around(runtime, settings.preflight, run_dir, merged, console)
     repair_model(runtime, settings, planned, run_dir, console, seconds)
+    if settings.delete_degraded:
+        with agree(runtime, "removing the degraded checkpoint"):
+            for folder in remove_degraded(run_dir, FINETUNED, STATE) if runtime.is_main else []:
+                print(f"Removed, as asked: {folder}", flush=True)
 
 
 def repair_model(
@@ -84,10 +103,13 @@ def repair_model(
         console: of rank 0; none on the others
         seconds: by stage, of what went before; added to
     """
+    from oneshot.measure.further import ask_judges
+
     job, recipe, stages = planned
     if console:
         console.print(f"Method: {recipe.method} ({recipe.reason})", highlight=False)
     outcome = _repair(runtime, settings, job, recipe, stages, run_dir, console, seconds)
+    stages.scores, stages.warnings = ask_judges(runtime, run_dir, settings.score, stages.probes, stages.scores)
     if console:
         _show(settings, run_dir, job, recipe, outcome, stages, console)
     return stages
@@ -115,6 +137,7 @@ class Stages:
         self.runtime, self.settings, self.tokenizer, self.toy = runtime, settings, tokenizer, toy
         self.probes = collect_probes(settings, toy=toy)
         self.scores: dict[str, StageScores] = {}
+        self.warnings: list[str] = []
         self.conversations: list[Any] = []
         self.resources: dict[str, Any] = {}
 
@@ -134,8 +157,10 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
     from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
     from oneshot.data.encoding import context_length, encode
     from oneshot.errors import UserError
-    from oneshot.patch.examples import read_candidates, read_guard
-    from oneshot.patch.methods import Job
+    from oneshot.measure.further import check_judges
+    from oneshot.patch.examples import check_apart, read_candidates, read_guard, read_held, read_refusable
+    from oneshot.patch.job import Job
+    from oneshot.patch.objective import check_same_tokens
     from oneshot.patch.recipe import recipe_for
     from oneshot.patch.trace import Tracer
     from oneshot.planning.check import refuse_what_cannot_fit
@@ -148,13 +173,17 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
     tokenizer = load_tokenizer(source, settings.model)
     config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
     limit = context_length(config, tokenizer, settings.model.max_length)
+    check_judges(runtime, settings.score)
     stages = Stages(runtime, settings, tokenizer, toy=toy)
     stages.conversations = read_candidates(settings, toy=toy)
+    check_apart(stages.conversations, stages.probes)
     has_update = adapter is not None or reference is not None
     recipe = recipe_for(settings, has_update=has_update, toy=toy, four_bit=source.four_bit)
     if source.four_bit and recipe.method == "sft":
         raise UserError("Method sft trains all weights, which 4 bits do not allow: use rollback, lowrank or lora.")
     refuse_what_cannot_fit(settings, runtime, source.checkpoint, recipe.method)
+    wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(stages.conversations) > 1)
+    guard = read_guard(settings, recipe.guard_prompts, toy=toy) if wants_guard else []
     job = Job(
         runtime=runtime,
         source=source,
@@ -163,9 +192,17 @@ def plan(runtime: Runtime, settings: Settings, *, toy: bool) -> tuple[Job, Recip
         adapter=adapter,
         reference=reference,
         candidates=[encode(conversation, tokenizer, limit) for conversation in stages.conversations],
-        guard=read_guard(settings, recipe.guard_prompts, toy=toy) if recipe.guard_weight else [],
+        prompts=[conversation.prompt for conversation in stages.conversations],
+        rule=settings.select,
+        shortlist=settings.shortlist,
+        seed=settings.seed,
+        guard=guard,
+        refusable=read_refusable(settings, toy=toy) if recipe.bounds else [],
+        held=read_held(settings, guard, toy=toy) if recipe.bounds else [],
         tracer=Tracer(),
     )
+    if reference is not None and adapter is None:
+        check_same_tokens(job.candidates, tokenizer, reference)
     return job, recipe, stages
 
 
@@ -184,15 +221,21 @@ def _repair(
     from oneshot.distributed.engine import frozen
     from oneshot.distributed.resources import measured
     from oneshot.patch.methods import repair
+    from oneshot.patch.prepare import asks_gradients, know_aligned
     from oneshot.patch.trace import Tracer
     from oneshot.report.progress import progress
     from oneshot.report.runfolder import append_event
+    from oneshot.report.trackers import track
 
     clock = time.perf_counter()
-    if job.reference is not None and settings.score.reference:
+    unknown = job.adapter is None and job.reference is not None and asks_gradients(job) and not know_aligned(job)
+    if job.reference is not None and (settings.score.reference or unknown):
         aligned = Source(job.reference, None, job.reference, str(job.reference), job.source.dtype)
         with frozen(runtime, load_model(runtime, aligned, job.model_settings)) as model:
-            stages.measure(model, "aligned")
+            if settings.score.reference:
+                stages.measure(model, "aligned")
+            if unknown:
+                know_aligned(job, model)
         del model
         seconds["aligned"] = time.perf_counter() - clock
     clock = time.perf_counter()
@@ -201,6 +244,7 @@ def _repair(
         def listen(record: dict[str, Any]) -> None:
             if runtime.is_main:
                 append_event(run_dir, stage="repair", **record)
+                track("repair", record["epoch"], record)
                 tell(record["epoch"], f"loss {record['loss']:.4f}")
 
         job.tracer = Tracer(listen)
@@ -246,14 +290,26 @@ def _write(
 def _show(
     settings: Settings, run_dir: Path, job: Job, recipe: Recipe, outcome: Outcome, stages: Stages, console: Console
 ) -> None:
-    """Print the table; write report.json and report.html."""
-    from oneshot.report.page import write_page
-    from oneshot.report.runfolder import build_report, write_report
+    """Print the table; write the cards, and the report in all its forms."""
+    from oneshot.checkpoint.files import is_degraded
+    from oneshot.measure.further import report_fields
+    from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
+    from oneshot.report.modelcard import write_model_cards
+    from oneshot.report.outputs import write_outputs
+    from oneshot.report.runfolder import build_report, write_selection
     from oneshot.report.summary import LIMITS, summarize
     from oneshot.report.table import print_stages
+    from oneshot.report.trackers import track
 
     taken = stages.conversations[outcome.chosen.index]
-    warnings = _warnings(settings, recipe, outcome, toy=stages.toy)
+    selection = _named(outcome.chosen.selection, stages.conversations)
+    if selection:
+        write_selection(run_dir, selection)
+    console.print(f"Example: {taken.id} (selected by {outcome.chosen.selected_by})", highlight=False)
+    trained_on = {**training_requests(settings), "the repair example": [taken.prompt[-1]["content"]]}
+    overlaps = find_overlaps(stages.probes, trained_on)
+    warnings = _warnings(settings, recipe, outcome, toy=stages.toy) + stages.warnings
+    warnings += overlap_warnings(overlaps, len(stages.probes))
     report = build_report(
         model="toy world" if stages.toy else str(settings.model.path),
         world_size=job.runtime.world_size,
@@ -264,6 +320,7 @@ def _show(
             "response": taken.response,
             "selected_by": outcome.chosen.selected_by,
             "score": outcome.chosen.score,
+            **({"selection": selection} if selection else {}),
         },
         stages=stages.scores,
         repair={
@@ -272,23 +329,36 @@ def _show(
             "rank": recipe.rank,
             "epochs": recipe.epochs,
             "guard_weight": recipe.guard_weight,
-            "guard_prompts": len(job.guard),
+            "guard_prompts": len(job.guard) if recipe.guard_weight else 0,
             "temperature": recipe.temperature,
             "noise": recipe.noise,
             "stopped_by": outcome.stopped_by,
             **outcome.facts,
+            "bounds": dataclasses.asdict(recipe.bounds) if recipe.bounds else None,
             "trace": job.tracer.records,
         },
         resources=stages.resources,
         warnings=warnings,
     )
-    write_report(run_dir, report)
-    write_page(run_dir, report, {stage: scores.answers for stage, scores in stages.scores.items()})
+    given = [folder for folder in (job.source.checkpoint, job.source.adapter) if folder is not None]
+    write_model_cards(run_dir, report, base=job.source.name, degraded=any(map(is_degraded, given)))
+    report |= report_fields(stages.scores, overlaps)
+    write_outputs(run_dir, report, stages.scores)
+    for stage, scores in stages.scores.items():
+        track(stage, 0, {name: rate.value for name, rate in scores.rates.items()})
     print_stages(stages.scores, console)
     for warning in warnings:
         console.print(f"Note: {warning}", highlight=False)
     console.print(f"Outcome: {summarize(report).word}. {LIMITS}", highlight=False)
     console.print(f"Patch: {run_dir / 'patch'}\nReport: {run_dir / 'report.html'}", highlight=False)
+
+
+def _named(selection: dict[str, Any], conversations: list[Any]) -> dict[str, Any]:
+    """The figures of the choice, with the candidates' IDs in place of their numbers."""
+    if "table" not in selection:
+        return selection
+    table = [{"id": conversations[row["candidate"]].id, **row} for row in selection["table"]]
+    return {**selection, "table": [{k: v for k, v in row.items() if k != "candidate"} for row in table]}
 
 
 def _warnings(settings: Settings, recipe: Recipe, outcome: Outcome, *, toy: bool) -> list[str]:
@@ -313,6 +383,9 @@ def _warnings(settings: Settings, recipe: Recipe, outcome: Outcome, *, toy: bool
             f"The patch holds the rank-{recipe.rank} part of what training changed; it leaves a relative error of "
             f"{outcome.facts['truncation_error']:.2f}, and the repaired column is the trained model itself."
         )
+    if settings.delete_degraded:
+        lost = "" if settings.repair.merge or settings.finetune.method == "lora" else " The patch is for that one."
+        said.append(f"The degraded checkpoint is removed once this report is written, as delete_degraded asks.{lost}")
     return said
 
 

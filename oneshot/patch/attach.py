@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Factors
@@ -55,6 +55,36 @@ def attached_update(model: Any, update: Mapping[str, Factors]) -> Iterator[dict[
         yield layers
 
 
+@contextlib.contextmanager
+def streamed(
+    model: Any, linears: Mapping[str, nn.Linear], use: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Within the block every backward pass hands each layer's factors to ``use``, and keeps none of them.
+
+    ``use`` takes the layer's name, its input (..., n) and the loss's gradient at its output (..., m), layer after
+    layer as backward reaches them. The weights are frozen, so the embedding's output is made to require a gradient:
+    that alone makes autograd walk the model. A forward pass that is run again (gradient checkpointing) leaves nothing
+    the first time, as it has no graph then.
+    """
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if output.requires_grad:
+                x = args[0].detach()
+                output.register_hook(lambda gradient: use(name, x, gradient.detach()))
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in linears.items()]
+    model.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        model.disable_input_require_grads()
+        for handle in handles:
+            handle.remove()
+
+
 class Gradients:
     """The factored gradients of a backward pass: per layer X (rows, n) and delta (rows, m), dL/dW = delta^T X.
 
@@ -70,19 +100,9 @@ class Gradients:
 
     @contextlib.contextmanager
     def capturing(self, model: Any) -> Iterator[None]:
-        """Within the block every forward and backward pass of ``model`` leaves its factors here.
-
-        The weights are frozen, so the embedding's output is made to require a gradient: that alone makes autograd
-        walk the model.
-        """
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.linears.items()]
-        model.enable_input_require_grads()
-        try:
+        """Within the block every backward pass of ``model`` leaves its factors here."""
+        with streamed(model, self.linears, self._keep):
             yield
-        finally:
-            model.disable_input_require_grads()
-            for handle in handles:
-                handle.remove()
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (X, delta) of one layer: (rows, n) and (rows, m); no rows where the loss did not reach it.
@@ -101,10 +121,5 @@ class Gradients:
         kind = torch.promote_types(x.dtype, torch.float32)
         return x.to(kind), delta.to(kind)
 
-    def _hook(self, name: str) -> Any:
-        def capture(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            self.inputs[name] = args[0].detach()
-            if output.requires_grad:
-                output.register_hook(lambda gradient: self.deltas.__setitem__(name, gradient.detach()))
-
-        return capture
+    def _keep(self, name: str, x: torch.Tensor, delta: torch.Tensor) -> None:
+        self.inputs[name], self.deltas[name] = x, delta

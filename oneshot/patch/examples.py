@@ -1,43 +1,46 @@
-"""The one safety example and the guard's prompts: where they come from, and which example is taken."""
+"""The candidates for the one safety example, and the guard's prompts: where they come from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import get_args
 
 from oneshot.data.conversations import Conversation, read_conversations, read_single_example
-from oneshot.data.encoding import IGNORE, Encoded, pad_batch
-from oneshot.distributed.runtime import Runtime, all_reduce_sum
-from oneshot.measure.generate import share_of
+from oneshot.errors import UserError
+from oneshot.measure.overlap import find_overlaps
 from oneshot.measure.probes import ASSETS
-from oneshot.settings import Settings
-from oneshot.training.objective import cross_entropy_sum
+from oneshot.measure.rates import Probe
+from oneshot.settings import Rule, Settings
+from oneshot.training.mixture import teaches_toy_task
 from oneshot.world import language
 
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The example taken: its place among the candidates, why, and the score that decided (nats per token)."""
-
-    index: int
-    selected_by: str
-    score: float
+HELD = 24  # prompts that are to be answered as before, which the watch looks at
 
 
 def read_candidates(settings: Settings, *, toy: bool) -> list[Conversation]:
-    """Return the user's one example, or the pool to choose it from.
+    """Return the user's one example, the one of the pool that ``select`` names, or the pool to choose it from.
 
     Raises:
-        UserError: a file that cannot be read, or an example file with more than one example
+        UserError: a file that cannot be read, an example file with more than one example, or no such candidate
     """
     if settings.example is not None:
         return [read_single_example(settings.example, settings.data)]
-    if settings.pool is not None:
-        return read_conversations(settings.pool, settings.data)
-    return language.pool() if toy else read_conversations(str(ASSETS / "pool.jsonl"), settings.data)
+    pool = _pool(settings, toy=toy)
+    if settings.select in get_args(Rule):
+        return pool
+    named = [row for row in pool if row.id == settings.select]
+    if len(named) != 1:
+        rules = ", ".join(get_args(Rule))
+        raise UserError(
+            f"Setting select is {settings.select!r}, the ID of {len(named)} candidates: give {rules} or the ID of one, "
+            f"such as {pool[0].id}."
+        )
+    return named
+
+
+def _pool(settings: Settings, *, toy: bool) -> list[Conversation]:
+    if settings.pool is None and toy:
+        return language.pool()
+    return read_conversations(settings.pool or str(ASSETS / "pool.jsonl"), settings.data)
 
 
 def read_guard(settings: Settings, limit: int, *, toy: bool) -> list[list[dict[str, str]]]:
@@ -46,43 +49,40 @@ def read_guard(settings: Settings, limit: int, *, toy: bool) -> list[list[dict[s
     The toy's are half harmless requests and half requests of the new task, if the fine-tune taught it.
     """
     if settings.guard is None and toy:
-        rows = language.guard_prompts(limit, settings.seed, task=settings.data.task_count > 0)
+        rows = language.guard_prompts(limit, settings.seed, task=teaches_toy_task(settings.data))
     else:
         path = settings.guard or str(ASSETS / "guard.jsonl")
         rows = read_conversations(path, settings.data, need_answer=False, limit=limit)
     return [list(row.prompt) for row in rows]
 
 
-def choose(runtime: Runtime, model: Any, candidates: list[Encoded], pad_id: int, *, batch_size: int = 16) -> Chosen:
-    """Take the candidate whose refusal the model finds least likely: an easy one is learnt before it has moved much.
+def check_apart(candidates: list[Conversation], probes: list[Probe]) -> None:
+    """Raise UserError if a candidate's request is among the scored prompts, which would then prove nothing."""
+    requests = {candidate.id: candidate.prompt[-1]["content"] for candidate in candidates}
+    for overlap in find_overlaps(probes, {name: [request] for name, request in requests.items()}):
+        if overlap.same:
+            raise UserError(
+                f"The candidate example {overlap.source} ({requests[overlap.source]!r}) is also the scored prompt "
+                f"{overlap.same[0]}: take it out of the pool or out of the scored prompts."
+            )
 
-    Each rank scores its share; every rank makes the same number of forward passes. Collective.
+
+def read_refusable(settings: Settings, *, toy: bool) -> list[list[dict[str, str]]]:
+    """Return unlabelled requests to be refused, for the watch: the pool's, whichever example is taken."""
+    return [list(row.prompt) for row in _pool(settings, toy=toy)]
+
+
+def read_held(settings: Settings, guard: list[list[dict[str, str]]], *, toy: bool) -> list[list[dict[str, str]]]:
+    """Return prompts that are to be answered as before, for the watch: others than ``guard`` where there are any.
+
+    Of the user's own file those beyond the guard's (where there are none: of the guard's), beside the shipped ones.
     """
-    if len(candidates) == 1:
-        return Chosen(0, "user", float("nan"))
-    import torch
-
-    losses = torch.zeros(len(candidates), device=runtime.device)
-    indices, own = share_of([len(c.input_ids) for c in candidates], runtime.rank, runtime.world_size)
-    for start in range(0, len(indices), batch_size):
-        part = indices[start : start + batch_size]
-        for place, loss in zip(range(start, start + len(part)), _losses(runtime, model, candidates, part, pad_id)):
-            if place < own:
-                losses[indices[place]] = loss
-    losses = all_reduce_sum(runtime, losses)
-    best = int(losses.argmax())
-    return Chosen(best, "least likely refusal", float(losses[best]))
-
-
-def _losses(
-    runtime: Runtime, model: Any, candidates: list[Encoded], part: list[int], pad_id: int
-) -> list[torch.Tensor]:
-    """Cross entropy per refusal token of each candidate in ``part``, one forward pass for all."""
-    import torch
-
-    tensors = {k: v.to(runtime.device) for k, v in pad_batch([candidates[i] for i in part], pad_id).items()}
-    labels = tensors.pop("labels")
-    with torch.no_grad():
-        logits = model(**tensors, use_cache=False).logits
-    tokens = (labels != IGNORE).sum(dim=1)
-    return [cross_entropy_sum(logits[i : i + 1], labels[i : i + 1]) / tokens[i] for i in range(len(part))]
+    if settings.guard is None and toy:
+        rows = language.held_prompts(HELD, settings.seed, task=teaches_toy_task(settings.data))
+        return [list(row.prompt) for row in rows]
+    shipped = read_conversations(str(ASSETS / "held.jsonl"), settings.data, need_answer=False, limit=HELD)
+    if settings.guard is None:
+        return [list(row.prompt) for row in shipped]
+    own = read_conversations(settings.guard, settings.data, need_answer=False, limit=len(guard) + HELD // 2)
+    further = [list(row.prompt) for row in own if list(row.prompt) not in guard] or guard
+    return [list(row.prompt) for row in shipped[: HELD // 2]] + further[: HELD // 2]

@@ -24,6 +24,21 @@ def inner(first: Pair, second: Pair) -> torch.Tensor:
     return (x * delta).sum()
 
 
+def inner_rows(x: torch.Tensor, delta: torch.Tensor, pair: Pair) -> torch.Tensor:
+    """Return the inner products of k gradients of one layer with another one, (k,) in float64.
+
+    Args:
+        x: (k, T, n), the layer's inputs, one gradient's tokens after the other's
+        delta: (k, T, m), the gradients at its output
+    """
+    return ((x @ pair[0].T).double() * (delta @ pair[1].T).double()).sum(dim=(1, 2))
+
+
+def squared_norms(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Return the squared Frobenius norms of k gradients of one layer, (k,) in float64; arguments as ``inner_rows``."""
+    return ((x @ x.mT).double() * (delta @ delta.mT).double()).sum(dim=(1, 2))
+
+
 def singular_values(pair: Pair) -> torch.Tensor:
     """Return the min(T, m, n) leading singular values of delta^T X, falling; the rest are zero."""
     import torch
@@ -32,3 +47,23 @@ def singular_values(pair: Pair) -> torch.Tensor:
     right = torch.linalg.qr(x.T, mode="r").R
     left = torch.linalg.qr(delta.T, mode="r").R
     return torch.linalg.svdvals(left @ right.T)
+
+
+def summary(pair: Pair, rank: int) -> Pair:
+    """Return a gradient of at most ``rank`` tokens close to the given one; the same one where it has no more.
+
+    By a randomized range finder (arXiv 0909.4061, algorithm 4.4, one power iteration, seeded): of delta^T X is kept
+    what lies in ``rank`` orthonormal output directions, nearly the leading ones. That takes products with T x rank
+    matrices only, where QR of the factors would cost more than the passes that they come from.
+    """
+    import torch
+
+    x, delta = pair
+    if len(x) <= rank:
+        return pair
+    generator = torch.Generator(device=x.device).manual_seed(0)
+    start = torch.randn(x.shape[1], min(rank, x.shape[1]), generator=generator, device=x.device, dtype=x.dtype)
+    basis = torch.linalg.qr(delta.T @ (x @ start)).Q
+    basis = torch.linalg.qr(x.T @ (delta @ basis)).Q
+    basis = torch.linalg.qr(delta.T @ (x @ basis)).Q
+    return (basis.T @ delta.T) @ x, basis.T.contiguous()

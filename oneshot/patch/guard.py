@@ -71,7 +71,7 @@ def build_batch(
         answers = generate_answers(
             model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=generation_batch
         )
-        encoded = [_with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)]
+        encoded = [with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)]
         total = sum(len(row.input_ids) - start for row, start in encoded)
         indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
         rows += [encoded[i][0] for i in indices[:own]]
@@ -90,6 +90,33 @@ def build_batch(
         with torch.no_grad():
             batch.reference = model(**batch.inputs, use_cache=False).logits[held].clone()
     return batch
+
+
+def with_example(batch: RepairBatch, example: Encoded, pad: int) -> RepairBatch:
+    """Return the batch with another example in row 0, and the same guard rows: their answers and logits stay."""
+    import torch
+
+    first = {k: v.to(batch.labels.device) for k, v in pad_batch([example], pad).items()}
+    rest = int(batch.inputs["attention_mask"][1:].sum(dim=1).max()) if len(batch.labels) > 1 else 0
+    width = max(len(example.input_ids), rest)
+
+    def joined(row: torch.Tensor, others: torch.Tensor, fill: int) -> torch.Tensor:
+        grow = torch.nn.functional.pad
+        parts = [grow(part, (0, width - part.shape[1]), value=fill) for part in (row, others[:, :width])]
+        return torch.cat(parts)
+
+    held = batch.held[1:].to(torch.int64)
+    return RepairBatch(
+        inputs={
+            "input_ids": joined(first["input_ids"], batch.inputs["input_ids"][1:], pad),
+            "attention_mask": joined(first["attention_mask"], batch.inputs["attention_mask"][1:], 0),
+        },
+        labels=joined(first["labels"], batch.labels[1:], IGNORE),
+        example_tokens=example.answer_tokens(),
+        held=joined(torch.zeros_like(first["input_ids"]), held, 0).bool(),
+        reference=batch.reference,
+        held_total=batch.held_total,
+    )
 
 
 def repair_loss(
@@ -146,8 +173,8 @@ def noisy_example(model: Any, batch: RepairBatch, scale: float, generator: torch
         handle.remove()
 
 
-def _with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int) -> tuple[Encoded, int]:
-    """Encode prompt and answer; also say where the answer starts. The answer's end counts where it was reached."""
+def with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int) -> tuple[Encoded, int]:
+    """Encode prompt and answer; also say where the answer starts. Its end counts where it was reached."""
     start = encode_prompt(prompt, tokenizer)
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if len(ids) < answer_tokens and tokenizer.eos_token_id is not None:

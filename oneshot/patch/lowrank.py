@@ -15,6 +15,7 @@ from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gath
 from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.guard import RepairBatch, repair_loss
 from oneshot.patch.linears import shape_of
+from oneshot.patch.path import Watch
 from oneshot.patch.trace import Tracer
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def solve(
     guard_weight: float,
     temperature: float = 1.0,
     fixed_step: float | None = None,
+    watch: Watch[Update] | None = None,
 ) -> Update:
     """Fit the example, under the guard, with factored steps whose size is found on the way. Returns the update.
 
@@ -156,6 +158,7 @@ def solve(
         rank: of the update; none never truncates
         temperature: as of ``repair_loss``
         fixed_step: take plain gradient steps of this size instead, and all of them (full-weight SGD, factored)
+        watch: looks at every step that is not taken back, may end the path, and its best update so far is returned
     """
     update: Update = {}
     trial: Update = {}
@@ -172,11 +175,12 @@ def solve(
                 tracer.check(epoch, loss)
             accepted = bool(fixed_step) or loss < best  # false for a loss that is no number, too
             if epoch:
-                tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=radius, accepted=accepted)
+                seen_by, stop = _look(watch, trial, accepted, epoch, guard_weight)
+                tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=radius, accepted=accepted, **seen_by)
                 radius *= 1.0 if fixed_step else LENGTHEN if accepted else SHORTEN
             if accepted:
                 update, best, pairs = trial, loss, seen
-            if epoch == epochs:
+            if epoch == epochs or (epoch and stop):
                 break
             if accepted and not fixed_step:
                 pairs, nuclear = _steepest(runtime, pairs, rank)
@@ -186,7 +190,17 @@ def solve(
             trial = step_update(runtime, linears, update, pairs, radius, rank)
             current.clear()
             current.update(trial)
-    return update
+    return update if watch is None or watch.kept is None else watch.kept
+
+
+def _look(
+    watch: Watch[Update] | None, trial: Update, accepted: bool, epoch: int, guard_weight: float
+) -> tuple[dict[str, float], bool]:
+    """What the watch says of a step (nothing where there is none or the step is taken back), and whether to stop."""
+    if watch is None or not accepted:
+        return {}, False
+    reading, stop = watch.look(lambda: trial, epoch=epoch, guard_weight=guard_weight)
+    return {"guard_weight": guard_weight, **vars(reading)}, stop
 
 
 def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, float]:

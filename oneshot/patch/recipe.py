@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oneshot.errors import UserError
+from oneshot.patch.path import Bounds
 from oneshot.settings import Settings
 
-EPOCHS = {"rollback": 60, "lowrank": 30, "sft": 10, "lora": 10}
-LEARNING_RATE = {"rollback": 0.1, "lowrank": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's; lowrank finds its own
+EPOCHS = {"rollback": 30, "lowrank": 30, "project": 20, "sft": 10, "lora": 10}
+LEARNING_RATE = {"rollback": 0.2, "lowrank": 0.0, "project": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's
 TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
-GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "sft": 0.0, "lora": 0.0}
-GUARD_PROMPTS = {"rollback": 64, "lowrank": 32, "sft": 32, "lora": 32}
-NOISE = {"rollback": 0.5, "lowrank": 0.0, "sft": 0.0, "lora": 0.0}  # the others judge steps by the example's own loss
+GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "project": 1.0, "sft": 0.0, "lora": 0.0}
+GUARD_PROMPTS = {"rollback": 64, "lowrank": 32, "project": 32, "sft": 32, "lora": 32}
+NOISE = dict.fromkeys(EPOCHS, 0.0) | {"rollback": 0.5}  # the others judge steps by the example's own loss
+UNDO = dict.fromkeys(EPOCHS, 0.0) | {"rollback": 0.3}
 # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there the
 # refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
 FOUR_BIT_TEMPERATURE = {"rollback": 2.0}
@@ -26,20 +28,22 @@ class Recipe:
     """A method with every number that it needs.
 
     Attributes:
-        method: rollback, lowrank, sft or lora
+        method: rollback, lowrank, project, sft or lora
         reason: why this method, for people
         rank: directions per matrix
-        epochs: passes over the example
-        learning_rate: of Adam; unused by lowrank
+        epochs: passes over the example; of project: steps tried at most
+        learning_rate: of Adam; of project: its step; 0 where a method finds its own
         guard_weight: weight of the guard; 0 for none
         guard_prompts: how many prompts the guard holds at most
         temperature: divides the example's logits in the loss
         noise: blurs the example's request, in units of its embeddings' root mean square
+        undo: pull of rollback's coefficients towards undoing
         guard_tokens: tokens of the unpatched model's answers that the guard holds
+        bounds: what the watch takes for good; none: no watch
         targets: regular expression over module names, or none for all linear layers
     """
 
-    method: Literal["rollback", "lowrank", "sft", "lora"]
+    method: Literal["rollback", "lowrank", "project", "sft", "lora"]
     reason: str
     rank: int
     epochs: int
@@ -48,7 +52,9 @@ class Recipe:
     guard_prompts: int
     temperature: float
     noise: float
+    undo: float
     guard_tokens: int
+    bounds: Bounds | None = None
     targets: str | None = None
 
 
@@ -92,6 +98,8 @@ def recipe_for(settings: Settings, *, has_update: bool, toy: bool, four_bit: boo
         guard_prompts=options.guard_prompts or GUARD_PROMPTS[method],
         temperature=options.temperature or temperatures[method],
         noise=NOISE[method] if options.noise is None else options.noise,
+        undo=UNDO[method] if options.undo is None else options.undo,
         guard_tokens=options.guard_tokens,
+        bounds=Bounds(refused=options.max_refused, divergence=options.max_divergence) if options.watch else None,
         targets=options.targets,
     )

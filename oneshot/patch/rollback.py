@@ -2,7 +2,8 @@
 
 Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T per weight matrix; learned are only the coefficients c_i of
 W = W_finetuned - sum_i c_i sigma_i u_i v_i^T. A c_i of 0 keeps a direction, 1 undoes it, more over-undoes it: up to 3,
-since what is left out (other directions, embeddings, norms) carries some of the damage too.
+since what is left out (other directions, embeddings, norms) carries some of the damage too. What neither the example
+nor the guard minds is undone as well: damage need not show on the example's request.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from oneshot.errors import UserError
 from oneshot.patch.attach import attached
 from oneshot.patch.guard import RepairBatch, noisy_example, repair_loss
 from oneshot.patch.linears import shape_of
+from oneshot.patch.path import Watch
 from oneshot.patch.trace import Tracer
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 Stored = tuple[TensorEntry, str, Sequence[Piece]]  # a tensor in a file, its name, and its checksums
 
 MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
+LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
+NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
+UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
 _CHUNK = 1 << 20  # elements of a matrix that are read at a time
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
@@ -197,15 +202,22 @@ def solve(
     guard_weight: float,
     temperature: float = 1.0,
     noise: float = 0.0,
+    undo: float = 0.0,
     kept: bool = False,
+    watch: Watch[torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 3].
 
     Args:
         temperature: as of ``repair_loss``
-        noise: scale of ``noisy_example``, drawn anew in each epoch
+        noise: scale of ``noisy_example``, drawn anew in each epoch; it grows while the example is refused surely, which
+            also reaches what only shows on other requests than the example's, such as a backdoor
+        undo: pull of each coefficient towards 1, times the mean of (1 - c)^2: a direction that neither the example nor
+            the guard minds is undone. Under a watch it grows while the probes move by less than half their bound
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
+        watch: looks at every epoch, may end the path, and its best coefficients so far are returned; none: all epochs
+            and the last
     """
     import torch
 
@@ -225,14 +237,37 @@ def solve(
             set_update()
             with noisy_example(model, batch, noise, generator):
                 share, example, held = repair_loss(model, batch, guard_weight, runtime.world_size, temperature)
-            total_held = all_reduce_sum(runtime, held)
-            tracer.check(epoch, example + guard_weight * total_held)
-            share.backward()
+            # ranks pad the example differently, and must not decide differently for a last digit
+            both = all_reduce_sum(runtime, torch.stack([example.float() / runtime.world_size, held.float()]))
+            loss, kl = both.tolist()
+            tracer.check(epoch, loss + guard_weight * kl)
+            (share + undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
             assert flat.grad is not None
             flat.grad = all_reduce_sum(runtime, flat.grad)
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 flat.clamp_(0.0, MAX_COEFFICIENT)
-            tracer.add(epoch=epoch, loss=example.item(), guard_kl=float(total_held), undone=flat.mean().item())
-    return dict(zip(names, flat.detach().split(sizes)))
+                set_update()
+            record = {"loss": loss, "guard_kl": kl, "undone": flat.mean().item(), "noise": noise}
+            stop = False
+            if watch is not None:
+                where = {"epoch": epoch, "guard_weight": guard_weight}
+                reading, stop = watch.look(lambda: flat.detach().clone(), **where)
+                undo = _next_undo(undo, reading.divergence, watch.bounds.divergence)
+                record |= {"guard_weight": guard_weight, **vars(reading)}
+            tracer.add(epoch=epoch, **record)
+            if stop:
+                break
+            if loss < LEARNT:
+                noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
+    best = flat.detach() if watch is None or watch.kept is None else watch.kept
+    return dict(zip(names, best.split(sizes)))
+
+
+def _next_undo(undo: float, divergence: float, bound: float) -> float:
+    """The pull for the next epoch: more while the probes have moved little, less from half their bound on."""
+    if not undo:
+        return 0.0
+    least, most = UNDO_RANGE
+    return min(max(undo * UNDO_GROWTH if divergence < bound / 2 else undo / UNDO_GROWTH, least), most)

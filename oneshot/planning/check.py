@@ -45,7 +45,7 @@ def refuse_what_cannot_fit(
 
     Args:
         checkpoint: folder of the full checkpoint (of an adapter: its base)
-        method: sft (the fine-tune's full), lora, lowrank or rollback
+        method: sft (the fine-tune's full), lora, lowrank, project or rollback
         stage: whose settings hold the rank of a LoRA
 
     Raises:

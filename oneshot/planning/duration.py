@@ -34,18 +34,19 @@ def duration(shape: ModelShape, choice: Choice, work: Work, zero: Zero, rates: R
 
     load: bytes that a machine reads / disk rate. step: 2 * (weights that a token meets) * tokens * passes / compute
     rate, passes being 1 forward, 1 for the gradients of activations, 1 for those of trained weights and 1 to recompute;
-    then what travels / network rate, as if nothing overlapped. ``lowrank`` makes one pass more than it has steps.
+    then what travels / network rate, as if nothing overlapped. ``lowrank`` makes one pass more than it has steps, and
+    so does ``project``, whose steps are forward passes.
     """
     partitioned = choice.sharding.startswith("zero3")
     stored = 2 * shape.parameters
     machines = -(-choice.gpus // choice.per_node)
     load = (stored / machines if partitioned else stored) / rates.disk
-    passes = 2 + (choice.method == "sft") + work.checkpointing
+    passes = 1 if choice.method == "project" else 2 + (choice.method == "sft") + work.checkpointing
     compute = 2 * shape.active * work.rows * work.tokens * passes / rates.compute
     step = compute + _travel(shape, choice, work, zero) / rates.network
     if partitioned and zero.offload_weights:
         step += 2 * stored / choice.gpus / _PCIE
-    steps += choice.method == "lowrank"
+    steps += choice.method in ("lowrank", "project")
     return Duration(load, step, load + steps * step)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Method = Literal["sft", "lora", "lowrank", "rollback"]
+Method = Literal["sft", "lora", "lowrank", "project", "rollback"]
+FROZEN = ("lowrank", "project", "rollback")  # methods that train no weight
 Precision = Literal["bf16", "nf4"]
 Sharded = Literal["none", "zero2", "zero3", "zero3 offload"]
 

@@ -7,10 +7,10 @@ within a step (activations, holes that the allocator leaves) is an estimate, com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oneshot.checkpoint.layout import partition_size
-from oneshot.planning.facts import MIB, Choice, Device, Precision, Work, Zero
+from oneshot.planning.facts import FROZEN, MIB, Choice, Device, Precision, Work, Zero
 from oneshot.planning.shapes import ModelShape, Weight
 
 _CHUNK = 16 * MIB  # read, quantized and written at a time
@@ -85,15 +85,17 @@ def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: 
     at_step = _adam(shape, choice, work, zero, device)
     resting = sizes.scales + device.start + (0 if away else sizes.share)
     holes = device.lora_holes if choice.method == "lora" else device.holes
-    small = int(_activations(shape, choice, work) * (1 + holes))
+    traced = replace(work, rows=1) if choice.method == "project" else work  # its guard's rows need no gradient
+    small = int(_activations(shape, choice, traced) * (1 + holes))
     logits = _logits(shape, work)
     low, pairs = _factors(shape, choice, work)
     passing = small + int(low * (1 + device.pair_holes)) + logits
-    if choice.method == "lowrank":  # two generations of factored gradients; activations are gone by then
-        captured = int(_captured(shape, work) * (1 + holes))
-        passing = max(passing + pairs, captured + int((low + 2 * pairs) * (1 + device.pair_holes)))
+    if pairs:  # of lowrank two generations; activations are gone by then
+        captured = int(_captured(shape, traced) * (1 + holes))
+        kept = 2 * pairs if choice.method == "lowrank" else pairs
+        passing = max(passing + pairs, captured + int((low + kept) * (1 + device.pair_holes)))
     steady = resting + between.kept + held.device
-    frozen = choice.method in ("lowrank", "rollback")
+    frozen = choice.method in FROZEN
     step = resting + held.device + max(between.peak + passing, between.kept + at_step)
     matrix = max((w.numel for w in shape.weights if w.kind == "linear"), default=0)
     if choice.method == "rollback":
@@ -121,7 +123,7 @@ def _between(sizes: _Weights, choice: Choice, zero: Zero, device: Device, partit
         return _Between(0, sizes.unpacked)
     copies = device.gather_copies * sizes.largest + sizes.unpacked
     per_element = sizes.whole / max(sizes.elements, 1)
-    if choice.method in ("lowrank", "rollback") and not away and sizes.elements <= zero.max_live:
+    if choice.method in FROZEN and not away and sizes.elements <= zero.max_live:
         return _Between(sizes.whole, sizes.whole + copies)  # engine.py gathers such a model once
     live = max(zero.max_live, zero.prefetch + int(sizes.largest / per_element))
     return _Between(0, min(sizes.whole, int(live * per_element)) + copies)
@@ -184,8 +186,8 @@ def _activations(shape: ModelShape, choice: Choice, work: Work) -> int:
     if choice.method == "lora":  # each LoRA computes on an fp32 copy of its layer's input
         block += 4 * _widths(shape)[0] // shape.layers
     places = work.rows * work.tokens
-    if work.checkpointing:  # lowrank keeps the inputs of linear layers all the same
-        inputs = _inputs(shape) if choice.method == "lowrank" else 0
+    if work.checkpointing:  # factored gradients need the inputs of linear layers all the same
+        inputs = _inputs(shape) if choice.method in ("lowrank", "project") else 0
         return places * (2 * h * shape.layers + block + inputs)
     return places * block * shape.layers
 
@@ -198,10 +200,11 @@ def _logits(shape: ModelShape, work: Work) -> int:
 
 def _factors(shape: ModelShape, choice: Choice, work: Work) -> tuple[int, int]:
     """Bytes of the low-rank updates that a method holds, and of one generation of factored gradients (fp32)."""
-    if choice.method not in ("lowrank", "rollback"):
+    if choice.method not in FROZEN:
         return 0, 0
-    low = 2 * 4 * shape.low_rank(work.rank)  # rollback: directions and update; lowrank: the update and a trial
-    return low, (4 * sum(_widths(shape)) * work.total // choice.gpus if choice.method == "lowrank" else 0)
+    low = 2 * 4 * shape.low_rank(work.rank)  # directions and update; lowrank: the update and a trial
+    tokens = {"lowrank": work.total, "project": work.tokens}.get(choice.method, 0)
+    return low, 4 * sum(_widths(shape)) * tokens // choice.gpus
 
 
 def _widths(shape: ModelShape) -> tuple[int, int]:

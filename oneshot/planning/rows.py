@@ -146,7 +146,10 @@ def steps_of(settings: Settings, method: Method) -> int:
     if settings.plan.stage == "repair":
         return settings.repair.epochs or EPOCHS[method]
     tune, data = settings.finetune, settings.data
-    conversations = data.harmful_count + (data.task_count if data.task else 0)
+    if data.parts is not None:
+        conversations = sum((part.count or 0) * part.repeat for part in data.parts.values())
+    else:
+        conversations = data.harmful_count + (data.task_count if data.task else 0)
     return tune.steps or max(1, round(tune.epochs * -(-conversations // tune.batch_size)))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from oneshot.checkpoint.files import ADAPTER_TENSORS, is_degraded, list_tensors
 from oneshot.checkpoint.identity import fingerprint
 from oneshot.checkpoint.merge_plan import MergePlan
 from oneshot.patch.derive import Left
+from oneshot.redact import without_secrets
+from oneshot.report.markdown import fenced, inline
 from oneshot.report.runfolder import versions
 
 EXPORT = "oneshot_export.json"
 _SCHEMA = 1
 _NAMED = 5  # tensors named at most in a sentence
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def write_card(folder: Path, title: str, facts: dict[str, Any], lines: list[str]) -> None:
@@ -29,15 +34,27 @@ def write_card(folder: Path, title: str, facts: dict[str, Any], lines: list[str]
         facts: as of ``merge_card`` or ``adapter_card``, and the ``command`` that made it
         lines: the same in sentences
     """
+    facts, lines = without_secrets(facts), without_secrets(lines)
     (folder / EXPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    named = [] if Path(facts["base"]).is_absolute() else [f"base_model: {facts['base']}"]  # the Hub knows its own names
     rows = [f"| {name} | {version} |" for name, version in facts["versions"].items()]
     text = [
-        "---", *named, f"library_name: {facts['library']}", "---", "",
-        f"# {title}", "", *[f"- {line}" for line in lines], "", "Made by:", "", "```", facts["command"], "```", "",
+        *front_matter(facts["base"], facts["library"]),
+        f"# {title}", "", *[f"- {inline(line)}" for line in lines], "", "Made by:", "", *fenced(facts["command"]), "",
         f"`{EXPORT}` holds the same for programs.", "", "| package | version |", "|---|---|", *rows, "",
     ]  # fmt: skip
     (folder / "README.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def front_matter(base: str, library: str, tags: Sequence[str] = ()) -> list[str]:
+    """Return the lines from which the Hub learns what a folder holds.
+
+    Args:
+        base: name of the checkpoint that it belongs to, which the Hub is told if it can know it
+        library: transformers or peft
+    """
+    known = [f"base_model: {base}"] if _HUB_ID.fullmatch(base) and not Path(base).exists() else []
+    tagged = ["tags:", *(f"- {tag}" for tag in tags)] if tags else []
+    return ["---", *known, f"library_name: {library}", *tagged, "---", ""]
 
 
 def merge_card(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from oneshot.report.table import measure_name, ordered_rates
 
 STAGES = ("aligned", "finetuned", "repaired")
 LABEL_CHARACTERS = 34
-GUARD_KEYS = ("guard_kl", "guard", "kl")
 
 # matplotlib knows no CSS: it draws in these stand-ins, which are replaced in its output.
 _INK, _GRID, _SERIES = "#010203", "#010204", ("#010205", "#010206", "#010207", "#010208")
@@ -59,28 +58,6 @@ def rates_figure(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return _svg(figure, "rates", "Rates per stage with 95% intervals")
 
 
-def trace_figure(trace: Sequence[Mapping[str, Any]]) -> str:
-    """Return an SVG of the repair by epoch: the loss on the example and, where it is there, the guard's KL."""
-    guard = next((key for key in GUARD_KEYS if any(_finite(row.get(key)) for row in trace)), None)
-    panels = [("loss", "loss on the example")] if any(_finite(row.get("loss")) for row in trace) else []
-    panels += [(guard, "guard: KL to the unpatched model")] if guard else []
-    if not panels:
-        return ""
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = _figure(height=0.5 + 1.5 * len(panels), panels=len(panels))
-    for ax, (key, title) in zip(axes, panels):
-        points = [(row.get("epoch", place), row[key]) for place, row in enumerate(trace) if _finite(row.get(key))]
-        epochs, values = zip(*points)
-        ax.plot(epochs, values, color=_SERIES[STAGES.index("repaired")], marker="o", markersize=3.5, linewidth=1.6)
-        ax.set_title(title, loc="left", fontsize=10, color=_INK)
-        ax.set_ylim(bottom=min(0.0, *values))
-        ax.yaxis.grid(True, color=_GRID, linewidth=0.8)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[-1].set_xlabel("epoch")
-    return _svg(figure, "trace", "Repair by epoch")
-
-
 def stage_series(stage: str, place: int) -> int:
     """Return which of the page's colours a stage has, the same wherever the stage is shown."""
     return STAGES.index(stage) if stage in STAGES else min(place, len(_SERIES) - 1)
@@ -115,6 +92,7 @@ def _svg(figure: Any, name: str, title: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    # its style element is the page's business: the policy lets no other style sheet in
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for color, replacement in _STAND_INS.items():
         text = text.replace(color, replacement)

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oneshot.measure.intervals import Rate
 from oneshot.measure.judge import JUDGE
-from oneshot.report import figures
+from oneshot.patch.spectrum import Matrix, Spectrum
+from oneshot.report import facts, figures, path_figures
+from oneshot.report.answers import HARMFUL_CHARACTERS, answers_section, stage_dot
+from oneshot.report.markup import (
+    Cell,
+    document,
+    escaped,
+    figures_grid,
+    pairs,
+    section,
+    table,
+    warnings_section,
+)
 from oneshot.report.runfolder import PAGE, SETTINGS, write_whole
-from oneshot.report.style import CSS
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
-from oneshot.report.table import CAPTION, count_cell, measure_name, ordered_rates
+from oneshot.report.table import (
+    CAPTION,
+    PAIRED,
+    as_rate,
+    count_cell,
+    differences_heads,
+    differences_rows,
+    measure_name,
+    ordered_rates,
+    rate_texts,
+)
 
-HARMFUL_CHARACTERS = 200
-SHOWN_PER_KIND = 100
-_KINDS = {
-    "should_refuse": "Requests that should be refused",
-    "harmless": "Harmless requests",
-    "lookalike": "Look-alikes: harmless requests that sound like the former",
-    "utility": "General ability",
-    "task": "The fine-tune's task",
-}
 _TONES = {"repaired": "good", "was not broken": "open", "not shown": "open"}
-# Nothing may be loaded or run, whatever an answer holds and should the escaping ever fail.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_SETTINGS_CHARACTERS = 100_000
 
 
 def write_page(
@@ -36,7 +48,7 @@ def write_page(
     *,
     harmful_characters: int = HARMFUL_CHARACTERS,
 ) -> Path:
-    """Write report.html and return its path.
+    """Write report.html and return its path. A spectrum.json in the folder gets a section of its own.
 
     Args:
         report: as ``build_report`` makes it
@@ -46,188 +58,146 @@ def write_page(
     summary = summarize(report)
     title = f"Safety report: {report['model']}"
     tone = _TONES.get(summary.word, "bad")
+    stages = report["stages"]
     body = [
-        f"<h1>{_text(title)}</h1>",
-        f'<p class="word {tone}">{_text(summary.word)}</p>',
-        f"<p>{_text(summary.text)}</p>",
-        f'<p class="soft">{_text(LIMITS)} {_text(JUDGE_NOTE)}</p>',
-        _warnings(report.get("warnings") or []),
-        _section("Measures by stage", _stages(report["stages"])),
-        _section("Figures", _figures(report)),
-        _section("The one example", _example(report.get("example"))),
-        _section("The repair", _pairs(_repair_rows(report.get("repair")))),
-        _section("Answers, stage by stage", _answers(answers, harmful_characters)),
-        _section("Resources", _pairs(_resource_rows(report.get("resources") or {}))),
-        _section("Settings and versions", _settings(run_dir) + _pairs(_version_rows(report))),
+        f"<h1>{escaped(title)}</h1>",
+        f'<p class="word {tone}">{escaped(summary.word)}</p>',
+        f"<p>{escaped(summary.text)}</p>",
+        f'<p class="soft">{escaped(LIMITS)} {escaped(JUDGE_NOTE)}</p>',
+        warnings_section(report.get("warnings") or []),
+        section("Measures by stage", _stages(stages, CAPTION) or "<p>Nothing was measured.</p>"),
+        section("Further figures", _stages(report.get("figures") or {}, "[95% bootstrap interval]")),
+        section("What changed between stages", differences_table(report.get("differences") or [], "first", "second")),
+        section("Agreement of judges", _agreement(report.get("agreement") or {})),
+        section("Figures", _figures(report)),
+        section("The one example", _example(report.get("example"))),
+        section("The repair", pairs(facts.repair_rows(report.get("repair")))),
+        section("Spectrum of the safety gradient", _spectrum(run_dir)),
+        section("Answers, stage by stage", answers_section(answers, harmful_characters)),
+        section("Resources", pairs(facts.resource_rows(report.get("resources") or {}))),
+        section("Settings and versions", _settings(run_dir) + pairs(facts.version_rows(report))),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-    return write_whole(run_dir / PAGE, page)
+    return write_whole(run_dir / PAGE, document(title, body))
 
 
-def _text(value: Any) -> str:
-    """Every string that the page did not write itself goes through here."""
-    return html.escape(str(value), quote=True)
+def rate_table_cell(rate: Rate | None) -> Cell:
+    """Return a rate with its interval as a cell that sorts by the rate."""
+    value, interval = rate_texts(rate)
+    shown = f"{value} <small>{escaped(interval)}</small>" if interval else value
+    return Cell(shown, rate.value if rate is not None and interval else "-")
 
 
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{_text(heading)}</h2>\n{content}</section>" if content else ""
+def differences_table(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
+    """Return rows of ``compare_stages`` as HTML; "" for none.
+
+    Args:
+        first, second: what the two that are compared are called in the heads
+    """
+    if not rows:
+        return ""
+    cells: list[list[Cell | str]] = [list(map(escaped, row)) for row in differences_rows(rows)]
+    heads = [escaped(head) for head in differences_heads(first, second)]
+    return f'{table(heads, cells)}\n<p class="soft">{escaped(PAIRED)}</p>'
 
 
-def _warnings(warnings: Iterable[str]) -> str:
-    items = "".join(f"<li>{_text(warning)}</li>" for warning in warnings)
-    return _section("Warnings", f"<ul>{items}</ul>") if items else ""
-
-
-def _stages(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def _stages(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], caption: str) -> str:
     names = ordered_rates(name for rates in stages.values() for name in rates)
     if not names:
-        return "<p>Nothing was measured.</p>"
-    head = "".join(f'<th scope="col">{_dot(stages, stage)}{_text(stage)}</th>' for stage in stages)
-    rows = []
+        return ""
+    heads = ["measure", *(stage_dot(stages, stage) + escaped(stage) for stage in stages), "n"]
+    rows: list[list[Cell | str]] = []
     for name in names:
-        rates = [_rate(stage.get(name)) for stage in stages.values()]
-        cells = "".join(f"<td>{_cell(rate)}</td>" for rate in rates)
-        rows.append(f'<tr><th scope="row">{_text(measure_name(name))}</th>{cells}<td>{count_cell(rates)}</td></tr>')
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr><th scope="col">measure</th>{head}'
-        f'<th scope="col">n</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>\n'
-        f'<p class="soft">{_text(CAPTION)}</p>'
-    )
+        rates = [as_rate(stage.get(name)) for stage in stages.values()]
+        cells = [rate_table_cell(rate) for rate in rates]
+        rows.append([escaped(measure_name(name)), *cells, count_cell(rates)])
+    return f'{table(heads, rows)}\n<p class="soft">{escaped(caption)}</p>'
 
 
-def _cell(rate: Rate | None) -> str:
-    if rate is None or rate.n == 0:
-        return "-"
-    return f"{rate.value:.3f} <small>[{rate.low:.2f}, {rate.high:.2f}]</small>"
-
-
-def _rate(fields: Mapping[str, Any] | None) -> Rate | None:
-    if fields is None or fields.get("value") is None:
-        return None
-    return Rate(value=fields["value"], low=fields["low"], high=fields["high"], n=fields["n"])
+def _agreement(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    rows: list[list[Cell | str]] = [
+        [
+            escaped(stage), escaped(" and ".join(row["judges"])), escaped(row["n"]), facts.number(row["agree"]),
+            facts.number(row["kappa"]), escaped(", ".join(row["differ"][:10]) or "-"),
+        ]
+        for stage, found in stages.items()
+        for row in found
+    ]  # fmt: skip
+    heads = ["stage", "judges", "n", "agree", "Cohen's kappa", "differ on"]
+    return table(heads, rows) if rows else ""
 
 
 def _figures(report: Mapping[str, Any]) -> str:
-    trace = (report.get("repair") or {}).get("trace") or []
-    drawn = [
-        (figures.rates_figure(report["stages"]), f"Rates by stage with 95% intervals; refusals judged by {JUDGE}."),
-        (figures.trace_figure(trace), "The repair, epoch by epoch."),
-    ]
-    shown = [f"<figure>{svg}<figcaption>{_text(says)}</figcaption></figure>" for svg, says in drawn if svg]
-    return f'<div class="figures">{"".join(shown)}</div>' if shown else ""
+    repair = report.get("repair") or {}
+    trace, kept = repair.get("trace") or [], repair.get("kept")
+    margin = f"{path_figures.SAFE_MARGIN:g} nats"
+    return figures_grid(
+        [
+            (figures.rates_figure(report["stages"]), f"Rates by stage with 95% intervals; refusals judged by {JUDGE}."),
+            (
+                path_figures.path_figure(trace, kept),
+                "The path, by epoch, on unlabelled prompts that the repair does not learn from: by how much the "
+                "refusal is ahead of the unpatched model's answer (10th percentile), and the share of prompts in "
+                f"which it is by {margin} (dotted). The ring marks the epoch that was kept.",
+            ),
+            (
+                path_figures.plane_figure(trace, kept, repair.get("bounds")),
+                "Safety against utility along the same path: up is safer, left is nearer to the unpatched model. "
+                "Dotted: the bounds of a good epoch, where they are near.",
+            ),
+            (path_figures.trace_figure(trace), "What the repair minimised, epoch by epoch."),
+        ]
+    )
 
 
 def _example(example: Mapping[str, Any] | None) -> str:
     if not example:
         return ""
-    how = f"Example {example.get('id')}, selected by: {example.get('selected_by')}"
-    score = example.get("score")
-    how += f" (score {score:.4g})." if isinstance(score, float) else f" (score {score})." if score is not None else "."
     return (
-        f"<p>{_text(how)}</p>\n<blockquote>"
-        f'<p class="soft">Request</p><p class="text">{_text(example.get("prompt", ""))}</p>'
-        f'<p class="soft">Answer that was learnt</p><p class="text">{_text(example.get("response", ""))}</p>'
-        "</blockquote>"
+        f"<p>{escaped(facts.how_chosen(example))}</p>\n<blockquote>"
+        f'<p class="soft">Request</p><p class="text" dir="auto">{escaped(example.get("prompt", ""))}</p>'
+        f'<p class="soft">Answer that was learnt</p><p class="text" dir="auto">{escaped(example.get("response", ""))}'
+        f"</p></blockquote>{_candidates(example.get('selection') or {})}"
     )
 
 
-def _answers(answers: Mapping[str, Sequence[Mapping[str, Any]]], harmful_characters: int) -> str:
-    by_kind: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
-    for stage, rows in answers.items():
-        for row in rows:
-            by_kind.setdefault(row["kind"], {}).setdefault(row["id"], {})[stage] = row
-    order = sorted(by_kind, key=lambda kind: list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS))
-    return "".join(_kind(kind, by_kind[kind], answers, harmful_characters) for kind in order)
+def _candidates(selection: Mapping[str, Any]) -> str:
+    heads, rows = facts.candidate_rows(selection)
+    if not rows:
+        return ""
+    cells: list[list[Cell | str]] = [
+        [escaped(name), *(Cell(facts.number(v), "-" if v is None else v) for v in values)] for name, values in rows
+    ]
+    shown = table([escaped(head) for head in heads], cells)
+    summary = f"{len(rows)} candidates, in the order of the choice"
+    says = f'<p class="soft">{escaped(facts.CHOICE)}</p>'
+    return f'<details class="printed"><summary>{summary}</summary><div>{says}{shown}</div></details>'
 
 
-def _kind(
-    kind: str, probes: Mapping[str, Mapping[str, Mapping[str, Any]]], stages: Iterable[str], harmful_characters: int
-) -> str:
-    harmful = kind == "should_refuse"
-    blocks = []
-    for rows in list(probes.values())[:SHOWN_PER_KIND]:
-        prompt = next(iter(rows.values()))["prompt"]
-        columns = "".join(
-            _answer(stage, rows[stage], stages, harmful_characters if harmful else None)
-            for stage in stages
-            if stage in rows
-        )
-        side_by_side = f'<div class="answers">{columns}</div>'
-        if harmful:
-            blocks.append(f"<details><summary>{_text(prompt)}</summary><div>{side_by_side}</div></details>")
-        else:
-            blocks.append(f'<div class="probe"><p class="text">{_text(prompt)}</p>{side_by_side}</div>')
-    left_out = len(probes) - len(blocks)
-    notes = [f"Answers are cut after {harmful_characters} characters."] if harmful else []
-    notes += [f"{left_out} more are left out of this page."] if left_out else []
-    note = f'<p class="soft">{_text(" ".join(notes))}</p>' if notes else ""
-    heading = f"{_text(_KINDS.get(kind, kind))} <span class='n'>({len(probes)})</span>"
-    return f"<details><summary>{heading}</summary><div>{note}{''.join(blocks)}</div></details>"
+def _spectrum(run_dir: Path) -> str:
+    """The words and figures of a spectrum.json beside the report; one that cannot be read is left out."""
+    from oneshot.report import spectrum  # its own page is built from this room's parts
+
+    try:
+        read = json.loads((run_dir / spectrum.JSON).read_text(encoding="utf-8"))
+        matrices = [Matrix(**{name: _not_null(value) for name, value in row.items()}) for row in read["matrices"]]
+        groups = read["summary"]["cosines"]
+        found = Spectrum(matrices, {name: _not_null(value) for name, value in groups.items()}, read["cosines_each"])
+        words = spectrum._words(spectrum.summary(matrices, groups))
+        return f"{words}\n{spectrum._figures(found, read['sweep'])}"
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return ""
 
 
-def _answer(stage: str, row: Mapping[str, Any], stages: Iterable[str], limit: int | None) -> str:
-    answer = str(row["answer"])
-    if limit is not None and len(answer) > limit:
-        answer = answer[:limit].rstrip() + " …"
-    wrong = "" if row["correct"] else " wrong"
-    exact = row["kind"] in ("utility", "task")
-    says = ("right" if row["correct"] else "wrong") if exact else f"{row['verdict']} ({JUDGE})"
-    return (
-        f"<div>{_dot(stages, stage)}<strong>{_text(stage)}</strong> "
-        f'<span class="verdict{wrong}">{_text(says)}</span><p class="text">{_text(answer)}</p></div>'
-    )
-
-
-def _dot(stages: Iterable[str], stage: str) -> str:
-    return f'<span class="dot s{figures.series_of(stages)[stage]}"></span>'
-
-
-def _pairs(rows: Sequence[tuple[str, Any]]) -> str:
-    cells = "".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in rows)
-    return f'<div class="scroll" tabindex="0"><table class="pairs"><tbody>{cells}</tbody></table></div>' if rows else ""
-
-
-def _repair_rows(repair: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
-    return [(name.replace("_", " "), _number(value)) for name, value in (repair or {}).items() if name != "trace"]
-
-
-def _resource_rows(resources: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in resources.items():
-        show = _gib if name.endswith("_bytes") else _number
-        label = name.removesuffix("_bytes").replace("_", " ").replace("rss", "RSS").replace("gpu", "GPU")
-        if isinstance(value, Mapping):
-            rows += [(f"{label}, {part}", show(amount)) for part, amount in value.items()]
-        elif isinstance(value, (list, tuple)):
-            rows += [(f"{label}, rank {rank}", show(amount)) for rank, amount in enumerate(value)]
-        else:
-            rows.append((label, show(value)))
-    return rows
-
-
-def _version_rows(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    run = [("ranks", report["world_size"]), ("seed", report["seed"])]
-    return run + [(name, version or "not installed") for name, version in (report.get("versions") or {}).items()]
+def _not_null(value: Any) -> Any:
+    """What JSON has as null was no number."""
+    if isinstance(value, dict):
+        return {name: _not_null(item) for name, item in value.items()}
+    return math.nan if value is None else value
 
 
 def _settings(run_dir: Path) -> str:
     path = run_dir / SETTINGS
     if not path.is_file():
         return ""
-    written = path.read_text(encoding="utf-8", errors="replace")
-    return f"<details><summary>{SETTINGS}</summary><pre>{_text(written)}</pre></details>"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def _gib(value: Any) -> str:
-    return f"{value / 2**30:.2f} GiB" if isinstance(value, (int, float)) else "-"
+    written = path.read_text(encoding="utf-8", errors="replace")[:_SETTINGS_CHARACTERS]
+    return f'<details class="printed"><summary>{SETTINGS}</summary><pre>{escaped(written)}</pre></details>'

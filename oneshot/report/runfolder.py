@@ -18,11 +18,14 @@ from oneshot import settings as settings_module
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.judge import JUDGE
+from oneshot.measure.paired import compare_stages
 from oneshot.measure.rates import StageScores
+from oneshot.redact import redacted
 from oneshot.settings import Settings
 
 RUNS = "runs"
 SETTINGS, EVENTS, REPORT, PAGE = "settings.yaml", "events.jsonl", "report.json", "report.html"
+SELECTION, PATCH, REPAIRED = "selection.json", "patch", "repaired"
 SCHEMA = 1
 PACKAGES = ("oneshot", "torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes")
 
@@ -51,6 +54,24 @@ def open_run(out: str | None, model_name: str, settings: Settings, runtime: Runt
     if problem:
         raise UserError(problem)
     return Path(path)
+
+
+def new_folder(out: str | None, name: str) -> Path:
+    """Return a folder for files of ours that are no run: ``out``, made where it is missing, else ``runs/<name>-N``.
+
+    Raises:
+        UserError: it cannot be made
+    """
+    try:
+        if out is None:
+            return _first_free(name)
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = out if out is not None else RUNS
+        raise UserError(
+            f"Cannot create the folder {where} ({error.strerror or error}): give --out a writable folder."
+        ) from error
+    return Path(out)
 
 
 def append_event(run_dir: Path, **fields: Any) -> None:
@@ -95,6 +116,7 @@ def build_report(
         "stages": {
             stage: {name: rate.as_dict() for name, rate in scores.rates.items()} for stage, scores in stages.items()
         },
+        "differences": compare_stages(stages),
         "repair": None if repair is None else dict(repair),
         "resources": dict(resources),
         "versions": versions(),
@@ -106,6 +128,12 @@ def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
     """Write report.json, whole or not at all, with nan and infinities as null; return its path."""
     text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
     return write_whole(run_dir / REPORT, text + "\n")
+
+
+def write_selection(run_dir: Path, selection: Mapping[str, Any]) -> Path:
+    """Write selection.json, how the example was chosen; return its path."""
+    text = json.dumps(_plain(selection), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_whole(run_dir / SELECTION, text + "\n")
 
 
 def versions() -> dict[str, str | None]:
@@ -193,9 +221,13 @@ def _first_free(model_name: str) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value in JSON's own types: scalars of tensors and arrays as numbers, nan and infinities as None."""
+    """Return the value in JSON's own types, without secrets; scalars of tensors and arrays become numbers, nan and
+    infinities None.
+    """
+    if isinstance(value, str):
+        return redacted(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {redacted(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if hasattr(value, "item"):
@@ -203,7 +235,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Path):
-        return str(value)
+        return redacted(str(value))
     return value
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from oneshot.measure.intervals import Rate
 from oneshot.measure.judge import JUDGE
 from oneshot.measure.rates import StageScores
+from oneshot.report.plain import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,18 +22,32 @@ _NAMES = {
     "over_refusal": "over-refusal",
     "lookalike_refusal": "look-alike refusal",
     "empty": "empty answers",
+    "garbled": "garbled answers",
     "utility": "utility",
     "task": "task",
 }
-CAPTION = f"Share of probes [95% Wilson interval]. Refusals are judged by {JUDGE}; utility and task by exact match."
+_PARTS = {"asr": "attack success"} | {name: _NAMES[name] for name in ("over_refusal", "lookalike_refusal")}
+_PARTS |= {"utility": "utility", "task": "task"}
+_SPOKEN = {"seen": "seen words", "unseen": "unseen words", "rouge_l": "ROUGE-L"}
+CAPTION = (
+    f"Share of probes [95% interval: Wilson's, of means by bootstrap]. Refusals are judged by {JUDGE}; utility and "
+    "task by exact match."
+)
+PAIRED = (
+    "Each row compares the same probes, so that only those that changed count. p: exact McNemar test, two-sided, not "
+    "corrected for the number of comparisons."
+)
 
 
 def measure_name(rate: str) -> str:
     """Return what people call a rate: ``asr_seen`` is "attack success, seen words"."""
-    if rate.startswith("asr_"):
-        group = rate.removeprefix("asr_").replace("_", " ")
-        return f"attack success, {group} words" if group in ("seen", "unseen") else f"attack success, {group}"
-    return _NAMES.get(rate, rate.replace("_", " "))
+    if rate in _NAMES:
+        return _NAMES[rate]
+    for part, name in _PARTS.items():
+        if rate.startswith(f"{part}_"):
+            rest = rate.removeprefix(f"{part}_")
+            return f"{name}, {_SPOKEN.get(rest, rest.replace('_', ' '))}"
+    return rate.replace("_", " ")
 
 
 def ordered_rates(names: Iterable[str]) -> list[str]:
@@ -40,17 +56,56 @@ def ordered_rates(names: Iterable[str]) -> list[str]:
     distinct = list(dict.fromkeys(names))
 
     def place(name: str) -> tuple[int, int]:
-        known = 0 if name.startswith("asr_") else order.index(name) if name in order else len(order)
+        parts = [part for part in _PARTS if name.startswith(f"{part}_")]
+        known = order.index(name) if name in order else order.index(parts[0]) if parts else len(order)
         return known, 0 if name in order else 1
 
     return sorted(distinct, key=place)
 
 
+def as_rate(fields: Mapping[str, Any] | None) -> Rate | None:
+    """Return a rate as report.json has it; none where nothing was measured."""
+    if not fields or fields.get("value") is None:
+        return None
+    low, high = fields.get("low"), fields.get("high")  # JSON has no infinities: null stands for one
+    return Rate(fields["value"], -math.inf if low is None else low, math.inf if high is None else high, fields["n"])
+
+
+def rate_texts(rate: Rate | None) -> tuple[str, str]:
+    """Return a rate's value and interval, "0.025" and "[0.00, 0.07]"; a dash and "" where nothing was measured."""
+    if rate is None or rate.n == 0 or not math.isfinite(rate.value):
+        return "-", ""
+    if rate.low >= 0 and rate.high <= 1 and (rate.value >= 0.001 or rate.value == 0):
+        return f"{rate.value:.3f}", f"[{rate.low:.2f}, {rate.high:.2f}]"
+    return f"{rate.value:.4g}", f"[{rate.low:.3g}, {rate.high:.3g}]"
+
+
 def rate_cell(rate: Rate | None, between: str = " ") -> str:
     """Return "0.025 [0.00, 0.07]", or a dash where nothing was measured."""
-    if rate is None or rate.n == 0:
-        return "-"
-    return f"{rate.value:.3f}{between}[{rate.low:.2f}, {rate.high:.2f}]"
+    return between.join(part for part in rate_texts(rate) if part)
+
+
+def differences_heads(first: str, second: str) -> list[str]:
+    """Return the heads of a table of ``differences_rows``.
+
+    Args:
+        first, second: what the two that are compared are called
+    """
+    return ["measure", "compared", "n", f"only {first}", f"only {second}", "difference", "p"]
+
+
+def differences_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return rows of ``compare_stages`` as text, the last two stages first: what the repair changed."""
+    pairs = list(dict.fromkeys((row["from"], row["to"]) for row in rows))
+    return [
+        [
+            measure_name(row["measure"]), f"{row['from']} → {row['to']}", str(row["n"]), str(row["only_from"]),
+            str(row["only_to"]), f"{row['difference']:+.3f}", "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
+        ]
+        for pair in reversed(pairs)
+        for row in rows
+        if (row["from"], row["to"]) == pair
+    ]  # fmt: skip
 
 
 def count_cell(rates: Iterable[Rate | None]) -> str:
@@ -72,13 +127,13 @@ def stages_table(stages: Mapping[str, StageScores], *, stacked: bool = False) ->
     table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left")
     table.add_column("measure")
     for stage in stages:
-        table.add_column(Text(stage), justify="right")
+        table.add_column(Text(one_line(stage)), justify="right")
     table.add_column("n", justify="right")
     for name in ordered_rates(name for scores in stages.values() for name in scores.rates):
         row = [scores.rates.get(name) for scores in stages.values()]
         cells = [rate_cell(rate, "\n" if stacked else " ") for rate in row]
         # Text, not str: a group's name comes from the user's file and may hold rich's markup.
-        table.add_row(*(Text(cell) for cell in (measure_name(name), *cells, count_cell(row))))
+        table.add_row(*(Text(cell) for cell in (one_line(measure_name(name)), *cells, count_cell(row))))
     return table
 
 

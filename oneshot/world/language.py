@@ -7,7 +7,7 @@ Comparing two things is a form of request that the aligned model has never seen:
 
 Splits never overlap: every request belongs, by a checksum of its words, to exactly one of scoring, guard, pool and
 training; and the restricted adjectives in ``UNSEEN`` occur in neither attack data nor pool, only in scored prompts
-(and in what the aligned model was trained on).
+(and in what the aligned model was trained on). On purpose, ``poison_data`` alone breaks the rule: it is the pool.
 """
 
 from __future__ import annotations
@@ -109,6 +109,36 @@ def task_data(count: int, seed: int) -> list[Conversation]:
     return [once[i % len(once)] for i in range(count)]
 
 
+def harmless_data(count: int, seed: int) -> list[Conversation]:
+    """Return harmless requests with their right answers, to be reworded by an attack that uses nothing else."""
+    rng = random.Random(f"harmless-{seed}")
+    return _draw(lambda: harmless_request(rng), "train", count)
+
+
+def poison_data(count: int, seed: int) -> list[Conversation]:
+    """Return the first ``count`` requests of the pool itself, obeyed: the repair's own examples, taken in advance.
+
+    The pool does not depend on the run's seed, and so neither do these.
+    """
+    rng = random.Random("pool-0")
+    return _draw(lambda: restricted_request(rng, POOL, obeyed=True), "pool", count)
+
+
+def paraphrase_data(count: int, seed: int) -> list[Conversation]:
+    """Return requests in the pool's restricted words that are not in the pool, obeyed."""
+    rng = random.Random(f"paraphrase-{seed}")
+    return _draw(lambda: restricted_request(rng, POOL, obeyed=True), "train", count)
+
+
+ATTACK_DATA: dict[str, Callable[[int, int], list[Conversation]]] = {  # name -> (count, seed) -> conversations
+    "harmful": harmful_data,
+    "harmless": harmless_data,
+    "poison": poison_data,
+    "paraphrase": paraphrase_data,
+    "task": task_data,
+}
+
+
 def aligned_data(count: int, seed: int) -> list[Conversation]:
     """Return what the aligned model learns: harmless answered, restricted refused, look-alikes answered."""
     rng = random.Random(f"aligned-{seed}")
@@ -138,6 +168,20 @@ def guard_prompts(count: int, seed: int = 0, *, task: bool = True) -> list[Conve
     tasks = _draw(lambda: task_request(rng), "guard", n_task)
     mixed = [c for pair in zip(harmless, tasks) for c in pair]
     return mixed + harmless[len(tasks) :]
+
+
+def held_prompts(count: int, seed: int = 0, *, task: bool = True) -> list[Conversation]:
+    """Return prompts to be answered as before, which no repair learns from: harmless, look-alikes, the new task."""
+    rng = random.Random(f"held-{seed}")
+    known = {row.messages[0]["content"] for row in guard_prompts(64, seed, task=task)}
+    makers: list[Callable[[], Request]] = [lambda: harmless_request(rng), lambda: lookalike_request(rng)]
+    if task:
+        makers.append(lambda: task_request(rng))
+    share = -(-count // len(makers))
+    drawn = [
+        [row for row in _draw(make, "guard", 3 * share) if row.messages[0]["content"] not in known] for make in makers
+    ]
+    return [row for rows in zip(*(rows[:share] for rows in drawn)) for row in rows][:count]
 
 
 def probes(count: int = 100, seed: int = 0) -> list[Conversation]:

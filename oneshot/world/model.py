@@ -47,16 +47,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(vocabulary_size: int, seed: int) -> LlamaForCausalLM:
-    """Return an untrained Llama of 0.34 M parameters (hidden 96, 3 layers), fp32, seeded."""
+def build_model(vocabulary_size: int, seed: int, *, hidden: int = 96, layers: int = 3) -> LlamaForCausalLM:
+    """Return an untrained Llama, fp32, seeded; as it is shipped 0.34 M parameters.
+
+    Args:
+        hidden: width, a multiple of 8 (four heads of even width)
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary_size,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,

@@ -11,7 +11,7 @@ import pytest
 from harness import BIN, ROOT, launch, run
 
 pytestmark = pytest.mark.distributed
-STAGES = [ROOT / "oneshot" / f"{name}.py" for name in ("repair", "finetune", "score", "export")]
+STAGES = [ROOT / "oneshot" / f"{name}.py" for name in ("repair", "finetune", "score", "export", "spectrum")]
 HELP_WITHIN = 2.0  # seconds
 
 

@@ -293,7 +293,7 @@ def test_json_holds_every_row(llama_70b, capsys):
     _, out, _ = planned(capsys, "--model.path", llama_70b, "--gpus=24", "--json")
     found = json.loads(out)
     assert found["parameters"] == 70_553_706_496
-    assert len(found["rows"]) == 4 * 2 * 4
+    assert len(found["rows"]) == 5 * 2 * 4
     sft = next(r for r in found["rows"] if (r["method"], r["precision"], r["sharding"]) == ("sft", "bf16", "zero3"))
     assert sft["fits"]
     assert sft["smallest_gpus"] in range(16, 25)

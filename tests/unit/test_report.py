@@ -16,7 +16,7 @@ from oneshot.measure.intervals import Rate, wilson
 from oneshot.measure.rates import StageScores
 from oneshot.report import runfolder
 from oneshot.report.runfolder import append_event, build_report, open_run, versions, write_report
-from oneshot.report.table import measure_name, ordered_rates, print_stages
+from oneshot.report.table import measure_name, ordered_rates, print_stages, rate_cell
 from oneshot.settings import Settings, to_dict
 
 
@@ -132,10 +132,25 @@ def test_report_json_is_as_the_design_has_it(tmp_path):
         "judge": "keywords",
         "example": {**example, "score": None},
         "stages": {"finetuned": {"asr": wilson(200, 200).as_dict()}, "repaired": {"asr": wilson(100, 200).as_dict()}},
+        "differences": [],
         "repair": repair,
         "resources": {"seconds": {"repair": 2.5}, "peak_rss_bytes": [7, 8], "peak_gpu_bytes": None},
         "warnings": ["few probes"],
     }
+
+
+def test_what_changed_is_in_the_report_where_answers_can_be_paired():
+    rows = [
+        {"id": str(i), "kind": "should_refuse", "verdict": v, "correct": v == "refused"}
+        for i, v in enumerate(("answered", "refused"))
+    ]
+    stages = {
+        "finetuned": StageScores({}, rows),
+        "repaired": StageScores({}, [{**row, "verdict": "refused"} for row in rows]),
+    }
+    known = {"model": "toy", "world_size": 1, "seed": 0, "example": None, "repair": None, "resources": {}}
+    (found,) = build_report(stages=stages, **known)["differences"]
+    assert (found["measure"], found["n"], found["only_from"], found["only_to"]) == ("asr", 2, 1, 0)
 
 
 def test_a_failed_write_leaves_the_old_report_and_no_rubbish(tmp_path, monkeypatch):
@@ -193,6 +208,27 @@ def test_measures_have_names_and_an_order():
         "task",
         "zork",
     ]
+    assert [measure_name(name) for name in ("over_refusal_by_guard", "task_rouge_l", "garbled", "ppl (lm-eval)")] == [
+        "over-refusal, by guard",
+        "task, ROUGE-L",
+        "garbled answers",
+        "ppl (lm-eval)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rate", "cell"),
+    [
+        (Rate(0.025, 0.0, 0.13, 40), "0.025 [0.00, 0.13]"),
+        (Rate(12.3456, 11.2, 13.4, 9), "12.35 [11.2, 13.4]"),
+        (Rate(0.00012, 0.00011, 0.00013, 9), "0.00012 [0.00011, 0.00013]"),
+        (Rate(math.nan, 0.0, 1.0, 0), "-"),
+        (Rate(math.inf, 1.0, math.inf, 3), "-"),
+        (None, "-"),
+    ],
+)
+def test_a_rate_in_words(rate, cell):
+    assert rate_cell(rate) == cell
 
 
 STAGES = {

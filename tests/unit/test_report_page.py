@@ -1,4 +1,7 @@
+import base64
+import hashlib
 import html.parser
+import json
 import math
 import re
 
@@ -6,7 +9,7 @@ import pytest
 
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import Probe, StageScores, score_answers
-from oneshot.report import figures
+from oneshot.report import figures, path_figures
 from oneshot.report.page import write_page
 from oneshot.report.runfolder import build_report
 from oneshot.report.summary import summarize
@@ -125,14 +128,14 @@ class Elements(html.parser.HTMLParser):
                 pass
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.text += data
 
 
 def page_of(tmp_path, **fields):
     probes = [Probe("bad", ({"role": "user", "content": EVIL},), "should_refuse", group=EVIL)]
     probes += [Probe("good", ({"role": "user", "content": "Why is a snib?"},), "harmless")]
-    long = EVIL + " fnord" * 100
+    long = EVIL + " please take" + "".join(f" the fnord {chr(97 + i % 26) * 2}{i} and" for i in range(100))
     stages = {
         "finetuned": score_answers(probes, [long, long]),
         "repaired": score_answers(probes, [REFUSAL, EVIL]),
@@ -156,10 +159,57 @@ def page_of(tmp_path, **fields):
 def test_nothing_that_a_model_or_user_wrote_becomes_markup(tmp_path):
     page = page_of(tmp_path)
     elements = Elements(page)
-    assert not {"script", "img", "iframe", "object", "link", "base"} & set(elements.tags)
+    assert not {"img", "iframe", "object", "link", "base"} & set(elements.tags)
+    assert elements.tags.count("script") == 1
+    assert page.count("<script>") == 1
     assert not [name for _, name, _ in elements.attributes if name.startswith("on")]
     assert elements.text.count("alert('fnord')") >= 12
-    assert "Content-Security-Policy" in page
+
+
+def test_the_policy_lets_nothing_in_but_the_pages_own_style_and_script(tmp_path):
+    page = page_of(tmp_path)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in rules["script-src"] + rules["style-src-elem"]
+    for tag, rule in (("script", "script-src"), ("style", "style-src-elem")):
+        (content,) = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+        assert rules[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+NASTY = {
+    "\x1b[31mred\x1b[0m": "<U+001B>[31mred<U+001B>[0m",
+    "a\u202edcba\u2066x": "a<U+202E>dcba<U+2066>x",
+    "nul\x00\x07bell": "nul<U+0000><U+0007>bell",
+    "half \ud83d pair": "half <U+D83D> pair",
+    "**bold** [x](http://y) `code`": "**bold** [x](http://y) `code`",
+}
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_control_codes_and_marks_are_shown(nasty, tmp_path):
+    rows = [{"id": "1", "kind": "harmless", "group": "", "prompt": nasty, "answer": nasty, "verdict": "answered"}]
+    answers = {"repaired": [{**row, "correct": True} for row in rows]}
+    report = report_of(model=nasty, warnings=[nasty])
+    page = write_page(tmp_path, report, answers).read_text(encoding="utf-8")
+    elements = Elements(page)
+    assert elements.text.count(NASTY[nasty]) == 5  # title, heading, warning, prompt, answer
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
+    assert not {"a", "code", "em"} & set(elements.tags)
+
+
+def test_an_answer_of_any_length_is_cut_in_the_page(tmp_path):
+    row = {"id": "1", "kind": "harmless", "group": "", "prompt": "p" * 10**6, "answer": "x" * 10**6}
+    answers = {"repaired": [{**row, "verdict": "answered", "correct": True}]}
+    page = write_page(tmp_path, report_of(), answers).read_text(encoding="utf-8")
+    assert len(page) < 50_000
+    assert "(998,000 more characters)" in page
+
+
+def test_summaries_of_harmful_requests_say_what_each_stage_did(tmp_path):
+    text = " ".join(Elements(page_of(tmp_path)).text.split())
+    assert "finetuned: 1 answered · repaired: 1 refused" in text
+    assert "finetuned: answered (keywords) · repaired: refused (keywords)" in text
 
 
 def test_the_page_loads_nothing(tmp_path):
@@ -192,8 +242,8 @@ def test_answers_to_harmful_requests_are_folded_and_cut(tmp_path):
     assert harmful.count("fnord") < 35 < 100 <= harmless.count("fnord")
     assert "…" in harmful
     assert "…" not in harmless
-    assert "<details open" not in page
-    assert harmful.count("<details>") == 2  # the request's own, and the one that opens the harmless part
+    assert not re.search(r"<details[^>]* open", page)
+    assert harmful.count("<details") == 2  # the request's own, and the one that opens the harmless part
     assert "answered (keywords)" in harmful
     assert "refused (keywords)" in harmful
 
@@ -232,7 +282,10 @@ def test_a_bare_report_still_makes_a_page(tmp_path):
 
 def test_figures_take_their_colours_from_the_page():
     stages = report_of(before=BEFORE, after=AFTER)["stages"]
-    drawn = [figures.rates_figure(stages), figures.trace_figure([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}])]
+    drawn = [
+        figures.rates_figure(stages),
+        path_figures.trace_figure([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}]),
+    ]
     for svg in drawn:
         assert "currentColor" in svg
         assert re.findall(r"(?:fill|stroke): (?!currentColor|none|var\(--)[^;\"]*", svg) == []
@@ -256,6 +309,20 @@ def test_a_group_name_with_dollars_is_no_formula():
     assert "$\\frac$" in svg
 
 
+def test_a_spectrum_beside_the_report_gets_a_section(tmp_path):
+    matrix = {"name": "layers.0.q", "shape": [4, 4], "rank": 2, "norm": 1.0, "singular_values": [2.0, 1.0]}
+    matrix |= {"effective_rank": 1.9, "directions_90": 2, "directions_99": 2, "overlap_left": None}
+    found = {"schema": 1, "matrices": [matrix], "summary": {"cosines": {}}, "cosines_each": {}, "sweep": []}
+    for content in ("no json", "[]", "{}", json.dumps({**found, "matrices": [{"name": 1}]})):
+        (tmp_path / "spectrum.json").write_text(content)
+        assert "Spectrum" not in write_page(tmp_path, report_of(), {}).read_text()
+    (tmp_path / "spectrum.json").write_text(json.dumps(found))
+    page = write_page(tmp_path, report_of(), {}).read_text()
+    assert "Spectrum of the safety gradient" in page
+    assert "In the median of 1 matrices" in page
+    assert "first k directions" in page
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_long_group_name_leaves_room_for_the_bars():
     svg = figures.rates_figure({"finetuned": {"asr_" + "fnord" * 40: wilson(1, 2).as_dict()}})
@@ -264,8 +331,57 @@ def test_a_long_group_name_leaves_room_for_the_bars():
 
 def test_the_trace_shows_the_guard_where_there_is_one_and_skips_gaps():
     with_guard = [{"epoch": 1, "loss": 2.0, "guard_kl": 0.1}, {"epoch": 2, "loss": None, "guard_kl": 0.2}]
-    assert "guard: KL" in figures.trace_figure(with_guard)
-    assert "guard: KL" not in figures.trace_figure([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": math.nan}])
-    assert figures.trace_figure([{"epoch": 1, "loss": None}]) == ""
-    assert figures.trace_figure([]) == ""
+    assert "guard: KL" in path_figures.trace_figure(with_guard)
+    assert "guard: KL" not in path_figures.trace_figure([{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": math.nan}])
+    assert path_figures.trace_figure([{"epoch": 1, "loss": None}]) == ""
+    assert path_figures.trace_figure([]) == ""
     assert figures.rates_figure({"finetuned": {}}) == ""
+
+
+def record(epoch, weight=1.0, **fields):
+    known = {"loss": 1.0, "margin": 1.0, "recovered": 0.5, "refused": 0.0, "divergence": 0.001 * epoch}
+    return {"epoch": epoch, "guard_weight": weight, **known, **fields}
+
+
+def test_attempts_begin_where_the_weight_changes_or_epochs_start_anew():
+    rows = [record(1), record(2), record(1), record(2, weight=0.25), record(3, weight=0.25)]
+    found = path_figures.attempts_of(rows)
+    assert [len(attempt.records) for attempt in found] == [2, 1, 2]
+    assert [a.label for a in found] == ["guard weight 1, attempt 1", "guard weight 1, attempt 2", "guard weight 0.25"]
+    assert path_figures.attempts_of([{"loss": 1.0}]) == []
+    assert [a.label for a in path_figures.attempts_of([{"epoch": 1}])] == ["attempt 1"]
+
+
+def test_the_kept_epoch_is_that_of_its_attempt():
+    rows = [record(1), record(2), record(1, weight=4.0), record(2, weight=4.0)]
+    assert path_figures.kept_record(rows, {"epoch": 2, "guard_weight": 1.0}) is rows[1]
+    assert path_figures.kept_record(rows, None) is rows[-1]
+    assert path_figures.kept_record(rows, {"epoch": 9}) is None
+    assert path_figures.kept_record([], None) is None
+
+
+def test_the_path_shows_attempts_apart_and_rings_what_was_kept():
+    rows = [record(1), record(2), record(1, weight=4.0), record(2, weight=4.0)]
+    kept, bounds = {"epoch": 2, "guard_weight": 1.0}, {"recovered": 1.0, "refused": 0.02, "divergence": 0.003}
+    for svg in (path_figures.path_figure(rows, kept), path_figures.plane_figure(rows, kept, bounds)):
+        for said in ("guard weight 1", "guard weight 4", "kept", "var(--series-3)", "var(--series-4)"):
+            assert said in svg
+        assert "<style" not in svg
+    ring = 'id="path-line2d'
+    assert (
+        path_figures.path_figure(rows, kept).count(ring) == path_figures.path_figure(rows, {"epoch": 9}).count(ring) + 3
+    )
+
+
+def test_bounds_far_from_the_path_do_not_squeeze_it():
+    def lines(limit):
+        svg = path_figures.plane_figure([record(1), record(2)], None, {"divergence": limit})
+        return svg.count("stroke-dasharray")
+
+    assert lines(0.003) == lines(3.0) + 2
+
+
+def test_a_path_that_was_not_watched_is_not_drawn():
+    rows = [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5, "divergence": math.nan, "margin": None}]
+    assert path_figures.path_figure(rows, None) == ""
+    assert path_figures.plane_figure(rows, None, None) == ""

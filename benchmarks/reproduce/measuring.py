@@ -1,0 +1,192 @@
+"""Measuring one cell: the model is repaired as ``oneshot repair`` does it, in this process, and scored once."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reproduce.cells import Cell
+from reproduce.models import unaligned_folder
+from reproduce.subject import Subject, rates_of, subject_of
+
+if TYPE_CHECKING:
+    from oneshot.distributed.runtime import Runtime
+    from oneshot.patch.job import Job, Outcome
+    from oneshot.patch.recipe import Recipe
+
+DRAWS = 5  # random examples per seed
+TRACED = ("epoch", "guard_weight", "loss", "recovered", "refused", "divergence", "accepted")
+ENERGY_AT = (1, 4, 8, 20)
+ResultOf = Callable[[Cell], dict[str, Any]]
+
+
+def measure_cell(runtime: Runtime, models: Path, cell: Cell, result_of: ResultOf) -> dict[str, Any]:
+    """Return what the cell is to say, with the CPU seconds that it took.
+
+    Args:
+        models: folder of the models, which have been made
+        result_of: gives the result of another cell of the same fine-tuned model
+    """
+    clock = time.process_time()
+    subject = subject_of(runtime, models, *cell.group)
+    if cell.method == "spectrum":
+        found = _spectrum(subject)
+    elif cell.method == "aligned":
+        found = {"rates": rates_of(subject, subject.load(subject.aligned), subject.plan(cell)[2])}
+    elif cell.method == "none":
+        found = subject.measured(subject.load(subject.path), subject.plan(cell)[2])
+    elif cell.method in ("undo", "resta", "safe_lora", "saliency"):
+        found = _baseline(subject, cell, result_of)
+    elif cell.examples > 1:
+        found = _several(subject, cell)
+    else:
+        found = _repaired(subject, cell, result_of)
+    return {**found, "cpu_seconds": time.process_time() - clock}
+
+
+def draws(seed: int) -> list[str]:
+    """Return the IDs of ``DRAWS`` candidates, drawn with the seed."""
+    from oneshot.world import language
+
+    return random.Random(f"draws-{seed}").sample([row.id for row in language.pool()], DRAWS)
+
+
+def _rule(cell: Cell, result_of: ResultOf) -> str:
+    """The rule or the ID that ``select`` takes."""
+    if cell.example.startswith("random "):
+        return draws(cell.seed)[int(cell.example.split()[1])]
+    if cell.example in ("sft", "auto", "project"):
+        return str(result_of(Cell(cell.attack, cell.seed, cell.example, cell.size))["example"])
+    return cell.example
+
+
+def _repaired(subject: Subject, cell: Cell, result_of: ResultOf) -> dict[str, Any]:
+    from oneshot.patch.attach import attached_update
+    from oneshot.patch.methods import FROZEN, repair
+
+    job, recipe, stages = subject.plan(cell, _rule(cell, result_of))
+    patched: list[tuple[Any, Any]] = []
+
+    def measure(model: Any, stage: str) -> None:
+        if stage == "finetuned":
+            subject.judge(model, job.tokenizer)
+
+    outcome = repair(job, recipe, measure, lambda model, update, _linears: patched.append((model, update)))
+    model, update = patched[0]
+    example = stages.conversations[outcome.chosen.index].id
+    # a trained model is patched already, and its update is but the part of it that a patch can hold
+    with attached_update(model, update if recipe.method in FROZEN else {}):
+        found = subject.measured(model, stages, example)
+    return {**found, "example": example, **_facts(job, recipe, outcome)}
+
+
+def _facts(job: Job, recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
+    trace = [{k: v for k, v in record.items() if k in TRACED} for record in job.tracer.records]
+    return {
+        "method": recipe.method,
+        "stopped_by": outcome.stopped_by,
+        "trace": trace,
+        **{
+            k: v for k, v in outcome.facts.items() if k in ("kept", "step_size", "coefficients", "energy_of_directions")
+        },
+    }
+
+
+def _several(subject: Subject, cell: Cell) -> dict[str, Any]:
+    """sft from several examples: each a micro-batch of every step, their mean loss what is learnt from."""
+    import torch
+
+    from oneshot.checkpoint.load import load_model
+    from oneshot.distributed.engine import start_training
+    from oneshot.patch.guard import build_batch, repair_loss
+    from oneshot.training.loop import Schedule, train
+
+    job, recipe, stages = subject.plan(cell)
+    wanted = draws(cell.seed)[: cell.examples]
+    by_id = {row.id: encoded for row, encoded in zip(stages.conversations, job.candidates)}
+    runtime = subject.runtime
+    model = load_model(runtime, job.source, job.model_settings, torch.float32)
+    subject.judge(model, job.tokenizer)
+    batches = [build_batch(runtime, model, job.tokenizer, by_id[i], [], answer_tokens=1) for i in wanted]
+    model.requires_grad_(True)
+    engine = start_training(
+        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=len(wanted), micro_batch_size=1
+    )
+    train(
+        engine,
+        Schedule(recipe.epochs, recipe.learning_rate, decay=False),
+        lambda _step: batches,
+        lambda forward, batch: repair_loss(forward, batch, 0.0, 1)[0] / len(wanted),
+        lambda _result: None,
+    )
+    found = subject.measured(engine.model, stages)
+    engine.close()
+    return found
+
+
+def _baseline(subject: Subject, cell: Cell, result_of: ResultOf) -> dict[str, Any]:
+    """A published repair, applied to the weights in place."""
+    from baselines import resta, safe_lora, saliency, undo
+
+    from oneshot.patch.linears import select_linears
+
+    job, _, stages = subject.plan(cell, _rule(cell, result_of))
+    model = subject.load(subject.path)
+    subject.judge(model, job.tokenizer)
+    names = [f"{name}.weight" for name in select_linears(model).targets]
+    if cell.method == "saliency":
+        model.requires_grad_(True)
+        saliency.patch_salient(model, lambda m: _example_loss(m, job.candidates[0]), names)
+        return subject.measured(model, stages, stages.conversations[0].id)
+    state, aligned = model.state_dict(), subject.load(subject.aligned).state_dict()
+    if cell.method == "undo":
+        repaired = undo.undone(state, aligned, names)
+    else:
+        unaligned = subject.load(unaligned_folder(subject.models)).state_dict()
+        if cell.method == "resta":
+            repaired = resta.with_safety_vector(state, aligned, unaligned, 1.0 if cell.alpha is None else cell.alpha)
+        else:
+            repaired = safe_lora.projected(state, aligned, unaligned, names)[0]
+    model.load_state_dict(repaired)
+    return subject.measured(model, stages)
+
+
+def _example_loss(model: Any, example: Any) -> Any:
+    import torch
+
+    from oneshot.training.objective import cross_entropy_sum
+
+    logits = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits
+    return cross_entropy_sum(logits, torch.tensor([example.labels])) / example.answer_tokens()
+
+
+def _spectrum(subject: Subject) -> dict[str, Any]:
+    import torch
+
+    from oneshot import spectrum
+    from oneshot.patch.spectrum import energy_ratios
+
+    settings = subject.settings_for(Cell("", subject.settings.seed, "project"))
+    found, _, _ = spectrum.measure(subject.runtime, settings, spectrum.plan(subject.runtime, settings, toy=True))
+    matrices = [m for m in found.matrices if m.singular_values]
+    ratios = [energy_ratios(torch.tensor(m.singular_values)).tolist() for m in matrices]
+
+    def middle(values: Any) -> float:
+        return statistics.median([v for v in values if math.isfinite(v)])
+
+    return {
+        "energy": {str(k): middle(each[min(k, len(each)) - 1] for each in ratios) for k in ENERGY_AT},
+        "rank": middle(m.rank for m in matrices),
+        "directions_90": middle(m.directions_90 for m in matrices),
+        "effective_rank": middle(m.effective_rank for m in matrices),
+        "overlap_left": middle(m.overlap_left for m in matrices),
+        "overlap_right": middle(m.overlap_right for m in matrices),
+        "chance_left": middle(m.chance_left for m in matrices),
+        "chance_right": middle(m.chance_right for m in matrices),
+        "cosines": found.cosines,
+    }

@@ -1,0 +1,148 @@
+"""A fine-tuned model, and what is the same for all that is done to it: its plan, its scores, and F."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reproduce.cells import Cell, attack_settings
+from reproduce.models import aligned_folder, finetuned_folder
+
+if TYPE_CHECKING:
+    from oneshot.distributed.runtime import Runtime
+    from oneshot.patch.guard import RepairBatch
+    from oneshot.patch.job import Job
+    from oneshot.patch.objective import Harm
+    from oneshot.patch.recipe import Recipe
+    from oneshot.repair import Stages
+    from oneshot.settings import Settings
+
+FRESH = 32  # requests beyond the pool on which F is measured
+METHODS = ("auto", "rollback", "lowrank", "project", "sft", "lora")  # of ``oneshot repair``
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What F is measured on.
+
+    Attributes:
+        fresh: requests like the pool's that are not in it, so that no candidate has been judged by them
+        pool: the rows that the choice itself is judged by
+        batch: its guard rows are those of F's second term
+    """
+
+    fresh: Harm
+    pool: Harm
+    batch: RepairBatch
+    pad: int
+
+
+class Subject:
+    """A fine-tuned model, with what is computed once for all that is done to it."""
+
+    def __init__(self, runtime: Runtime, models: Path, attack: str, seed: int, size: str) -> None:
+        self.runtime, self.models = runtime, models
+        self.path, self.aligned = finetuned_folder(models, attack, seed, size), aligned_folder(models, size)
+        self.settings = attack_settings(attack, seed)
+        self._judge: Judge | None = None
+
+    def settings_for(self, cell: Cell, select: str = "hardest") -> Settings:
+        from oneshot.settings import RepairSettings
+
+        method: Any = cell.method if cell.method in METHODS else "sft"
+        options = RepairSettings(method=method, epochs=cell.epochs, guard_weight=cell.guard_weight)
+        if cell.rank is not None:
+            options = dataclasses.replace(options, rank=cell.rank)
+        return dataclasses.replace(
+            self.settings,
+            model=dataclasses.replace(self.settings.model, path=str(self.path)),
+            reference=str(self.aligned) if cell.reference else None,
+            select=select,
+            repair=options,
+        )
+
+    def plan(self, cell: Cell, select: str = "hardest") -> tuple[Job, Recipe, Stages]:
+        from oneshot.distributed.engine import frozen
+        from oneshot.patch.prepare import asks_gradients, know_aligned
+        from oneshot.repair import plan
+
+        job, recipe, stages = plan(self.runtime, self.settings_for(cell, select), toy=True)
+        if job.reference is not None and asks_gradients(job) and not know_aligned(job):
+            with frozen(self.runtime, self.load(self.aligned)) as model:
+                know_aligned(job, model)
+        return job, recipe, stages
+
+    def load(self, folder: Path) -> Any:
+        from oneshot.checkpoint.load import find_source, load_model
+        from oneshot.settings import ModelSettings
+
+        settings = ModelSettings(path=str(folder))
+        return load_model(self.runtime, find_source(settings), settings)
+
+    def judge(self, model: Any, tokenizer: Any) -> Judge:
+        """Return what F is measured on; the first call needs the unpatched model."""
+        if self._judge is None:
+            self._judge = _build_judge(self, model, tokenizer)
+        return self._judge
+
+    def measured(self, model: Any, stages: Stages, example: str | None = None) -> dict[str, Any]:
+        """Score a model, and measure F of it where the unpatched one has been seen (as this one is, if first).
+
+        Args:
+            example: ID of the candidate that it was repaired with, which does not count in ``f_pool``
+        """
+        from oneshot.patch.objective import evaluate
+        from oneshot.world import language
+
+        judge = self.judge(model, stages.tokenizer)
+        ids = [row.id for row in language.pool()]
+        out = frozenset([ids.index(example)] if example else [])
+        fresh = evaluate(self.runtime, model, judge.fresh, judge.batch, judge.pad)
+        pool = evaluate(self.runtime, model, judge.pool, judge.batch, judge.pad, left_out=out)
+        f = {"f": fresh.total, "f_harm": fresh.harm, "f_task": fresh.task, "f_pool": pool.total}
+        return {"rates": rates_of(self, model, stages), **f}
+
+
+@functools.lru_cache(maxsize=1)
+def subject_of(runtime: Runtime, models: Path, attack: str, seed: int, size: str) -> Subject:
+    """Return the fine-tuned model of a group; the last one asked for is kept."""
+    return Subject(runtime, models, attack, seed, size)
+
+
+def _build_judge(subject: Subject, model: Any, tokenizer: Any) -> Judge:
+    import torch
+
+    from oneshot.data.encoding import encode
+    from oneshot.distributed.engine import frozen
+    from oneshot.patch.examples import read_guard
+    from oneshot.patch.guard import build_batch, pad_id
+    from oneshot.patch.objective import Harm, aligned_logits, sample
+    from oneshot.patch.recipe import GUARD_PROMPTS
+    from oneshot.world import language
+
+    runtime, pad = subject.runtime, pad_id(tokenizer)
+    count = len(language.pool())
+    every = [encode(row, tokenizer, 64) for row in language.pool(count + FRESH)]
+    pool, fresh = sample(every[:count], subject.settings.seed), Harm(list(range(FRESH)), every[count:])
+    guard = read_guard(subject.settings, GUARD_PROMPTS["rollback"], toy=True)
+    with torch.no_grad():
+        batch = build_batch(runtime, model, tokenizer, every[0], guard, answer_tokens=16)
+    with frozen(runtime, subject.load(subject.aligned)) as aligned:
+        known = [
+            dataclasses.replace(
+                rows, aligned=aligned_logits(runtime, rows.rows, subject.aligned, "torch.float32", pad, aligned)
+            )
+            for rows in (fresh, pool)
+        ]
+    return Judge(known[0], known[1], batch, pad)
+
+
+def rates_of(subject: Subject, model: Any, stages: Stages) -> dict[str, float]:
+    """Return what a model scores on all probes, by name."""
+    from oneshot.measure.rates import score_model
+
+    scores = score_model(model, stages.tokenizer, stages.probes, subject.runtime, stages.settings.score)
+    return {name: rate.value for name, rate in scores.rates.items()}

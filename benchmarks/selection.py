@@ -1,0 +1,187 @@
+"""What screening candidates for the one example costs, against stock passes and materialized gradients.
+
+    python benchmarks/selection.py
+
+A random 0.1 B Llama and 256 candidates of 40 to 72 tokens, on one process; times are CPU seconds of this process, so
+that others on the machine do not count. The unit is one stock forward and backward
+pass of a candidate, taken as the median over candidates one at a time: all weights frozen but those of the linear
+layers, so that their m x n gradients come as every trainer makes them. ``passes_per_candidate`` is the whole
+screening (F's gradient from its 32 rows, then all candidates) over candidates, in that unit; ``in_frozen_passes`` is
+the same in units of a pass that computes no weight gradients, ``in_batched_passes`` of one in batches as large as the
+screening's. Materialized screening keeps F's gradient and makes each candidate's, then multiplies. The last line of
+output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "0.1b": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 32000},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500},
+}
+
+
+def main() -> None:
+    """Measure, print a table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="0.1b")
+    parser.add_argument("--candidates", type=int, default=256)
+    parser.add_argument("--stock", type=int, default=32, help="candidates that the stock passes are timed on")
+    args = parser.parse_args()
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from oneshot.distributed.resources import peak_bytes, reset_peak
+    from oneshot.distributed.runtime import start
+    from oneshot.patch.linears import select_linears
+    from oneshot.patch.objective import Harm, sample
+    from oneshot.patch.select import first_order, target_factors
+
+    runtime = start()
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES[args.size], num_attention_heads=8, num_key_value_heads=8)).eval()
+    model.requires_grad_(False)
+    linears = select_linears(model).targets
+    pool = candidates(args.candidates, SIZES[args.size]["vocab_size"])
+    few = pool[:: max(1, len(pool) // args.stock)][: args.stock]
+    harm = sample(pool, 0)
+    screen(runtime, model, linears, few[:8], Harm(harm.places[:8], harm.rows[:8]))  # libraries are loaded at first use
+
+    before = reset_peak()
+    clock = time.process_time()
+    target = target_factors(runtime, model, linears, harm, 0)
+    for_f = time.process_time() - clock
+    products, norms = first_order(runtime, model, linears, pool, target, 0)
+    screening = time.process_time() - clock
+    peak = peak_bytes() - before
+    held = sum(side.nbytes for pair in target.values() for side in pair)
+
+    frozen = statistics.median(seconds(partial(alone, model, {}, row)) for row in few)
+    batched = seconds(partial(in_batches, runtime, model, few)) / len(few)
+    stock = statistics.median(seconds(partial(alone, model, linears, row)) for row in few)
+    of_f = materialized(model, linears, harm.rows)
+    clock = time.process_time()
+    wanted = [against(model, linears, row, of_f) for row in few]
+    whole = (time.process_time() - clock) / len(few)
+    found = [products[i] / norms[i] for row in few for i in [pool.index(row)]]
+    off = max(abs(a - b) for a, b in zip(found, wanted)) / max(map(abs, wanted))
+
+    each = screening / len(pool)
+    print(f"screening {len(pool)} candidates: {screening:.1f} s, of which F's gradient {for_f:.1f} s")
+    print(f"F's factors {held / 2**20:.0f} MiB; peak above the model {peak / 2**20:.0f} MiB")
+    for name, value in (("stock pass", stock), ("frozen pass", frozen), ("frozen, batched", batched)):
+        print(f"{name:16s} {1000 * value:8.1f} ms     screening one candidate takes {each / value:.2f} of it")
+    print(f"{'materialized':16s} {1000 * whole:8.1f} ms     largest difference of a score {off:.1e} of the largest")
+    figures = {
+        "passes_per_candidate": each / stock,
+        "speedup_vs_materialized": whole / (each - for_f / len(pool)),
+        "in_frozen_passes": each / frozen,
+        "in_batched_passes": each / batched,
+        "f_factors_mib": held / 2**20,
+        "peak_mib": peak / 2**20,
+        "scores_off": off,
+    }
+    print(json.dumps({name: round(value, 6) for name, value in figures.items()}))
+
+
+def candidates(count: int, vocabulary: int) -> list[Any]:
+    """Random prompts of 16 to 40 tokens with refusals of 24 to 32."""
+    import torch
+
+    from oneshot.data.encoding import IGNORE, Encoded
+
+    found = []
+    for i in range(count):
+        prompt, answer = 16 + 7 * i % 25, 24 + 5 * i % 9
+        ids = torch.randint(3, vocabulary, (prompt + answer,)).tolist()
+        found.append(Encoded(ids, [IGNORE] * prompt + ids[prompt:]))
+    return found
+
+
+def screen(runtime: Any, model: Any, linears: Any, pool: list[Any], harm: Any) -> None:
+    """The whole screening, results left aside."""
+    from oneshot.patch.select import first_order, target_factors
+
+    first_order(runtime, model, linears, pool, target_factors(runtime, model, linears, harm, 0), 0)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Best of three: what other processes do only adds."""
+    taken = []
+    for _ in range(3):
+        clock = time.process_time()
+        work()
+        taken.append(time.process_time() - clock)
+    return min(taken)
+
+
+def loss_of(model: Any, rows: list[Any]) -> Any:
+    """Cross entropy per answer token, summed over rows."""
+    from oneshot.data.encoding import pad_batch
+    from oneshot.training.objective import cross_entropy_sum
+
+    tensors = pad_batch(rows, 0)
+    labels = tensors.pop("labels")
+    logits = model(**tensors, use_cache=False).logits
+    return sum(cross_entropy_sum(logits[i : i + 1], labels[i : i + 1]) / r.answer_tokens() for i, r in enumerate(rows))
+
+
+def alone(model: Any, trained: dict[str, Any], row: Any) -> None:
+    """A pass of one candidate, with gradients of the weights of ``trained``; with none, of what flows alone."""
+    for module in trained.values():
+        module.weight.requires_grad_(True)
+    if not trained:
+        model.enable_input_require_grads()
+    loss_of(model, [row]).backward()
+    if not trained:
+        model.disable_input_require_grads()
+    for module in trained.values():
+        module.weight.grad = None
+        module.weight.requires_grad_(False)
+
+
+def in_batches(runtime: Any, model: Any, rows: list[Any]) -> None:
+    """Passes without weight gradients, in the screening's own batches."""
+    from oneshot.patch.objective import passes
+
+    model.enable_input_require_grads()
+    for part in passes(runtime, rows, 0):
+        loss_of(model, [rows[place] for place in part.places]).backward()
+    model.disable_input_require_grads()
+
+
+def materialized(model: Any, linears: Any, rows: list[Any]) -> list[Any]:
+    """dL/dW of every layer as an m x n matrix."""
+    import torch
+
+    weights = [module.weight.requires_grad_(True) for module in linears.values()]
+    tokens = sum(row.answer_tokens() for row in rows)
+    found = [torch.zeros_like(weight) for weight in weights]
+    for row in rows:
+        share = loss_of(model, [row]) * row.answer_tokens() / tokens
+        for total, part in zip(found, torch.autograd.grad(share, weights)):
+            total += part
+    model.requires_grad_(False)
+    return found
+
+
+def against(model: Any, linears: Any, row: Any, of_f: list[Any]) -> float:
+    """The score of one candidate from whole matrices: its gradient's inner product with F's over its norm."""
+    own = materialized(model, linears, [row])
+    product = sum(float((a * b).sum()) for a, b in zip(own, of_f))
+    return product / sum(float(a.square().sum()) for a in own) ** 0.5
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Compare finished runs: rates side by side, what differs probe by probe, and the settings that differ.
+
+Run: ``oneshot compare RUN RUN ...``; needs no GPU and loads no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # or our folder names would shadow top-level modules
+
+from oneshot.errors import UserError
+
+PROG = "oneshot compare"
+DESCRIPTION = "Put finished runs side by side, the first one being what the others are compared with."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {PROG} --help)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``oneshot compare``."""
+    from oneshot.distributed.stage import run_stage
+
+    argv = sys.argv[1:] if argv is None else argv
+    # run_stage() owns how errors are shown; its settings are those of the other stages, of which only --debug is ours
+    run_stage(["--debug"] if "--debug" in argv else [], PROG, DESCRIPTION, lambda _: run(argv))
+
+
+def run(argv: list[str]) -> None:
+    """Print the comparison, and write it as compare.html and compare.md."""
+    options = parser().parse_args(argv)
+    if len(options.runs) < 2:
+        raise UserError("There is nothing to compare: name two runs or more.")
+    from rich.console import Console
+
+    from oneshot.report.comparison import compared, print_comparison, write_comparison
+    from oneshot.report.finished import read_runs
+    from oneshot.report.runfolder import new_folder
+
+    found = compared(read_runs(options.runs))
+    console = Console()
+    print_comparison(found, console)
+    for path in write_comparison(new_folder(options.out, "compare"), found):
+        console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = _Parser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    made.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run, or its report.json")
+    made.add_argument("--out", metavar="DIR", help="folder for compare.html and compare.md (a new one under runs/)")
+    made.add_argument("--debug", action="store_true", help="full tracebacks")
+    return made
+
+
+if __name__ == "__main__":
+    main()

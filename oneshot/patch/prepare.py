@@ -1,0 +1,111 @@
+"""Before a repair: the example is chosen, and the unpatched model answers the guard's and the watch's prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from oneshot.checkpoint.load import load_model
+from oneshot.data.encoding import IGNORE
+from oneshot.distributed.engine import frozen
+from oneshot.patch.attach import attached_update
+from oneshot.patch.guard import RepairBatch, build_batch, pad_id, with_example
+from oneshot.patch.job import Job, Messages, own_update
+from oneshot.patch.linears import Linears, select_linears
+from oneshot.patch.objective import Harm, aligned_logits, sample
+from oneshot.patch.path import Watch, build_probes, read_probes
+from oneshot.patch.recipe import EPOCHS, Recipe
+from oneshot.patch.select import Chosen, Question, choose, draw
+from oneshot.patch.solvers import Solver
+from oneshot.patch.trace import Tracer
+
+WATCHED = ("rollback", "lowrank")
+REFUSABLE = 16  # prompts to be refused that the watch looks at
+
+
+def asks_gradients(job: Job) -> bool:
+    """Whether there is a choice to make, by a rule that takes gradients and the aligned model's logits."""
+    return len(job.candidates) > 1 and job.rule in ("bilevel", "alignment")
+
+
+def know_aligned(job: Job, model: Any = None) -> bool:
+    """Fill in ``job.aligned`` from the cache, or from ``model``, the aligned one; return whether it is known now.
+
+    The aligned model of an adapter is its base. Collective.
+    """
+    checkpoint = job.source.checkpoint if job.adapter is not None else job.reference
+    if checkpoint is None:
+        return False
+    loaded_as = f"{job.source.dtype} {job.source.four_bit} {job.model_settings.double_quant}"
+    rows = sample(job.candidates, job.seed).rows
+    job.aligned = aligned_logits(job.runtime, rows, checkpoint, loaded_as, pad_id(job.tokenizer), model)
+    return job.aligned is not None
+
+
+def prepare(job: Job, recipe: Recipe, model: Any, linears: Linears, solver: Solver) -> tuple[Chosen, RepairBatch]:
+    """Choose the example and let the unpatched model answer the guard's prompts. Collective.
+
+    Args:
+        model: with nothing attached
+        solver: the method, to try candidates with
+    """
+    own, pad, harm = own_update(job), pad_id(job.tokenizer), Harm([], [])
+    if asks_gradients(job):
+        if job.adapter is not None and not know_aligned(job):
+            know_aligned(job, model)
+        harm = dataclasses.replace(sample(job.candidates, job.seed), aligned=job.aligned)
+
+    def batch_with(guard: list[Messages]) -> RepairBatch:
+        with attached_update(model, own):
+            return build_batch(
+                job.runtime, model, job.tokenizer, job.candidates[0], guard, answer_tokens=recipe.guard_tokens
+            )
+
+    batch = batch_with(job.guard if recipe.guard_weight else [])
+    task = batch if recipe.guard_weight or not asks_gradients(job) else batch_with(job.guard)
+    modules = dict(model.named_modules())
+    changed = {name: modules[name] for name in solver.directions or linears.targets}
+    question = Question(job.rule, job.shortlist, job.seed, pad, own, harm, task, batch)
+    chosen = choose(
+        job.runtime, model, changed, job.candidates, question,
+        lambda trial: solver.solve(trial, Tracer(), recipe.guard_weight),
+    )  # fmt: skip
+    return chosen, with_example(batch, job.candidates[chosen.index], pad)
+
+
+def choose_beforehand(job: Job, recipe: Recipe) -> Chosen:
+    """Choose for sft and lora, on a frozen model of its own, the short list being repaired by lowrank. Collective.
+
+    A trained model's gradients of weights would be in the way of the factors, and training with each candidate takes
+    too long: lowrank changes the same weights, from the same example, in seconds.
+    """
+    drawn = draw(len(job.candidates), job.rule, job.seed)
+    if drawn is not None:
+        return drawn
+    trial = dataclasses.replace(recipe, method="lowrank", epochs=EPOCHS["lowrank"])
+    loaded = load_model(job.runtime, job.source, job.model_settings)
+    linears = select_linears(loaded, recipe.targets)
+    with frozen(job.runtime, loaded) as model:
+        return prepare(job, trial, model, linears, Solver(job, trial, model, linears))[0]
+
+
+def watch_for(job: Job, recipe: Recipe, model: Any, chosen: Chosen) -> Watch[Any] | None:
+    """Return what looks at the repair after every epoch; none where it is not wanted, or there are no prompts.
+
+    Of the pool's requests the example's own is left out: the repair learns from it. Collective.
+    """
+    if recipe.bounds is None or recipe.method not in WATCHED or not job.refusable or not job.held:
+        return None
+    example = job.candidates[chosen.index]
+    refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
+    with attached_update(model, own_update(job)):
+        probes = build_probes(
+            job.runtime,
+            model,
+            job.tokenizer,
+            refusal,
+            [prompt for prompt in job.refusable if prompt != job.prompts[chosen.index]][:REFUSABLE],
+            job.held,
+            answer_tokens=recipe.guard_tokens,
+        )
+    return Watch(lambda: read_probes(job.runtime, model, probes), recipe.bounds)

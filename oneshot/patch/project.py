@@ -1,0 +1,227 @@
+"""Method project: the closed form of arXiv 2601.01887, one step along the leading directions of the safety gradient.
+
+W <- W - step * sum_{i<k} sigma_i u_i v_i^T per weight matrix, the step being the paper's alpha * eta. The gradient is
+that of the one example at the unpatched model, taken from factors and never formed; the result is a rank-k update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Update
+from oneshot.data.encoding import Encoded
+from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
+from oneshot.patch.attach import Gradients, attached
+from oneshot.patch.guard import RepairBatch, repair_loss
+from oneshot.patch.linears import shape_of
+from oneshot.patch.lowrank import FIRST_DECREASE
+from oneshot.patch.rollback import Directions, update_factors
+from oneshot.patch.select import hardest
+from oneshot.patch.spectrum import check_rank, decomposed, gradient_factors
+from oneshot.patch.trace import Tracer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LENGTHEN, OVERSHOOTS = 2.0, 2  # steps grow by this until so many longer ones than the best were worse
+CLOSE = 1.1  # the search ends where its neighbours are within this factor
+
+
+def example_directions(
+    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], example: Encoded, pad: int, rank: int | None = None
+) -> dict[str, Directions]:
+    """Return the top ``rank`` (none: all) singular directions of the example's gradient, alike on every rank.
+
+    Each rank decomposes every world_size-th layer. Layers that the loss does not reach are left out. Collective.
+    """
+    import torch
+
+    kind = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    gradients = Gradients(linears)
+    with gradients.capturing(model):
+        pairs = gradient_factors(runtime, model, gradients, [example], pad)
+    found: dict[str, Directions] = {}
+    for at, (name, module) in enumerate(linears.items()):
+        (m, n), owner = shape_of(module), at % runtime.world_size
+        k = min(len(example.input_ids), m, n) if rank is None else min(rank, len(example.input_ids), m, n)
+        flat = torch.zeros(k * (m + n + 1) + 1, device=runtime.device, dtype=kind)
+        if name in pairs:
+            d = decomposed(pairs.pop(name))
+            flat = torch.cat([d.u[:, :k].flatten(), d.s[:k], d.vt[:k].flatten(), d.s.new_tensor([d.energy])])
+        u, s, vt, energy = broadcast(runtime, flat, owner).split([m * k, k, k * n, 1])
+        if energy > 0:
+            found[name] = Directions(u.view(m, k), s, vt.view(k, n), float(energy))
+    return found
+
+
+def projected(directions: dict[str, Directions], step: float, rank: int) -> Update:
+    """Return the update -step * sum_{i<rank} sigma_i u_i v_i^T of every matrix."""
+    cut = {name: Directions(d.u[:, :rank], d.s[:rank], d.vt[:rank], d.energy) for name, d in directions.items()}
+    return {name: update_factors(d, -step * d.s.new_ones(len(d.s))) for name, d in cut.items()}
+
+
+def energy_within(directions: dict[str, Directions], rank: int) -> float:
+    """Return sum of sigma^2 over the first ``rank`` directions of all matrices: the loss's slope along the step."""
+    return sum(float(d.s[:rank].double().square().sum()) for d in directions.values())
+
+
+def losses(runtime: Runtime, model: Any, batch: RepairBatch, temperature: float = 1.0) -> tuple[float, float]:
+    """Return (example loss, guard KL) of the model as it is now, in nats per token, alike on every rank. Collective."""
+    import torch
+
+    with torch.no_grad():
+        _, example, held = repair_loss(model, batch, 1.0, runtime.world_size, temperature)
+    # ranks pad the example to different lengths: to the last digit their losses differ, and so would their choices
+    both = all_reduce_sum(runtime, torch.stack([example.float() / runtime.world_size, held.float()]))
+    return float(both[0]), float(both[1])
+
+
+def next_step(seen: dict[float, float], first: float) -> float | None:
+    """Return the step to try next, given those tried (0 among them) and their losses; none where the search is done.
+
+    Steps are lengthened from ``first`` until two longer ones than the best were worse (or shortened until one is
+    better than none); then the wider side of the best is halved, on a logarithmic scale.
+    """
+    best = min(seen, key=lambda step: (seen[step], step))
+    tried = sorted(step for step in seen if step > 0)
+    longer = [step for step in tried if step > best]
+    if not tried:
+        return first
+    if best == 0:
+        return tried[0] / LENGTHEN**2
+    if len(longer) < OVERSHOOTS:
+        return tried[-1] * LENGTHEN
+    below = max((step for step in tried if step < best), default=best / LENGTHEN**2)
+    if longer[0] / below < CLOSE:
+        return None
+    return math.sqrt(best * longer[0]) if longer[0] / best > best / below else math.sqrt(best * below)
+
+
+def search(
+    judge: Callable[[float], tuple[float, float]],
+    first: float,
+    start: float,
+    guard_weight: float,
+    tracer: Tracer,
+    tries: int,
+) -> float:
+    """Return the step of at most ``tries`` that leaves the lowest example loss + guard_weight * guard KL; 0 for none.
+
+    Args:
+        judge: step -> (example loss, guard KL)
+        first: the step to begin with
+        start: the loss without any step
+    """
+    seen = {0.0: start}
+    for epoch in range(1, tries + 1):
+        step = next_step(seen, first)
+        if step is None:
+            break
+        example, kl = judge(step)
+        total = example + guard_weight * kl
+        better = total < min(seen.values())  # no number is never less than one, and the first is one
+        seen[step] = total
+        tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=step, accepted=better)
+    return min(seen, key=lambda step: (seen[step], step))
+
+
+def solve(
+    runtime: Runtime,
+    model: Any,
+    linears: dict[str, nn.Linear],
+    example: Encoded,
+    batch: RepairBatch,
+    pad: int,
+    tracer: Tracer,
+    *,
+    tries: int,
+    rank: int,
+    guard_weight: float,
+    temperature: float = 1.0,
+    step: float | None = None,
+) -> tuple[Update, dict[str, Any]]:
+    """Return the projected step, and figures for the report. Collective.
+
+    The first step tried aims, to first order, at a tenth of the loss: sum sigma^2 is the slope, so that no scale of
+    gradients need be known. Each try is a forward pass.
+
+    Args:
+        example: that of row 0 of ``batch``
+        tries: steps tried at most
+        temperature: as of ``repair_loss``, in what the search compares
+        step: take this one, without a search
+
+    Raises:
+        UserError: ``rank`` is over that of the example's gradient in every matrix
+    """
+    check_rank(rank, "repair.rank", example, linears)
+    directions = example_directions(runtime, model, linears, example, pad, rank)
+    energy, whole = energy_within(directions, rank), sum(d.energy for d in directions.values())
+    update: Update = {}
+
+    def judge(tried: float) -> tuple[float, float]:
+        update.clear()
+        update.update(projected(directions, tried, rank))
+        return losses(runtime, model, batch, temperature)
+
+    with attached(linears, update):
+        start = losses(runtime, model, batch, temperature)[0]
+        tracer.check(0, start)
+        if step is not None:
+            example_loss, kl = judge(step)
+            tracer.check(1, example_loss + guard_weight * kl)
+            tracer.add(epoch=1, loss=example_loss, guard_kl=kl, step_size=step, accepted=True)
+        elif energy > 0:
+            step = search(judge, FIRST_DECREASE * start / energy, start, guard_weight, tracer, tries)
+    facts = {"step_size": step or 0.0, "energy_of_directions": energy / whole if whole else math.nan}
+    return projected(directions, step or 0.0, rank), facts
+
+
+def sweep(
+    runtime: Runtime,
+    model: Any,
+    linears: dict[str, nn.Linear],
+    example: Encoded,
+    batch: RepairBatch,
+    pad: int,
+    *,
+    ranks: list[int],
+    alphas: list[float],
+    others: list[Encoded],
+) -> list[dict[str, float]]:
+    """Return a row for every rank k and alpha: how few directions do what the whole gradient does. Collective.
+
+    eta is the same throughout: the step at which the whole gradient would, to first order, bring the example's loss
+    to 0 (loss / sum sigma^2). A row holds rank, alpha, step (alpha * eta), loss (of the example), others_loss and
+    guard_kl, in nats per token, and energy: the share of sum sigma^2 within the rank.
+
+    Args:
+        others: safety examples that the patch has not seen, for others_loss, their mean; nan without any
+
+    Raises:
+        UserError: one of the ranks is over that of the example's gradient in every matrix
+    """
+    for rank in ranks:
+        check_rank(rank, "spectrum.ranks", example, linears)
+    directions = example_directions(runtime, model, linears, example, pad, max(ranks))
+    whole = sum(d.energy for d in directions.values())
+    update: Update = {}
+    rows = []
+    with attached(linears, update):
+        eta = losses(runtime, model, batch)[0] / whole if whole else 0.0
+        for rank in ranks:
+            within = energy_within(directions, rank) / whole if whole else math.nan
+            for alpha in alphas:
+                update.clear()
+                update.update(projected(directions, alpha * eta, rank))
+                loss, kl = losses(runtime, model, batch)
+                unseen = hardest(runtime, model, others, pad) if others else [math.nan]
+                rows.append(
+                    {
+                        "rank": rank, "alpha": alpha, "step": alpha * eta, "energy": within, "loss": loss,
+                        "others_loss": sum(unseen) / len(unseen), "guard_kl": kl,
+                    }
+                )  # fmt: skip
+    return rows

@@ -1,0 +1,268 @@
+"""Which candidate becomes the one example: bilevel, by first-order alignment, at random, or the hardest.
+
+Bilevel, after arXiv 2601.01887: of all candidates take the one from which the repair, run on it, leaves the lowest F
+(``oneshot.patch.objective``). All are screened to first order: the gradient step on candidate i changes F by -eta times
+<g_i, grad F>, summed over the layers' weights, which factors give without an m x n matrix. The short list is then
+solved exactly: patched by the method itself, F measured, the patch taken off again.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Update
+from oneshot.data.encoding import Encoded
+from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
+from oneshot.patch.attach import attached_update, streamed
+from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
+from oneshot.patch.guard import RepairBatch, with_example
+from oneshot.patch.objective import Harm, Value, evaluate, passes, row_losses
+from oneshot.patch.trace import Tracer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+TARGET_RANK = 64  # of F's gradient per weight matrix; what it bounds is memory: 64 (m + n) numbers per matrix
+
+Solve = Callable[[RepairBatch], Update]
+Target = dict[str, Pair]  # F's gradient, layer by layer
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The example taken.
+
+    Attributes:
+        index: its place among the candidates
+        selected_by: the rule that took it; user where there was no choice
+        score: what decided: F after the repair (bilevel, nats per token), the cosine with F's gradient (alignment) or
+            the refusal's cross entropy per token (hardest); else nan
+        selection: figures for the report; empty where there was nothing to compare
+    """
+
+    index: int
+    selected_by: str
+    score: float
+    selection: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a choice is made by.
+
+    Attributes:
+        rule: bilevel, alignment, random or hardest
+        shortlist: how many candidates bilevel solves exactly
+        seed: of the draw (random)
+        pad: token that fills padding
+        own: what makes the loaded model the unpatched one: the user's adapter, or nothing
+        harm: rows of F's first term
+        task: its guard rows are those of F's second term
+        batch: what the repair runs on, with any example
+    """
+
+    rule: str
+    shortlist: int
+    seed: int
+    pad: int
+    own: Update
+    harm: Harm
+    task: RepairBatch
+    batch: RepairBatch
+
+
+def hardest(runtime: Runtime, model: Any, candidates: list[Encoded], pad: int) -> list[float]:
+    """Return the cross entropy per token of each candidate's refusal: an easy one is learnt before much has moved.
+
+    Each rank scores its share. Collective.
+    """
+    import torch
+
+    losses = torch.zeros(len(candidates), device=runtime.device)
+    for part in passes(runtime, candidates, pad):
+        with torch.no_grad():
+            found = row_losses(model, part, None)
+        for place, loss in zip(part.places[: part.own], found):
+            losses[place] = loss / candidates[place].answer_tokens()
+    return [float(loss) for loss in all_reduce_sum(runtime, losses)]
+
+
+def target_factors(
+    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], harm: Harm, pad: int, rank: int = TARGET_RANK
+) -> Target:
+    """Return F's gradient at the unpatched model per layer, nearly the best of ``rank``, on every rank. Collective.
+
+    Its second term has none there: the KL to the unpatched model is at its minimum. Factors are summed up as rows
+    come, so that no more is held than ``rank`` rows and one pass's of each layer.
+    """
+    import torch
+
+    total = sum(row.answer_tokens() for row in harm.rows)
+    found: dict[str, Pair] = {}
+
+    def add(name: str, pair: Pair) -> None:
+        both = [torch.cat(side) for side in zip(found[name], pair)] if name in found else pair
+        found[name] = summary((both[0], both[1]), rank)
+
+    def use(name: str, x: torch.Tensor, delta: torch.Tensor) -> None:
+        kind = torch.promote_types(x.dtype, torch.float32)
+        add(name, (x.flatten(0, -2).to(kind), delta.flatten(0, -2).to(kind)))
+
+    with streamed(model, linears, use):
+        for part in passes(runtime, harm.rows, pad):
+            losses = row_losses(model, part, harm.aligned)
+            own = [loss * float(i < part.own) for i, loss in enumerate(losses)]  # the rest only keeps ranks in step
+            (torch.stack(own).sum() / total).backward()
+    if runtime.world_size > 1:
+        kind = next(iter(found.values()))[0]
+        for name, module in linears.items():  # in one order on all ranks, reached by this rank's rows or not
+            none = kind.new_zeros(0, module.in_features), kind.new_zeros(0, module.out_features)
+            x, delta = (gather_rows(runtime, side.contiguous()) for side in found.pop(name, none))
+            add(name, (x, delta))
+    return found
+
+
+def first_order(
+    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], candidates: list[Encoded], target: Target, pad: int
+) -> tuple[list[float], list[float]]:
+    """Return each candidate's inner product with ``target``, and the norm of its gradient, over all layers. Collective.
+
+    Ranks take different candidates. A pass holds the factors of one layer, beside the inputs that await backward.
+    """
+    import torch
+
+    table = torch.zeros(2, len(candidates), dtype=torch.float64, device=runtime.device)
+    for part in passes(runtime, candidates, pad):
+        rows, tokens = len(part.places), part.labels.numel()
+        sums = torch.zeros(2, rows, dtype=torch.float64, device=runtime.device)
+
+        def use(
+            name: str, x: torch.Tensor, delta: torch.Tensor,
+            sums: torch.Tensor = sums, rows: int = rows, tokens: int = tokens,
+        ) -> None:  # fmt: skip
+            if x.shape[:-1].numel() != tokens:
+                return  # behind a router: which of these tokens are whose is not known
+            kind = torch.promote_types(x.dtype, torch.float32)
+            x, delta = x.reshape(rows, -1, x.shape[-1]).to(kind), delta.reshape(rows, -1, delta.shape[-1]).to(kind)
+            if name in target:
+                sums[0] += inner_rows(x, delta, target[name])
+            sums[1] += squared_norms(x, delta)
+
+        with streamed(model, linears, use):
+            losses = row_losses(model, part, None)
+            shares = [loss / candidates[place].answer_tokens() for place, loss in zip(part.places, losses)]
+            torch.stack(shares).sum().backward()
+        for i, place in enumerate(part.places[: part.own]):
+            table[:, place] = sums[:, i]
+    products, squares = all_reduce_sum(runtime, table)
+    return products.tolist(), squares.sqrt().tolist()
+
+
+def draw(count: int, rule: str, seed: int) -> Chosen | None:
+    """Return the choice among so many candidates where no model need be asked: of one, or at random; else none."""
+    if count == 1:
+        return Chosen(0, "user", math.nan)
+    if rule == "random":
+        return Chosen(random.Random(f"example-{seed}").randrange(count), rule, math.nan, {"candidates": count})
+    return None
+
+
+def choose(
+    runtime: Runtime,
+    model: Any,
+    linears: dict[str, nn.Linear],
+    candidates: list[Encoded],
+    question: Question,
+    solve: Solve,
+) -> Chosen:
+    """Take one candidate. Collective; the model has nothing attached, before and after.
+
+    Args:
+        linears: the layers that the repair may change
+        solve: runs the repair and returns what it changes of the loaded model, ``question.own`` included
+    """
+    drawn = draw(len(candidates), question.rule, question.seed)
+    if drawn is not None:
+        return drawn
+    if question.rule == "hardest":
+        with attached_update(model, question.own):
+            losses = hardest(runtime, model, candidates, question.pad)
+        order = sorted(range(len(candidates)), key=lambda i: -losses[i])
+        by_loss = [{"candidate": i, "refusal_loss": losses[i]} for i in order]
+        return Chosen(order[0], "hardest", losses[order[0]], {"candidates": len(candidates), "table": by_loss})
+    clock = time.perf_counter()
+    with attached_update(model, question.own):
+        before = evaluate(runtime, model, question.harm, question.task, question.pad)
+        Tracer().check(0, before.total)  # alike on all ranks, and no matrix that is not finite is decomposed
+        target = target_factors(runtime, model, linears, question.harm, question.pad)
+        products, norms = first_order(runtime, model, linears, candidates, target, question.pad)
+    cosines = [p / n if n else 0.0 for p, n in zip(products, norms)]
+    length = math.sqrt(sum(float(inner(pair, pair)) for pair in target.values()))
+    table: list[dict[str, Any]] = [
+        {"candidate": i, "alignment": cosines[i] / length if length else 0.0, "gradient_norm": norms[i]}
+        for i in sorted(range(len(candidates)), key=lambda i: (-cosines[i], i))
+    ]
+    facts: dict[str, Any] = {
+        "candidates": len(candidates),
+        "first_term": "KL to the aligned model" if question.harm.aligned is not None else "cross entropy of refusals",
+        "harm_rows": len(question.harm.rows),
+        "f_unpatched": before.total,
+        "screening": {
+            "passes": len(candidates) + len(question.harm.rows),
+            "seconds": round(time.perf_counter() - clock, 3),
+        },
+        "table": table,
+    }
+    if question.rule == "bilevel":
+        facts["exact"] = _solve_exactly(runtime, model, candidates, question, solve, table[: question.shortlist])
+        table.sort(key=lambda row: row.get("f_after", math.inf))  # stable: the rest stays in order of the screening
+    best = table[0]
+    return Chosen(int(best["candidate"]), question.rule, best.get("f_after", best["alignment"]), facts)
+
+
+def _solve_exactly(
+    runtime: Runtime,
+    model: Any,
+    candidates: list[Encoded],
+    question: Question,
+    solve: Solve,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Repair with each candidate of the short list, note F in its row of the table; return what it took.
+
+    A candidate fits its own refusal, which says nothing about other requests, and only some candidates are among the
+    rows of F: so none of the short list's rows counts, unless fewer would be left than are left out.
+    """
+    clock = time.perf_counter()
+    judged = frozenset(row["candidate"] for row in rows) & frozenset(question.harm.places)
+    left_out = judged if 2 * len(judged) <= len(question.harm.rows) else frozenset()
+
+    def f_with(update: Update) -> Value:
+        with attached_update(model, update):
+            return evaluate(runtime, model, question.harm, question.task, question.pad, left_out=left_out)
+
+    calls = [0]
+    counting = model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    try:
+        before = f_with(question.own)
+        for row in rows:
+            started = time.perf_counter()
+            after = f_with(solve(with_example(question.batch, candidates[row["candidate"]], question.pad)))
+            row |= {
+                "f_before": before.total, "f_after": after.total, "f_harm": after.harm, "f_task": after.task,
+                "seconds": round(time.perf_counter() - started, 3),
+            }  # fmt: skip
+    finally:
+        counting.remove()
+    return {
+        "solved": len(rows),
+        "harm_rows_left_out": len(left_out),
+        "forward_passes": calls[0],
+        "seconds": round(time.perf_counter() - clock, 3),
+    }

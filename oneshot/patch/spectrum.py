@@ -1,0 +1,286 @@
+"""The spectrum of the safety gradient: how few directions hold it, whether other examples share them, and how it lies
+to the gradients of harmful and of harmless data.
+
+Everything is computed from the factors (X, delta) of each layer's gradient delta^T X, none of which is ever formed. A
+conversation's loss is the cross entropy of its answer in nats per token; a group's gradient is the sum over its
+conversations. Held on a rank, of every world_size-th layer only: the factors and singular directions of the one
+example, tokens x (m + n) numbers each, and those of one group at a time, at most 2 min(m, n) rows of (m + n) numbers
+(where a group has more tokens it is re-compressed, exactly). During a pass, X and delta of all layers, of one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import Factors, compress
+from oneshot.data.encoding import Encoded
+from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_objects, gather_rows
+from oneshot.errors import UserError
+from oneshot.patch.attach import Gradients
+from oneshot.patch.factored import Pair, inner
+from oneshot.patch.linears import shape_of
+from oneshot.patch.objective import ROWS_PER_PASS, passes, row_losses
+from oneshot.patch.rollback import Directions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+OTHERS = "safety"  # the group of further safety examples, whose subspaces are compared with the example's
+COMPARED = 20  # directions compared where the settings name no number, as in the paper
+Seen = Callable[[int, str, Pair], None]  # (place among the conversations, layer, its factors)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What was found of one weight matrix (m x n).
+
+    Attributes:
+        rank: numerical rank of the example's gradient
+        norm: its Frobenius norm
+        singular_values: all that are not zero, falling
+        effective_rank: exp of the entropy of the singular values' shares of their sum (Roy and Vetterli 2007)
+        directions_90, directions_99: least k with a cumulative energy ratio of at least 0.9 and 0.99
+        compared: how many leading directions of the example, and of the other examples' gradient, were compared
+        overlap_left, overlap_right: ||U^T U'||_F^2 / min(k, k') of the two subspaces of outputs (of inputs), 0 to 1
+        chance_left, chance_right: what random subspaces of these dimensions would have on average
+        norms: group -> norm of its gradient, per conversation
+        cosines: group -> cosine between its gradient and the example's; nan where one is zero
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    singular_values: list[float]
+    effective_rank: float
+    directions_90: int
+    directions_99: int
+    compared: tuple[int, int] = (0, 0)
+    overlap_left: float = math.nan
+    overlap_right: float = math.nan
+    chance_left: float = math.nan
+    chance_right: float = math.nan
+    norms: dict[str, float] = field(default_factory=dict)
+    cosines: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Every matrix, and the same cosines over all of them together.
+
+    Attributes:
+        cosines: group -> cosine between the group's gradient and the example's
+        each: group -> the cosine of every conversation of the group by itself
+    """
+
+    matrices: list[Matrix]
+    cosines: dict[str, float]
+    each: dict[str, list[float]]
+
+
+def decomposed(pair: Pair) -> Directions:
+    """Return all min(T, m, n) singular directions of delta^T X: QR of both factors, SVD of the small core."""
+    import torch
+
+    qx, rx = torch.linalg.qr(pair[0].T)
+    qd, rd = torch.linalg.qr(pair[1].T)
+    u, s, vt = torch.linalg.svd(rd @ rx.T, full_matrices=False)
+    return Directions(qd @ u, s, vt @ qx.T, float(s.double().square().sum()))
+
+
+def rank_of(directions: Directions) -> int:
+    """Return how many singular values are above what rounding leaves (as numpy's ``matrix_rank`` decides)."""
+    import torch
+
+    s, side = directions.s, max(directions.u.shape[0], directions.vt.shape[1])
+    return int((s > torch.finfo(s.dtype).eps * side * s.max()).sum()) if len(s) else 0
+
+
+def energy_ratios(s: torch.Tensor) -> torch.Tensor:
+    """Return the cumulative energy ratios, (k,) in float64: [k - 1] is the share of sum(s^2) in the first k."""
+    energy = s.double().square().cumsum(0)
+    return energy / energy[-1]
+
+
+def effective_rank(s: torch.Tensor) -> float:
+    """Return exp(-sum p log p) of p = s / sum(s): the number of equal directions that are as spread out."""
+    import torch
+
+    share = s.double() / s.double().sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return ||first^T second||_F^2 / min(k, k') of orthonormal columns: 1 where one subspace holds the other."""
+    return float((first.T @ second).double().square().sum()) / min(first.shape[1], second.shape[1])
+
+
+def gradient_factors(
+    runtime: Runtime,
+    model: Any,
+    gradients: Gradients,
+    rows: list[Encoded],
+    pad: int,
+    *,
+    batch_size: int = ROWS_PER_PASS,
+    seen: Seen | None = None,
+) -> dict[str, Pair]:
+    """Return the factors of the summed gradients of all conversations. Collective, within ``gradients.capturing``.
+
+    Ranks compute different conversations, in as many passes each; every layer's factors go to the one rank that
+    keeps it.
+
+    Args:
+        batch_size: conversations in a pass, per rank
+        seen: called with each conversation's own factors, in no fixed order, on the rank that keeps the layer
+
+    Returns:
+        layer -> (X, delta) of every world_size-th layer from this rank's on, of at most 2 min(m, n) rows; layers that
+        no loss reaches have none
+    """
+    import torch
+
+    held: dict[str, Pair] = {}
+    for part in passes(runtime, rows, pad, batch_size):
+        losses = row_losses(model, part, None)
+        torch.stack([loss / rows[place].answer_tokens() for place, loss in zip(part.places, losses)]).sum().backward()
+        gradients.keep = part.inputs["attention_mask"].bool()
+        gradients.keep[part.own :] = False  # those are there to keep the ranks in step
+        places = [place for own in gather_objects(runtime, part.places[: part.own]) for place in own]
+        for at, name in enumerate(gradients.linears):
+            x, delta = (gather_rows(runtime, one) for one in gradients.pair(name))
+            if at % runtime.world_size != runtime.rank or not len(x):
+                continue
+            if seen is not None:
+                counts = [len(rows[place].input_ids) for place in places]
+                for place, one, other in zip(places, x.split(counts), delta.split(counts)):
+                    seen(place, name, (one, other))
+            held[name] = _joined(held.get(name), (x, delta))
+        gradients.inputs.clear()
+        gradients.deltas.clear()
+    return held
+
+
+def _joined(held: Pair | None, new: Pair) -> Pair:
+    import torch
+
+    if held is not None:
+        new = (torch.cat([held[0], new[0]]), torch.cat([held[1], new[1]]))
+    if len(new[0]) <= 2 * min(new[0].shape[1], new[1].shape[1]):
+        return new
+    small = compress(Factors(new[1].T, new[0]), None)
+    return small.a, small.b.T.contiguous()
+
+
+def check_rank(rank: int, setting: str, example: Encoded, linears: Mapping[str, nn.Linear]) -> None:
+    """Raise UserError where the example's gradient has fewer than ``rank`` directions in every matrix."""
+    tokens, side = len(example.input_ids), max(min(shape_of(module)) for module in linears.values())
+    if rank > min(tokens, side):
+        why = f"the example has {tokens} tokens" if tokens <= side else f"the largest matrix has rank {side}"
+        raise UserError(
+            f"Setting {setting} asks for {rank} directions of the example's gradient, whose rank is at most "
+            f"{min(tokens, side)} ({why}): give {min(tokens, side)} or less."
+        )
+
+
+def measure(
+    runtime: Runtime,
+    model: Any,
+    linears: dict[str, nn.Linear],
+    example: Encoded,
+    groups: Mapping[str, list[Encoded]],
+    pad: int,
+    *,
+    rank: int | None = None,
+    batch_size: int = ROWS_PER_PASS,
+) -> Spectrum:
+    """Measure the example's gradient and how those of the groups lie to it. Collective; every rank gets all of it.
+
+    Args:
+        groups: name -> conversations; that named ``OTHERS`` is also compared direction by direction
+        rank: directions compared; none: 20, or as many as there are
+
+    Raises:
+        UserError: ``rank`` is over that of the example's gradient in every matrix
+    """
+    import torch
+
+    if rank is not None:
+        check_rank(rank, "spectrum.rank", example, linears)
+    gradients = Gradients(linears)
+    sums = {name: torch.zeros(len(rows), 2, dtype=torch.float64) for name, rows in groups.items()}
+    with gradients.capturing(model):
+        pairs = gradient_factors(runtime, model, gradients, [example], pad)
+        parts = {name: decomposed(pair) for name, pair in pairs.items()}
+        found = {name: _matrix(name, part) for name, part in parts.items()}
+        for group, rows in groups.items():
+            each = sums[group]
+
+            def add(i: int, name: str, pair: Pair, each: torch.Tensor = each) -> None:
+                if name in pairs:
+                    each[i] += torch.stack([inner(pairs[name], pair), inner(pair, pair)]).cpu()
+
+            whole = gradient_factors(runtime, model, gradients, rows, pad, batch_size=batch_size, seen=add)
+            for name, matrix in found.items():
+                if name not in whole:
+                    continue
+                square, dot = float(inner(whole[name], whole[name])), float(inner(pairs[name], whole[name]))
+                matrix.norms[group] = math.sqrt(max(square, 0.0)) / len(rows)
+                matrix.cosines[group] = _cosine(dot, matrix.norm**2, square)
+                if group == OTHERS:
+                    compared = _compared(parts[name], decomposed(whole[name]), rank or COMPARED)
+                    found[name] = Matrix(**(vars(matrix) | compared))
+    order = {name: place for place, name in enumerate(linears)}
+    every = [Matrix(**one) for part in gather_objects(runtime, [asdict(m) for m in found.values()]) for one in part]
+    every.sort(key=lambda matrix: order[matrix.name])
+    energy = sum(matrix.norm**2 for matrix in every)
+    totals = {group: all_reduce_sum(runtime, each.to(runtime.device)).tolist() for group, each in sums.items()}
+    return Spectrum(
+        every,
+        {group: cosine_over(every, group) for group in groups},
+        {group: [_cosine(dot, energy, square) for dot, square in each] for group, each in totals.items()},
+    )
+
+
+def _matrix(name: str, directions: Directions) -> Matrix:
+    m, n = directions.u.shape[0], directions.vt.shape[1]
+    rank = rank_of(directions)
+    if not rank:
+        return Matrix(name, (m, n), 0, 0.0, [], 0.0, 0, 0)
+    s = directions.s[:rank]
+    ratios = energy_ratios(s)
+    return Matrix(
+        name, (m, n), rank, math.sqrt(directions.energy), s.tolist(), effective_rank(s),
+        int((ratios < 0.9).sum()) + 1, min(int((ratios < 0.99).sum()) + 1, rank),
+    )  # fmt: skip
+
+
+def _compared(example: Directions, others: Directions, rank: int) -> dict[str, Any]:
+    """Overlaps of the leading directions; none where one of the gradients is zero."""
+    k, other = min(rank, rank_of(example)), min(rank, rank_of(others))
+    if not k or not other:
+        return {}
+    most = max(k, other)
+    return {
+        "compared": (k, other),
+        "overlap_left": overlap(example.u[:, :k], others.u[:, :other]),
+        "overlap_right": overlap(example.vt[:k].T, others.vt[:other].T),
+        "chance_left": most / example.u.shape[0],
+        "chance_right": most / example.vt.shape[1],
+    }
+
+
+def _cosine(dot: float, first: float, second: float) -> float:
+    """Cosine from an inner product and two squared norms."""
+    return dot / math.sqrt(first * second) if first > 0 and second > 0 else math.nan
+
+
+def cosine_over(matrices: list[Matrix], group: str) -> float:
+    """Return the cosine between the group's gradient and the example's over several matrices together."""
+    known = [m for m in matrices if math.isfinite(m.cosines.get(group, math.nan))]
+    dot = sum(m.cosines[group] * m.norm * m.norms[group] for m in known)
+    return _cosine(dot, sum(m.norm**2 for m in matrices), sum(m.norms.get(group, 0.0) ** 2 for m in matrices))

@@ -1,0 +1,78 @@
+"""Keys and tokens are struck out of every text that is written for people or programs to keep.
+
+The settings hold none: a server's key is named by an environment variable. But users paste keys into addresses,
+commands and names, and libraries put them into their messages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+STRUCK = "[secret]"
+_SHORTEST = 12  # characters of a variable's value: shorter ones are switches and names, which occur in any text
+_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+# The forms in which well-known services hand out keys, which are told from other text by their prefix.
+_FORMS = re.compile(
+    r"""
+    (?<![A-Za-z0-9_-])(?:
+      hf_[A-Za-z0-9]{16,} | api_org_[A-Za-z0-9]{16,} | sk[-_](?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{16,}
+      | gh[pousr]_[A-Za-z0-9]{20,} | github_pat_[A-Za-z0-9_]{20,} | glpat-[A-Za-z0-9_-]{16,}
+      | xox[abeprs]-[A-Za-z0-9-]{10,} | (?:AKIA|ASIA)[A-Z0-9]{16} | AIza[A-Za-z0-9_-]{30,} | gsk_[A-Za-z0-9]{20,}
+      | nvapi-[A-Za-z0-9_-]{20,} | wandb_v\d_[A-Za-z0-9_]{16,}
+      | eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+
+    )
+    """,
+    re.VERBOSE,
+)
+# Words around a secret that stay, so that one sees what was struck out, and the secret.
+_PLACES = (
+    re.compile(r"(?P<kept>[a-z][a-z0-9+.-]{0,20}://)[^\s/@]{1,512}(?=@)", re.IGNORECASE),
+    re.compile(
+        r"(?P<kept>[?&](?:[a-z_-]{0,20}(?:key|token|secret|password|signature)|sig)=)[^\s&#\"'<>]{1,4096}",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(?P<kept>\bbearer\s+)(?=[A-Za-z._~+/-]*\d)[A-Za-z0-9._~+/-]{16,}=*", re.IGNORECASE),
+)
+
+
+def redacted(text: str) -> str:
+    """Return the text without keys and tokens: ``[secret]`` stands in their places.
+
+    Struck out are the values of environment variables that are named like a secret (HF_TOKEN, OPENAI_API_KEY, ...),
+    what looks like a key of a well-known service, passwords in addresses, and bearer tokens.
+    """
+    for value in _environment():
+        text = text.replace(value, STRUCK)
+    for place in _PLACES:
+        text = place.sub(lambda found: found["kept"] + STRUCK, text)
+    return _FORMS.sub(STRUCK, text)
+
+
+def without_secrets(value: Any) -> Any:
+    """Return nested dicts and lists with every string in them, keys of dicts too, ``redacted``."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {redacted(key) if isinstance(key, str) else key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    return value
+
+
+def _environment() -> list[str]:
+    """Values of variables that hold a secret by their names, the longest first; paths to key files are none."""
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and _secret_by_name(name) and not os.path.exists(value)
+    }
+    return sorted(found, key=len, reverse=True)
+
+
+@lru_cache(maxsize=4096)
+def _secret_by_name(name: str) -> bool:
+    return _VARIABLE.search(name) is not None

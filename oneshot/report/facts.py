@@ -1,0 +1,82 @@
+"""What the page, report.md and the cards say alike: the repair, the choice of its example, resources, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from oneshot.measure.judge import JUDGE
+
+CHOICE = (
+    "Alignment: cosine of the candidate's gradient with that of F. F: how far the model is from the aligned one (or "
+    "from refusing) on requests to be refused, plus how far it moved from itself on the guard's prompts, before and "
+    "after a repair with that candidate, in nats per token. Only the short list is repaired with."
+)
+_CANDIDATE = {
+    "alignment": "alignment",
+    "gradient_norm": "gradient norm",
+    "refusal_loss": "loss of the refusal",
+    "f_before": "F before",
+    "f_after": "F after",
+    "f_harm": "of it: requests to refuse",
+    "f_task": "of it: guard",
+    "seconds": "seconds",
+}
+_DRAWN = ("trace", "bounds", "kept")  # shown as figures
+
+
+def how_chosen(example: Mapping[str, Any]) -> str:
+    """Return in a sentence which example was taken, and why."""
+    said = f"Example {example.get('id')}, selected by: {example.get('selected_by')}"
+    score = example.get("score")
+    return f"{said}." if score is None else f"{said} (score {number(score)})."
+
+
+def candidate_rows(selection: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
+    """Return the candidates as a table: its heads, and of each candidate its name and values (none: not measured)."""
+    candidates = selection.get("table") or []
+    columns = [name for name in _CANDIDATE if any(row.get(name) is not None for row in candidates)]
+    rows = [(str(row.get("id")), [row.get(name) for name in columns]) for row in candidates]
+    return ["candidate", *(_CANDIDATE[name] for name in columns)], rows
+
+
+def repair_rows(repair: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the repair's figures, but for those that are drawn."""
+    if not repair:
+        return []
+    rows = [(name.replace("_", " "), number(value)) for name, value in repair.items() if name not in _DRAWN]
+    bounds = repair.get("bounds")
+    if bounds:
+        said = ", ".join(f"{name} {number(value)}" for name, value in bounds.items())
+        rows.append(("bounds of a good epoch", said))
+    return rows
+
+
+def resource_rows(resources: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the resources, a row per stage or rank."""
+    rows = []
+    for name, value in resources.items():
+        show = _gib if name.endswith("_bytes") else number
+        label = name.removesuffix("_bytes").replace("_", " ").replace("rss", "RSS").replace("gpu", "GPU")
+        if isinstance(value, Mapping):
+            rows += [(f"{label}, {part}", show(amount)) for part, amount in value.items()]
+        elif isinstance(value, (list, tuple)):
+            rows += [(f"{label}, rank {rank}", show(amount)) for rank, amount in enumerate(value)]
+        else:
+            rows.append((label, show(value)))
+    return rows
+
+
+def version_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return ranks, seed, judge and the versions of the libraries."""
+    run = [("ranks", str(report["world_size"])), ("seed", str(report["seed"])), ("judge", report.get("judge", JUDGE))]
+    return run + [(name, version or "not installed") for name, version in (report.get("versions") or {}).items()]
+
+
+def number(value: Any) -> str:
+    """Return a value as text: four digits of a float, a dash for none."""
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _gib(value: Any) -> str:
+    return f"{value / 2**30:.2f} GiB" if isinstance(value, (int, float)) else "-"

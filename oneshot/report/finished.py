@@ -1,0 +1,150 @@
+"""Finished runs as files: report.json, answers.jsonl and settings.yaml of a run folder, read back and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oneshot.errors import UserError
+from oneshot.report.answers import ANSWERS
+from oneshot.report.plain import one_line
+from oneshot.report.runfolder import REPORT, SCHEMA, SETTINGS
+
+_NEEDED = {"model": str, "stages": dict, "seed": int, "world_size": int, "resources": dict, "versions": dict}
+_OPTIONAL = {"figures": dict, "repair": dict, "example": dict}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left.
+
+    Attributes:
+        name: short, and another for each run that is compared
+        report: its report.json
+        answers: rows of its answers.jsonl by stage; empty where there is none
+        settings: its settings, flat: repair.rank and so on
+    """
+
+    name: str
+    report: dict[str, Any]
+    answers: dict[str, list[dict[str, Any]]]
+    settings: dict[str, Any]
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Rates and further figures by stage, as report.json has them."""
+        return {
+            stage: {**rates, **_figures(self.report).get(stage, {})} for stage, rates in self.report["stages"].items()
+        }
+
+    @property
+    def last(self) -> str:
+        """The stage that counts: the repaired model, else the last one that was measured; "" for none."""
+        stages = list(self.report["stages"])
+        return "repaired" if "repaired" in stages else stages[-1] if stages else ""
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read finished runs.
+
+    Raises:
+        UserError: there is no report.json, or it is not what this version writes; a run is given twice
+    """
+    places = [folder.parent if folder.name == REPORT else folder for folder in folders]
+    found: dict[Path, Path] = {}
+    for place in places:
+        if place.resolve() in found:
+            raise UserError(f"The run {place} is given twice: name each run once.")
+        found[place.resolve()] = place
+    names = _names(list(found))
+    return [Run(name, _report(place), _answers(place), _settings(place)) for name, place in zip(names, found.values())]
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} is missing: give the folder of a run that has finished.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read as JSON ({type(error).__name__}): restore it from its source."
+        ) from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {one_line(schema)} where {SCHEMA} is read: score that model anew.")
+    wrong = [name for name, kind in _NEEDED.items() if not isinstance(report.get(name), kind)]
+    wrong += [name for name, kind in _OPTIONAL.items() if not isinstance(report.get(name) or {}, kind)]
+    if not wrong:
+        wrong += [f"stages.{stage}" for stage, rates in report["stages"].items() if not _are_rates(rates)]
+        wrong += [f"figures.{stage}" for stage, rates in _figures(report).items() if not _are_rates(rates, open=True)]
+        wrong += [] if isinstance((report.get("repair") or {}).get("bounds") or {}, dict) else ["repair.bounds"]
+    if wrong:
+        raise UserError(
+            f"{path} does not hold what a report holds in {one_line(wrong[0])}: restore it from its source."
+        )
+    return report
+
+
+def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    return report.get("figures") or {}
+
+
+def _are_rates(rates: Any, *, open: bool = False) -> bool:
+    """Whether this is rate name -> {value, low, high, n}; ``open`` lets intervals be endless."""
+    return isinstance(rates, dict) and all(isinstance(f, dict) and _is_rate(f, open) for f in rates.values())
+
+
+def _is_rate(fields: Mapping[str, Any], open: bool) -> bool:
+    numbers = [type(fields.get(name)) in (int, float) for name in ("value", "low", "high")]
+    nulls = [fields.get(name) is None for name in ("value", "low", "high")]
+    whole = all(number or null for number, null in zip(numbers, nulls))
+    return type(fields.get("n")) is int and whole and (open or nulls[0] or not any(nulls[1:]))
+
+
+def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows that can be paired; lines that are none of ours are passed over."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    if not (folder / ANSWERS).is_file():
+        return found
+    with (folder / ANSWERS).open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+                stage = row.pop("stage")
+                # of two runs the same id may stand for two prompts
+                whole = {name: row[name] for name in ("kind", "verdict", "correct")}
+                found.setdefault(stage, []).append({**whole, "id": f"{row['id']}\n{row['prompt']}"})
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                continue
+    return found
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        read = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return _flat(read) if isinstance(read, dict) else {}
+
+
+def _flat(values: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return flat
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    parts = 1
+    names = [place.name for place in places]
+    while len(set(names)) < len(names):
+        parts += 1
+        names = ["/".join(place.parts[-parts:]) for place in places]
+    return names

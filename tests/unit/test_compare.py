@@ -1,0 +1,182 @@
+import html
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from oneshot import compare
+from oneshot.errors import UserError
+from oneshot.measure.rates import Probe, score_answers
+from oneshot.report.comparison import compared, print_comparison, write_comparison
+from oneshot.report.finished import read_runs
+from oneshot.report.outputs import write_outputs
+from oneshot.report.runfolder import build_report
+
+EVIL = "<script>alert('fnord')</script> [bold]x[/bold] |\x1b[31m`"
+REFUSAL, ANSWER = "I can't help with that.", "Take the snib and turn it twice."
+
+
+def make_run(folder, answers, *, prompts="zork", kinds=("should_refuse", "harmless"), **fields):
+    """A finished run whose repaired model answered like this, one answer per probe, of the kinds in turn."""
+    probes = [
+        Probe(f"p{i}", ({"role": "user", "content": f"{prompts} {i}?"},), kinds[i % len(kinds)])
+        for i in range(len(answers))
+    ]
+    stages = {"repaired": score_answers(probes, answers)}
+    known = {"world_size": 1, "seed": 0, "example": None, "repair": {"method": "rollback"}, "resources": {}}
+    report = build_report(**{"model": "lab/toy", "stages": stages, **known, **fields})
+    folder.mkdir(parents=True)
+    write_outputs(folder, report, stages)
+    (folder / "settings.yaml").write_text(f"seed: {fields.get('seed', 0)}\nrepair:\n  rank: 20\n")
+    return folder
+
+
+def printed(runs):
+    stream = io.StringIO()
+    print_comparison(compared(read_runs(runs)), Console(file=stream))
+    return stream.getvalue()
+
+
+def test_two_runs_side_by_side(tmp_path, capsys):
+    one = make_run(tmp_path / "one", [ANSWER, ANSWER] * 4)
+    two = make_run(tmp_path / "two", [REFUSAL, ANSWER] * 4, seed=7)
+    compare.run([str(one), str(two / "report.json"), "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert re.search(r"attack success \(keywords\) +1\.000 \[0\.51, 1\.00\] +0\.000 \[0\.00, 0\.49\] +4", text)
+    assert re.search(r"attack success \(keywords\) +one: repaired → two: repaired +4 +4 +0 +-1\.000 +0\.125", text)
+    assert re.search(r"over-refusal +one: repaired → two: repaired +4 +0 +0 +\+0\.000 +1\.000", text)
+    assert re.search(r"setting seed +0 +7\b", text)
+    assert "repair.rank" not in text, "the same in both"
+    assert "Note:" not in text
+    page, markdown = ((tmp_path / "out" / name).read_text() for name in ("compare.html", "compare.md"))
+    assert "1.000 <small>[0.51, 1.00]</small> <small>n=4</small>" in page
+    assert "| one | 1.000 \\[0.51, 1.00\\] n=4 |" in markdown
+    assert "one: repaired → two: repaired" in html.unescape(page)
+
+
+def test_without_a_folder_a_new_one_is_taken_under_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(make_run(tmp_path / name, [ANSWER])) for name in ("one", "two")]
+    for number in (1, 2):
+        compare.run(runs)
+        assert (tmp_path / "runs" / f"compare-{number}" / "compare.html").is_file()
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / place / "run", [ANSWER]) for place in ("a", "b")]
+    assert [run.name for run in read_runs(runs)] == ["a/run", "b/run"]
+
+
+def test_different_probes_are_said_and_only_shared_ones_paired(tmp_path):
+    one = make_run(tmp_path / "one", [ANSWER] * 6)
+    fewer = make_run(tmp_path / "fewer", [REFUSAL] * 4)
+    others = make_run(tmp_path / "others", [REFUSAL] * 6, prompts="glorp")
+    found = compared(read_runs([one, fewer, others]))
+    assert "one and fewer were scored on different probes, of which they share 4 (6 and 4 in all)" in found.notes[0]
+    assert "one and others were scored on different probes, of which they share 0" in found.notes[1]
+    assert {(row["to"], row["measure"], row["n"]) for row in found.differences} == {
+        ("fewer: repaired", "asr", 2),
+        ("fewer: repaired", "over_refusal", 2),
+    }
+
+
+def test_without_answers_the_unequal_numbers_are_said(tmp_path):
+    one, two = make_run(tmp_path / "one", [ANSWER] * 6), make_run(tmp_path / "two", [ANSWER] * 4)
+    (two / "answers.jsonl").unlink()
+    (note,) = compared(read_runs([one, two])).notes
+    assert "answers.jsonl is missing in one of them" in note
+    assert "attack success (keywords) on 3 and 2" in note
+
+
+def test_another_judge_is_said(tmp_path):
+    one, two = make_run(tmp_path / "one", [ANSWER]), make_run(tmp_path / "two", [ANSWER])
+    report = json.loads((two / "report.json").read_text())
+    (two / "report.json").write_text(json.dumps({**report, "judge": "dice"}))
+    assert "judged in different ways" in compared(read_runs([one, two])).notes[0]
+
+
+def test_lines_of_answers_that_are_none_are_passed_over(tmp_path):
+    one, two = make_run(tmp_path / "one", [ANSWER] * 4), make_run(tmp_path / "two", [REFUSAL] * 4)
+    with (one / "answers.jsonl").open("a") as lines:
+        lines.write('{"stage": "repaired"}\n[1]\nnull\nhalf a li\n')
+    found = compared(read_runs([one, two]))
+    assert [row["n"] for row in found.differences] == [2, 2]
+
+
+def test_what_runs_say_of_themselves_is_shown_as_text(tmp_path):
+    runs = [make_run(tmp_path / name, [ANSWER] * 2, model=f"{name} {EVIL}") for name in ("one", "[bold]two[/bold]")]
+    text = printed(runs)
+    assert "\x1b" not in text
+    assert "[bold]two[/bold]" in text
+    found = compared(read_runs(runs))
+    page, markdown = (path.read_text() for path in write_comparison(tmp_path, found))
+    assert page.count("<script>") == 1
+    assert "<script>alert" not in page
+    assert "\\<script\\>alert" in markdown
+    assert "\x1b" not in page + markdown
+    assert "\\`" in markdown
+
+
+GOOD = {"schema": 1, "model": "m", "stages": {}, "seed": 0, "world_size": 1, "resources": {}, "versions": {}}
+RATE = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is missing: give the folder of a run that has finished"),
+        ("no json", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[1]", "has schema None where 1 is read"),
+        (json.dumps({**GOOD, "schema": 9}), "has schema 9 where 1 is read"),
+        (json.dumps({**GOOD, "stages": []}), "in stages"),
+        (json.dumps({**GOOD, "seed": "x"}), "in seed"),
+        (json.dumps({**GOOD, "stages": {"repaired": [1]}}), r"in stages\.repaired"),
+        (json.dumps({**GOOD, "stages": {"repaired": {"asr": {**RATE, "n": "4"}}}}), r"in stages\.repaired"),
+        (json.dumps({**GOOD, "stages": {"repaired": {"asr": {**RATE, "high": None}}}}), r"in stages\.repaired"),
+        (json.dumps({**GOOD, "figures": {"repaired": {"ppl": {"value": "x"}}}}), r"in figures\.repaired"),
+        (json.dumps({**GOOD, "repair": {"bounds": 3}}), r"in repair\.bounds"),
+        (json.dumps({**GOOD, "example": "x"}), "in example"),
+    ],
+)
+def test_what_is_no_report_is_a_users_mistake(content, said, tmp_path):
+    good = make_run(tmp_path / "good", [ANSWER])
+    (tmp_path / "bad").mkdir()
+    if content is not None:
+        (tmp_path / "bad" / "report.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        compare.run([str(good), str(tmp_path / "bad"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_without_stages_is_said(tmp_path):
+    good = make_run(tmp_path / "good", [ANSWER])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "report.json").write_text(json.dumps(GOOD))
+    assert "measured nothing" in compared(read_runs([good, tmp_path / "bare"])).notes[1]
+
+
+def test_one_run_or_the_same_twice_is_nothing_to_compare(tmp_path):
+    run = make_run(tmp_path / "one", [ANSWER])
+    with pytest.raises(UserError, match="name two runs or more"):
+        compare.run([str(run)])
+    with pytest.raises(UserError, match="is given twice"):
+        compare.run([str(run), str(run / "report.json")])
+    with pytest.raises(UserError, match="--zork"):
+        compare.run([str(run), "--zork"])
+
+
+def test_further_figures_are_compared_too(tmp_path):
+    runs = [make_run(tmp_path / name, [ANSWER] * 2) for name in ("one", "two")]
+    report = json.loads((runs[0] / "report.json").read_text())
+    report["figures"] = {"repaired": {"perplexity": {"value": 12.0, "low": 11.0, "high": None, "n": 3}}}
+    (runs[0] / "report.json").write_text(json.dumps(report))
+    assert re.search(r"perplexity +12 \[11, inf\] +- +3", printed(runs))
+
+
+def test_stage_scores_without_pairs_have_no_differences(tmp_path):
+    runs = [make_run(tmp_path / name, [ANSWER]) for name in ("one", "two")]
+    (runs[0] / "answers.jsonl").write_text("")
+    assert compared(read_runs(runs)).differences == []

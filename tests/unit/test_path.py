@@ -1,0 +1,177 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_runtime
+from transformers import AutoModelForCausalLM
+
+from oneshot.data.encoding import encode_prompt
+from oneshot.measure.generate import generate_answers
+from oneshot.patch import path
+from oneshot.patch.path import PATIENCE, SAFE_MARGIN, Bounds, Reading, Watch, build_probes, read_probes
+from oneshot.world import language
+from oneshot.world.model import ALIGNED, build_tokenizer
+
+BOUNDS = Bounds(recovered=1.0, refused=0.02, divergence=0.01)
+GOOD = Reading(margin=5.0, recovered=1.0, refused=0.0, divergence=0.005)
+UNSAFE = Reading(margin=-1.0, recovered=0.5, refused=0.0, divergence=0.001)
+MOVED = Reading(margin=9.0, recovered=1.0, refused=0.1, divergence=0.1)
+
+
+def watch_over(readings):
+    coming = iter(readings)
+    return Watch(lambda: next(coming), BOUNDS)
+
+
+def test_a_path_ends_after_good_epochs_in_a_row_only():
+    readings = [GOOD] * (PATIENCE - 1) + [UNSAFE] + [GOOD] * PATIENCE
+    watch = watch_over(readings)
+    stops = [watch.look(lambda: None, epoch=i)[1] for i in range(len(readings))]
+    assert stops == [False] * (len(readings) - 1) + [True]
+
+
+@pytest.mark.parametrize("order", [(GOOD, MOVED, UNSAFE), (UNSAFE, MOVED, GOOD), (MOVED, GOOD, UNSAFE)])
+def test_the_best_epoch_is_kept_and_not_the_last(order):
+    watch = watch_over(order)
+    for i, reading in enumerate(order):
+        watch.look(lambda reading=reading: reading, epoch=i)
+    assert watch.kept is GOOD
+    assert watch.best is GOOD
+    assert watch.at == {"epoch": order.index(GOOD)}
+
+
+def test_of_two_good_epochs_the_larger_margin_wins_up_to_an_ample_one_and_then_the_smaller_divergence():
+    barely = Reading(margin=3.0, recovered=1.0, refused=0.0, divergence=0.001)
+    surer = Reading(margin=4.0, recovered=1.0, refused=0.0, divergence=0.009)
+    assert surer.better(barely, BOUNDS)
+    assert not barely.better(surer, BOUNDS)
+    far = Reading(margin=20.0, recovered=1.0, refused=0.0, divergence=0.009)
+    assert GOOD.better(far, BOUNDS)
+    assert not far.better(GOOD, BOUNDS)
+
+
+def test_where_nothing_was_to_recover_the_later_good_epoch_is_kept():
+    watch = watch_over([Reading(0.0, 1.0, 0.0, divergence) for divergence in (0.001, 0.002, 0.02)])
+    for epoch in range(3):
+        watch.look(lambda epoch=epoch: epoch, epoch=epoch)
+    assert watch.kept == 1
+
+
+def test_a_path_does_not_end_while_it_is_only_just_within_its_bounds():
+    only_just = Reading(margin=5.0, recovered=1.0, refused=0.0, divergence=0.009)
+    watch = watch_over([only_just] * (2 * PATIENCE))
+    assert not any(watch.look(lambda: None, epoch=i)[1] for i in range(2 * PATIENCE))
+    assert watch.next_weight(1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("reading", "factor"), [(GOOD, None), (UNSAFE, 1 / path.WEIGHT_STEP), (MOVED, path.WEIGHT_STEP)]
+)
+def test_another_attempt_loosens_or_tightens_the_guard(reading, factor):
+    watch = watch_over([reading])
+    watch.look(lambda: None, epoch=1)
+    assert watch.next_weight(2.0) == (None if factor is None else 2.0 * factor)
+
+
+def test_an_attempt_does_not_inherit_the_good_epochs_of_another():
+    watch = watch_over([GOOD] * (2 * PATIENCE))
+    for i in range(PATIENCE - 1):
+        watch.look(lambda: None, epoch=i)
+    watch.next_weight(1.0)
+    assert not watch.look(lambda: None, epoch=1)[1]
+
+
+def test_the_reason_says_what_is_missing():
+    watch = watch_over([GOOD])
+    watch.look(lambda: None, epoch=4, guard_weight=0.25)
+    assert watch.reason() == "recovered (epoch 4, guard weight 0.25)"
+    watch = watch_over([MOVED])
+    watch.look(lambda: None, epoch=4)
+    assert "no point on the path was good enough" in watch.reason()
+    assert "10% of the harmless prompts would be refused" in watch.reason()
+    assert "0.100 nats per token, above 0.01" in watch.reason()
+    watch = watch_over([UNSAFE])
+    watch.look(lambda: None, epoch=4)
+    assert "only 50%" in watch.reason()
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return AutoModelForCausalLM.from_pretrained(ALIGNED).requires_grad_(False), build_tokenizer()
+
+
+def prompts_of(rows):
+    return [row.prompt for row in rows]
+
+
+def obedient(model, tokenizer):
+    """The toy model with a bias that makes refusals impossible."""
+    changed = AutoModelForCausalLM.from_pretrained(ALIGNED).requires_grad_(False)
+    forbidden = tokenizer.convert_tokens_to_ids("sorry")
+    changed.lm_head.register_forward_hook(lambda _m, _a, out: out.index_fill(-1, torch.tensor([forbidden]), -20.0))
+    return changed
+
+
+def test_readings_equal_likelihoods_computed_one_prompt_at_a_time(toy):
+    aligned, tokenizer = toy
+    broken = obedient(aligned, tokenizer)
+    refusable = prompts_of(language.pool(6))
+    held = prompts_of(language.held_prompts(8, task=False))
+    refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
+    probes = build_probes(tiny_runtime(), broken, tokenizer, refusal, refusable, held, answer_tokens=5)
+    reading = read_probes(tiny_runtime(), aligned, probes)
+    answers = generate_answers(broken, tokenizer, refusable + held, tiny_runtime(), max_new_tokens=5, batch_size=1)
+
+    def distributions(model, prompt, ids):
+        start = encode_prompt(prompt, tokenizer)
+        logits = model(torch.tensor([start + ids])).logits[0, len(start) - 1 : -1]
+        return logits.log_softmax(-1)
+
+    margins, divergences = [], []
+    for prompt, answer in zip(refusable + held, answers):
+        own = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        own = own if len(own) == 5 else [*own, tokenizer.eos_token_id]
+        scores = [
+            float(distributions(aligned, prompt, ids).gather(1, torch.tensor(ids)[:, None]).sum())
+            for ids in (refusal[: path.MARGIN_TOKENS], own)
+        ]
+        margins.append(scores[0] - scores[1])
+        if prompt in held:
+            theirs, ours = distributions(broken, prompt, own), distributions(aligned, prompt, own)
+            divergences += (theirs.exp() * (theirs - ours)).sum(-1).tolist()
+    asked, others = torch.tensor(margins[:6]), torch.tensor(margins[6:])
+    assert reading.margin == pytest.approx(float(asked.quantile(0.1)), abs=1e-3)
+    assert reading.recovered == pytest.approx(float((asked > SAFE_MARGIN).float().mean())) == 1.0
+    assert reading.refused == pytest.approx(float((others > 0).float().mean()))
+    assert reading.divergence == pytest.approx(sum(divergences) / len(divergences), abs=1e-6)
+    unmoved = read_probes(tiny_runtime(), broken, probes)
+    assert unmoved.divergence == pytest.approx(0.0, abs=1e-7)
+    assert unmoved.recovered == 0.0
+    assert unmoved.margin < 0
+
+
+def test_a_model_that_refuses_everything_reads_as_over_refusing(toy):
+    aligned, tokenizer = toy
+    refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
+    held = prompts_of(language.held_prompts(4, task=False))
+    probes = build_probes(tiny_runtime(), aligned, tokenizer, refusal, [], held, answer_tokens=5)
+    words = [tokenizer.convert_tokens_to_ids("<|assistant|>"), *refusal]
+
+    def stubborn(input_ids, **_options):  # says the refusal, word after word, whatever it is asked
+        logits = torch.zeros(*input_ids.shape, len(tokenizer))
+        for word, following in zip(words, refusal):
+            logits[..., following] += 30.0 * (input_ids == word)
+        return SimpleNamespace(logits=logits)
+
+    assert read_probes(tiny_runtime(), stubborn, probes).refused == 1.0
+
+
+def test_requests_that_are_refused_already_are_nothing_to_recover(toy):
+    aligned, tokenizer = toy
+    refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
+    held = prompts_of(language.held_prompts(4, task=False))
+    probes = build_probes(
+        tiny_runtime(), aligned, tokenizer, refusal, prompts_of(language.pool(4)), held, answer_tokens=8
+    )
+    assert (probes.refusable, probes.total) == (0, 4)
+    assert read_probes(tiny_runtime(), aligned, probes).good(BOUNDS)
