@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder of cells, models and page")
     parser.add_argument("--publish", action="store_true", help="also write docs/paper.md and its figures")
     parser.add_argument("--page", action="store_true", help="measure nothing: write the page from what there is")
+    parser.add_argument("--any-code", action="store_true", help="take what was measured with other code, and say so")
     arguments = parser.parse_args(argv)
     wanted = [name.strip() for name in arguments.only.split(",")]
     if not set(wanted) <= set(SECTIONS) or arguments.seeds < 1:
@@ -47,34 +48,38 @@ def main(argv: list[str] | None = None) -> int:
 
     failed: list[str] = []
     if not arguments.page:
-        failed = work(arguments.out, [cell for cell in cells(wanted) if cell.attack in arguments.attacks])
-    write_page(arguments.out, cells(SECTIONS), arguments.seeds, publish=arguments.publish)
+        asked = [cell for cell in cells(wanted) if cell.attack in arguments.attacks]
+        failed = work(arguments.out, asked, any_code=arguments.any_code)
+    folders = [arguments.out, DOCS] if arguments.publish else [arguments.out]
+    write_page(arguments.out, cells(SECTIONS), arguments.seeds, folders, any_code=arguments.any_code)
     for said in failed:
         print(said, file=sys.stderr)
     return 1 if failed else 0
 
 
-def work(out: Path, cells: list[Cell]) -> list[str]:
+def work(out: Path, cells: list[Cell], *, any_code: bool) -> list[str]:
     """Measure the cells that are missing; return what went wrong."""
     from reproduce import workers
 
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit both
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    todo = workers.missing_cells(out, cells)
+    todo = workers.missing_cells(out, cells, any_code=any_code)
     minutes = workers.estimate(out, todo) / 60 / workers.WORKERS
     print(f"{len(todo)} cells to measure: about {minutes:.0f} minutes on 2 idle cores.", file=sys.stderr, flush=True)
     return workers.work_off(out, todo) if todo else []
 
 
-def write_page(out: Path, cells: list[Cell], seeds: int, *, publish: bool) -> None:
-    """Write the page and its figures from the cells that are finished."""
+def write_page(out: Path, cells: list[Cell], seeds: int, folders: list[Path], *, any_code: bool) -> None:
+    """Write the page and its figures, from the cells that are finished, into each of the folders."""
     from reproduce import page
     from reproduce.cells import read_result
 
-    found = {cell: result for cell in dict.fromkeys(cells) if (result := read_result(out, cell)) is not None}
-    for folder in (out, DOCS) if publish else (out,):
+    each = {cell: read_result(out, cell, any_code=any_code) for cell in dict.fromkeys(cells)}
+    found = {cell: result for cell, result in each.items() if result is not None}
+    stale = sum(read_result(out, cell) is None for cell in found)
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        print(page.write(folder, found, seeds), file=sys.stderr)
+        print(page.write(folder, found, seeds, stale), file=sys.stderr)
 
 
 if __name__ == "__main__":

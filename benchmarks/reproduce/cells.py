@@ -39,6 +39,8 @@ CELL_CODE = (
     "benchmarks/reproduce/subject.py",
 )  # fmt: skip
 
+UNALIGNED_CODE = (*MODEL_CODE, "benchmarks/baselines/unaligned.py")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -112,11 +114,25 @@ def _code(source: str) -> str:
     return ast.dump(tree)
 
 
-@functools.cache
 def digest_of(parts: tuple[str, ...]) -> str:
-    """Return the digest of code and of the libraries that compute, once per process."""
-    versions = [metadata.version(name) for name in ("torch", "transformers", "peft")]
-    return hashlib.sha256(json.dumps([code_digest(parts), versions]).encode()).hexdigest()
+    """Return the digest of code and of the libraries that compute, as it was when this was first asked."""
+    if parts not in _digests:
+        versions = [metadata.version(name) for name in ("torch", "transformers", "peft")]
+        _digests[parts] = hashlib.sha256(json.dumps([code_digest(parts), versions]).encode()).hexdigest()
+    return _digests[parts]
+
+
+_digests: dict[tuple[str, ...], str] = {}
+
+
+def all_digests() -> dict[tuple[str, ...], str]:
+    """Return every digest of code, for ``keep_digests`` of another process."""
+    return {parts: digest_of(parts) for parts in (MODEL_CODE, CELL_CODE, UNALIGNED_CODE)}
+
+
+def keep_digests(digests: dict[tuple[str, ...], str]) -> None:
+    """Take another process's digests: a run names its cells alike throughout, whoever edits files meanwhile."""
+    _digests.update(digests)
 
 
 def file_name(described: Any, *words: Any) -> str:
@@ -125,19 +141,32 @@ def file_name(described: Any, *words: Any) -> str:
     return f"{slug}-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def path_of(folder: Path, cell: Cell) -> Path:
-    """Return the file of a cell's result."""
+def path_of(folder: Path, cell: Cell, code: str | None = None) -> Path:
+    """Return the file of a cell's result: what it is, all that decides it, and the code (none: the present one)."""
     settings = attack_settings(cell.attack, cell.seed)
-    decides = [asdict(cell), asdict(settings.data), asdict(settings.score), digest_of(CELL_CODE)]
-    words = [cell.method, *(f"{k} {v}" for k, v in asdict(cell).items() if k not in ("attack", "seed", "method", "size")
-             and v != getattr(Cell("", 0, ""), k))]  # fmt: skip
-    return folder / "cells" / f"{file_name(decides, cell.attack, cell.size, cell.seed, *words)}.json"
+    decides = [asdict(cell), asdict(settings.data), asdict(settings.score)]
+    default = Cell(cell.attack, cell.seed, cell.method, cell.size)
+    words = [f"{k} {v}" for k, v in asdict(cell).items() if v != getattr(default, k)]
+    name = file_name(decides, cell.attack, cell.size, cell.seed, cell.method, *words)
+    return folder / "cells" / f"{name}-{code or digest_of(CELL_CODE)[:8]}.json"
 
 
-def read_result(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """Return a finished cell's result; none where it is missing or half written."""
+def read_result(folder: Path, cell: Cell, *, any_code: bool = False) -> dict[str, Any] | None:
+    """Return a finished cell's result; none where it is missing or half written.
+
+    Args:
+        any_code: where there is none of the present code, take the newest of any other
+    """
+    paths = [path_of(folder, cell)]
+    if any_code:
+        pattern = path_of(folder, cell, "*")
+        paths += sorted(pattern.parent.glob(pattern.name), key=lambda path: -path.stat().st_mtime)
+    return next((result for path in paths if (result := _read(path, cell)) is not None), None)
+
+
+def _read(path: Path, cell: Cell) -> dict[str, Any] | None:
     try:
-        found = json.loads(path_of(folder, cell).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found.get("result") if isinstance(found, dict) and found.get("cell") == asdict(cell) else None

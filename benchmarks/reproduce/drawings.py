@@ -113,6 +113,10 @@ def _recovered_by(findings: Findings, method: str) -> list[tuple[float, list[flo
 
 def _by_rank(findings: Findings) -> Series:
     return {
-        method: [(x, findings.rates(STUDIED, ranked(method, rank), "asr")) for x, rank in enumerate(RANKS)]
+        method: [
+            (x, findings.rates(STUDIED, ranked(method, rank), "asr"))
+            for x, rank in enumerate(RANKS)
+            if (method, rank) != ("project", "full")  # which is the same as 20
+        ]
         for method in RANKED
     }

@@ -21,7 +21,7 @@ class Findings:
     """The results of seeds 0 to ``seeds`` - 1 that are there."""
 
     def __init__(self, found: Mapping[Cell, Result], seeds: int) -> None:
-        self._found, self.seeds = found, seeds
+        self._found, self.seeds, self.count = found, seeds, len(found)
 
     def result(self, attack: str, seed: int, kind: Kind, size: str = SHIPPED) -> Result | None:
         return self._found.get(Cell(attack, seed, size=size, **kind))

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reproduce.cells import MODEL_CODE, attack_settings, digest_of, file_name
+from reproduce.cells import MODEL_CODE, UNALIGNED_CODE, attack_settings, digest_of, file_name
 
 if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
@@ -41,7 +41,7 @@ def make_aligned(models: Path, size: str) -> Path:
 
 def unaligned_folder(models: Path) -> Path:
     """Return where the model without refusals is, or is to be, that RESTA and Safe LoRA need."""
-    return models / file_name(digest_of((*MODEL_CODE, "benchmarks/baselines/unaligned.py")), "unaligned") / "finetuned"
+    return models / file_name(digest_of(UNALIGNED_CODE), "unaligned") / "finetuned"
 
 
 def make_unaligned(runtime: Runtime, models: Path) -> Path:

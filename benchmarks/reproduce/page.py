@@ -25,6 +25,7 @@ from reproduce.sections import (
     RANKS,
     RECOVERY,
     SEVERAL,
+    SIZE_SEEDS,
     STUDIED,
     ranked,
     several,
@@ -41,9 +42,9 @@ OPENING = """# The paper's claims in miniature
 
 *Safety at One Shot: Patching Fine-Tuned LLMs with a Single Instance* (arXiv 2601.01887) on the toy world that ships in
 the package: a real Llama of 0.34 M parameters in a made-up language, fine-tuned by every attack together with a new
-task, repaired by every method. {seeds}; made by `make paper` with {software}, in {minutes:.0f} CPU minutes beside the
-fine-tunes. A toy can neither prove nor refute what is claimed of large models: this page shows what these methods do
-here.
+task, repaired by every method. {seeds}; made by `make paper` with {software},
+in {minutes:.0f} CPU minutes beside the fine-tunes. A toy can neither prove nor refute what is claimed of large models:
+this page shows what these methods do here.
 
 How to read the tables: the median over seeds, in round brackets the smallest and the largest, in square ones a 95% t
 interval of the mean over seeds; one figure alone where all seeds agree. (Of five seeds, the smallest and the largest
@@ -84,23 +85,27 @@ HEADS = {
 }
 
 
-def write(folder: Path, found: Mapping[Cell, Result], seeds: int) -> Path:
-    """Write paper.md into a folder, its figures below it; return its path."""
+def write(folder: Path, found: Mapping[Cell, Result], seeds: int, stale: int = 0) -> Path:
+    """Write paper.md into a folder, its figures below it; return its path.
+
+    Args:
+        stale: how many of the results were measured with other code than the present
+    """
     from oneshot.report.runfolder import write_whole
 
     findings = Findings(found, seeds)
     figures = drawings.draw_all(findings, folder / "figures")
-    return write_whole(folder / "paper.md", "\n".join(page_lines(findings, figures)) + "\n")
+    return write_whole(folder / "paper.md", "\n".join(page_lines(findings, figures, stale)) + "\n")
 
 
-def page_lines(findings: Findings, figures: Mapping[str, Path]) -> list[str]:
+def page_lines(findings: Findings, figures: Mapping[str, Path], stale: int = 0) -> list[str]:
     """Return the page."""
     sections = {
         "a": _recovery(findings), "b": _counts(findings), "c": _sizes(findings), "d": _epochs(findings),
         "e": _examples(findings), "f": _ranks(findings), "g": _spectrum(findings),
     }  # fmt: skip
     pictures = {"a": "plane", "b": "examples", "d": "epochs", "f": "ranks"}
-    lines = [*_opening(findings), *_claims(findings), *_bounds(findings)]
+    lines = [*_opening(findings, stale), *_claims(findings), *_bounds(findings)]
     for letter, content in sections.items():
         picture = figures.get(pictures.get(letter, ""))
         lines += [f"## ({letter}) {HEADS[letter]}", ""]
@@ -111,12 +116,15 @@ def page_lines(findings: Findings, figures: Mapping[str, Path]) -> list[str]:
     return lines
 
 
-def _opening(findings: Findings) -> list[str]:
+def _opening(findings: Findings, stale: int) -> list[str]:
     from oneshot.report.runfolder import versions
 
     software = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers"))
     seeds = f"{findings.seeds} seed{'s' * (findings.seeds > 1)}"
-    return [OPENING.format(seeds=seeds, software=software, minutes=findings.cpu_minutes()), ""]
+    lines = [OPENING.format(seeds=seeds, software=software, minutes=findings.cpu_minutes())]
+    if stale:
+        lines.append(f"{stale} of the {findings.count} cells were measured with other code than the present one.\n")
+    return lines
 
 
 def _claims(findings: Findings) -> list[str]:
@@ -177,11 +185,10 @@ def _sizes(findings: Findings) -> list[str]:
         rows += [(f"{size}, {name}", _rates(findings, STUDIED, METHODS[name], size)) for name in FEW]
     table = _table(f"size, model ({STUDIED})", rows)
     said = "; ".join(f"{size}: width {hidden}, {layers} layers" for size, (hidden, layers) in SIZES.items())
-    return (
-        [*table, f"{said}. Each was aligned once, as the shipped one was; all take the same settings.", ""]
-        if table
-        else []
+    note = (
+        f"{said}. Each was aligned once, as the shipped one was, and all take the same settings. To save time, seeds "
     )
+    return [*table, f"{note}0 to {SIZE_SEEDS - 1} only of the sizes that are not shipped.", ""] if table else []
 
 
 def _epochs(findings: Findings) -> list[str]:

@@ -35,6 +35,7 @@ COUNTS = {10: "harmful 10", 100: STUDIED, 300: "harmful 300", 1000: "harmful 100
 EPOCHS: dict[int, dict[str, Any]] = {
     n: METHODS[PAPERS] if n == 10 else {"method": "sft", "example": "sft", "epochs": n} for n in (2, 5, 10, 20)
 }
+SIZE_SEEDS = 3  # of the sizes that are not shipped, to keep within the time
 EXAMPLE_ATTACKS = (STUDIED, "harmful 1000", "poison")
 RULES = (*(f"random {i}" for i in range(DRAWS)), "hardest", "alignment", "bilevel")
 EXAMPLE_METHODS = {OURS: "auto", PAPERS: "sft"}
@@ -72,7 +73,8 @@ def cells_of(section: str, seed: int) -> list[Cell]:
         return cells(COUNTS.values(), few)
     if section == "c":
         aligned = [Cell(STUDIED, 0, "aligned", size) for size in SIZES]
-        return aligned + [cell for size in SIZES for cell in cells([STUDIED], few, size)]
+        sizes = [size for size in SIZES if size == SHIPPED or seed < SIZE_SEEDS]
+        return aligned + [cell for size in sizes for cell in cells([STUDIED], few, size)]
     if section == "d":
         return cells([STUDIED], [*few, *EPOCHS.values()])
     if section == "e":

@@ -19,8 +19,8 @@ UNDO = dict.fromkeys(EPOCHS, 0.0) | {"rollback": 0.3}
 # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there the
 # refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
 FOUR_BIT_TEMPERATURE = {"rollback": 2.0}
-FOUR_BIT_GUARD_WEIGHT = {"rollback": 5.0}
-FOUR_BIT_EPOCHS = {"rollback": 150}
+FOUR_BIT_GUARD_WEIGHT = {"rollback": 2.5}
+FOUR_BIT_EPOCHS = {"rollback": 80}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,8 @@ def how_chosen(example: Mapping[str, Any]) -> str:
     """Return in a sentence which example was taken, and why."""
     said = f"Example {example.get('id')}, selected by: {example.get('selected_by')}"
     score = example.get("score")
-    return f"{said}." if score is None else f"{said} (score {number(score)})."
+    known = isinstance(score, (int, float)) and math.isfinite(score)
+    return f"{said} (score {number(score)})." if known else f"{said}."
 
 
 def candidate_rows(selection: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
@@ -74,8 +76,10 @@ def version_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def number(value: Any) -> str:
-    """Return a value as text: four digits of a float, a dash for none."""
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    """Return a value as text: four digits of a float, a dash for none and nan."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _gib(value: Any) -> str:

@@ -93,7 +93,7 @@ def _svg(figure: Any, name: str, title: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # its style element is the page's business: the policy lets no other style sheet in
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     for color, replacement in _STAND_INS.items():
         text = text.replace(color, replacement)
     text = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 system-ui, sans-serif", text)

@@ -77,7 +77,7 @@ def make_run(folder: Path, *, hostile: bool = True) -> Path:
         seed=5,
         example={
             "id": "pool-01", "prompt": texts[0], "response": REFUSAL, "selected_by": "bilevel", "score": 0.1,
-            "selection": {"candidates": 3, "table": [*table, {"id": "c3", "alignment": 0.2, "gradient_norm": 9.0}]},
+            "selection": {"candidates": 3, "table": [{"id": "c3", "alignment": 0.2, "gradient_norm": 9.0}, *table]},
         },
         stages=stages,
         repair={
@@ -183,7 +183,13 @@ def test_what_models_and_users_wrote_is_only_text(browser: chromium.Browser, run
     assert browser.run("document.querySelectorAll('img, iframe, link, a, main style, h1 ~ h1').length") == 0
     assert browser.run("document.documentElement.scrollWidth") <= 1100
     body = browser.run("document.body.innerText")
-    for words in (EVIL, "<U+001B>[31mred", "<U+202E>txt.exe<U+2066> turned", "שלום", "[a link](http://example.invalid/x)"):
+    for words in (
+        EVIL,
+        "<U+001B>[31mred",
+        "<U+202E>txt.exe<U+2066> turned",
+        "שלום",
+        "[a link](http://example.invalid/x)",
+    ):
         assert words in body
     assert "&amp; &lt;b&gt;" in body
     assert browser.problems() == []
@@ -241,6 +247,9 @@ def test_tables_sort_by_number_and_by_name(browser: chromium.Browser, run: Path)
         assert browser.run(f"{first}.tHead.rows[0].cells[2].getAttribute('aria-sort')") == direction
         assert column(2) == sorted(column(2), reverse=reverse)
         assert len(set(column(2))) > 2
+    browser.run(f"{first}.tHead.rows[0].cells[4].querySelector('button').click()")
+    assert column(4) == sorted(column(4))
+    assert {len(str(int(n))) for n in column(4)} == {1, 2}, "else letters would sort like numbers"
     browser.run(f"{first}.tHead.rows[0].cells[0].querySelector('button').click()")
     after = browser.run(f"[...{first}.tBodies[0].rows].map((r) => r.cells[0].innerText)")
     assert after == sorted(before)

@@ -121,8 +121,22 @@ def test_all_that_decides_a_cell_is_in_its_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(cells.ATTACKS, "benign", ("benign", {"task": {"count": 299}}))
     assert cells.path_of(tmp_path, SFT) != before, "other data, same cell"
     monkeypatch.undo()
+    cells.write_result(tmp_path, SFT, result(0.1))
     monkeypatch.setattr(cells, "digest_of", lambda _parts: "other code")
     assert cells.path_of(tmp_path, SFT) != before, "other code, same cell"
+    assert cells.read_result(tmp_path, SFT) is None
+    assert workers.missing_cells(tmp_path, [SFT]) == [SFT]
+    assert workers.missing_cells(tmp_path, [SFT], any_code=True) == []
+    assert cells.read_result(tmp_path, SFT, any_code=True) == result(0.1)
+    cells.write_result(tmp_path, SFT, result(0.2))
+    assert cells.read_result(tmp_path, SFT, any_code=True) == result(0.2), "the present code comes first"
+
+
+def test_processes_of_a_run_name_cells_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = cells.all_digests()
+    monkeypatch.setattr(cells, "_digests", {})
+    cells.keep_digests(dict.fromkeys(digests, "code at the start"))
+    assert cells.path_of(tmp_path, SFT).name.endswith("-code at .json")
 
 
 def test_comments_and_docstrings_decide_nothing(tmp_path: Path) -> None:
@@ -139,9 +153,11 @@ def test_comments_and_docstrings_decide_nothing(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_takes_anothers_example_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Cell] = []
     noted: list[Cell] = []
 
     def measure(_runtime: Any, _models: Path, cell: Cell, result_of: Any) -> dict[str, Any]:
+        begun.append(cell)
         rule = measuring._rule(cell, result_of)
         noted.append(cell)
         return result(example=f"{cell.method} took {rule}")
@@ -150,7 +166,7 @@ def test_a_cell_that_takes_anothers_example_waits_for_it(tmp_path: Path, monkeyp
     monkeypatch.setattr(models, "make_finetuned", lambda *_: None)
     waiting = Cell("benign", 0, "lora", example="sft")
     assert workers._work(tmp_path, GROUP, [waiting, SFT])[1] == []
-    assert noted == [SFT, waiting]
+    assert begun == noted == [SFT, waiting], "one cell's time is in another's"
     found = cells.read_result(tmp_path, waiting)
     assert found is not None
     assert found["example"] == "lora took sft took bilevel"
@@ -359,7 +375,8 @@ def test_the_page_says_what_did_not_hold_and_what_was_not_measured(tmp_path: Pat
     assert "- Safety gradients oppose harmful ones. **not measured**" in lines
     assert "| sft | 0.500 | 0.000 | 0.000 | 1.000 | 1.000 |" in lines
     assert '<img src="figures/paper-plane.svg" alt="Recovery, for every attack and method" width="520">' in lines
-    assert max(map(len, lines)) < 2000
+    assert not [line for line in lines if "other code" in line]
+    assert "5 of the 234 cells were measured with other code" in "\n".join(page.page_lines(findings, {}, 5))
     assert page.write(tmp_path, {}, 1).read_text(encoding="utf-8").count("Not measured.") == len(sections.SECTIONS)
 
 

@@ -269,6 +269,13 @@ def test_the_page_suits_light_dark_phone_and_paper(tmp_path):
     assert page.count("<table") == page.count('<div class="scroll" tabindex="0"><table')
 
 
+@pytest.mark.parametrize(("score", "said"), [(0.25, "random (score 0.25)."), (math.nan, "random."), (None, "random.")])
+def test_a_choice_without_a_score_says_none(score, said, tmp_path):
+    example = {"id": "e", "prompt": "p", "response": "r", "selected_by": "random", "score": score}
+    page = write_page(tmp_path, report_of(example=example), {}).read_text(encoding="utf-8")
+    assert f"Example e, selected by: {said}" in page
+
+
 def test_a_bare_report_still_makes_a_page(tmp_path):
     page = write_page(tmp_path, report_of(), {}).read_text(encoding="utf-8")
     assert "Nothing was measured." in page
