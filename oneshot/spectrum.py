@@ -42,9 +42,12 @@ def main(argv: list[str] | None = None) -> None:
 def run(settings: Settings) -> None:
     """Measure the user's model, or the toy world's, fine-tuned first, into a new run folder."""
     from oneshot.distributed.runtime import start
+    from oneshot.errors import UserError
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
 
+    if settings.delete_degraded:
+        raise UserError("Setting delete_degraded belongs to repair, which measures the model first: leave it out.")
     runtime = start()
     console = open_console(runtime)
     toy = settings.model.path is None

@@ -84,7 +84,10 @@ def _lines(name: str, title: str, series: Series, ticks: Sequence[Any]) -> str:
     ax.set_title("attack success: median, smallest and largest", loc="left", fontsize=10, color=_INK)
     ax.set_ylim(-0.03, 1.05)
     ax.yaxis.grid(True, color=_GRID, linewidth=0.8)
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9.5, labelcolor=_INK, handlelength=1.8)
+    columns = 2 if max(map(len, shown)) < 24 else 1
+    figure.legend(
+        loc="outside lower left", ncols=columns, frameon=False, fontsize=9.5, labelcolor=_INK, handlelength=1.8
+    )
     return _svg(figure, name, title)
 
 
@@ -97,8 +100,7 @@ def _by_count(findings: Findings) -> Series:
 
 def _by_epoch(findings: Findings) -> Series:
     return {"sft": [(x, findings.rates(STUDIED, kind, "asr")) for x, kind in enumerate(EPOCHS.values())]} | {
-        f"{method}: recovered by the probes": _recovered_by(findings, method)
-        for method in ("rollback (auto)", "lowrank")
+        f"{method}: probes not recovered": _recovered_by(findings, method) for method in ("rollback (auto)", "lowrank")
     }
 
 

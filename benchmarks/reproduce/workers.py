@@ -54,7 +54,8 @@ def estimate(folder: Path, cells: Iterable[Cell]) -> float:
 def _seconds(cell: Cell) -> float:
     if not cell.reference:
         return UNREFERENCED
-    return SECONDS.get(cell.method, SCORING) + (CHOICE.get(cell.method, 0.0) if cell.example == "bilevel" else 0.0)
+    choice = {"bilevel": CHOICE.get(cell.method, 0.0), "alignment": 1.0}.get(cell.example, 0.0)
+    return SECONDS.get(cell.method, SCORING) + choice
 
 
 def work_off(folder: Path, cells: list[Cell]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from oneshot.distributed.signals import Interrupted, tell_code
 from oneshot.distributed.watchdog import watched
 from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
+from oneshot.redact import redacted
 from oneshot.settings import Settings, parse
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
@@ -157,4 +158,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _say(prog: str, message: str) -> None:
-    print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{prog}: error: {redacted(message)}", file=sys.stderr, flush=True)

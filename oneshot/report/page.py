@@ -182,8 +182,8 @@ def _spectrum(run_dir: Path) -> str:
         matrices = [Matrix(**{name: _not_null(value) for name, value in row.items()}) for row in read["matrices"]]
         groups = read["summary"]["cosines"]
         found = Spectrum(matrices, {name: _not_null(value) for name, value in groups.items()}, read["cosines_each"])
-        words = spectrum._words(spectrum.summary(matrices, groups))
-        return f"{words}\n{spectrum._figures(found, read['sweep'])}"
+        words = spectrum.words_of(spectrum.summary(matrices, groups))
+        return f"{words}\n{spectrum.figures_of(found, read['sweep'])}"
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return ""
 

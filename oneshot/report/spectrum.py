@@ -172,7 +172,7 @@ def read_spectrum(run_dir: Path) -> str | None:
         cosines = {group: _number(value) for group, value in whole["summary"]["cosines"].items()}
         sweep = [dict(row) for row in whole["sweep"]]
         each = {group: [_number(value) for value in values] for group, values in whole["cosines_each"].items()}
-        return _words(summary(matrices, cosines)) + _figures(Spectrum(matrices, cosines, each), sweep)
+        return words_of(summary(matrices, cosines)) + figures_of(Spectrum(matrices, cosines, each), sweep)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -190,11 +190,11 @@ def _page(spectrum: Spectrum, facts: Mapping[str, Any], sweep: Sequence[Mapping[
     groups = [(EXPLAINED.get(name, name), count) for name, count in facts["groups"].items()]
     body = [
         f"<h1>{escaped(title)}</h1>",
-        _words(summary(spectrum.matrices, spectrum.cosines)),
+        words_of(summary(spectrum.matrices, spectrum.cosines)),
         f'<p class="soft">The gradient of one refusal, to "{escaped(example["prompt"])}" '
         f"(example {escaped(example['id'])}), per weight matrix, at the model as it is.</p>",
         warnings_section(facts["notes"]),
-        section("Figures", _figures(spectrum, sweep)),
+        section("Figures", figures_of(spectrum, sweep)),
         section("Medians by module", _modules(spectrum)),
         section("Patches along the gradient", _sweep(sweep)),
         section("Conversations compared with the example", pairs(groups)),
@@ -203,7 +203,7 @@ def _page(spectrum: Spectrum, facts: Mapping[str, Any], sweep: Sequence[Mapping[
     return document(title, body)
 
 
-def _words(found: Mapping[str, Any]) -> str:
+def words_of(found: Mapping[str, Any]) -> str:
     k = found["directions_90"]
     said = (
         f"In the median of {found['matrices']} matrices {k:.0f} direction{'s' if k > 1 else ''} of {found['rank']:.0f} "
@@ -214,7 +214,7 @@ def _words(found: Mapping[str, Any]) -> str:
     return f"<p>{escaped(said)}{escaped(' Cosines with it: ' + ', '.join(cosines) + '.') if cosines else ''}</p>"
 
 
-def _figures(spectrum: Spectrum, sweep: Sequence[Mapping[str, float]]) -> str:
+def figures_of(spectrum: Spectrum, sweep: Sequence[Mapping[str, float]]) -> str:
     cells = {module_of(matrix.name): matrix.effective_rank for matrix in spectrum.matrices if matrix.rank}
     layers = by_layer(spectrum)
     return figures_grid(

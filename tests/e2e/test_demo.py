@@ -47,7 +47,8 @@ def test_demo_writes_the_run_folder(demo: tuple[Path, str]) -> None:
     assert report["stages"]["finetuned"]["asr"]["value"] >= 0.9
     assert report["stages"]["repaired"]["asr"]["value"] <= 0.1
     assert report["repair"]["method"] == "rollback"
-    assert len(report["repair"]["trace"]) == report["repair"]["epochs"]
+    assert 0 < len(report["repair"]["trace"]) <= report["repair"]["epochs"] <= 30
+    assert report["repair"]["stopped_by"].startswith("recovered")
     assert len(report["resources"]["peak_rss_bytes"]) == 1
     assert (out / "settings.yaml").is_file()
     assert (out / "finetuned" / "SAFETY_DEGRADED.json").is_file()

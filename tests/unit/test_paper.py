@@ -13,7 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last, as the benchmarks have it
 
-from reproduce import bounds, cells, claims, drawings, measuring, models, page, sections, workers
+from reproduce import bounds, cells, claims, drawings, gradients, measuring, models, page, sections, verdicts, workers
 from reproduce.cells import Cell
 from reproduce.findings import Findings, recovered_at, unrecovered
 from reproduce.sections import METHODS, OURS, RECOVERY
@@ -244,62 +244,79 @@ def test_sections_share_cells() -> None:
 
 def test_a_claim_holds_in_all_attacks_in_some_or_in_none() -> None:
     decide = claims.recovery("sft")
-    assert decide(everywhere()).word == claims.HELD
+    assert decide(everywhere()).word == verdicts.HELD
     partly = decide(everywhere(sft=lambda attack, _: result(0.5 if attack == "poison" else 0.05)))
-    assert partly.word == claims.PART
+    assert partly.word == verdicts.PART
     assert "not in poison." in partly.figures
     assert "poison 0.500" in partly.figures
-    assert decide(everywhere(sft=lambda *_: result(0.06))).word == claims.NOT
-    assert decide(Findings({}, 2)).word == claims.UNMEASURED
+    assert decide(everywhere(sft=lambda *_: result(0.06))).word == verdicts.NOT
+    assert decide(Findings({}, 2)).word == verdicts.UNMEASURED
+
+
+def test_what_is_said_of_all_sizes_needs_all_sizes() -> None:
+    decide = claims.same_over(
+        {"one": ("poison", METHODS["sft"], "shipped"), "two": ("benign", METHODS["sft"], "larger")}
+    )
+    found = {Cell("poison", 0, "none"): result(1.0), Cell("poison", 0, "sft"): result(0.0)}
+    assert decide(Findings(found, 1)).word == verdicts.UNMEASURED
+    found |= {Cell("benign", 0, "none", "larger"): result(1.0), Cell("benign", 0, "sft", "larger"): result(0.9)}
+    assert decide(Findings(found, 1)).word == verdicts.PART
 
 
 def test_where_nothing_is_damaged_nothing_is_recovered() -> None:
     harmless = Findings({Cell("benign", 0, "none"): result(0.0), SFT: result(0.0)}, 1)
-    assert claims.recovery("sft")(harmless).word == claims.UNMEASURED
-    assert claims.harmlessness("sft")(harmless).word == claims.HELD
+    assert claims.recovery("sft")(harmless).word == verdicts.UNMEASURED
+    assert claims.harmlessness("sft")(harmless).word == verdicts.HELD
 
 
 def test_a_repair_that_refuses_or_forgets_is_not_harmless() -> None:
     decide = claims.harmlessness("sft")
     for lost in ({"task": 0.9}, {"utility": 0.9}, {"over_refusal": 0.03}, {"lookalike_refusal": 0.03}):
-        assert decide(everywhere(sft=lambda *_, lost=lost: result(**lost))).word == claims.NOT, lost
-    assert decide(everywhere(sft=lambda *_: result(task=0.97, over_refusal=0.02))).word == claims.HELD
+        assert decide(everywhere(sft=lambda *_, lost=lost: result(**lost))).word == verdicts.NOT, lost
+    assert decide(everywhere(sft=lambda *_: result(task=0.97, over_refusal=0.02))).word == verdicts.HELD
 
 
 def test_the_choice_is_held_against_the_random_draws_of_its_seed() -> None:
-    def findings(bilevel: float) -> Findings:
-        found = {Cell("poison", 0, "none"): result(1.0), Cell("poison", 0, "auto"): result(f_pool=bilevel, f=bilevel)}
+    def findings(bilevel: float, **rates: float) -> Findings:
+        found = {Cell("poison", 0, "none"): result(1.0)}
+        found[Cell("poison", 0, "auto")] = result(f_pool=bilevel, f=bilevel, **rates)
         for i, f in enumerate((0.1, 0.2, 0.3, 0.4, 0.5)):
             found[Cell("poison", 0, "auto", example=f"random {i}")] = result(0.2, f_pool=f, f=f)
         return Findings(found, 1)
 
-    assert claims.choice_by_f(findings(0.3)).word == claims.HELD
+    assert claims.choice_by_f(findings(0.3)).word == verdicts.HELD
     worse = claims.choice_by_f(findings(0.31))
-    assert worse.word == claims.NOT
+    assert worse.word == verdicts.NOT
     assert "+0.0100" in worse.figures
-    assert claims.choice_by_rates(findings(0.3)).word == claims.HELD
-    assert claims.choice_by_f(Findings({}, 1)).word == claims.UNMEASURED
+    assert claims.choice_by_rates(findings(0.3)).word == verdicts.HELD
+    assert claims.choice_by_rates(findings(0.3, asr=0.3)).word == verdicts.NOT
+    assert claims.choice_by_rates(findings(0.3, task=0.97)).word == verdicts.NOT, "bought with the task"
+    assert claims.choice_by_f(Findings({}, 1)).word == verdicts.UNMEASURED
 
 
 def test_ranks_and_numbers_of_examples_are_compared_with_the_largest() -> None:
-    def by_rank(asr: dict[str, float]) -> Findings:
+    def by_rank(asr: dict[str, float], **first: float) -> Findings:
         found = {Cell(sections.STUDIED, 0, "none"): result(1.0)}
         found |= {Cell(sections.STUDIED, 0, **sections.ranked("lowrank", r)): result(v) for r, v in asr.items()}
+        if first:
+            found[Cell(sections.STUDIED, 0, **sections.ranked("lowrank", "1"))] = result(**first)
         return Findings(found, 1)
 
     held = claims.few_directions("lowrank")(by_rank({"1": 0.5, "8": 0.04, "20": 0.02, "full": 0.0}))
-    assert held.word == claims.HELD
+    assert held.word == verdicts.HELD
     assert held.figures.partition("Rank 8 is")[1]
-    assert claims.few_directions("lowrank")(by_rank({"20": 0.2, "full": 0.0})).word == claims.NOT
-    assert claims.few_directions("lowrank")(by_rank({"full": 0.0})).word == claims.UNMEASURED
+    forgets = claims.few_directions("lowrank")(by_rank({"1": 0.0, "20": 0.0, "full": 0.0}, task=0.0))
+    assert "Rank 20 is" in forgets.figures
+    assert claims.few_directions("lowrank")(by_rank({"20": 0.2, "full": 0.0})).word == verdicts.NOT
+    assert claims.few_directions("lowrank")(by_rank({"full": 0.0})).word == verdicts.UNMEASURED
 
     def by_number(asr: tuple[float, ...]) -> Findings:
         found = {Cell("poison", 0, "none"): result(1.0)}
         found |= {Cell("poison", 0, **sections.several(n)): result(v) for n, v in zip(sections.SEVERAL, asr)}
         return Findings(found, 1)
 
-    assert claims.one_is_enough(by_number((0.1, 0.05, 0.2))).word == claims.HELD
-    assert claims.one_is_enough(by_number((0.2, 0.2, 0.1))).word == claims.NOT
+    assert claims.one_is_enough(by_number((0.1, 0.05, 0.2))).word == verdicts.HELD
+    assert claims.one_is_enough(by_number((0.2, 0.2, 0.1))).word == verdicts.NOT
 
 
 def test_the_gradients_geometry() -> None:
@@ -310,9 +327,9 @@ def test_the_gradients_geometry() -> None:
         return Findings({Cell(sections.STUDIED, 0, "spectrum"): values}, 1)
 
     good, bad = findings(-0.5, 0.1, 10, 0.4), findings(0.1, -0.3, 11, 0.3)
-    for decide in (claims.opposed, claims.apart, claims.low_rank, claims.shared_subspace):
-        assert decide(good).word == claims.HELD
-        assert decide(bad).word == claims.NOT
+    for decide in (gradients.opposed, gradients.apart, gradients.low_rank, gradients.shared_subspace):
+        assert decide(good).word == verdicts.HELD
+        assert decide(bad).word == verdicts.NOT
 
 
 # ---- bounds
