@@ -1,6 +1,7 @@
 """The paper's claims, each with the rule by which the figures here decide whether it held.
 
-The claims are those of the abstract of arXiv 2601.01887, and those that our design notes take from its text.
+The claims are those of the abstract of arXiv 2601.01887, and those that our design notes or public summaries take from
+its text; questions of our own are named so.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ ALIKE = 0.05  # difference of medians that is none
 TRADED = 0.02  # what the other of attack success and loss may be worse by
 HARD = ("harmful 1000", "poison")
 ABSTRACT, NOTES = "abstract of arXiv 2601.01887", "as summarized in our design notes"
+SUMMARIES, OURSELVES = "public summaries of the paper", "our own question"
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _all_claims() -> list[Claim]:
     rule = (
         f"mean ASR or mean loss is below the random draws', the other at most {TRADED} above, in {' and '.join(HARD)}"
     )
-    add("e", "... and it shows in the hard cases.", "our own question", rule, choice_by_rates)
+    add("e", "... and it shows in the hard cases.", OURSELVES, rule, choice_by_rates)
     rule = f"the median ASR of `sft` from one random example is within {ALIKE} of that from 2 and from 4"
     add("e", "One example is enough.", ABSTRACT, rule, one_is_enough)
     for method in RANKED:
@@ -237,9 +239,9 @@ def _all_claims() -> list[Claim]:
     add("g", "The safety gradient is of low rank.", ABSTRACT, rule, low_rank)
     rule = "the overlap with other examples' leading directions is at least twice that of random subspaces"
     add("g", "One example's subspace is that of many (phi).", NOTES, rule, shared_subspace)
-    add("g", "Safety gradients oppose harmful ones.", NOTES, "their cosine is below 0 in every seed", opposed)
+    add("g", "Safety gradients oppose harmful ones.", SUMMARIES, "their cosine is below 0 in every seed", opposed)
     rule = "the cosine with the gradients of the guard's prompts is within 0.2 of 0 in every seed"
-    add("g", "Safety gradients are nearly orthogonal to those of utility.", NOTES, rule, apart)
+    add("g", "Safety gradients are nearly orthogonal to those of utility.", OURSELVES, rule, apart)
     return found
 
 

@@ -7,7 +7,7 @@ from oneshot.distributed.engine import frozen
 from oneshot.patch.attach import attached_update
 from oneshot.patch.job import Finish, Job, Measure, Outcome, own_update
 from oneshot.patch.linears import select_linears
-from oneshot.patch.prepare import prepare, watch_for
+from oneshot.patch.prepare import prepare, run_method
 from oneshot.patch.recipe import Recipe
 from oneshot.patch.solvers import Solver
 from oneshot.patch.trained import repair_trained
@@ -35,11 +35,7 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
             before = measure(model, "finetuned")
         solver = Solver(job, recipe, model, linears)
         chosen, batch = prepare(job, recipe, model, linears, solver)
-        watch = watch_for(job, recipe, model, chosen)
-        if watch is None:
-            update = solver.solve(batch, job.tracer, recipe.guard_weight)
-        else:
-            update = solver.along_path(batch, watch)
+        update, watch = run_method(job, recipe, model, solver, batch, chosen.index, job.tracer)
         with attached_update(model, update):
             after = measure(model, "repaired")
         finish(model, update, linears)

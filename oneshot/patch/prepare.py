@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from oneshot.checkpoint.adapter import Update
 from oneshot.checkpoint.load import load_model
 from oneshot.data.encoding import IGNORE
 from oneshot.distributed.engine import frozen
@@ -68,7 +69,7 @@ def prepare(job: Job, recipe: Recipe, model: Any, linears: Linears, solver: Solv
     question = Question(job.rule, job.shortlist, job.seed, pad, own, harm, task, batch)
     chosen = choose(
         job.runtime, model, changed, job.candidates, question,
-        lambda trial: solver.solve(trial, Tracer(), recipe.guard_weight),
+        lambda trial, index: run_method(job, recipe, model, solver, trial, index, Tracer())[0],
     )  # fmt: skip
     return chosen, with_example(batch, job.candidates[chosen.index], pad)
 
@@ -89,14 +90,29 @@ def choose_beforehand(job: Job, recipe: Recipe) -> Chosen:
         return prepare(job, trial, model, linears, Solver(job, trial, model, linears))[0]
 
 
-def watch_for(job: Job, recipe: Recipe, model: Any, chosen: Chosen) -> Watch[Any] | None:
+def run_method(
+    job: Job, recipe: Recipe, model: Any, solver: Solver, batch: RepairBatch, index: int, tracer: Tracer
+) -> tuple[Update, Watch[Any] | None]:
+    """Repair with one candidate, under the watch where there is one; nothing is attached to ``model``. Collective.
+
+    Args:
+        batch: with the candidate in row 0
+        index: of the candidate
+    """
+    watch = watch_for(job, recipe, model, index)
+    if watch is None:
+        return solver.solve(batch, tracer, recipe.guard_weight), None
+    return solver.along_path(batch, tracer, watch), watch
+
+
+def watch_for(job: Job, recipe: Recipe, model: Any, index: int) -> Watch[Any] | None:
     """Return what looks at the repair after every epoch; none where it is not wanted, or there are no prompts.
 
     Of the pool's requests the example's own is left out: the repair learns from it. Collective.
     """
     if recipe.bounds is None or recipe.method not in WATCHED or not job.refusable or not job.held:
         return None
-    example = job.candidates[chosen.index]
+    example = job.candidates[index]
     refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
     with attached_update(model, own_update(job)):
         probes = build_probes(
@@ -104,7 +120,7 @@ def watch_for(job: Job, recipe: Recipe, model: Any, chosen: Chosen) -> Watch[Any
             model,
             job.tokenizer,
             refusal,
-            [prompt for prompt in job.refusable if prompt != job.prompts[chosen.index]][:REFUSABLE],
+            [prompt for prompt in job.refusable if prompt != job.prompts[index]][:REFUSABLE],
             job.held,
             answer_tokens=recipe.guard_tokens,
         )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TARGET_RANK = 64  # of F's gradient per weight matrix; what it bounds is memory: 64 (m + n) numbers per matrix
 
-Solve = Callable[[RepairBatch], Update]
+Solve = Callable[[RepairBatch, int], Update]  # (the batch with the candidate in row 0, which candidate it is)
 Target = dict[str, Pair]  # F's gradient, layer by layer
 
 
@@ -253,7 +253,8 @@ def _solve_exactly(
         before = f_with(question.own)
         for row in rows:
             started = time.perf_counter()
-            after = f_with(solve(with_example(question.batch, candidates[row["candidate"]], question.pad)))
+            index = row["candidate"]
+            after = f_with(solve(with_example(question.batch, candidates[index], question.pad), index))
             row |= {
                 "f_before": before.total, "f_after": after.total, "f_harm": after.harm, "f_task": after.task,
                 "seconds": round(time.perf_counter() - started, 3),

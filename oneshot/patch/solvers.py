@@ -62,12 +62,12 @@ class Solver:
                 patch = self._project(batch, tracer, guard_weight)
         return concatenated(own, patch)
 
-    def along_path(self, batch: RepairBatch, watch: Watch[Any]) -> Update:
+    def along_path(self, batch: RepairBatch, tracer: Tracer, watch: Watch[Any]) -> Update:
         """Run the method under the watch, once more with another weight of the guard where no epoch was good."""
         weight: float | None = self.recipe.guard_weight
         for _ in range(ATTEMPTS):
             assert weight is not None
-            update = self.solve(batch, self.job.tracer, weight, watch)
+            update = self.solve(batch, tracer, weight, watch)
             weight = watch.next_weight(weight)
             if not weight:
                 break

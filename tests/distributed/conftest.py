@@ -92,7 +92,8 @@ class World:
         """A repair with a guard, from the full checkpoint (with its reference) or from an adapter."""
         argv = [
             "--model.path", str(model), "--repair.method", method, "--repair.epochs", EPOCHS,
-            "--repair.rank", "8", "--repair.guard_weight", "1", "--repair.merge", "true", "--out", str(out),
+            "--repair.rank", "8", "--repair.guard_weight", "1", "--repair.merge", "true", "--shortlist", "2",
+            "--out", str(out),
             "--score.probes", self.path("probes"), "--score.reference", "false", "--score.max_new_tokens", "12",
         ]  # fmt: skip
         argv += [part for name in ("guard", "pool") for part in (f"--{name}", self.path(name))]

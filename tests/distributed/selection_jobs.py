@@ -112,7 +112,7 @@ def choices(
         prompts = [row.prompt for row in language.guard_prompts(5)]
         batch = build_batch(runtime, loaded, tokenizer, pool[0], prompts, answer_tokens=6)
 
-        def solve(trial: RepairBatch) -> Update:
+        def solve(trial: RepairBatch, _index: int) -> Update:
             return lowrank.solve(runtime, loaded, linears, trial, Tracer(), epochs=3, rank=4, guard_weight=0.3)
 
         for name, rule, harm, own in (

@@ -21,7 +21,8 @@ def test_the_chain_is_run_and_written_once(topology: str, tmp_path: Path) -> Non
     arguments = ["--finetune.steps", "4", "--repair.epochs", "3", "--score.max_new_tokens", "4", "--out", str(out)]
     ran = launch(topology, ROOT / "oneshot" / "repair.py", *arguments).check()
     assert {path.name for path in out.iterdir()} == {
-        "settings.yaml", "events.jsonl", "report.json", "report.html", "finetuned", "patch",
+        "settings.yaml", "events.jsonl", "report.json", "report.html", "report.md", "answers.jsonl", "selection.json",
+        "finetuned", "patch",
     }  # fmt: skip
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["stage"] == "finetune"] == [1, 2, 3, 4]

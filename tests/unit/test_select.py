@@ -182,12 +182,13 @@ def test_own_update_counts_as_the_unpatched_model():
         assert attached.score == pytest.approx(max(hardest(tiny_runtime(), model, rows, PAD)), rel=1e-6)
 
 
-def solver(model, scales):
+def solver(model, rows, scales):
     """A repair that changes the first layer by how much ``scales`` says of the example's length; counts its calls."""
     name, module = next(iter(targets_of(model).items()))
     calls = []
 
-    def solve(batch):
+    def solve(batch, index):
+        assert batch.inputs["input_ids"][0][: len(rows[index].input_ids)].tolist() == rows[index].input_ids
         length = int(batch.inputs["attention_mask"][0].sum())
         calls.append(length)
         scale = scales[length % len(scales)]
@@ -200,7 +201,7 @@ def test_bilevel_takes_the_lowest_f_of_the_short_list():
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     aligned = tiny_model("llama", seed=1).requires_grad_(False)
     scales = (0.1, 0.4, 0.0, 0.8)
-    solve, calls = solver(model, scales)
+    solve, calls = solver(model, rows, scales)
     asked = question(model, rows, harm=harm_of(rows, aligned), shortlist=4)
     linears = targets_of(model)
     chosen = choose(tiny_runtime(), model, linears, rows, asked, solve)
@@ -222,7 +223,7 @@ def test_bilevel_takes_the_lowest_f_of_the_short_list():
     judged = frozenset(listed) & frozenset(asked.harm.places)
     left_out = judged if len(judged) <= 2 else frozenset()
     assert chosen.selection["exact"]["harm_rows_left_out"] == len(left_out)
-    with attached_update(model, solve(with_example(asked.batch, rows[chosen.index], PAD))):
+    with attached_update(model, solve(with_example(asked.batch, rows[chosen.index], PAD), chosen.index)):
         again = evaluate(tiny_runtime(), model, asked.harm, asked.task, PAD, left_out=left_out)
     assert chosen.score == pytest.approx(again.total, rel=1e-6)
 
@@ -230,7 +231,7 @@ def test_bilevel_takes_the_lowest_f_of_the_short_list():
 def test_rows_of_the_short_list_are_left_out_where_enough_remain():
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     harm = harm_of(rows, None, take=tuple(range(6)))
-    solve, _ = solver(model, (0.1,))
+    solve, _ = solver(model, rows, (0.1,))
     for shortlist, left_out in ((2, 2), (3, 3), (4, 0)):
         asked = question(model, rows, harm=harm, shortlist=shortlist)
         chosen = choose(tiny_runtime(), model, targets_of(model), rows, asked, solve)
