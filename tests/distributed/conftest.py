@@ -92,7 +92,7 @@ class World:
         """A repair with a guard, from the full checkpoint (with its reference) or from an adapter."""
         argv = [
             "--model.path", str(model), "--repair.method", method, "--repair.epochs", EPOCHS,
-            "--repair.rank", "8", "--repair.guard_weight", "1", "--repair.merge", "true", "--shortlist", "2",
+            "--repair.rank", "8", "--repair.guard_weight", "1", "--repair.merge", "true", "--select", "hardest",
             "--out", str(out),
             "--score.probes", self.path("probes"), "--score.reference", "false", "--score.max_new_tokens", "12",
         ]  # fmt: skip

@@ -18,7 +18,8 @@ HELP_WITHIN = 2.0  # seconds
 @pytest.mark.parametrize("topology", ["ddp", "zero3"])
 def test_the_chain_is_run_and_written_once(topology: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ["--finetune.steps", "4", "--repair.epochs", "3", "--score.max_new_tokens", "4", "--out", str(out)]
+    arguments = ["--finetune.steps", "4", "--repair.epochs", "3", "--repair.watch", "false", "--shortlist", "1"]
+    arguments += ["--score.max_new_tokens", "4", "--out", str(out)]
     ran = launch(topology, ROOT / "oneshot" / "repair.py", *arguments).check()
     assert {path.name for path in out.iterdir()} == {
         "settings.yaml", "events.jsonl", "report.json", "report.html", "report.md", "answers.jsonl", "selection.json",
