@@ -55,10 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown(rows, variants))
 
 
-def measure_seed(runtime: Runtime, attack: str, seed: int, variants: list[str]) -> list[dict[str, Any]]:
+def measure_seed(
+    runtime: Runtime, attack: str, seed: int, variants: list[str], select: str = "bilevel"
+) -> list[dict[str, Any]]:
     """Fine-tune the toy model once, repair it in each way. One row per model: attack, seed, stage, rates.
 
     Args:
+        select: how the example is chosen
         variants: methods, with ``NF4`` after them where the linear weights are in 4 bits
     """
     from oneshot.finetune import finetune, prepare
@@ -68,7 +71,7 @@ def measure_seed(runtime: Runtime, attack: str, seed: int, variants: list[str]) 
     harmful, task = ATTACKS[attack]
     rows = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        settings = Settings(seed=seed, data=DataSettings(harmful_count=harmful, task_count=task))
+        settings = Settings(seed=seed, select=select, data=DataSettings(harmful_count=harmful, task_count=task))
         degraded = finetune(runtime, settings, prepare(settings), Path(folder), None)
         for variant in variants:
             repair = RepairSettings(method=variant.removesuffix(NF4))  # type: ignore[arg-type]
