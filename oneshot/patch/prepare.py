@@ -14,7 +14,7 @@ from oneshot.patch.guard import RepairBatch, build_batch, pad_id, with_example
 from oneshot.patch.job import Job, Messages, own_update
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.objective import Harm, aligned_logits, sample
-from oneshot.patch.path import Watch, build_probes, read_probes
+from oneshot.patch.path import ATTEMPTS, Watch, build_probes, read_probes
 from oneshot.patch.recipe import EPOCHS, Recipe
 from oneshot.patch.select import Chosen, Question, choose, draw
 from oneshot.patch.solvers import Solver
@@ -69,7 +69,7 @@ def prepare(job: Job, recipe: Recipe, model: Any, linears: Linears, solver: Solv
     question = Question(job.rule, job.shortlist, job.seed, pad, own, harm, task, batch)
     chosen = choose(
         job.runtime, model, changed, job.candidates, question,
-        lambda trial, index: run_method(job, recipe, model, solver, trial, index, Tracer())[0],
+        lambda trial, index: run_method(job, recipe, model, solver, trial, index, Tracer(), attempts=1)[0],
     )  # fmt: skip
     return chosen, with_example(batch, job.candidates[chosen.index], pad)
 
@@ -91,18 +91,26 @@ def choose_beforehand(job: Job, recipe: Recipe) -> Chosen:
 
 
 def run_method(
-    job: Job, recipe: Recipe, model: Any, solver: Solver, batch: RepairBatch, index: int, tracer: Tracer
+    job: Job,
+    recipe: Recipe,
+    model: Any,
+    solver: Solver,
+    batch: RepairBatch,
+    index: int,
+    tracer: Tracer,
+    attempts: int = ATTEMPTS,
 ) -> tuple[Update, Watch[Any] | None]:
     """Repair with one candidate, under the watch where there is one; nothing is attached to ``model``. Collective.
 
     Args:
         batch: with the candidate in row 0
         index: of the candidate
+        attempts: weights of the guard to try; one candidate among several is not worth more than one
     """
     watch = watch_for(job, recipe, model, index)
     if watch is None:
         return solver.solve(batch, tracer, recipe.guard_weight), None
-    return solver.along_path(batch, tracer, watch), watch
+    return solver.along_path(batch, tracer, watch, attempts), watch
 
 
 def watch_for(job: Job, recipe: Recipe, model: Any, index: int) -> Watch[Any] | None:

@@ -62,10 +62,10 @@ class Solver:
                 patch = self._project(batch, tracer, guard_weight)
         return concatenated(own, patch)
 
-    def along_path(self, batch: RepairBatch, tracer: Tracer, watch: Watch[Any]) -> Update:
+    def along_path(self, batch: RepairBatch, tracer: Tracer, watch: Watch[Any], attempts: int = ATTEMPTS) -> Update:
         """Run the method under the watch, once more with another weight of the guard where no epoch was good."""
         weight: float | None = self.recipe.guard_weight
-        for _ in range(ATTEMPTS):
+        for _ in range(attempts):
             assert weight is not None
             update = self.solve(batch, tracer, weight, watch)
             weight = watch.next_weight(weight)
