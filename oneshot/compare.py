@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
@@ -19,18 +18,11 @@ PROG = "oneshot compare"
 DESCRIPTION = "Put finished runs side by side, the first one being what the others are compared with."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {PROG} --help)")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot compare``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.distributed.stage import run_command
 
-    argv = sys.argv[1:] if argv is None else argv
-    # run_stage() owns how errors are shown; its settings are those of the other stages, of which only --debug is ours
-    run_stage(["--debug"] if "--debug" in argv else [], PROG, DESCRIPTION, lambda _: run(argv))
+    run_command(argv, PROG, DESCRIPTION, run)
 
 
 def run(argv: list[str]) -> None:
@@ -53,7 +45,9 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = _Parser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    from oneshot.distributed.stage import CommandParser
+
+    made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     made.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run, or its report.json")
     made.add_argument("--out", metavar="DIR", help="folder for compare.html and compare.md (a new one under runs/)")
     made.add_argument("--debug", action="store_true", help="full tracebacks")

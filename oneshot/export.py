@@ -11,7 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
@@ -27,18 +27,11 @@ PROG = "oneshot export"
 DESCRIPTION = "Merge adapters into a checkpoint, take them out again, or make one adapter from others."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {PROG} --help)")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot export`` and ``accelerate launch oneshot/export.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.distributed.stage import run_command
 
-    argv = sys.argv[1:] if argv is None else argv
-    # run_stage() owns how errors are shown; its settings are those of the other stages, of which only --debug is ours
-    run_stage(["--debug"] if "--debug" in argv else [], PROG, DESCRIPTION, lambda _: run(argv))
+    run_command(argv, PROG, DESCRIPTION, run)
 
 
 def run(argv: list[str]) -> None:
@@ -60,7 +53,9 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = _Parser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    from oneshot.distributed.stage import CommandParser
+
+    made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     add = made.add_argument
     add("--model", metavar="DIR", help="checkpoint to merge into; with --extract: to compare with (folder or Hub id)")
     add("--adapter", metavar="DIR", action="append", default=[], help="PEFT LoRA adapter; several are summed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import os
@@ -67,6 +68,19 @@ def _leave_together(code: int = 0) -> NoReturn:
         dist.barrier()
     atexit._run_exitfuncs()
     _exit(code)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command with arguments of its own: what is wrong with them is a user's mistake like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run_command(argv: list[str] | None, prog: str, description: str, run: Callable[[list[str]], None]) -> None:
+    """``run_stage`` for a command that parses its own arguments: of the stages' settings it has ``--debug`` only."""
+    argv = sys.argv[1:] if argv is None else argv
+    run_stage(["--debug"] if "--debug" in argv else [], prog, description, lambda _: run(argv))
 
 
 def _fail(prog: str, message: str, code: int, debug: bool) -> NoReturn:
