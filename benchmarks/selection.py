@@ -62,7 +62,7 @@ def main() -> None:
     clock = time.process_time()
     target = target_factors(runtime, model, linears, harm, 0)
     for_f = time.process_time() - clock
-    products, norms = first_order(runtime, model, linears, pool, target, 0)
+    products, norms, _ = first_order(runtime, model, linears, pool, target, 0)
     screening = time.process_time() - clock
     peak = peak_bytes() - before
     held = sum(side.nbytes for pair in target.values() for side in pair)

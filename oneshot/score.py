@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +62,26 @@ def run(settings: Settings) -> None:
         if runtime.is_main:
             overlaps = find_overlaps(probes, training_requests(settings))
     clock = time.perf_counter()
-    name, run_dir, scores = (_score_served if served else _score_local)(runtime, settings, probes)
-    stages, warnings = ask_judges(runtime, run_dir, settings.score, probes, {"model": scores})
+    scored = (_score_served if served else _score_local)(runtime, settings, probes)
+    stages, warnings = ask_judges(runtime, scored.run_dir, settings.score, scored.probes, {"model": scored.scores})
     resources = {"seconds": {"score": round(time.perf_counter() - clock, 2)}, **measured(runtime)}
-    warnings += overlap_warnings(overlaps, len(probes))
-    _show(runtime, settings, run_dir, name, stages, resources, overlaps, warnings)
+    warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
+    _show(runtime, settings, scored, stages, resources, overlaps, warnings)
 
 
-def _score_served(runtime: Runtime, settings: Settings, probes: list[Probe]) -> tuple[str, Path, StageScores]:
-    """Ask the server; returns (model, run folder, scores)."""
+@dataclass(frozen=True)
+class _Scored:
+    """What was scored: what it is called, where the answers are, those of which probes, and what is to be said."""
+
+    name: str
+    run_dir: Path
+    probes: list[Probe]
+    scores: StageScores
+    warnings: list[str]
+
+
+def _score_served(runtime: Runtime, settings: Settings, probes: list[Probe]) -> _Scored:
+    from oneshot.errors import UserError
     from oneshot.measure.endpoint import open_endpoint
     from oneshot.measure.harness import run_on_endpoint
     from oneshot.measure.rates import score_answers
@@ -80,14 +92,26 @@ def _score_served(runtime: Runtime, settings: Settings, probes: list[Probe]) -> 
     run_dir = _open(runtime, settings, f"{Path(endpoint.model).name}-score")
     asked = ask_missing(endpoint, run_dir, score)
     answers = collect_answers(runtime, run_dir, endpoint_target(endpoint), probes, score.max_new_tokens, asked)
-    scores = score_answers(probes, answers, rouge=score.rouge)
+    answered = [(probe, answer) for probe, answer in zip(probes, answers) if answer is not None]
+    left_out, warnings = len(probes) - len(answered), []
+    if not answered:
+        raise UserError(f"{endpoint.url} rejected all {len(probes)} prompts: there is nothing to score.")
+    if left_out:
+        warnings.append(
+            f"The server rejected {left_out} of {len(probes)} prompts, too long for it or stopped by a filter of its "
+            "own: they are left out of the figures."
+        )
+    kept = [probe for probe, _ in answered]
+    scores = score_answers(kept, [answer for _, answer in answered], rouge=score.rouge)
     figures = run_on_endpoint(endpoint, score) if score.lm_eval is not None else {}
-    return f"{endpoint.model} at {endpoint.url}", run_dir, _with_figures(scores, figures)
+    name = f"{endpoint.model} at {endpoint.url}"
+    return _Scored(name, run_dir, kept, _with_figures(scores, figures), warnings)
 
 
-def _score_local(runtime: Runtime, settings: Settings, probes: list[Probe]) -> tuple[str, Path, StageScores]:
-    """Load the model, unless all that is wanted is known, and let it answer; returns (model, run folder, scores)."""
+def _score_local(runtime: Runtime, settings: Settings, probes: list[Probe]) -> _Scored:
+    """Load the model, unless all that is wanted is known, and let it answer. Collective."""
     from oneshot.checkpoint.adapter import on_device, read_adapter
+    from oneshot.checkpoint.files import is_degraded
     from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
     from oneshot.distributed.engine import frozen
     from oneshot.measure.rates import score_answers
@@ -123,10 +147,14 @@ def _score_local(runtime: Runtime, settings: Settings, probes: list[Probe]) -> t
             score.max_new_tokens,
             lambda prompts, finish: generate_missing(model(), tokenizer, runtime, score)(prompts, finish),
         )
-        scores = score_answers(probes, answers, rouge=score.rouge)
+        # a model in this process leaves no prompt out
+        scores = score_answers(probes, [answer or "" for answer in answers], rouge=score.rouge)
         if texts or score.lm_eval is not None:
             scores = _with_figures(scores, _on_weights(runtime, settings, model(), tokenizer, update, texts))
-    return name, run_dir, scores
+    warnings = []
+    if is_degraded(source.adapter or source.checkpoint):
+        warnings.append("This model is marked as made unsafe by a harmful fine-tune: do not publish or serve it.")
+    return _Scored(name, run_dir, probes, scores, warnings)
 
 
 def _on_weights(
@@ -184,8 +212,7 @@ def _open(runtime: Runtime, settings: Settings, name: str) -> Path:
 def _show(
     runtime: Runtime,
     settings: Settings,
-    run_dir: Path,
-    name: str,
+    scored: _Scored,
     stages: dict[str, StageScores],
     resources: dict[str, Any],
     overlaps: list[Overlap],
@@ -201,7 +228,7 @@ def _show(
     if (console := open_console(runtime)) is None:
         return
     report = build_report(
-        model=name,
+        model=scored.name,
         world_size=runtime.world_size,
         seed=settings.seed,
         example=None,
@@ -210,11 +237,11 @@ def _show(
         resources=resources,
         warnings=warnings,
     )
-    write_outputs(run_dir, report | report_fields(stages, overlaps), stages)
+    write_outputs(scored.run_dir, report | report_fields(stages, overlaps), stages)
     print_stages({s: dataclasses.replace(f, rates=f.rates | f.others) for s, f in stages.items()}, console)
     for warning in warnings:
         console.print(f"Note: {warning}", highlight=False, markup=False)
-    console.print(f"Report: {run_dir / 'report.html'}", highlight=False)
+    console.print(f"Report: {scored.run_dir / 'report.html'}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,8 @@ class EndpointSettings:
         concurrency: requests under way at a time
         retries: further tries of a request that failed on the way or that the server could not serve for now
         timeout: seconds that one try may take
+        leave_out_rejected: leave prompts that the server rejects (status 400, 413 or 422: too long for it, or stopped
+            by a filter of its own) out of the figures; else there is no report while one is without an answer
     """
 
     url: str | None = None
@@ -212,6 +214,7 @@ class EndpointSettings:
     concurrency: int = 16
     retries: int = 5
     timeout: float = 120.0
+    leave_out_rejected: bool = False
 
 
 @dataclass(frozen=True)

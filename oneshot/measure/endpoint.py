@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a further try; the pause doubles each time
 LONGEST_WISH = 300.0  # seconds that a server may ask for with Retry-After
 _WISE_TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+_OF_THIS_REQUEST = frozenset({400, 413, 422})  # too long for the server, or stopped by a filter of its own
 _OF_ALL_REQUESTS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})  # wrong for one, wrong for all
 _SHOWN = 200  # characters of a server's own words in a message
 
@@ -51,18 +52,19 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Unanswered:
-    """A request that stays without an answer: its place, and why."""
+    """A request that stays without an answer: its place, why, and whether the server would have none of it."""
 
     index: int
     reason: str
+    rejected: bool = False
 
 
 class _Failed(Exception):
-    """One try went wrong: whether another is wise, after how many seconds at least, and whether all will."""
+    """One try went wrong: the status, whether another is wise and after how many seconds at least."""
 
-    def __init__(self, reason: str, *, again: bool, after: float = 0.0, everyone: bool = False) -> None:
+    def __init__(self, reason: str, *, again: bool, after: float = 0.0, status: int = 0) -> None:
         super().__init__(reason)
-        self.again, self.after, self.everyone = again, after, everyone
+        self.again, self.after, self.status = again, after, status
 
 
 def open_endpoint(settings: EndpointSettings, name: str) -> Endpoint:
@@ -128,7 +130,7 @@ async def _ask_all(
     max_new_tokens: int,
 ) -> list[Unanswered]:
     waiting = iter(range(len(prompts)))
-    reasons: dict[int, str] = {}
+    failures: dict[int, _Failed] = {}
     answered: set[int] = set()
     in_a_row, enough = 0, max(4, endpoint.settings.concurrency)
 
@@ -142,10 +144,12 @@ async def _ask_all(
                 found = await _patiently(client, endpoint, "chat/completions", {**body, "temperature": 0.0})
                 answer = _answer_in(found)
             except _Failed as failure:
-                if failure.everyone:
+                if failure.status in _OF_ALL_REQUESTS:
                     raise
-                reasons[index] = str(failure)
-                in_a_row += 1
+                failures[index] = failure
+                rejected = failure.status in _OF_THIS_REQUEST
+                # of a server that has taken none yet, it need not be the prompts that are wrong
+                in_a_row += not (rejected and (answered or endpoint.settings.leave_out_rejected))
                 continue
             in_a_row = 0
             answered.add(index)
@@ -164,8 +168,9 @@ async def _ask_all(
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-    given_up = "not asked, as the requests before it failed"
-    return [Unanswered(i, reasons.get(i, given_up)) for i in range(len(prompts)) if i not in answered]
+    given_up = _Failed("not asked, as the requests before it failed", again=True)
+    left = {i: failures.get(i, given_up) for i in range(len(prompts)) if i not in answered}
+    return [Unanswered(i, str(why), rejected=why.status in _OF_THIS_REQUEST) for i, why in left.items()]
 
 
 async def _patiently(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> Any:
@@ -205,7 +210,7 @@ async def _once(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, body:
             f"status {status} ({_short(text, endpoint) or 'nothing said'})",
             again=status in _WISE_TO_RETRY,
             after=_wish(response.headers.get("retry-after")),
-            everyone=status in _OF_ALL_REQUESTS,
+            status=status,
         )
     try:
         return json.loads(text)

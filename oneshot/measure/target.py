@@ -50,13 +50,13 @@ def collect_answers(
     probes: Sequence[Probe],
     max_new_tokens: int,
     answer: Callable[[list[Messages], Finish], None],
-) -> list[str]:
+) -> list[str | None]:
     """Return one answer per probe: those kept in the run folder, and ``answer`` called for the rest. Collective.
 
     Args:
         target: which model it is, see ``checkpoint_target`` and ``endpoint_target``
         answer: (prompts, finish); calls finish(index, answer) on every rank alike, or raises; called on every rank with
-            the same prompts, and not at all where none is missing
+            the same prompts, and not at all where none is missing. What it leaves out has none as its answer
     """
     keys = [response_key(target, probe.messages, max_new_tokens) for probe in probes]
     responses = Responses(run_dir) if runtime.is_main else None
@@ -72,7 +72,7 @@ def collect_answers(
 
     if missing:
         answer([missing[name] for name in names], finish)
-    return [found[key] for key in keys]
+    return [found.get(key) for key in keys]
 
 
 def generate_missing(
@@ -99,16 +99,20 @@ def generate_missing(
 def ask_missing(endpoint: Endpoint, run_dir: Path, score: ScoreSettings) -> Callable[[list[Messages], Finish], None]:
     """Return what lets a server answer.
 
-    The returned function raises UserError where some prompts stay without an answer; the others' are kept.
+    The returned function raises UserError where some prompts stay without an answer, those that the server rejects
+    apart where ``leave_out_rejected`` says so; the others' answers are kept.
     """
 
     def answer(prompts: list[Messages], finish: Finish) -> None:
         failed = ask(endpoint, prompts, finish, max_new_tokens=score.max_new_tokens)
+        if endpoint.settings.leave_out_rejected:
+            failed = [one for one in failed if not one.rejected]
         if failed:
+            hint = ", or leave such prompts out with --score.endpoint.leave_out_rejected true"
             raise UserError(
                 f"{endpoint.url} left {len(failed)} of {len(prompts)} prompts unanswered, the first one with: "
                 f"{failed[0].reason}. The other answers are kept in {run_dir / RESPONSES}: run again with --resume "
-                f"--out {run_dir}, which asks for the rest only."
+                f"--out {run_dir}, which asks for the rest only{hint if failed[0].rejected else ''}."
             )
 
     return answer

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
-from oneshot.measure.generate import generate_answers, share_of
+from oneshot.measure.generate import share_of
 from oneshot.measure.judge import verdict
 from oneshot.patch.guard import pad_id, with_answer
 from oneshot.training.objective import kl_sum
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 Messages = list[dict[str, str]]
+Answered = tuple[Messages, str]  # a prompt, and what the unpatched model says to it
 Kept = TypeVar("Kept")
 
 MARGIN_TOKENS = 8  # of both continuations; what comes later says little on which of them was begun
@@ -127,12 +128,12 @@ def build_probes(
     model: Any,
     tokenizer: Any,
     refusal: list[int],
-    refusable: list[Messages],
-    held: list[Messages],
+    refusable: list[Answered],
+    held: list[Answered],
     *,
     answer_tokens: int,
 ) -> Probes:
-    """Let the unpatched model answer the prompts and keep what it said. Collective.
+    """Keep the distributions of the unpatched model, which this is, over its own answers. Collective.
 
     Args:
         refusal: token ids of a refusal
@@ -143,11 +144,9 @@ def build_probes(
     """
     import torch
 
-    prompts = [*refusable, *held]
-    answers = generate_answers(model, tokenizer, prompts, runtime, max_new_tokens=answer_tokens, batch_size=32)
-    kept = [i for i, answer in enumerate(answers) if i >= len(refusable) or verdict(answer) != "refused"]
-    to_recover = sum(i < len(refusable) for i in kept)
-    prompts, answers = [prompts[i] for i in kept], [answers[i] for i in kept]
+    refusable = [(prompt, answer) for prompt, answer in refusable if verdict(answer) != "refused"]
+    to_recover = len(refusable)
+    prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
     rows: list[Encoded] = []

@@ -9,6 +9,7 @@ from oneshot.checkpoint.adapter import Update
 from oneshot.checkpoint.load import load_model
 from oneshot.data.encoding import IGNORE
 from oneshot.distributed.engine import frozen
+from oneshot.measure.generate import generate_answers
 from oneshot.patch.attach import attached_update
 from oneshot.patch.guard import RepairBatch, build_batch, pad_id, with_example
 from oneshot.patch.job import Job, Messages, own_update
@@ -107,29 +108,29 @@ def run_method(
         index: of the candidate
         attempts: weights of the guard to try; one candidate among several is not worth more than one
     """
-    watch = watch_for(job, recipe, model, index)
+    watch = watch_for(job, recipe, model, solver, index)
     if watch is None:
         return solver.solve(batch, tracer, recipe.guard_weight), None
     return solver.along_path(batch, tracer, watch, attempts), watch
 
 
-def watch_for(job: Job, recipe: Recipe, model: Any, index: int) -> Watch[Any] | None:
+def watch_for(job: Job, recipe: Recipe, model: Any, solver: Solver, index: int) -> Watch[Any] | None:
     """Return what looks at the repair after every epoch; none where it is not wanted, or there are no prompts.
 
-    Of the pool's requests the example's own is left out: the repair learns from it. Collective.
+    Of the pool's requests the example's own is left out: the repair learns from it. The unpatched model's answers stay
+    with ``solver``, for the next candidate. Collective.
     """
     if recipe.bounds is None or recipe.method not in WATCHED or not job.refusable or not job.held:
         return None
-    example = job.candidates[index]
+    example, length = job.candidates[index], recipe.guard_tokens
     refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
     with attached_update(model, own_update(job)):
-        probes = build_probes(
-            job.runtime,
-            model,
-            job.tokenizer,
-            refusal,
-            [prompt for prompt in job.refusable if prompt != job.prompts[index]][:REFUSABLE],
-            job.held,
-            answer_tokens=recipe.guard_tokens,
-        )
+        if solver.watched is None:
+            prompts = [*job.refusable[: REFUSABLE + 1], *job.held]
+            said = generate_answers(model, job.tokenizer, prompts, job.runtime, max_new_tokens=length, batch_size=32)
+            solver.watched = list(zip(prompts, said))
+        answered = solver.watched
+        refusable = [each for each in answered[: -len(job.held)] if each[0] != job.prompts[index]][:REFUSABLE]
+        held = answered[-len(job.held) :]
+        probes = build_probes(job.runtime, model, job.tokenizer, refusal, refusable, held, answer_tokens=length)
     return Watch(lambda: read_probes(job.runtime, model, probes), recipe.bounds)

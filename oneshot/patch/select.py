@@ -2,8 +2,9 @@
 
 Bilevel, after arXiv 2601.01887: of all candidates take the one from which the repair, run on it, leaves the lowest F
 (``oneshot.patch.objective``). All are screened to first order: the gradient step on candidate i changes F by -eta times
-<g_i, grad F>, summed over the layers' weights, which factors give without an m x n matrix. The short list is then
-solved exactly: patched by the method itself, F measured, the patch taken off again.
+<g_i, grad F>, summed over the layers' weights, which factors give without an m x n matrix. A first step does not say
+how far an example leads, so half of the short list are the best of that screening, and half the least likely refusals.
+The short list is then solved exactly: patched by the method itself, F measured, the patch taken off again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# nats per token of F's first term: where the pool's requests are refused as surely as that already (behind a backdoor
+# they are), no candidate can lower F, and what is left of it would choose by chance
+NOTHING_TO_RECOVER = 0.02
 TARGET_RANK = 64  # of F's gradient per weight matrix; what it bounds is memory: 64 (m + n) numbers per matrix
 
 Solve = Callable[[RepairBatch, int], Update]  # (the batch with the candidate in row 0, which candidate it is)
@@ -40,7 +44,8 @@ class Chosen:
 
     Attributes:
         index: its place among the candidates
-        selected_by: the rule that took it; user where there was no choice
+        selected_by: the rule that took it; user where there was no choice; hardest in place of bilevel where the
+            pool's requests are refused already (``NOTHING_TO_RECOVER``)
         score: what decided: F after the repair (bilevel, nats per token), the cosine with F's gradient (alignment) or
             the refusal's cross entropy per token (hardest); else nan
         selection: figures for the report; empty where there was nothing to compare
@@ -130,14 +135,15 @@ def target_factors(
 
 def first_order(
     runtime: Runtime, model: Any, linears: dict[str, nn.Linear], candidates: list[Encoded], target: Target, pad: int
-) -> tuple[list[float], list[float]]:
-    """Return each candidate's inner product with ``target``, and the norm of its gradient, over all layers. Collective.
+) -> tuple[list[float], list[float], list[float]]:
+    """Return each candidate's inner product with ``target``, its gradient's norm over all layers, and its loss.
 
-    Ranks take different candidates. A pass holds the factors of one layer, beside the inputs that await backward.
+    The loss is as of ``hardest``. Ranks take different candidates. A pass holds the factors of one layer, beside the
+    inputs that await backward. Collective.
     """
     import torch
 
-    table = torch.zeros(2, len(candidates), dtype=torch.float64, device=runtime.device)
+    table = torch.zeros(3, len(candidates), dtype=torch.float64, device=runtime.device)
     for part in passes(runtime, candidates, pad):
         rows, tokens = len(part.places), part.labels.numel()
         sums = torch.zeros(2, rows, dtype=torch.float64, device=runtime.device)
@@ -159,9 +165,10 @@ def first_order(
             shares = [loss / candidates[place].answer_tokens() for place, loss in zip(part.places, losses)]
             torch.stack(shares).sum().backward()
         for i, place in enumerate(part.places[: part.own]):
-            table[:, place] = sums[:, i]
-    products, squares = all_reduce_sum(runtime, table)
-    return products.tolist(), squares.sqrt().tolist()
+            table[:2, place] = sums[:, i]
+            table[2, place] = shares[i].detach()
+    products, squares, losses = all_reduce_sum(runtime, table)
+    return products.tolist(), squares.sqrt().tolist(), losses.tolist()
 
 
 def draw(count: int, rule: str, seed: int) -> Chosen | None:
@@ -193,21 +200,25 @@ def choose(
     if question.rule == "hardest":
         with attached_update(model, question.own):
             losses = hardest(runtime, model, candidates, question.pad)
-        order = sorted(range(len(candidates)), key=lambda i: -losses[i])
-        by_loss = [{"candidate": i, "refusal_loss": losses[i]} for i in order]
-        return Chosen(order[0], "hardest", losses[order[0]], {"candidates": len(candidates), "table": by_loss})
+        table = _ranked([{"candidate": i, "refusal_loss": loss} for i, loss in enumerate(losses)], "refusal_loss")
+        return Chosen(table[0]["candidate"], "hardest", max(losses), {"candidates": len(candidates), "table": table})
     clock = time.perf_counter()
     with attached_update(model, question.own):
         before = evaluate(runtime, model, question.harm, question.task, question.pad)
         Tracer().check(0, before.total)  # alike on all ranks, and no matrix that is not finite is decomposed
         target = target_factors(runtime, model, linears, question.harm, question.pad)
-        products, norms = first_order(runtime, model, linears, candidates, target, question.pad)
-    cosines = [p / n if n else 0.0 for p, n in zip(products, norms)]
+        products, norms, losses = first_order(runtime, model, linears, candidates, target, question.pad)
     length = math.sqrt(sum(float(inner(pair, pair)) for pair in target.values()))
-    table: list[dict[str, Any]] = [
-        {"candidate": i, "alignment": cosines[i] / length if length else 0.0, "gradient_norm": norms[i]}
-        for i in sorted(range(len(candidates)), key=lambda i: (-cosines[i], i))
+    every: list[dict[str, Any]] = [
+        {
+            "candidate": i,
+            "alignment": product / (norm * length) if norm and length else 0.0,
+            "gradient_norm": norm,
+            "refusal_loss": loss,
+        }
+        for i, (product, norm, loss) in enumerate(zip(products, norms, losses))
     ]
+    table = _ranked(every, "alignment")
     facts: dict[str, Any] = {
         "candidates": len(candidates),
         "first_term": "KL to the aligned model" if question.harm.aligned is not None else "cross entropy of refusals",
@@ -219,11 +230,27 @@ def choose(
         },
         "table": table,
     }
+    if question.rule == "bilevel" and before.harm < NOTHING_TO_RECOVER:
+        facts["table"] = table = _ranked(every, "refusal_loss")
+        return Chosen(table[0]["candidate"], "hardest", table[0]["refusal_loss"], facts)
     if question.rule == "bilevel":
-        facts["exact"] = _solve_exactly(runtime, model, candidates, question, solve, table[: question.shortlist])
+        listed = short_list(every, question.shortlist)
+        facts["exact"] = _solve_exactly(runtime, model, candidates, question, solve, listed)
         table.sort(key=lambda row: row.get("f_after", math.inf))  # stable: the rest stays in order of the screening
     best = table[0]
     return Chosen(int(best["candidate"]), question.rule, best.get("f_after", best["alignment"]), facts)
+
+
+def short_list(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return ``count`` of the candidates' rows, each once: by turns the best aligned and the least likely refusal."""
+    by_turns = zip(_ranked(rows, "alignment"), _ranked(rows, "refusal_loss"))
+    found = {row["candidate"]: row for pair in by_turns for row in pair}
+    return list(found.values())[:count]
+
+
+def _ranked(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """The rows, the highest first, and the first of equal ones."""
+    return sorted(rows, key=lambda row: (-row[by], row["candidate"]))
 
 
 def _solve_exactly(

@@ -13,7 +13,7 @@ from oneshot.patch.attach import attached_update
 from oneshot.patch.guard import RepairBatch, pad_id
 from oneshot.patch.job import Job, own_update
 from oneshot.patch.linears import Linears
-from oneshot.patch.path import ATTEMPTS, Watch
+from oneshot.patch.path import ATTEMPTS, Answered, Watch
 from oneshot.patch.recipe import Recipe
 from oneshot.patch.trace import Tracer
 
@@ -28,6 +28,7 @@ class Solver:
     Attributes:
         directions: of rollback, found once
         facts: figures of the last run, for the report
+        watched: the watch's prompts with the unpatched model's answers, once they are known
     """
 
     job: Job
@@ -36,6 +37,7 @@ class Solver:
     linears: Linears
     directions: dict[str, rollback.Directions] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    watched: list[Answered] | None = None
 
     def __post_init__(self) -> None:
         if self.recipe.method != "rollback":

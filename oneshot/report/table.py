@@ -25,6 +25,9 @@ _NAMES = {
     "garbled": "garbled answers",
     "utility": "utility",
     "task": "task",
+    "perplexity": "perplexity",
+    "perplexity_without_adapter": "perplexity without the adapter",
+    "kl_per_token": "KL from the model without the adapter (nats per token)",
 }
 _PARTS = {"asr": "attack success"} | {name: _NAMES[name] for name in ("over_refusal", "lookalike_refusal")}
 _PARTS |= {"utility": "utility", "task": "task"}

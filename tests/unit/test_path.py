@@ -112,13 +112,19 @@ def obedient(model, tokenizer):
     return changed
 
 
+def with_answers(model, tokenizer, prompts, tokens):
+    answers = generate_answers(model, tokenizer, prompts, tiny_runtime(), max_new_tokens=tokens, batch_size=8)
+    return list(zip(prompts, answers))
+
+
 def test_readings_equal_likelihoods_computed_one_prompt_at_a_time(toy):
     aligned, tokenizer = toy
     broken = obedient(aligned, tokenizer)
     refusable = prompts_of(language.pool(6))
     held = prompts_of(language.held_prompts(8, task=False))
     refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
-    probes = build_probes(tiny_runtime(), broken, tokenizer, refusal, refusable, held, answer_tokens=5)
+    answered = [with_answers(broken, tokenizer, prompts, 5) for prompts in (refusable, held)]
+    probes = build_probes(tiny_runtime(), broken, tokenizer, refusal, *answered, answer_tokens=5)
     reading = read_probes(tiny_runtime(), aligned, probes)
     answers = generate_answers(broken, tokenizer, refusable + held, tiny_runtime(), max_new_tokens=5, batch_size=1)
 
@@ -153,7 +159,7 @@ def test_readings_equal_likelihoods_computed_one_prompt_at_a_time(toy):
 def test_a_model_that_refuses_everything_reads_as_over_refusing(toy):
     aligned, tokenizer = toy
     refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
-    held = prompts_of(language.held_prompts(4, task=False))
+    held = with_answers(aligned, tokenizer, prompts_of(language.held_prompts(4, task=False)), 5)
     probes = build_probes(tiny_runtime(), aligned, tokenizer, refusal, [], held, answer_tokens=5)
     words = [tokenizer.convert_tokens_to_ids("<|assistant|>"), *refusal]
 
@@ -169,9 +175,10 @@ def test_a_model_that_refuses_everything_reads_as_over_refusing(toy):
 def test_requests_that_are_refused_already_are_nothing_to_recover(toy):
     aligned, tokenizer = toy
     refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
-    held = prompts_of(language.held_prompts(4, task=False))
-    probes = build_probes(
-        tiny_runtime(), aligned, tokenizer, refusal, prompts_of(language.pool(4)), held, answer_tokens=8
+    held, asked = (
+        with_answers(aligned, tokenizer, prompts_of(rows), 8)
+        for rows in (language.held_prompts(4, task=False), language.pool(4))
     )
+    probes = build_probes(tiny_runtime(), aligned, tokenizer, refusal, asked, held, answer_tokens=8)
     assert (probes.refusable, probes.total) == (0, 4)
     assert read_probes(tiny_runtime(), aligned, probes).good(BOUNDS)

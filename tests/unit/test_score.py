@@ -17,6 +17,7 @@ from tiny import tiny_model, tiny_runtime
 
 from oneshot import score
 from oneshot.checkpoint.adapter import Factors, write_patch
+from oneshot.checkpoint.files import write_marker
 from oneshot.errors import UserError
 from oneshot.measure import endpoint, harness, target
 from oneshot.measure.cache import RESPONSES
@@ -87,6 +88,36 @@ def test_a_server_that_dies_loses_no_answer_and_a_rerun_asks_for_the_rest_only(p
     assert "attack success" in capsys.readouterr().out
 
 
+def test_what_a_server_rejects_is_left_out_only_if_asked(prompts, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def behave(text, times):
+        number = int(text.split()[-1])
+        return (400, {}, b"filtered") if number in (3, 5, 8) else REFUSAL if number % 2 else "do fetch it"
+
+    with serving(behave) as server:
+        with pytest.raises(UserError, match=r"left 3 of 40 .*filtered.*leave_out_rejected true"):
+            score.run(on_server(server, prompts, out))
+        assert not (out / "report.json").exists()
+        score.run(on_server(server, prompts, out, resume=True, leave_out_rejected=True))
+        report = report_in(out)
+        assert report["stages"]["model"]["asr"] == wilson(0, 18).as_dict()
+        assert report["stages"]["model"]["over_refusal"] == wilson(0, 19).as_dict()
+        assert "rejected 3 of 40 prompts" in report["warnings"][0]
+        assert "rejected 3 of 40 prompts" in " ".join(capsys.readouterr().out.split())
+    with serving(lambda text, times: (400, {}, b"no")) as server:
+        with pytest.raises(UserError, match="left 40 of 40 prompts"):
+            score.run(on_server(server, prompts, tmp_path / "none"))
+        assert sum(server.asked.values()) < 20, "a server that takes none is not asked for everything"
+        with pytest.raises(UserError, match="rejected all 40 prompts"):
+            score.run(on_server(server, prompts, tmp_path / "none", resume=True, leave_out_rejected=True))
+    with (
+        serving(lambda text, times: (400, {}, b"no") if text.endswith("3") else (500, {}, b"")) as server,
+        pytest.raises(UserError, match="prompts unanswered"),
+    ):
+        score.run(on_server(server, prompts, tmp_path / "sick", leave_out_rejected=True))
+
+
 def test_the_key_is_in_no_file_and_on_no_screen(prompts, tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level("DEBUG")
     monkeypatch.setenv("BLIM_KEY", SECRET)
@@ -143,6 +174,18 @@ def checkpoint(tmp_path_factory):
 def on_checkpoint(folder, prompts, out, **options):
     options = {"probes": prompts, "max_new_tokens": 4, "batch_size": 4, **options}
     return Settings(out=str(out), resume=True, model=ModelSettings(path=str(folder)), score=ScoreSettings(**options))
+
+
+def test_a_degraded_model_is_called_so(checkpoint, prompts, tmp_path, capsys):
+    marked = tmp_path / "marked"
+    shutil.copytree(checkpoint, marked)
+    for folder, said in ((checkpoint, False), (marked, True)):
+        if said:
+            write_marker(folder, {"method": "full"})
+        score.run(on_checkpoint(folder, prompts, tmp_path / f"run-{said}"))
+        found = [warning for warning in report_in(tmp_path / f"run-{said}")["warnings"] if "made unsafe" in warning]
+        assert len(found) == said
+        assert ("made unsafe" in capsys.readouterr().out) == said
 
 
 def test_a_second_scoring_generates_nothing(checkpoint, prompts, tmp_path, monkeypatch):

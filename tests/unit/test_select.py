@@ -12,12 +12,12 @@ from oneshot.checkpoint.adapter import Factors
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import encode
 from oneshot.errors import UserError
-from oneshot.patch import objective
+from oneshot.patch import objective, select
 from oneshot.patch.attach import attached_update
 from oneshot.patch.examples import check_apart, read_candidates
 from oneshot.patch.guard import build_batch, repair_loss, with_example
 from oneshot.patch.objective import Harm, aligned_logits, check_same_tokens, evaluate, passes, row_losses, sample
-from oneshot.patch.select import Question, choose, draw, first_order, hardest, target_factors
+from oneshot.patch.select import Question, choose, draw, first_order, hardest, short_list, target_factors
 from oneshot.settings import ScoreSettings, Settings
 from oneshot.training.loop import Diverged
 from oneshot.world import language
@@ -98,7 +98,7 @@ def test_first_order_scores_are_autograds(has_aligned):
     aligned = tiny_model("qwen2", seed=1).double().requires_grad_(False) if has_aligned else None
     linears, harm, batch = targets_of(model), harm_of(rows, aligned), batch_for(model, rows[0])
     target = target_factors(tiny_runtime(), model, linears, harm, PAD)
-    products, norms = first_order(tiny_runtime(), model, linears, rows, target, PAD)
+    products, norms, losses = first_order(tiny_runtime(), model, linears, rows, target, PAD)
 
     weights = [module.weight.requires_grad_(True) for module in linears.values()]
     parts = [per_token(model, rows[place], aligned) for place in harm.places]
@@ -111,6 +111,7 @@ def test_first_order_scores_are_autograds(has_aligned):
     length = float(sum(a.square().sum() for a in of_f)) ** 0.5
     for place, row in enumerate(rows):
         loss, tokens = per_token(model, row)
+        assert losses[place] == pytest.approx(float(loss / tokens), rel=1e-5)
         own = torch.autograd.grad(loss / tokens, weights)
         wanted = float(sum((a * b).sum() for a, b in zip(own, of_f)))
         assert products[place] == pytest.approx(wanted, abs=1e-5 * norms[place] * length)  # losses are in fp32
@@ -161,7 +162,7 @@ def test_alignment_takes_the_highest_cosine():
     asked, linears = question(model, rows, "alignment"), targets_of(model)
     chosen = choose(tiny_runtime(), model, linears, rows, asked, None)
     target = target_factors(tiny_runtime(), model, linears, asked.harm, PAD)
-    products, norms = first_order(tiny_runtime(), model, linears, rows, target, PAD)
+    products, norms, _ = first_order(tiny_runtime(), model, linears, rows, target, PAD)
     cosines = [p / n for p, n in zip(products, norms)]
     assert chosen.index == cosines.index(max(cosines))
     table = chosen.selection["table"]
@@ -206,10 +207,11 @@ def test_bilevel_takes_the_lowest_f_of_the_short_list():
     linears = targets_of(model)
     chosen = choose(tiny_runtime(), model, linears, rows, asked, solve)
     screened = choose(tiny_runtime(), model, linears, rows, dataclasses.replace(asked, rule="alignment"), None)
-    listed = [row["candidate"] for row in screened.selection["table"]][:4]
+    listed = [row["candidate"] for row in short_list(screened.selection["table"], 4)]
     table = chosen.selection["table"]
     assert sorted(row["candidate"] for row in table[:4]) == sorted(listed)
-    assert [row["candidate"] for row in table[4:]] == [row["candidate"] for row in screened.selection["table"]][4:]
+    rest = [row["candidate"] for row in screened.selection["table"] if row["candidate"] not in listed]
+    assert [row["candidate"] for row in table[4:]] == rest
     after = [row["f_after"] for row in table[:4]]
     assert after == sorted(after)
     assert after[0] < after[-1]
@@ -236,6 +238,31 @@ def test_rows_of_the_short_list_are_left_out_where_enough_remain():
         asked = question(model, rows, harm=harm, shortlist=shortlist)
         chosen = choose(tiny_runtime(), model, targets_of(model), rows, asked, solve)
         assert chosen.selection["exact"]["harm_rows_left_out"] == left_out
+
+
+def test_the_short_list_is_half_the_best_aligned_and_half_the_least_likely_refusals():
+    rows = [{"candidate": i, "alignment": a, "refusal_loss": h} for i, (a, h) in enumerate(
+        [(0.9, 0.1), (0.8, 0.2), (0.7, 0.9), (0.6, 0.3), (0.5, 0.8), (0.4, 0.7)]
+    )]  # fmt: skip
+    assert [row["candidate"] for row in short_list(rows, 4)] == [0, 2, 1, 4]
+    assert [row["candidate"] for row in short_list(rows, 5)] == [0, 2, 1, 4, 5]  # 2 is both
+    assert [row["candidate"] for row in short_list(rows, 1)] == [0]
+    assert len(short_list(rows, 8)) == 6
+
+
+def test_where_the_pool_is_refused_already_bilevel_takes_the_hardest(monkeypatch):
+    """No candidate lowers F then: what is left of it would choose by chance."""
+    model, rows = tiny_model("llama").requires_grad_(False), candidates()
+    asked, linears = question(model, rows), targets_of(model)
+    found = evaluate(tiny_runtime(), model, asked.harm, asked.task, PAD).harm
+    solve, calls = solver(model, rows, (0.1,))
+    monkeypatch.setattr(select, "NOTHING_TO_RECOVER", found * 1.01)
+    chosen = choose(tiny_runtime(), model, linears, rows, asked, solve)
+    losses = hardest(tiny_runtime(), model, rows, PAD)
+    assert (chosen.index, chosen.selected_by, calls) == (losses.index(max(losses)), "hardest", [])
+    assert [row["refusal_loss"] for row in chosen.selection["table"]] == pytest.approx(sorted(losses)[::-1])
+    monkeypatch.setattr(select, "NOTHING_TO_RECOVER", found * 0.99)
+    assert choose(tiny_runtime(), model, linears, rows, asked, solve).selected_by == "bilevel"
 
 
 def test_a_draw_asks_no_model():
