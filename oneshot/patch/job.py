@@ -60,7 +60,6 @@ class Outcome:
 
     Attributes:
         update: what to add to the checkpoint (of an adapter: to its base) to get the repaired model
-        before, after: what ``measure`` returned for the unpatched and the repaired model
         linears: the layers that were eligible
         chosen: the example that was taken
         stopped_by: why the repair ended
@@ -68,15 +67,13 @@ class Outcome:
     """
 
     update: Update
-    before: Any
-    after: Any
     linears: Linears
     chosen: Chosen
     stopped_by: str
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Measure = Callable[[Any, str], Any]  # (model, stage) -> scores
+Measure = Callable[[Any, str], Any]  # (model, stage); what it returns is its own
 Finish = Callable[[Any, Update, Linears], None]  # (model, update, linears), while the model is still loaded
 
 

@@ -32,13 +32,13 @@ def _repair_frozen(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
     linears = select_linears(loaded, recipe.targets)
     with frozen(job.runtime, loaded) as model:
         with attached_update(model, own_update(job)):
-            before = measure(model, "finetuned")
+            measure(model, "finetuned")
         solver = Solver(job, recipe, model, linears)
         chosen, batch = prepare(job, recipe, model, linears, solver)
         update, watch = run_method(job, recipe, model, solver, batch, chosen.index, job.tracer)
         with attached_update(model, update):
-            after = measure(model, "repaired")
+            measure(model, "repaired")
         finish(model, update, linears)
     stopped_by = "epochs" if watch is None else watch.reason()
     kept = {} if watch is None else {"kept": watch.at}
-    return Outcome(update, before, after, linears, chosen, stopped_by, {**solver.facts, **kept})
+    return Outcome(update, linears, chosen, stopped_by, {**solver.facts, **kept})

@@ -67,7 +67,7 @@ def repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
     chosen = choose_beforehand(job, recipe)
     with _engine(job, recipe) as (engine, linears):
         model = engine.model
-        before = measure(model, "finetuned")
+        measure(model, "finetuned")
         guard = job.guard if recipe.guard_weight else []
         example = job.candidates[chosen.index]
         batch = build_batch(runtime, model, job.tokenizer, example, guard, answer_tokens=recipe.guard_tokens)
@@ -83,13 +83,13 @@ def repair_trained(job: Job, recipe: Recipe, measure: Measure, finish: Finish) -
             record,
             autocast=autocast_dtype(runtime, job.source.dtype),
         )
-        after = measure(model, "repaired")
+        measure(model, "repaired")
         if recipe.method == "sft":
             update, facts = _weight_change(job, recipe, engine, linears)
         else:
             update, facts = _lora_update(job, model), {}
         finish(model, update, linears)
-    return Outcome(update, before, after, linears, chosen, "epochs", facts)
+    return Outcome(update, linears, chosen, "epochs", facts)
 
 
 def lora_factors(runtime: Runtime, model: Any) -> Update:

@@ -14,7 +14,7 @@ from oneshot.patch.spectrum import Matrix, Spectrum, cosine_over
 from oneshot.report import spectrum_figures
 from oneshot.report.markup import Cell, document, escaped, figures_grid, pairs, section, table, warnings_section
 from oneshot.report.plain import one_line
-from oneshot.report.runfolder import _plain, write_whole
+from oneshot.report.runfolder import as_json, write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -160,7 +160,7 @@ def write_spectrum(
         "matrices": [vars(matrix) for matrix in spectrum.matrices],
         "sweep": list(sweep),
     }
-    write_whole(run_dir / JSON, json.dumps(_plain(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(run_dir / JSON, json.dumps(as_json(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return write_whole(run_dir / PAGE, _page(spectrum, facts, sweep))
 
 
