@@ -5,10 +5,14 @@ import torch
 from tiny import tiny_runtime
 from transformers import AutoModelForCausalLM
 
+from oneshot import repair
 from oneshot.data.encoding import encode_prompt
 from oneshot.measure.generate import generate_answers
-from oneshot.patch import path
+from oneshot.patch import path, prepare
+from oneshot.patch.linears import select_linears
 from oneshot.patch.path import PATIENCE, SAFE_MARGIN, Bounds, Reading, Watch, build_probes, read_probes
+from oneshot.patch.solvers import Solver
+from oneshot.settings import ModelSettings, RepairSettings, Settings
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
 
@@ -182,3 +186,38 @@ def test_requests_that_are_refused_already_are_nothing_to_recover(toy):
     probes = build_probes(tiny_runtime(), aligned, tokenizer, refusal, asked, held, answer_tokens=8)
     assert (probes.refusable, probes.total) == (0, 4)
     assert read_probes(tiny_runtime(), aligned, probes).good(BOUNDS)
+
+
+def test_the_prompts_are_answered_once_for_all_candidates_and_none_sees_its_own(toy, monkeypatch, tmp_path):
+    aligned, tokenizer = toy
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = obedient(aligned, tokenizer)
+    settings = Settings(
+        model=ModelSettings(path=str(ALIGNED)),
+        select="random",
+        repair=RepairSettings(method="lowrank", guard_prompts=4),
+    )
+    job, recipe, _ = repair.plan(tiny_runtime(), settings, toy=True)
+    asked, looked_at = [], []
+
+    def generate(model, tokenizer, prompts, *rest, **options):
+        asked.append(len(prompts))
+        return generate_answers(model, tokenizer, prompts, *rest, **options)
+
+    def build(runtime, model, tokenizer, refusal, refusable, held, **options):
+        looked_at.append([prompt for prompt, _ in refusable])
+        return build_probes(runtime, model, tokenizer, refusal, refusable, held, **options)
+
+    monkeypatch.setattr(prepare, "generate_answers", generate)
+    monkeypatch.setattr(prepare, "build_probes", build)
+    solver = Solver(job, recipe, broken, select_linears(broken))
+    last = len(job.candidates) - 1
+    for index in (0, 3, last):
+        watch = prepare.watch_for(job, recipe, broken, solver, index)
+        reading, _ = watch.look(lambda: None)
+        assert (reading.recovered, reading.refused) == (0.0, 0.0)
+    assert asked == [prepare.REFUSABLE + 1 + len(job.held)]
+    assert [len(prompts) for prompts in looked_at] == [prepare.REFUSABLE] * 3
+    assert [job.prompts[i] in prompts for i, prompts in zip((0, 3, last), looked_at)] == [False] * 3
+    assert job.prompts[3] in looked_at[0]
+    assert job.prompts[0] in looked_at[1]
