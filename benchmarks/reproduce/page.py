@@ -58,8 +58,9 @@ figures, by the rules beside them.
 `sft` is the paper's recipe, AdamW on all weights, at a step size that suits the toy (2e-4); `rollback (auto)` is what
 `oneshot repair` does by itself. Settings are defaults, and the example is chosen from the pool of 44 by the bilevel
 rule, with two savings of time: `sft + guard`, `lora` and `saliency` take the example that `sft` took, and `lowrank`
-takes the first by alignment, where bilevel would try out eight. `lowrank, no reference` is what `oneshot repair` does
-without an aligned model: the same method, and a bilevel choice of the example that knows the refusals only.
+takes the first by alignment, where bilevel would try out eight. `lowrank, no reference` is what `oneshot repair
+--select alignment` does without an aligned model: the same method, and a choice of the example that knows the refusals
+only.
 """
 EXAMPLES = """The {draws} random draws of each seed are taken together. F is what the bilevel rule minimizes, in nats
 per token, here after the repair: KL to the aligned model on the pool's requests (without the example's own), and to the

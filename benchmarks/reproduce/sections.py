@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lowrank": {"method": "lowrank", "example": "alignment"},
     "project": {"method": "project"},
     OURS: {"method": "auto"},
-    "lowrank, no reference": {"method": "auto", "reference": False},
+    "lowrank, no reference": {"method": "auto", "reference": False, "example": "alignment"},
     "full undo": {"method": "undo"},
     "RESTA, 0.5": {"method": "resta", "alpha": 0.5},
     "RESTA, 1": {"method": "resta", "alpha": 1.0},

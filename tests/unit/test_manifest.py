@@ -49,7 +49,7 @@ def flip(path: Path, byte: int, bit: int = 4) -> None:
     path.write_bytes(data)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from([torch.float32, torch.bfloat16]),
