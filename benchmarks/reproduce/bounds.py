@@ -75,9 +75,10 @@ def _steps(findings: Findings, method: str) -> Check:
         return Check("steps of the one example", f"at most {STEPS}", None, "")
     figures = (
         f"to the state that was kept: median {statistics.median(kept):g}, most {max(kept)}; looked at, second attempts "
-        f"at another weight of the guard included: median {statistics.median(taken):g}, most {max(taken)}; the choice "
-        "of the example, which tries out eight, is not counted"
+        f"at another weight of the guard included: median {statistics.median(taken):g}, most {max(taken)}"
     )
+    if METHODS[method].get("example", "bilevel") == "bilevel":
+        figures += "; the choice of the example, which tries out eight, is not counted"
     return Check("steps of the one example", f"at most {STEPS}", max(kept) <= STEPS, figures)
 
 
