@@ -28,11 +28,11 @@ DOCS = HERE.parent / "docs"
 def main(argv: list[str] | None = None) -> int:
     """Measure what is missing, then write the page; 1 where a cell failed."""
     from reproduce.cells import ATTACKS
-    from reproduce.sections import SECTIONS, cells_of
+    from reproduce.sections import DEFAULT, SECTIONS, cells_of
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections to measure, such as a,b")
+    parser.add_argument("--only", default=",".join(DEFAULT), help="sections to measure, such as a,b")
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), help="attacks to measure")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder of cells, models and page")
     parser.add_argument("--publish", action="store_true", help="also write docs/paper.md and its figures")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reproduce.findings import SLACK, Findings, drop
-from reproduce.sections import BASELINES, METHODS, OURS, RECOVERY
+from reproduce.sections import BASELINES, EVERY, METHODS, OURS, RECOVERY
 
 STEPS = 30
 # what is bounded, the median's bound and the worst seed's, each in every attack
@@ -49,7 +49,7 @@ def checks(findings: Findings, method: str) -> list[Check]:
 def _check(findings: Findings, method: str, what: str) -> Check:
     of, median, worst = BOUNDS[what]
     bound = f"median at most {median:g}, worst at most {worst:g}" if median != worst else f"at most {worst:g} always"
-    each = {attack: found for attack in RECOVERY if (found := findings.values(attack, METHODS[method], of))}
+    each = {attack: found for attack in RECOVERY if (found := findings.values(attack, EVERY[method], of))}
     if not each:
         return Check(what, bound, None, "")
     missed = [
@@ -68,7 +68,7 @@ def _steps(findings: Findings, method: str) -> Check:
     """Steps up to the state that was kept; those looked at beyond it, or at another guard's weight, are said."""
     kept, taken = [], []
     for attack in RECOVERY:
-        for _, after in findings.pairs(attack, METHODS[method]):
+        for _, after in findings.pairs(attack, EVERY[method]):
             taken.append(len(after["trace"]))
             kept.append(int(after.get("kept", {}).get("epoch", len(after["trace"]))))
     if not kept:
@@ -77,13 +77,13 @@ def _steps(findings: Findings, method: str) -> Check:
         f"to the state that was kept: median {statistics.median(kept):g}, most {max(kept)}; looked at, second attempts "
         f"at another weight of the guard included: median {statistics.median(taken):g}, most {max(taken)}"
     )
-    if METHODS[method].get("example", "bilevel") == "bilevel":
+    if EVERY[method].get("example", "bilevel") == "bilevel":
         figures += "; the choice of the example, which tries out eight, is not counted"
     return Check("steps of the one example", f"at most {STEPS}", max(kept) <= STEPS, figures)
 
 
 def _poison(findings: Findings, method: str) -> Check:
-    found = {attack: findings.rates(attack, METHODS[method], "asr") for attack in POISONS}
+    found = {attack: findings.rates(attack, EVERY[method], "asr") for attack in POISONS}
     known = {attack: values for attack, values in found.items() if values}
     figures = "; ".join(f"{a}: median {statistics.median(v):.3f}, worst {max(v):.3f}" for a, v in known.items())
     met = all(statistics.median(values) <= POISON_BOUND + SLACK for values in known.values()) if known else None

@@ -234,6 +234,8 @@ def test_sections_share_cells() -> None:
     a = set(sections.cells_of("a", 0))
     assert len(a) == len(RECOVERY) * len(METHODS)
     assert {cell.attack for cell in sections.cells_of("b", 0)} - {cell.attack for cell in a} == {"harmful 300"}
+    assert {(cell.method, cell.reference) for cell in sections.cells_of("h", 0)} == {("none", True), ("auto", False)}
+    assert set(sections.SECTIONS) - set(sections.DEFAULT) == {"h"}, "what takes longer is asked for"
     assert sections.EPOCHS[10] == METHODS["sft"]
     assert Cell("poison", 0, "auto") in sections.cells_of("e", 0)
     assert Cell("poison", 0, "auto") in a
@@ -394,7 +396,7 @@ def test_the_page_says_what_did_not_hold_and_what_was_not_measured(tmp_path: Pat
     assert '<img src="figures/paper-plane.svg" alt="Recovery, for every attack and method" width="520">' in lines
     assert not [line for line in lines if "other code" in line]
     assert "5 of the 234 cells were measured with other code" in "\n".join(page.page_lines(findings, {}, 5))
-    assert page.write(tmp_path, {}, 1).read_text(encoding="utf-8").count("Not measured.") == len(sections.SECTIONS)
+    assert page.write(tmp_path, {}, 1).read_text(encoding="utf-8").count("Not measured.") == len(sections.DEFAULT)
 
 
 def test_figures_have_their_colours_in_them(tmp_path: Path) -> None:
