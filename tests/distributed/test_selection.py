@@ -64,7 +64,7 @@ def test_factored_arithmetic_is_that_of_whole_gradients(topology: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
-    """What each topology's ranks choose for a model that is the toy's aligned one, disturbed."""
+    """What each topology's ranks choose for a model that is the toy's aligned one, so disturbed that it refuses little."""
     folder = tmp_path_factory.mktemp("selection")
     model = folder / "model"
     model.mkdir()
@@ -73,7 +73,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
             (model / file.name).write_bytes(file.read_bytes())
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(ALIGNED / "model.safetensors")
-    disturbed = {n: t + 0.15 * t.std() * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
+    disturbed = {n: t + 1.5 * t.std() * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
     save_file(disturbed, model / "model.safetensors", metadata={"format": "pt"})
 
     @functools.cache
