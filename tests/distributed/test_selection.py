@@ -64,7 +64,7 @@ def test_factored_arithmetic_is_that_of_whole_gradients(topology: str, tmp_path:
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
-    """What each topology's ranks choose for a model that is the toy's aligned one, so disturbed that it refuses little."""
+    """What each topology's ranks choose for the toy's aligned model, so disturbed that it refuses little."""
     folder = tmp_path_factory.mktemp("selection")
     model = folder / "model"
     model.mkdir()
