@@ -22,7 +22,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
-    from oneshot.checkpoint.adapter import Update
+    from oneshot.checkpoint.update import Update
     from oneshot.distributed.runtime import Runtime
     from oneshot.measure.intervals import Rate
     from oneshot.measure.overlap import Overlap
@@ -110,9 +110,10 @@ def _score_served(runtime: Runtime, settings: Settings, probes: list[Probe]) -> 
 
 def _score_local(runtime: Runtime, settings: Settings, probes: list[Probe]) -> _Scored:
     """Load the model, unless all that is wanted is known, and let it answer. Collective."""
-    from oneshot.checkpoint.adapter import on_device, read_adapter
+    from oneshot.checkpoint.adapter import read_adapter
     from oneshot.checkpoint.files import is_degraded
     from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+    from oneshot.checkpoint.update import on_device
     from oneshot.distributed.engine import frozen
     from oneshot.measure.rates import score_answers
     from oneshot.measure.target import checkpoint_target, collect_answers, generate_missing

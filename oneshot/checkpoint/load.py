@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import ADAPTER_CONFIG, find_weight, is_adapter, list_tensors, read_json, resolve
 from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
 from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_bit
+from oneshot.checkpoint.update import Factors, Update
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError

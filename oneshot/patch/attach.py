@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors
 from oneshot.checkpoint.load import check_fits
+from oneshot.checkpoint.update import Factors
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.adapter import Adapter, Update, on_device
+from oneshot.checkpoint.adapter import Adapter
 from oneshot.checkpoint.load import Source
+from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch.linears import Linears

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update, compress
+from oneshot.checkpoint.update import Factors, Update, compress
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
 from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.guard import RepairBatch, repair_loss

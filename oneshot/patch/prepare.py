@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from oneshot.checkpoint.adapter import Update
 from oneshot.checkpoint.load import load_model
+from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import IGNORE
 from oneshot.distributed.engine import frozen
 from oneshot.measure.generate import generate_answers

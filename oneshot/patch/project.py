@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Update
+from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
 from oneshot.patch.attach import Gradients, attached

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
 from oneshot.checkpoint.manifest import read_pieces
 from oneshot.checkpoint.ranges import Piece, read_range
+from oneshot.checkpoint.update import Factors, Update
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached

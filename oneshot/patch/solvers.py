@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from oneshot.checkpoint.adapter import Update, concatenated
+from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.encoding import Encoded
 from oneshot.patch import lowrank, project, rollback
 from oneshot.patch.attach import attached_update

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, compress
+from oneshot.checkpoint.update import Factors, compress
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_objects, gather_rows
 from oneshot.errors import UserError

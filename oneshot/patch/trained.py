@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update, concatenated
 from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
 from oneshot.checkpoint.load import load_model, merge_into
+from oneshot.checkpoint.update import Factors, Update, concatenated
 from oneshot.distributed.engine import TrainingEngine, gathered, start_training
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch import rollback
