@@ -16,7 +16,6 @@ from typing import Any, Literal
 from oneshot.errors import UserError
 from oneshot.redact import without_secrets
 
-Method = Literal["auto", "rollback", "lowrank", "project", "sft", "lora"]
 Rule = Literal["bilevel", "alignment", "random", "hardest"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SWITCHES = ("--debug", "--resume", "--delete_degraded")  # stand for themselves and true
@@ -134,7 +133,7 @@ class FinetuneSettings:
     method: Literal["full", "lora"] = "full"
     steps: int | None = None
     epochs: float = 3.0
-    learning_rate: float | None = None
+    learning_rate: float | dict[str, float] | None = None
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     packing: Literal["auto", "always", "never"] = "auto"
@@ -176,10 +175,10 @@ class RepairSettings:
         merge: also write the repaired checkpoint, merged (repaired/)
     """
 
-    method: Method = "auto"
+    method: str = "auto"
     rank: int = 20
     epochs: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float | dict[str, float] | None = None
     guard_weight: float | None = None
     temperature: float | None = None
     noise: float | None = None
@@ -249,7 +248,6 @@ class ScoreSettings:
     """What is measured, before and after.
 
     Args:
-        toy: score the toy world's prompts, for a toy model given by path
         probes: JSONL of prompts with kind should_refuse, harmless or lookalike; none: the shipped ones
         task: JSONL of prompts with the right answers of the fine-tune's task (exact match)
         utility: the same for general ability
@@ -274,7 +272,6 @@ class ScoreSettings:
         endpoint: server of the model to score (score only)
     """
 
-    toy: bool = False
     probes: str | None = None
     task: str | None = None
     utility: str | None = None
@@ -384,6 +381,9 @@ class Settings:
     """
 
     out: str | None = None
+    name: str | None = None
+    finetune_first: bool = False
+    watch_prompts: str | None = None
     example: str | None = None
     pool: str | None = None
     select: str = "bilevel"
@@ -449,7 +449,6 @@ def check(settings: Settings) -> None:
         "shortlist": settings.shortlist,
         "repair.rank": settings.repair.rank,
         "repair.epochs": settings.repair.epochs,
-        "repair.learning_rate": settings.repair.learning_rate,
         "repair.temperature": settings.repair.temperature,
         "repair.guard_prompts": settings.repair.guard_prompts,
         "repair.guard_tokens": settings.repair.guard_tokens,
@@ -457,7 +456,6 @@ def check(settings: Settings) -> None:
         "model.max_length": settings.model.max_length,
         "finetune.steps": settings.finetune.steps,
         "finetune.epochs": settings.finetune.epochs,
-        "finetune.learning_rate": settings.finetune.learning_rate,
         "finetune.batch_size": settings.finetune.batch_size,
         "finetune.gradient_accumulation_steps": settings.finetune.gradient_accumulation_steps,
         "finetune.pack_length": settings.finetune.pack_length,
