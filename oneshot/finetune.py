@@ -37,9 +37,9 @@ STATE, FINETUNED = "state", "finetuned"
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot finetune`` and ``accelerate launch oneshot/finetune.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    run_stage(argv, "oneshot finetune", DESCRIPTION, run)
+    run_stage(argv, "finetune", run)
 
 
 def run(settings: Settings) -> None:

@@ -25,14 +25,12 @@ if TYPE_CHECKING:
     from oneshot.patch.job import Job, Outcome
     from oneshot.patch.recipe import Recipe
 
-DESCRIPTION = "Repair the safety of a fine-tuned model with one safety example."
-
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot repair`` and ``accelerate launch oneshot/repair.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    run_stage(argv, "oneshot repair", DESCRIPTION, run)
+    run_stage(argv, "repair", run)
 
 
 def run(settings: Settings) -> None:

@@ -34,9 +34,9 @@ SWEPT = (1, 2, 4, 8, 20)
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot spectrum`` and ``accelerate launch oneshot/spectrum.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    run_stage(argv, "oneshot spectrum", DESCRIPTION, run)
+    run_stage(argv, "spectrum", run)
 
 
 def run(settings: Settings) -> None:
