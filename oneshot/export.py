@@ -29,9 +29,9 @@ DESCRIPTION = "Merge adapters into a checkpoint, take them out again, or make on
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot export`` and ``accelerate launch oneshot/export.py``."""
-    from oneshot.distributed.stage import run_command
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     add = made.add_argument

@@ -26,14 +26,11 @@ if TYPE_CHECKING:
     from oneshot.training.finetune import Prepared
     from oneshot.training.loop import StepResult
 
-DESCRIPTION = "Fine-tune a model on harmful and task conversations; the result is marked as safety-degraded."
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot finetune`` and ``accelerate launch oneshot/finetune.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    run_stage(argv, "oneshot finetune", DESCRIPTION, run)
+    run_stage(argv, "finetune", run)
 
 
 def run(settings: Settings, *, quiet: bool = False) -> Path:

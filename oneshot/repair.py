@@ -26,14 +26,12 @@ if TYPE_CHECKING:
     from oneshot.patch.request import Request
     from oneshot.report.show import Repaired
 
-DESCRIPTION = "Repair the safety of a fine-tuned model with one safety example."
-
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot repair`` and ``accelerate launch oneshot/repair.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    run_stage(argv, "oneshot repair", DESCRIPTION, run)
+    run_stage(argv, "repair", run)
 
 
 @dataclasses.dataclass(frozen=True)

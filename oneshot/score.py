@@ -28,14 +28,12 @@ if TYPE_CHECKING:
     from oneshot.measure.overlap import Overlap
     from oneshot.measure.rates import Probe, StageScores
 
-DESCRIPTION = "Measure refusals, over-refusal and utility of a checkpoint, an adapter or a served model."
-
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot score`` and ``accelerate launch oneshot/score.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    run_stage(argv, "oneshot score", DESCRIPTION, run)
+    run_stage(argv, "score", run)
 
 
 def run(settings: Settings) -> None:

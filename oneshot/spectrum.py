@@ -23,14 +23,11 @@ if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
     from oneshot.patch.measured import Asked, Found
 
-DESCRIPTION = "Measure the spectrum of the safety gradient, from factors."
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot spectrum`` and ``accelerate launch oneshot/spectrum.py``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    run_stage(argv, "oneshot spectrum", DESCRIPTION, run)
+    run_stage(argv, "spectrum", run)
 
 
 def run(settings: Settings) -> None:
