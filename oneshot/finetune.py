@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from oneshot.training.finetune import Prepared
     from oneshot.training.loop import StepResult
 
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot finetune`` and ``accelerate launch oneshot/finetune.py``."""
     from oneshot.commandline import run_stage

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
     from oneshot.patch.measured import Asked, Found
 
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot spectrum`` and ``accelerate launch oneshot/spectrum.py``."""
     from oneshot.commandline import run_stage
