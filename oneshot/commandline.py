@@ -75,7 +75,7 @@ def parse(argv: list[str] | None, stage: str, toy: str | Path | None = TOY) -> S
     return settings
 
 
-def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], None]) -> None:
+def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], object]) -> None:
     """Run a stage with the settings of its command line, and leave the process with the right exit code.
 
     Args:

@@ -28,9 +28,9 @@ def collect_probes(settings: Settings) -> list[Probe]:
         source = settings.score.probes or str(ASSETS / "probes.jsonl")
         rows = read_source(source, settings, where="score.probes", need_answer=False)
     found = [_probe(row, row.kind, row.group) for row in (_attacked(row, settings.score) for row in rows)]
-    for kind, source in (("task", settings.score.task), ("utility", settings.score.utility)):
-        if source is not None:
-            found += [_probe(row, kind) for row in read_source(source, settings, where=f"score.{kind}")]
+    for kind, own in (("task", settings.score.task), ("utility", settings.score.utility)):
+        if own is not None:
+            found += [_probe(row, kind) for row in read_source(own, settings, where=f"score.{kind}")]
     for name, chosen in settings.score.sets.items():
         found += [_probe(_attacked(row, settings.score), row.kind, name) for row in read_set(name, chosen)]
     ids = [probe.id for probe in found]
