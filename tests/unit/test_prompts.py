@@ -9,12 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 
+from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
 from oneshot.measure.probes import collect_probes
 from oneshot.measure.promptsets import read_set
 from oneshot.measure.rates import Probe
-from oneshot.settings import DataPart, DataSettings, PromptSet, ScoreSettings, Settings, parse
+from oneshot.settings import DataPart, DataSettings, PromptSet, ScoreSettings, Settings
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "runs" / "prompts").glob("*.yaml"))
 NAMES = {"hex-phi", "advbench", "harmbench", "strongreject", "xstest", "or-bench"}
@@ -108,7 +109,7 @@ def test_settings_ship_for_the_public_sets():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_settings_read_a_table_with_their_columns(path, tmp_path, monkeypatch):
     """The columns are the ones that the file's comment and the set's authors name; the data is the user's."""
-    settings = parse(["--config", str(path)], "oneshot score", "")
+    settings = parse(["--config", str(path)], "score")
     assert settings.score.sets
     assert "prompt:" not in path.read_text(encoding="utf-8"), "no prompts ship"
     for name, chosen in settings.score.sets.items():
@@ -129,7 +130,7 @@ def test_shipped_settings_read_a_table_with_their_columns(path, tmp_path, monkey
             subset = () if chosen.subset is None else (chosen.subset,)
             assert calls == [((chosen.path, *subset), {"split": chosen.split})]
         assert len(rows) == len(values)
-        moved = parse(["--config", str(path), f"--score.sets.{name}.path", "mine.csv"], "oneshot score", "")
+        moved = parse(["--config", str(path), f"--score.sets.{name}.path", "mine.csv"], "score")
         assert moved.score.sets[name] == PromptSet(**{**vars(chosen), "path": "mine.csv"})
 
 
