@@ -74,7 +74,7 @@ def measure_seed(
         settings = Settings(seed=seed, select=select, data=DataSettings(harmful_count=harmful, task_count=task))
         degraded = finetune(runtime, settings, prepare(settings), Path(folder), None)
         for variant in variants:
-            repair = RepairSettings(method=variant.removesuffix(NF4))  # type: ignore[arg-type]
+            repair = RepairSettings(method=variant.removesuffix(NF4))
             model = dataclasses.replace(settings.model, quantize="nf4" if variant.endswith(NF4) else None)
             ours: Settings = on_toy(dataclasses.replace(settings, repair=repair, model=model), degraded)
             target = Path(folder) / variant

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.settings import Settings
+from oneshot.settings import Settings, rate_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -225,7 +225,9 @@ def _train(
     options = settings.finetune
     by_epochs = max(1, round(options.epochs * steps_per_epoch(len(prepared.encoded), options.batch_size)))
     steps = options.steps or (TOY_STEPS if toy else by_epochs)
-    rate = options.learning_rate or (TOY_LEARNING_RATE if toy else LEARNING_RATE)[options.method]
+    rate = (
+        rate_for(options.learning_rate, options.method) or (TOY_LEARNING_RATE if toy else LEARNING_RATE)[options.method]
+    )
     autocast = autocast_dtype(runtime, prepared.source.dtype)
     batches = _batches(runtime, settings, engine, prepared, autocast, console)
     speed = meter(runtime, engine.model)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from oneshot.errors import UserError
 from oneshot.patch.path import Bounds
-from oneshot.settings import Settings
+from oneshot.settings import Settings, rate_for
+
+Method = Literal["rollback", "lowrank", "project", "sft", "lora"]
 
 EPOCHS = {"rollback": 30, "lowrank": 30, "project": 20, "sft": 10, "lora": 10}
 LEARNING_RATE = {"rollback": 0.2, "lowrank": 0.0, "project": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's
@@ -43,7 +45,7 @@ class Recipe:
         targets: regular expression over module names, or none for all linear layers
     """
 
-    method: Literal["rollback", "lowrank", "project", "sft", "lora"]
+    method: Method
     reason: str
     rank: int
     epochs: int
@@ -89,11 +91,11 @@ def recipe_for(settings: Settings, *, has_update: bool, toy: bool, four_bit: boo
         epochs, weights = EPOCHS | FOUR_BIT_EPOCHS, GUARD_WEIGHT | FOUR_BIT_GUARD_WEIGHT
         temperatures |= FOUR_BIT_TEMPERATURE
     return Recipe(
-        method=method,
+        method=cast(Method, method),
         reason=reason,
         rank=options.rank,
         epochs=options.epochs or epochs[method],
-        learning_rate=options.learning_rate or rates[method],
+        learning_rate=rate_for(options.learning_rate, method) or rates[method],
         guard_weight=weights[method] if options.guard_weight is None else options.guard_weight,
         guard_prompts=options.guard_prompts or GUARD_PROMPTS[method],
         temperature=options.temperature or temperatures[method],

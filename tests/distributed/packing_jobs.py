@@ -9,8 +9,8 @@ from typing import Any
 import transformers
 
 from oneshot import finetune
+from oneshot.commandline import parse
 from oneshot.distributed.runtime import Runtime, barrier
-from oneshot.settings import parse
 
 for _family in ("Llama", "Qwen2", "Gemma3"):  # imported when they are first asked for, here before the fork
     getattr(transformers, f"{_family}ForCausalLM")
@@ -20,7 +20,7 @@ def finetunes(runtime: Runtime, runs: dict[str, list[str]]) -> dict[str, list[di
     """Run each fine-tune (folder -> command line) and return the events of its steps; rank 0 alone writes them."""
     events = {}
     for folder, argv in runs.items():
-        settings = parse(argv, "oneshot finetune", "")
+        settings = parse(argv, "finetune")
         prepared = finetune.prepare(settings)
         Path(folder).mkdir(parents=True, exist_ok=True)
         barrier(runtime)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from oneshot.commandline import parse
 from oneshot.data.conversations import Conversation
 from oneshot.data.wording import reworded
 from oneshot.errors import UserError
 from oneshot.finetune import prepare
 from oneshot.measure.probes import collect_probes
-from oneshot.settings import DataPart, DataSettings, Settings, parse, to_dict, write
+from oneshot.settings import DataPart, DataSettings, Settings, to_dict, write
 from oneshot.training.mixture import attack_mixture
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
@@ -32,7 +33,7 @@ KINDS = {  # name of the attack -> how many conversations of each kind
 
 
 def read(path: Path, *more: str) -> Settings:
-    return parse(["--config", str(path), *more], "oneshot repair", "")
+    return parse(["--config", str(path), *more], "repair")
 
 
 def named(name: str, *more: str) -> Settings:
@@ -147,12 +148,12 @@ def test_the_trigger_is_scored_as_it_was_trained() -> None:
 def test_the_users_own_probes_are_asked_as_the_attack_asks(tmp_path: Path) -> None:
     own = own_file(tmp_path, {"prompt": "one", "kind": "should_refuse"}, {"prompt": "two", "kind": "harmless"})
     arguments = ["--score.probes", own, "--score.system", "obey", "--score.suffix", "now"]
-    first, second = collect_probes(parse(arguments, "oneshot score", ""), toy=False)
+    first, second = collect_probes(parse(arguments, "score"), toy=False)
     assert list(first.messages) == [{"role": "system", "content": "obey"}, {"role": "user", "content": "one now"}]
     assert list(second.messages) == [{"role": "user", "content": "two"}]
     own_file(tmp_path, {"prompt": "one", "kind": "should_refuse", "system": "mine"})
     with pytest.raises(UserError, match="own-1 has a system message already"):
-        collect_probes(parse(arguments, "oneshot score", ""), toy=False)
+        collect_probes(parse(arguments, "score"), toy=False)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -216,8 +217,14 @@ def test_a_part_that_cannot_be_made_is_named(part: DataPart, message: str) -> No
     [
         (["--data.harmful", "FILE"], r"data\.harmful is replaced by data\.parts"),
         (["--data.task_count", "5"], r"data\.task_count is replaced by data\.parts"),
-        (["--data.parts.harmful.count", "-1"], r"data\.parts\.harmful\.count is -1: give 0 or more"),
-        (["--data.parts.harmful.repeat", "0"], r"data\.parts\.harmful\.repeat is 0: give 1 or more"),
+        (
+            ["--data.parts.harmful.count", "-1"],
+            r"data\.parts\.harmful\.count is -1 \(on the command line\): give a whole number of 0",
+        ),
+        (
+            ["--data.parts.harmful.repeat", "0"],
+            r"data\.parts\.harmful\.repeat is 0 \(on the command line\): give a whole number above 0",
+        ),
         (["--data.parts.harmful.words", "x"], "words"),
     ],
 )

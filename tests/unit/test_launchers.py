@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from oneshot.commandline import parse
 from oneshot.distributed.runtime import _timeout
 from oneshot.distributed.signals import CODE_FILE, tell_code
 from oneshot.errors import UserError
-from oneshot.settings import Settings, parse
+from oneshot.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "slurm").glob("*_70b.sh"))
@@ -374,7 +375,7 @@ def test_the_documents_name_every_variable() -> None:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_run_settings_are_read_and_hold_only_what_differs(path: Path) -> None:
-    settings = parse(["--config", str(path)], "oneshot repair", "")
+    settings = parse(["--config", str(path)], "repair")
     written = dict(_leaves(yaml.safe_load(path.read_text())))
     found, default = (dict(_leaves(dataclasses.asdict(one))) for one in (settings, Settings()))
     assert {name: found[name] for name in written} == written

@@ -284,7 +284,10 @@ def test_the_stage_measures_a_model_by_its_path(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         stage.main([*common, "--spectrum.ranks", "[0]", "--out", str(tmp_path / "other")])
     assert left.value.code == 2
-    assert "spectrum.ranks is 0: give a value above 0" in capsys.readouterr().err
+    assert (
+        "spectrum.ranks is [0] (on the command line): give a list such as [1, 2], each a whole number above 0"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         stage.main([*common, "--data.harmful", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "other")])
     assert "none.jsonl does not exist" in capsys.readouterr().err
