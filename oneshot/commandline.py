@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from oneshot.errors import EXIT_USER, UserError
 from oneshot.settings import Settings, to_dict
-from oneshot.settings.checks import built, joined, unknown, wrong
+from oneshot.settings.checks import built, joined, listed, unknown, wrong
 from oneshot.settings.data import REPLACED
 from oneshot.settings.kinds import kinds, options, words
 from oneshot.settings.layers import Given, from_text, lay_file
@@ -149,7 +149,7 @@ def _known(name: str, stage: str) -> Any:
         mine = [one for one in close if reads(stage, one)]
         raise unknown(name, mine or close, lambda _: f" ({_COMMAND_LINE})")
     if not reads(stage, name):
-        others = " and ".join(f"oneshot {other}" for other in readers(name))
+        others = listed([f"oneshot {other}" for other in readers(name)], "and")
         raise UserError(
             f"Setting {name} is not for oneshot {stage} but for {others}: leave it out, or keep it in a --config file, "
             "which may describe a whole run."
