@@ -25,16 +25,15 @@ def run(settings: Settings) -> None:
     from rich.console import Console
 
     from oneshot.planning.check import EXIT_NO_ROOM
-    from oneshot.planning.rows import as_json, own_choice, read_model, rows
+    from oneshot.planning.planned import as_json, make_plan
     from oneshot.planning.table import print_plan
 
-    model = read_model(settings)
-    found = rows(settings, model)
+    plan = make_plan(settings)
     if settings.plan.json:
-        print(json.dumps(as_json(settings, model, found), indent=2))
+        print(json.dumps(as_json(plan), indent=2))
     else:
-        print_plan(settings, model, found, Console())
-    if not any(row.fits for row in own_choice(settings, model, found)):
+        print_plan(settings.plan, plan, Console())
+    if not plan.fits:
         sys.exit(EXIT_NO_ROOM)
 
 
