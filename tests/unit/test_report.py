@@ -15,9 +15,10 @@ from oneshot.errors import UserError
 from oneshot.measure.intervals import Rate, wilson
 from oneshot.measure.rates import StageScores
 from oneshot.report import runfolder
-from oneshot.report.runfolder import append_event, build_report, open_run, versions, write_report
+from oneshot.report.runfolder import append_event, build_report, open_run, write_report
 from oneshot.report.table import measure_name, ordered_rates, print_stages, rate_cell
 from oneshot.settings import Settings, to_dict
+from oneshot.versions import versions
 
 
 def runtime(rank=0, world_size=1):
@@ -188,7 +189,7 @@ def test_versions_without_importing_the_libraries():
 
 
 def test_a_missing_library_has_no_version(monkeypatch):
-    monkeypatch.setattr(runfolder, "PACKAGES", ("no-such-package-fnord",))
+    monkeypatch.setattr("oneshot.versions.PACKAGES", ("no-such-package-fnord",))
     assert versions()["no-such-package-fnord"] is None
 
 
