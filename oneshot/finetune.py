@@ -256,12 +256,11 @@ def _train(
         with noticed() as told_to_stop:
             train(
                 engine,
-                Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
+                Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps), start=done),
                 batches,
                 answer_loss,
                 report,
                 autocast=autocast,
-                start=done,
                 told_to_stop=told_to_stop,
             )
 
@@ -270,11 +269,12 @@ def _batches(
     runtime: Runtime, settings: Settings, engine: Any, prepared: Prepared, autocast: Any, console: Console | None
 ) -> Callable[[int], list[MicroBatch]]:
     """step -> this rank's micro-batches, packed where the model allows it. Collective."""
+    from oneshot.data.encoding import pad_id
     from oneshot.training.packing import Packing, choose_packing
     from oneshot.training.stream import micro_batches, step_indices
 
     options, encoded, tokenizer = settings.finetune, prepared.encoded, prepared.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     wanted, say = Packing(options.pack_length, prepared.context), console.print if console else None
     packing = choose_packing(engine, encoded[0].input_ids, pad, wanted, options.packing, say, autocast)
 
@@ -282,11 +282,9 @@ def _batches(
         return micro_batches(
             encoded,
             step_indices(len(encoded), options.batch_size, step, settings.seed),
+            runtime,
             pad_id=pad,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
             accumulation=options.gradient_accumulation_steps,
-            device=runtime.device,
             packing=packing,
         )
 
