@@ -158,7 +158,7 @@ def _derive(job: Job) -> None:
     """Write one adapter from the given ones: their sum, of lower rank if asked for."""
     import torch
 
-    from oneshot.checkpoint.exports import check_out, read_given, write_adapter
+    from oneshot.checkpoint.exports import NewAdapter, check_out, read_given, write_adapter
     from oneshot.checkpoint.identity import same_base, store_identity
     from oneshot.patch.derive import is_exact, lowered, summed
     from oneshot.report.card import adapter_card, write_card
@@ -183,14 +183,14 @@ def _derive(job: Job) -> None:
         if identity is not None:
             store_identity(folder, identity)
 
-    write_adapter(job.runtime, options.out, update, [], base, dtype, given[0].folder, beside)
+    write_adapter(job.runtime, options.out, NewAdapter(update, dtype, base, []), given[0].folder, beside)
     job.say([*lines, f"Adapter: {options.out}"])
 
 
 def _extract(job: Job) -> None:
     """Write the difference of two checkpoints as an adapter."""
     from oneshot.checkpoint.architecture import architecture_of
-    from oneshot.checkpoint.exports import check_out, refuse_degraded, write_adapter
+    from oneshot.checkpoint.exports import NewAdapter, check_out, refuse_degraded, write_adapter
     from oneshot.checkpoint.files import find_weight, is_degraded, list_tensors
     from oneshot.checkpoint.identity import REPAIR, UPDATE, write_identity
     from oneshot.checkpoint.ranges import torch_dtype
@@ -218,7 +218,7 @@ def _extract(job: Job) -> None:
         write_card(folder, "LoRA adapter", facts, lines)
         write_identity(folder, base, kind=REPAIR if is_degraded(base) else UPDATE, base=name)
 
-    write_adapter(job.runtime, options.out, update, list(made.linears), name, dtype, base, beside)
+    write_adapter(job.runtime, options.out, NewAdapter(update, dtype, name, list(made.linears)), base, beside)
     job.say([*lines, f"Adapter: {options.out}"])
 
 

@@ -137,17 +137,10 @@ def train(
             engine.backward(loss * scale, last=last)
         upcoming = micro_batches(step + 1) if step + 1 < schedule.steps else []  # while a GPU computes this step
         norm = engine.step()
-        _require_finite(float(total[0]), norm, step + 1, schedule.rate(step))
-        result = StepResult(
-            step=step + 1,
-            loss=float(total[0]),
-            learning_rate=schedule.rate(step),
-            grad_norm=norm,
-            tokens=int(total[1]),
-            seconds=time.perf_counter() - started,
-            told_to_stop=bool(total[2]),
-        )
-        if on_step(result):
+        loss, tokens, told = total.tolist()
+        _require_finite(loss, norm, step + 1, schedule.rate(step))
+        seconds = time.perf_counter() - started
+        if on_step(StepResult(step + 1, loss, schedule.rate(step), norm, int(tokens), seconds, bool(told))):
             break
         batches = upcoming
 
