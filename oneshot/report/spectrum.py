@@ -105,20 +105,12 @@ def read_spectrum(run_dir: Path) -> str | None:
     """Return words and figures of the folder's spectrum.json as HTML; none where it is not one of ours."""
     try:
         whole = json.loads((run_dir / JSON).read_text(encoding="utf-8"))
-        matrices = [_matrix(fields) for fields in whole["matrices"]]
-        cosines = {group: _number(value) for group, value in whole["summary"]["cosines"].items()}
-        sweep = [dict(row) for row in whole["sweep"]]
-        each = {group: [_number(value) for value in values] for group, values in whole["cosines_each"].items()}
+        matrices = [Matrix(**_numbers(fields)) for fields in whole["matrices"]]
+        cosines, sweep = _numbers(whole["summary"]["cosines"]), [dict(row) for row in whole["sweep"]]
+        each = {group: [_numbers(value) for value in values] for group, values in whole["cosines_each"].items()}
         return words_of(summary(matrices, cosines)) + figures_of(Spectrum(matrices, cosines, each), sweep)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-
-
-def _matrix(fields: Mapping[str, Any]) -> Matrix:
-    """A matrix as spectrum.json has it, nan being null there."""
-    values = {name: math.nan if value is None else value for name, value in fields.items()}
-    cosines = {group: _number(value) for group, value in fields["cosines"].items()}
-    return Matrix(**(values | {"cosines": cosines, "compared": tuple(fields["compared"])}))
 
 
 def _page(spectrum: Spectrum, facts: Mapping[str, Any], sweep: Sequence[Mapping[str, float]]) -> str:
@@ -211,9 +203,11 @@ def _sweep(sweep: Sequence[Mapping[str, float]]) -> str:
     return f"<details><summary>{len(rows)} patches</summary><div>{folded}</div></details>" if rows else ""
 
 
-def _number(value: float | None) -> float:
-    """A number of spectrum.json, null being nan."""
-    return math.nan if value is None else float(value)
+def _numbers(value: Any) -> Any:
+    """A value of spectrum.json, with nan where JSON has null."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    return math.nan if value is None else value
 
 
 def _format(value: float | None, how: str) -> str:
