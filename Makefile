@@ -53,16 +53,17 @@ test: $(READY) ## run the tests, fastest tier first
 	  case $$code in 0) status=0 ;; 5) ;; *) exit $$code ;; esac; \
 	done; exit $$status
 
-check: $(READY) ## lint, types, imports, spelling
+check: $(READY) ## lint, types, imports, lengths, spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/shape.py
 	$(BIN)/codespell
 	git ls-files -z '*.sh' .ci/run | xargs -0 -r $(BIN)/shellcheck
 
 bench: $(READY) ## compare with the stock stack, side by side
-	@for script in $(filter-out benchmarks/paper.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/paper.py benchmarks/random_llama.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(BIN)/python "$$script" $(ARGS) || exit $$?; done
 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
