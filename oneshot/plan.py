@@ -25,7 +25,7 @@ def run(settings: Settings) -> None:
     from rich.console import Console
 
     from oneshot.planning.check import EXIT_NO_ROOM
-    from oneshot.planning.planned import as_json, make_plan
+    from oneshot.planning.plan import as_json, make_plan
     from oneshot.planning.table import print_plan
 
     plan = make_plan(settings)

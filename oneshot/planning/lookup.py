@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,11 +71,10 @@ def _checksum(plain: Mapping[str, Any]) -> str:
 
 def _compare(shape: ModelShape, tensors: Mapping[str, TensorEntry]) -> None:
     """Refuse files that cannot be of this model; loading looks at every name and shape."""
-    unread = re.compile("|".join(f"({pattern})" for pattern in ("rotary_emb", *shape.unread)))
-    stored = sum(math.prod(entry.shape) for name, entry in tensors.items() if not unread.search(name))
-    # a tied head and buffers may be stored or not; what a model leaves out, its files may hold in other forms, too
+    stored = sum(math.prod(entry.shape) for name, entry in tensors.items() if "rotary_emb" not in name)
+    # a tied head and buffers may be stored or not
     spare = {head + held for head in (0, shape.vocabulary * shape.hidden) for held in (0, shape.buffers)}
-    fits = stored >= shape.parameters if shape.unread else stored - shape.parameters in spare
+    fits = stored >= shape.parameters if shape.more_stored else stored - shape.parameters in spare
     if not fits:
         raise UserError(
             f"The config.json describes {shape.parameters:,} parameters, the safetensors files hold {stored:,}: "

@@ -6,12 +6,14 @@ what a run holds. No name of an architecture stands here.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,14 +79,16 @@ def built_shape(config: Mapping[str, Any], remote: Path | None = None) -> ModelS
 
     with _quiet(), torch.random.fork_rng(devices=[]):
         try:
-            return _shape(_built(config, remote))
+            model = _built(config, remote)
+            part = model.config.model_type != config.get("model_type")  # the text part of a multimodal model
+            return replace(_shape(model), more_stored=part or bool(model._keys_to_ignore_on_load_unexpected))
         except UserError:
             raise
         except Exception as error:  # what is wrong in a config shows as an error of any kind, in the model's own code
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
             raise UserError(
                 f"transformers {package_version('transformers')} builds no causal language model from this config.json "
-                f"of type {config.get('model_type')!r} ({reason}): correct it, or restore it from its source."
+                f"of type {config.get('model_type')!r} ({reason}): correct it, or install what it asks for."
             ) from error
 
 
@@ -107,14 +111,19 @@ def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
 
     kind = config.get("model_type")
     if remote is not None:
-        made: Any = AutoConfig.from_pretrained(remote, trust_remote_code=True)
+        made = AutoConfig.from_pretrained(remote, trust_remote_code=True)
     elif kind in CONFIG_MAPPING:
-        made = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != "auto_map"})
+        with tempfile.TemporaryDirectory() as folder:  # from a file, as a checkpoint's is read: not all is plain JSON
+            own = {key: value for key, value in config.items() if key != "auto_map"}
+            Path(folder, "config.json").write_text(json.dumps(own), encoding="utf-8")
+            made = AutoConfig.from_pretrained(folder)
     else:
-        own = ", or give --model.trust_remote_code true to run the code that it brings" if "auto_map" in config else ""
+        own_code = (
+            ", or run the code that it brings with --model.trust_remote_code true" if "auto_map" in config else ""
+        )
         raise UserError(
             f"Model type {kind!r} is not known to transformers {package_version('transformers')}, which is installed "
-            f"here: correct the config.json, or install a version that knows it{own}."
+            f"here: correct the config.json, or install a version that knows it{own_code}."
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -149,7 +158,6 @@ def _shape(model: Any) -> ModelShape:
         gated=_gated(routed or found, hidden, dense),
         active=vocabulary * hidden + sum(mixture.met(weight) for weight in found if weight.multiplies),
         buffers=sum(held.numel() for name, held in model.state_dict().items() if name not in parameters),
-        unread=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
     )
 
 
@@ -170,7 +178,7 @@ def _weights(model: Any) -> Iterator[_Found]:
                 kind = "embedding"
             elif own == "weight" and isinstance(module, nn.Linear):
                 kind = "head" if module is head else "expert" if _ONE_EXPERT.search(f"{name}.") else "linear"
-            elif len(shape) > 1 and _holds_experts(name, module):
+            elif len(shape) > 1 and not own.endswith("bias") and _holds_experts(name, module):
                 kind = "fused"
             transposed = own == "weight" and isinstance(module, Conv1D)
             owner = name.rpartition(".")[0] if own == "weight" else name

@@ -19,7 +19,7 @@ class Weight:
         kind: linear (a linear layer), expert (a linear layer of one expert), fused (all experts of a layer in one
             parameter, which neither a patch nor NF4 touches), head (the output head, where it is not the embedding),
             embedding, or other (norms, biases, convolutions, routers that are no linear layers)
-        shape: as the model holds it, (out, in) for a linear layer
+        shape: as the model holds it; (out, in) for a linear layer, and for a Conv1D, which holds it transposed
         count: how many of them
     """
 
@@ -44,7 +44,7 @@ class ModelShape:
         gated: whether the MLP is gate * up (3 matrices) or up (2)
         active: parameters of matrices that one token is multiplied with, output head included
         buffers: elements that a checkpoint may hold beside the weights
-        unread: regular expressions over the names of stored tensors that the model does not read
+        more_stored: whether its checkpoint may hold other tensors, too, which it does not read
     """
 
     weights: tuple[Weight, ...]
@@ -58,7 +58,7 @@ class ModelShape:
     gated: bool
     active: int
     buffers: int = 0
-    unread: tuple[str, ...] = ()
+    more_stored: bool = False
 
     @property
     def parameters(self) -> int:
@@ -91,4 +91,4 @@ def as_plain(shape: ModelShape) -> dict[str, Any]:
 def from_plain(values: Mapping[str, Any]) -> ModelShape:
     """Return the shape that ``as_plain`` gave, its tuples having become lists."""
     weights = tuple(Weight(**{**weight, "shape": tuple(weight["shape"])}) for weight in values["weights"])
-    return ModelShape(**{**values, "weights": weights, "unread": tuple(values["unread"])})
+    return ModelShape(**{**values, "weights": weights})

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from oneshot.planning.facts import GIB
-from oneshot.planning.planned import Plan
+from oneshot.planning.plan import Plan
 from oneshot.planning.rows import Row
 from oneshot.planning.shapes import PATCHED
 from oneshot.settings import PlanSettings
