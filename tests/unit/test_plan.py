@@ -22,6 +22,7 @@ from oneshot.planning.facts import CPU, GPU, MIB, Choice, Precision, Sharded, Wo
 from oneshot.planning.lookup import model_shape
 from oneshot.planning.memory import estimate
 from oneshot.planning.model import PlannedModel, read_model
+from oneshot.planning.plan import Plan, make_plan
 from oneshot.planning.rows import bytes_of, own_rows, row, rows
 from oneshot.planning.work import work_of
 from oneshot.settings import FinetuneSettings, ModelSettings, PlanSettings, RepairSettings, Settings
