@@ -1,7 +1,8 @@
 """Plan a run before anything is loaded: memory, disk and minutes of every method, from config.json and the settings.
 
 Run: ``oneshot plan --model.path DIR_OR_HUB_ID_OR_config.json --gpus 8 --gpu_memory 80GB``, or with
-``--config llama3-70b``. Needs no GPU, no weights and a second. Exit code 3: it does not fit.
+``--config llama3-70b``. Needs no GPU, no weights and a second, or some at the first sight of a config. Exit code 3: it
+does not fit.
 """
 
 from __future__ import annotations
