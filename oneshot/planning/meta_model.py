@@ -66,7 +66,7 @@ class _Found:
 
 
 def built_shape(config: Mapping[str, Any], remote: Path | None = None) -> ModelShape:
-    """Return the shape of the model that transformers builds from a config. Takes no memory, and no random number.
+    """Return the shape of the model that transformers builds from a config. Takes no memory, and no random numbers.
 
     Args:
         config: the fields of its config.json
@@ -114,8 +114,7 @@ def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
         made = AutoConfig.from_pretrained(remote, trust_remote_code=True)
     elif kind in CONFIG_MAPPING:
         with tempfile.TemporaryDirectory() as folder:  # from a file, as a checkpoint's is read: not all is plain JSON
-            own = {key: value for key, value in config.items() if key != "auto_map"}
-            Path(folder, "config.json").write_text(json.dumps(own), encoding="utf-8")
+            Path(folder, "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
             made = AutoConfig.from_pretrained(folder)
     else:
         own_code = (

@@ -257,6 +257,8 @@ def test_what_each_method_takes_of_a_known_model():
     model = PlannedModel("m", model_shape(LLAMA_8B))
     found = {one.method: one for one in rows(Settings(plan=PlanSettings(sharding="zero3")), model)[::2]}
     assert {name: (one.memory.peak // MIB, round(one.time.total, 2)) for name, one in found.items()} == FIGURES
+    read = found["rollback"].memory.host - found["project"].memory.host
+    assert read == 8 * 4 * 4096 * 14336, "every rank reads a matrix of the reference at a time"
 
 
 def test_a_further_method_is_planned_by_what_it_says_of_itself(monkeypatch):
