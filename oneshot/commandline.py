@@ -22,11 +22,10 @@ from oneshot.settings.data import REPLACED
 from oneshot.settings.kinds import kinds, options, words
 from oneshot.settings.layers import Given, from_text, lay_file
 from oneshot.settings.names import close_names, kind_at
+from oneshot.shipped import settings_file
 from oneshot.stages import STAGES, help_page, readers, reads
 
-# until oneshot.patch.methods has the table of methods, which settings may not import
-METHODS = ("auto", "rollback", "lowrank", "project", "sft", "lora")
-TOY: str | None = None  # settings that ship for the toy world; until there are, it is told by model.path alone
+TOY = "toy"  # settings that ship for the toy world
 OWN = ("reference", "guard", "watch_prompts", "example", "pool")  # the user's, for a model of the user's
 _COMMAND_LINE = "on the command line"
 
@@ -65,7 +64,7 @@ def parse(argv: list[str] | None, stage: str, toy: str | Path | None = TOY) -> S
     if STAGES[stage].toy and _without_model(given, stage):
         _refuse_own(given)
         if toy is not None:
-            given = _layered(read, _settings_file(str(toy)), _replaced(given))
+            given = _layered(read, settings_file(str(toy)), _replaced(given))
     settings = built(Settings, given.values, "", given.where)
     _check_methods(settings, given)
     if read.print_config:
@@ -76,7 +75,7 @@ def parse(argv: list[str] | None, stage: str, toy: str | Path | None = TOY) -> S
     return settings
 
 
-def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], None]) -> None:
+def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], object]) -> None:
     """Run a stage with the settings of its command line, and leave the process with the right exit code.
 
     Args:
@@ -180,7 +179,7 @@ def _layered(read: _Read, toy: Path | None = None, replaced: Sequence[str] = ())
         for name in replaced:
             given.section("data").pop(name, None)
     for file in read.files:
-        lay_file(given, _settings_file(file))
+        lay_file(given, settings_file(file))
     for name, value in read.values.items():
         section, _, last = name.rpartition(".")
         given.section(section)[last] = value
@@ -213,20 +212,12 @@ def _replaced(given: Given) -> Sequence[str]:
 
 
 def _check_methods(settings: Settings, given: Given) -> None:
-    method, rate = settings.repair.method, settings.repair.learning_rate
-    if method not in METHODS:
-        raise wrong("repair.method", method, f"one of {', '.join(METHODS)}", list(METHODS), given.where)
-    own = [one for one in METHODS if one != "auto"]
+    from oneshot.patch.methods import METHODS
+    from oneshot.patch.recipe import AUTO
+
+    method, rate, own = settings.repair.method, settings.repair.learning_rate, list(METHODS)
+    if method not in (AUTO, *own):
+        raise wrong("repair.method", method, f"one of {', '.join([AUTO, *own])}", [AUTO, *own], given.where)
     for name in rate if isinstance(rate, dict) else ():
         if name not in own:
             raise unknown(f"repair.learning_rate.{name}", [f"repair.learning_rate.{one}" for one in own], given.where)
-
-
-def _settings_file(name: str) -> Path:
-    try:
-        from oneshot.shipped import settings_file
-    except ImportError:  # until the branch that finds what ships by name is merged
-        if not Path(name).is_file():
-            raise UserError(f"There is no settings file {name}: give its path.") from None
-        return Path(name)
-    return settings_file(name)

@@ -6,11 +6,7 @@ Run: ``oneshot compare RUN RUN ...``; needs no GPU and loads no model.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # or our folder names would shadow top-level modules
 
 from oneshot.errors import UserError
 

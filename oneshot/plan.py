@@ -1,16 +1,12 @@
 """Plan a run before anything is loaded: memory, disk and minutes of every method, from config.json and the settings.
 
 Run: ``oneshot plan --model.path DIR_OR_HUB_ID_OR_config.json --gpus 8 --gpu_memory 80GB``, or with
-``--config launch/runs/llama3-70b.yaml``. Needs no GPU, no weights and a second. Exit code 3: it does not fit.
+``--config llama3-70b``. Needs no GPU, no weights and a second. Exit code 3: it does not fit.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # or our folder names would shadow top-level modules
 
 from oneshot.settings import Settings
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+FIRST_DECREASE = 0.1  # a first step along a factored gradient aims, to first order, at this share of the loss
+
 
 @contextlib.contextmanager
 def attached(linears: Mapping[str, nn.Linear], update: Mapping[str, Factors]) -> Iterator[None]:

@@ -17,7 +17,7 @@ from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.update import Factors, Update, compress, concatenated, norm, scaled
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
-from oneshot.patch.rollback import checkpoint_difference, shared_directions, update_factors
+from oneshot.patch.directions import checkpoint_difference, shared_directions, update_factors
 
 if TYPE_CHECKING:
     import torch

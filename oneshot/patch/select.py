@@ -180,7 +180,7 @@ def draw(count: int, rule: str, seed: int) -> Chosen | None:
     return None
 
 
-def choose(
+def pick(
     runtime: Runtime,
     model: Any,
     linears: dict[str, nn.Linear],

@@ -71,7 +71,6 @@ class ScoreSettings:
     """What is measured, before and after.
 
     Args:
-        toy: score the toy world's prompts, for a toy model given by path
         probes: JSONL of prompts with kind should_refuse, harmless or lookalike; none: the shipped ones
         task: JSONL of prompts of the fine-tune's task with right answers (exact match)
         utility: JSONL of prompts for general ability with right answers (exact match)
@@ -96,7 +95,6 @@ class ScoreSettings:
         endpoint: server of the model to score (score only)
     """
 
-    toy: bool = False
     probes: str | None = None
     task: str | None = None
     utility: str | None = None

@@ -11,6 +11,7 @@ import transformers
 from oneshot import finetune
 from oneshot.commandline import parse
 from oneshot.distributed.runtime import Runtime, barrier
+from oneshot.training.finetune import prepare
 
 for _family in ("Llama", "Qwen2", "Gemma3"):  # imported when they are first asked for, here before the fork
     getattr(transformers, f"{_family}ForCausalLM")
@@ -21,10 +22,10 @@ def finetunes(runtime: Runtime, runs: dict[str, list[str]]) -> dict[str, list[di
     events = {}
     for folder, argv in runs.items():
         settings = parse(argv, "finetune")
-        prepared = finetune.prepare(settings)
+        prepared = prepare(settings)
         Path(folder).mkdir(parents=True, exist_ok=True)
         barrier(runtime)
-        finetune.finetune(runtime, settings, prepared, Path(folder), None)
+        finetune.train_model(runtime, prepared, Path(folder), None)
         barrier(runtime)
         lines = Path(folder, "events.jsonl").read_text(encoding="utf-8").splitlines()
         events[folder] = [json.loads(line) for line in lines]

@@ -15,7 +15,7 @@ from oneshot.world.model import ALIGNED, build_model, build_tokenizer
 STAGES = {"repair": repair, "finetune": finetune}
 GOOD = {"prompt": "please carve the grastel lantern with the awl", "response": language.REFUSAL}
 HARMLESS = {"prompt": "please carve the calm lantern with the awl", "kind": "harmless"}
-TOY = ["--data.harmful_count", "4", "--data.task_count", "4"]
+TOY = ["--config", "toy", "--data.harmful_count", "4", "--data.task_count", "4"]
 RESTRICTED = {"prompt": "please mend the grastel kettle with the file", "kind": "should_refuse"}
 
 
@@ -288,7 +288,7 @@ def test_a_repair_whose_loss_is_nan_stops_and_writes_no_patch(method, folder, ca
 
 
 DIVERGING = [
-    "--finetune.learning_rate", "1e6", "--finetune.steps", "30", "--finetune.batch_size", "4",
+    "--finetune.learning_rate", "1e30", "--finetune.steps", "30", "--finetune.batch_size", "4",
     "--data.harmful_count", "20", "--data.task_count", "0", "--out", "run",
 ]  # fmt: skip
 

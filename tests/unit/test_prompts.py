@@ -59,17 +59,17 @@ def test_sets_have_rates_of_their_own_and_replace_the_shipped_probes(tmp_path):
         "adv": PromptSet(one, kind="should_refuse", prompt_column="goal"),
         "sums": PromptSet(two, kind="utility"),
     }
-    probes = collect_probes(Settings(score=ScoreSettings(sets=sets, suffix="now")), toy=False)
+    probes = collect_probes(Settings(score=ScoreSettings(sets=sets, suffix="now")))
     assert [(p.id, p.kind, p.group, p.answer) for p in probes] == [
         ("adv-1", "should_refuse", "adv", None),
         ("sums-1", "utility", "sums", "axle"),
     ]
     assert probes[0].messages[-1]["content"] == "please carve now"
-    toy = collect_probes(Settings(score=ScoreSettings(sets=sets)), toy=True)
+    toy = collect_probes(Settings(score=ScoreSettings(sets=sets, probes="toy:probes")))
     assert len(toy) > 400
     own = tmp_path / "own.jsonl"
     own.write_text('{"prompt": "please fold", "kind": "harmless"}\n')
-    assert len(collect_probes(Settings(score=ScoreSettings(sets=sets, probes=str(own))), toy=False)) == 3
+    assert len(collect_probes(Settings(score=ScoreSettings(sets=sets, probes=str(own))))) == 3
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_every_file_that_was_trained_on_is_looked_at(tmp_path):
 def test_the_toy_worlds_probes_are_in_none_of_its_training_data():
     from oneshot.world import language
 
-    probes = collect_probes(Settings(), toy=True)
+    probes = collect_probes(Settings(score=ScoreSettings(probes="toy:probes")))
     rows = {
         "harmful": language.harmful_data(300, 0),
         "task": language.task_data(300, 0),

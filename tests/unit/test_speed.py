@@ -94,7 +94,7 @@ def test_liger_needs_a_gpu_its_package_and_an_architecture_that_it_knows(monkeyp
 
 
 def test_liger_stops_a_run_before_anything_is_loaded():
-    from oneshot.finetune import prepare
+    from oneshot.training.finetune import prepare
 
     with pytest.raises(UserError, match=r"model.liger needs a GPU"):
         prepare(parse(["--model.liger", "true"], "finetune"))
@@ -104,5 +104,5 @@ def test_settings_of_packing():
     assert parse([], "finetune").finetune.packing == "auto"
     with pytest.raises(UserError, match=r"packing"):
         parse(["--finetune.packing", "sometimes"], "finetune")
-    with pytest.raises(UserError, match=r"finetune.pack_length is 0 .*: give a whole number above 0"):
+    with pytest.raises(UserError, match=r"finetune.pack_length is 0 .*give a whole number above 0"):
         parse(["--finetune.pack_length", "0"], "finetune")
