@@ -40,7 +40,7 @@ def verify(folder: Path) -> list[Shard]:
     Raises:
         UserError: a shard is missing or cut off, or the index or the manifest does not fit the shards
     """
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     pieces = read_pieces(folder, tensors)
     shards: dict[str, Shard] = {}
     for name, entry in tensors.items():
@@ -56,7 +56,12 @@ def verify(folder: Path) -> list[Shard]:
     return list(shards.values())
 
 
-def _tensors(folder: Path) -> dict[str, TensorEntry]:
+def tensors_of(folder: Path) -> dict[str, TensorEntry]:
+    """Return every tensor of a checkpoint, adapter or training state, by its name in the files.
+
+    Raises:
+        UserError: a shard is missing or cut off, the index does not fit the shards, or an adapter is none of PEFT's
+    """
     if is_adapter(folder):
         read_adapter(folder)
         return read_header(folder / ADAPTER_TENSORS)
