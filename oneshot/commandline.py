@@ -183,7 +183,7 @@ def _layered(read: _Read, toy: Path | None = None, replaced: Sequence[str] = ())
     for name, value in read.values.items():
         section, _, last = name.rpartition(".")
         given.section(section)[last] = value
-        given.placed(name, _COMMAND_LINE)
+        given.places[name] = _COMMAND_LINE
     return given
 
 
