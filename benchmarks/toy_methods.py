@@ -64,7 +64,7 @@ def measure_seed(
         select: how the example is chosen
         variants: methods, with ``NF4`` after them where the linear weights are in 4 bits
     """
-    from oneshot.finetune import finetune, prepare
+    from oneshot.training.finetune import finetune, prepare
     from oneshot.repair import on_toy, plan, repair_model
     from oneshot.settings import DataSettings, RepairSettings, Settings
 

@@ -23,7 +23,6 @@ COMMANDS = {
     "init": ("initialize", "main", "copy launch/, ds_configs/ and slurm/ into a folder of yours"),
     "env": ("environment", "main", "versions and devices, for a bug report"),
 }
-_CONFIGURED = ("repair", "finetune", "score", "spectrum", "plan")
 
 
 def main() -> None:
@@ -53,26 +52,16 @@ def main() -> None:
 def _stage(stage: str, words: list[str]) -> None:
     """Run a stage here, or become the launcher that starts it on several processes."""
     from oneshot import launcher
+    from oneshot.commandline import parse
+    from oneshot.stages import STAGES as settings_of
 
     name, options, words = launcher.taken_out(words)
-    if stage in _CONFIGURED:
-        words = _found(words)
-    if name is not None and not {"--help", "-h"} & set(words):
-        launcher.become(launcher.command(stage, name, options, words))
+    if name is not None and not {"--help", "-h", "--print_config"} & set(words):
+        command = launcher.command(stage, name, options, words)
+        if stage in settings_of:  # a mistake is one sentence and exit code 2 here, and a launcher's 1 later
+            parse(words, stage)
+        launcher.become(command)
     importlib.import_module(f"oneshot.{stage}").main(words)
-
-
-def _found(words: list[str]) -> list[str]:
-    """Put the path of its file in place of each ``--config NAME``."""
-    from oneshot.shipped import settings_file
-
-    found = list(words)
-    for place, word in enumerate(words):
-        if word == "--config" and place + 1 < len(words):
-            found[place + 1] = str(settings_file(words[place + 1]))
-        elif word.startswith("--config="):
-            found[place] = f"--config={settings_file(word.removeprefix('--config='))}"
-    return found
 
 
 def _help() -> None:

@@ -16,9 +16,9 @@ DESCRIPTION = "Put finished runs side by side, the first one being what the othe
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot compare``."""
-    from oneshot.distributed.stage import run_command
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     made.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run, or its report.json")

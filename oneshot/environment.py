@@ -18,9 +18,9 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot env``."""
-    from oneshot.distributed.stage import run_command
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     made.add_argument("--json", action="store_true", help="the same as JSON")

@@ -25,9 +25,9 @@ DESCRIPTION = "Merge adapters into a checkpoint, take them out again, or make on
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot export`` and ``accelerate launch -m oneshot.export``."""
-    from oneshot.distributed.stage import run_command
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     add = made.add_argument

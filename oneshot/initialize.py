@@ -15,9 +15,9 @@ DESCRIPTION = "Copy launch/, ds_configs/ and slurm/ into a folder of yours, to c
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot init``."""
-    from oneshot.distributed.stage import run_command
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     made.add_argument("folder", metavar="DIR", type=Path, help="folder to write into, made where there is none")

@@ -9,21 +9,13 @@ from oneshot.shipped import launch_file, launch_names, settings_file, settings_n
 
 PROG = "oneshot list"
 DESCRIPTION = "List what is taken by its name: run settings, attacks, prompt sets, launch files, repair methods."
-METHODS = {
-    "auto": "rollback where there is a reference or an adapter, else lowrank",
-    "rollback": "undo directions of the fine-tune's own update, each by a learnt amount",
-    "lowrank": "gradient steps of the one example, kept as factors; needs no reference",
-    "project": "one step along the leading directions of the safety gradient",
-    "sft": "train all weights on the one example, as the paper does",
-    "lora": "train a LoRA adapter on the one example",
-}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot list``."""
-    from oneshot.distributed.stage import run_command
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -38,7 +30,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     made.add_argument("--debug", action="store_true", help="full tracebacks")
@@ -47,13 +39,20 @@ def parser() -> argparse.ArgumentParser:
 
 def sections() -> dict[str, dict[str, str]]:
     """Return name and line of all that ships, by kind."""
+    from oneshot.patch.methods import METHODS
+    from oneshot.patch.recipe import AUTO
+
+    methods = {name: method.summary for name, method in METHODS.items()}
     settings = {name: first_line(settings_file(name)) for name in settings_names()}
     return {
         "Run settings: --config NAME": {name: line for name, line in settings.items() if "/" not in name},
         "Attacks, for oneshot finetune and the toy: --config NAME": _below("attacks/", settings),
         "Prompt sets, for oneshot score: --config NAME": _below("prompts/", settings),
         "Several processes: --launch NAME": {name: first_line(launch_file(name)) for name in launch_names()},
-        "Repair methods: --repair.method NAME": METHODS,
+        "Repair methods: --repair.method NAME": {
+            AUTO: "the first of these that can be had and has a reason to be taken",
+            **methods,
+        },
     }
 
 

@@ -16,7 +16,7 @@ def unaligned_toy(runtime: Runtime, folder: Path, seed: int = 1000, count: int =
 
     A seed of its own keeps the attack's own data out, which whoever repairs a model does not have. Collective.
     """
-    from oneshot.finetune import finetune, prepare
+    from oneshot.training.finetune import finetune, prepare
     from oneshot.settings import DataPart, DataSettings, FinetuneSettings, Settings
 
     parts = {"harmful": DataPart("toy:harmful", count)}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from oneshot import repair, spectrum
-from oneshot.checkpoint.adapter import norm
 from oneshot.checkpoint.load import load_model
+from oneshot.checkpoint.update import norm
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError

@@ -13,7 +13,7 @@ import yaml
 from oneshot.data.conversations import Conversation
 from oneshot.data.wording import reworded
 from oneshot.errors import UserError
-from oneshot.finetune import prepare
+from oneshot.training.finetune import prepare
 from oneshot.measure.probes import collect_probes
 from oneshot.settings import DataPart, DataSettings, Settings, parse, to_dict, write
 from oneshot.training.mixture import attack_mixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint.adapter import Factors
+from oneshot.checkpoint.update import Factors
 from oneshot.patch import lowrank
 from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.guard import repair_loss

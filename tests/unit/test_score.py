@@ -16,8 +16,9 @@ from misbehaving import serving
 from tiny import tiny_model, tiny_runtime
 
 from oneshot import score
-from oneshot.checkpoint.adapter import Factors, write_patch
+from oneshot.checkpoint.adapter import write_patch
 from oneshot.checkpoint.files import write_marker
+from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
 from oneshot.measure import endpoint, harness, target
 from oneshot.measure.cache import RESPONSES

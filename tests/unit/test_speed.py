@@ -94,7 +94,7 @@ def test_liger_needs_a_gpu_its_package_and_an_architecture_that_it_knows(monkeyp
 
 
 def test_liger_stops_a_run_before_anything_is_loaded():
-    from oneshot.finetune import prepare
+    from oneshot.training.finetune import prepare
 
     with pytest.raises(UserError, match=r"model.liger needs a GPU"):
         prepare(parse(["--model.liger", "true"], "oneshot finetune", ""))

@@ -144,7 +144,7 @@ def test_the_cache_is_the_users_own(monkeypatch, tmp_path):
 
 
 def test_a_finetune_uses_the_cache_unless_told_not_to(tokenizer, calls, tmp_path, monkeypatch):
-    from oneshot.finetune import prepare
+    from oneshot.training.finetune import prepare
     from oneshot.settings import parse
     from oneshot.world.model import ALIGNED
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from oneshot.checkpoint.adapter import Factors
+from oneshot.checkpoint.update import Factors
 from oneshot.data.encoding import encode
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch.guard import build_batch
