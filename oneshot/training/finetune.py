@@ -20,7 +20,7 @@ from oneshot.distributed.engine import TrainingEngine, start_training
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.signals import Interrupted, noticed, tell_progress
 from oneshot.errors import UserError
-from oneshot.settings import FinetuneSettings, Settings
+from oneshot.settings import FinetuneSettings, Settings, rate_for
 from oneshot.training.kernels import check_liger, use_liger
 from oneshot.training.loop import Diverged, Schedule, StepResult, autocast_dtype, train
 from oneshot.training.mixture import attack_mixture
@@ -189,10 +189,11 @@ def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: 
                 states.finish()
                 raise Interrupted(f"Told to stop after step {result.step}: all is in {state}, go on with --resume.")
 
+    rate = rate_for(options.learning_rate, options.method) or LEARNING_RATE[options.method]
     with noticed() as told_to_stop:
         train(
             engine,
-            Schedule(steps, _rate(options), warmup_steps=int(options.warmup_ratio * steps)),
+            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
             batches,
             answer_loss,
             report,
@@ -200,12 +201,6 @@ def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: 
             start=done,
             told_to_stop=told_to_stop,
         )
-
-
-def _rate(options: FinetuneSettings) -> float:
-    rate = options.learning_rate
-    named = rate.get(options.method) if isinstance(rate, dict) else rate
-    return named or LEARNING_RATE[options.method]
 
 
 def _batches(
