@@ -12,10 +12,11 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oneshot.api import Finetuned, Repair, Scores, Watched, export, finetune, plan, repair, score, settings_for
+    from oneshot.api import export, finetune, plan, repair, score, settings_for
     from oneshot.errors import UserError
     from oneshot.planning.plan import Plan
     from oneshot.report.exports import Exported
+    from oneshot.results import Finetuned, Repair, Scores, Watched
     from oneshot.settings import (
         DataPart,
         DataSettings,
@@ -32,15 +33,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_OF_API = (
-    "Finetuned", "Repair", "Scores", "Watched", "export", "finetune", "plan", "repair", "score", "settings_for",
-)  # fmt: skip
+_OF_API = ("export", "finetune", "plan", "repair", "score", "settings_for")
 _OF_SETTINGS = (
     "DataPart", "DataSettings", "EndpointSettings", "FinetuneSettings", "ModelSettings", "PlanSettings", "PromptSet",
     "RepairSettings", "ScoreSettings", "Settings", "SpectrumSettings",
 )  # fmt: skip
 _HOMES = (
     dict.fromkeys(_OF_API, "oneshot.api")
+    | dict.fromkeys(("Finetuned", "Repair", "Scores", "Watched"), "oneshot.results")
     | dict.fromkeys(_OF_SETTINGS, "oneshot.settings")
     | {"Exported": "oneshot.report.exports", "Plan": "oneshot.planning.plan", "UserError": "oneshot.errors"}
 )

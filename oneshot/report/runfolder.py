@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,18 @@ def append_event(run_dir: Path, **fields: Any) -> None:
         stream.flush()
 
 
+@dataclass(frozen=True)
+class Run:
+    """What was run: name or path of the model, on how many processes, from which seed."""
+
+    model: str
+    world_size: int
+    seed: int
+
+
 def build_report(
+    run: Run,
     *,
-    model: str,
-    world_size: int,
-    seed: int,
     example: Mapping[str, Any] | None,
     stages: Mapping[str, StageScores],
     repair: Mapping[str, Any] | None,
@@ -97,7 +105,6 @@ def build_report(
     """Return report.json's content.
 
     Args:
-        model: name or path of the model
         example: id, prompt, response, selected_by and score of the one example; none where nothing was repaired
         stages: scores by stage: aligned, finetuned, repaired
         repair: method, rank, epochs, stopped_by and trace (a list of {epoch, loss, ...}); none where there was none
@@ -106,9 +113,7 @@ def build_report(
     """
     return {
         "schema": SCHEMA,
-        "model": model,
-        "world_size": world_size,
-        "seed": seed,
+        **vars(run),
         "judge": JUDGE,
         "example": None if example is None else dict(example),
         "stages": {
