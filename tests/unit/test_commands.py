@@ -29,10 +29,12 @@ def became(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
 
     def stand_in(program: str, arguments: list[str]) -> None:
         assert program == arguments[0] == sys.executable
+        assert os.environ["PYTHONSAFEPATH"] == "1", "a file of the user's could shadow a module"
         raise Became(*arguments)
 
     monkeypatch.setattr(os, "execv", stand_in)
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # put back at the end
+    monkeypatch.delenv("PYTHONSAFEPATH")
     monkeypatch.setattr(sys, "argv", ["oneshot", *words])
     with pytest.raises(Became) as caught:
         cli.main()
