@@ -42,6 +42,7 @@ def became(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
     monkeypatch.setattr(sys, "argv", ["oneshot", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
