@@ -120,7 +120,7 @@ def work(folder: Path, size: str) -> None:
     from oneshot.checkpoint.files import list_tensors
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import barrier, start
-    from oneshot.patch.rollback import checkpoint_difference, shared_directions
+    from oneshot.patch.directions import checkpoint_difference, shared_directions
 
     runtime = start()
     tensors = list_tensors(folder / "finetuned")

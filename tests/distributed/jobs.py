@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from oneshot import finetune, repair
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+from oneshot.commandline import parse
 from oneshot.data.conversations import read_conversations
 from oneshot.data.encoding import encode, pad_batch
 from oneshot.distributed.engine import frozen, start_training
@@ -27,14 +28,14 @@ from oneshot.errors import UserError
 from oneshot.measure.generate import generate_answers
 from oneshot.patch.attach import Gradients
 from oneshot.patch.linears import select_linears
-from oneshot.settings import DataSettings, ModelSettings, parse
+from oneshot.settings import DataSettings, ModelSettings
 from oneshot.training.objective import cross_entropy_sum
 
 
 def stage(job: dict[str, Any]) -> None:
     """A stage's own run(), with the errors that a user makes written down."""
     run = {"finetune": finetune.run, "repair": repair.run}[job["kind"]]
-    settings = parse(job["argv"], job["name"], "")
+    settings = parse(job["argv"], job["kind"])
     try:
         run(settings)
         assert not job.get("fails"), f"{job['name']} was to fail"

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 from oneshot import finetune
+from oneshot.commandline import parse
 from oneshot.distributed import runtime as runtime_module
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.signals import Interrupted
-from oneshot.settings import parse
 from oneshot.training import loop
 
 
@@ -24,7 +24,7 @@ def train(runtime: Runtime, argv: list[str], seconds: float = 0.0) -> str:
 
     loop.TrainingEngine.step = slow  # type: ignore[method-assign]
     try:
-        finetune.run(parse(argv, "oneshot finetune", ""))
+        finetune.run(parse(argv, "finetune"))
     except Interrupted as stop:
         return str(stop)
     return "done"

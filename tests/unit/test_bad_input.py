@@ -15,7 +15,7 @@ from oneshot.world.model import ALIGNED, build_model, build_tokenizer
 STAGES = {"repair": repair, "finetune": finetune}
 GOOD = {"prompt": "please carve the grastel lantern with the awl", "response": language.REFUSAL}
 HARMLESS = {"prompt": "please carve the calm lantern with the awl", "kind": "harmless"}
-TOY = ["--data.harmful_count", "4", "--data.task_count", "4"]
+TOY = ["--config", "toy", "--data.harmful_count", "4", "--data.task_count", "4"]
 RESTRICTED = {"prompt": "please mend the grastel kettle with the file", "kind": "should_refuse"}
 
 

@@ -12,9 +12,10 @@ from tiny import files_in, tiny_runtime
 
 from oneshot import export
 from oneshot.checkpoint import exports
-from oneshot.checkpoint.adapter import ADAPTER_TENSORS, norm, read_adapter
+from oneshot.checkpoint.adapter import ADAPTER_TENSORS, read_adapter
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.identity import IDENTITY, write_identity
+from oneshot.checkpoint.update import norm
 from oneshot.distributed import runtime
 from oneshot.patch.derive import summed
 from oneshot.report.card import EXPORT
