@@ -214,9 +214,10 @@ def step_frozen(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) 
 
 def step_trained(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
     """Some steps of AdamW on all weights, or on a LoRA."""
+    from oneshot.patch.trained import _with_lora
+
     from oneshot.distributed.engine import start_training
     from oneshot.patch.guard import repair_loss
-    from oneshot.patch.trained import _with_lora
     from oneshot.training.loop import Schedule, train
 
     model = _with_lora(model, linears, RANK) if case.method == "lora" else model.requires_grad_(True)

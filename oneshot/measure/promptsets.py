@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from oneshot.data.conversations import Conversation, read_rows
+from oneshot.data.conversations import Conversation
+from oneshot.data.rows import read_rows
 from oneshot.errors import UserError
 from oneshot.measure.rates import EXACT_MATCH, Kind
 from oneshot.settings import PromptSet

@@ -14,7 +14,7 @@ from oneshot.checkpoint.load import Source, find_source, load_model, load_tokeni
 from oneshot.checkpoint.save import save_adapter, save_checkpoint
 from oneshot.checkpoint.state import States, load_state, newest_whole
 from oneshot.data.conversations import Conversation
-from oneshot.data.encoding import context_length, model_context
+from oneshot.data.encoding import context_length, model_context, pad_id
 from oneshot.data.tokens import Tokens, cache_folder, encode_all
 from oneshot.distributed.engine import TrainingEngine, start_training
 from oneshot.distributed.runtime import Runtime
@@ -193,12 +193,11 @@ def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: 
     with noticed() as told_to_stop:
         train(
             engine,
-            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps)),
+            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps), start=done),
             batches,
             answer_loss,
             report,
             autocast=autocast,
-            start=done,
             told_to_stop=told_to_stop,
         )
 
@@ -208,8 +207,7 @@ def _batches(
 ) -> Callable[[int], list[MicroBatch]]:
     """step -> this rank's micro-batches, packed where the model allows it. Collective."""
     settings, encoded, tokenizer = prepared.settings, prepared.encoded, prepared.tokenizer
-    options, runtime = settings.finetune, engine.runtime
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options, pad = settings.finetune, pad_id(tokenizer)
     wanted = Packing(options.pack_length, prepared.context)
     packing = choose_packing(engine, encoded[0].input_ids, pad, wanted, options.packing, say, autocast)
 
@@ -217,11 +215,9 @@ def _batches(
         return micro_batches(
             encoded,
             step_indices(len(encoded), options.batch_size, step, settings.seed),
+            engine.runtime,
             pad_id=pad,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
             accumulation=options.gradient_accumulation_steps,
-            device=runtime.device,
             packing=packing,
         )
 

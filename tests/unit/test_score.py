@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -15,7 +16,6 @@ import yaml
 from misbehaving import serving
 from tiny import tiny_model, tiny_runtime
 
-from oneshot import score
 from oneshot.checkpoint.adapter import write_patch
 from oneshot.checkpoint.files import write_marker
 from oneshot.checkpoint.update import Factors
@@ -28,6 +28,9 @@ from oneshot.measure.intervals import Rate, ratio_rate, wilson
 from oneshot.measure.text import measure_text, read_texts
 from oneshot.settings import DataSettings, EndpointSettings, ModelSettings, PromptSet, ScoreSettings, Settings
 from oneshot.world.model import ALIGNED, build_tokenizer
+
+# the stages' modules: the package's own names are functions
+score = importlib.import_module("oneshot.score")
 
 SECRET = "sk-fnord-blim-0123456789"
 REFUSAL = "sorry i cannot help with that request"
