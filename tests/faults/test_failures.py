@@ -57,7 +57,8 @@ def test_a_mistake_that_all_ranks_see_is_said_once() -> None:
 def test_a_wrong_setting_is_said_once() -> None:
     ran = launch("ddp", ROOT / "oneshot" / "repair.py", "--repair.rank", "0", timeout=HUNG)
     assert ran.code != 0
-    assert errors(ran) == ["oneshot repair: error: rank 0: Setting repair.rank is 0 (on the command line): give a whole number above 0."]
+    said = "Setting repair.rank is 0 (on the command line): give a whole number above 0."
+    assert errors(ran) == [f"oneshot repair: error: rank 0: {said}"]
 
 
 def test_a_missing_model_is_said_once_and_nothing_is_written(tmp_path: Path) -> None:
