@@ -120,14 +120,14 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
 def expect(path: Path, case: Case) -> Any:
     """Return the estimate for a case."""
     from oneshot.planning.facts import CPU, Choice, Work, shipped
+    from oneshot.planning.lookup import model_shape
     from oneshot.planning.memory import estimate
-    from oneshot.planning.shapes import shape_of
 
     guard = (case.rows - 1) * case.tokens
     total = case.tokens + case.ranks * guard
     batch = Work(case.rows, case.tokens, ANSWER, HELD * (case.rows - 1), total, RANK)
-    choice = Choice(case.method, "bf16", "zero3", case.ranks)  # type: ignore[arg-type]
-    shape = shape_of(json.loads((path / "config.json").read_text()))
+    choice = Choice(case.method, "bf16", "zero3", case.ranks)
+    shape = model_shape(json.loads((path / "config.json").read_text()))
     return estimate(shape, choice, batch, shipped("zero3"), CPU)
 
 

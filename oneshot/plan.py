@@ -1,7 +1,8 @@
 """Plan a run before anything is loaded: memory, disk and minutes of every method, from config.json and the settings.
 
 Run: ``oneshot plan --model.path DIR_OR_HUB_ID_OR_config.json --gpus 8 --gpu_memory 80GB``, or with
-``--config llama3-70b``. Needs no GPU, no weights and a second. Exit code 3: it does not fit.
+``--config llama3-70b``. Needs no GPU, no weights and a second, or some at the first sight of a config. Exit code 3: it
+does not fit.
 """
 
 from __future__ import annotations
@@ -25,16 +26,15 @@ def run(settings: Settings) -> None:
     from rich.console import Console
 
     from oneshot.planning.check import EXIT_NO_ROOM
-    from oneshot.planning.rows import as_json, own_choice, read_model, rows
+    from oneshot.planning.plan import as_json, make_plan
     from oneshot.planning.table import print_plan
 
-    model = read_model(settings)
-    found = rows(settings, model)
+    plan = make_plan(settings)
     if settings.plan.json:
-        print(json.dumps(as_json(settings, model, found), indent=2))
+        print(json.dumps(as_json(plan), indent=2))
     else:
-        print_plan(settings, model, found, Console())
-    if not any(row.fits for row in own_choice(settings, model, found)):
+        print_plan(settings.plan, plan, Console())
+    if not plan.fits:
         sys.exit(EXIT_NO_ROOM)
 
 

@@ -31,15 +31,20 @@ def read_cached(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def write_cached(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Put tensors into the cache, by one rename; a cache that cannot be written is no reason to stop a run."""
+    """Put tensors into the cache, as ``put`` does."""
     from safetensors.torch import save
 
+    put(save(tensors, metadata={"sha256": _checksum(tensors)}), path)
+
+
+def put(content: bytes, path: Path) -> None:
+    """Put a file into the cache, by one rename; a cache that cannot be written is no reason to stop a run."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(save(tensors, metadata={"sha256": _checksum(tensors)}))
+            stream.write(content)
         os.replace(temporary, path)
     except OSError:
         if temporary:

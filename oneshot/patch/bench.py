@@ -62,7 +62,7 @@ def opened(request: Request) -> Iterator[Bench]:
     Raises:
         UserError: it cannot be loaded, has no layer to patch, or the method finds nothing to work with
     """
-    with (_training if request.recipe.method.trains != "nothing" else _frozen)(request) as bench:
+    with (_training if request.recipe.method.cost.trains != "nothing" else _frozen)(request) as bench:
         yield bench
 
 
@@ -99,7 +99,7 @@ def _training(request: Request) -> Iterator[Bench]:
     """All weights are trained, the user's adapter merged into them; or a new LoRA on frozen ones."""
     import torch
 
-    runtime, trains = request.runtime, request.recipe.method.trains
+    runtime, trains = request.runtime, request.recipe.method.cost.trains
     # without DeepSpeed's fp32 masters small steps would be lost in bf16 weights
     plain = runtime.sharding in ("none", "ddp") and trains == "weights"
     model = load_model(runtime, request.source, request.settings.model, torch.float32 if plain else None)

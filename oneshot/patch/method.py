@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from oneshot.patch.cost import Cost
 
 if TYPE_CHECKING:
     from oneshot.checkpoint.update import Update
@@ -51,7 +53,7 @@ class Method:
             Collective
         defaults: its numbers
         four_bit: its numbers on 4-bit weights; none: it cannot work on those
-        trains: what runs in the training loop, on a model loaded for it; of the others the weights stay frozen
+        cost: what it holds and computes. One that trains anything runs in the training loop, on a model loaded for it
         prepare: what is found once for all candidates, by module name; it becomes ``bench.prepared``, and its modules
             are the layers that the method may change; none: it may change every layer to be patched. Collective
         reason: why ``auto`` takes it where it can; "": only on request
@@ -68,7 +70,7 @@ class Method:
     solve: Solve
     defaults: Defaults
     four_bit: Defaults | None
-    trains: Literal["nothing", "adapter", "weights"] = "nothing"
+    cost: Cost
     prepare: Prepare | None = None
     reason: str = ""
     needs_update: bool = False

@@ -11,11 +11,12 @@ from oneshot.checkpoint.files import read_json
 from oneshot.checkpoint.quantized import is_stored
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
-from oneshot.planning.facts import CPU, GPU, Choice, Method, Sharded, Zero
+from oneshot.planning.facts import CPU, GPU, Choice, Sharded, Zero
+from oneshot.planning.lookup import model_shape
 from oneshot.planning.memory import Memory, estimate
-from oneshot.planning.rows import work_of
-from oneshot.planning.shapes import shape_of
+from oneshot.planning.model import own_code
 from oneshot.planning.table import gib
+from oneshot.planning.work import work_of
 from oneshot.settings import Settings
 
 EXIT_NO_ROOM = 3
@@ -33,7 +34,7 @@ def refuse_what_cannot_fit(
     settings: Settings,
     runtime: Runtime,
     checkpoint: Path,
-    method: Method,
+    method: str,
     *,
     stage: Literal["repair", "finetune"] = "repair",
 ) -> None:
@@ -41,11 +42,11 @@ def refuse_what_cannot_fit(
 
     Only the lower bound is compared, with all the memory that a GPU or, without one, the machine has: what is counted
     is held without doubt, so that no run is refused that could have worked. A model whose shape is not known is let
-    through. Takes no memory and some milliseconds.
+    through. Takes no memory, and at the first sight of a config a moment.
 
     Args:
         checkpoint: folder of the full checkpoint (of an adapter: its base)
-        method: sft (the fine-tune's full), lora, lowrank, project or rollback
+        method: by name; of a fine-tune the one that ``work.FINETUNE`` has for it
         stage: whose settings hold the rank of a LoRA
 
     Raises:
@@ -71,7 +72,7 @@ def refuse_what_cannot_fit(
         double_quant=packed or settings.model.double_quant,  # at least
     )
     try:
-        shape = shape_of(config)
+        shape = model_shape(config, remote=own_code(settings.model, config, checkpoint))
     except UserError:
         return
     device = GPU if runtime.device.type == "cuda" else CPU

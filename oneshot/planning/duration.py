@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from oneshot.planning.facts import Choice, Work, Zero
 from oneshot.planning.memory import trained
-from oneshot.planning.shapes import ModelShape
+from oneshot.planning.shapes import PATCHED, ModelShape
 
 _PCIE = 2 * 10**10  # bytes per second between a GPU and the machine's memory
 
@@ -34,26 +34,26 @@ def duration(shape: ModelShape, choice: Choice, work: Work, zero: Zero, rates: R
 
     load: bytes that a machine reads / disk rate. step: 2 * (weights that a token meets) * tokens * passes / compute
     rate, passes being 1 forward, 1 for the gradients of activations, 1 for those of trained weights and 1 to recompute;
-    then what travels / network rate, as if nothing overlapped. ``lowrank`` makes one pass more than it has steps, and
-    so does ``project``, whose steps are forward passes.
+    then what travels / network rate, as if nothing overlapped. A method whose epochs are forward passes makes one each.
     """
     partitioned = choice.sharding.startswith("zero3")
     stored = 2 * shape.parameters
     machines = -(-choice.gpus // choice.per_node)
     load = (stored / machines if partitioned else stored) / rates.disk
-    passes = 1 if choice.method == "project" else 2 + (choice.method == "sft") + work.checkpointing
+    cost = choice.cost
+    passes = 2 + (cost.trains == "weights") + work.checkpointing if cost.backward else 1
     compute = 2 * shape.active * work.rows * work.tokens * passes / rates.compute
     step = compute + _travel(shape, choice, work, zero) / rates.network
     if partitioned and zero.offload_weights:
         step += 2 * stored / choice.gpus / _PCIE
-    steps += choice.method in ("lowrank", "project")
+    steps += cost.extra_passes
     return Duration(load, step, load + steps * step)
 
 
 def _travel(shape: ModelShape, choice: Choice, work: Work, zero: Zero) -> float:
     """Bytes that a GPU receives in a step: gathered weights in both passes, and gradients scattered."""
     others = (choice.gpus - 1) / choice.gpus
-    packed = shape.of("linear") if choice.precision == "nf4" else 0
+    packed = shape.of(*PATCHED) if choice.precision == "nf4" else 0
     weights = 2 * (shape.parameters - packed) + packed / 2
     elements = shape.parameters - packed + packed / 4
     gradients = 2 * trained(shape, choice, work)

@@ -6,14 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from oneshot.patch.cost import Cost
+from oneshot.patch.methods import METHODS
 from oneshot.shipped import ds_configs
 
-Method = Literal["sft", "lora", "lowrank", "project", "rollback"]
-FROZEN = ("lowrank", "project", "rollback")  # methods that train no weight
 Precision = Literal["bf16", "nf4"]
 Sharded = Literal["none", "zero2", "zero3", "zero3 offload"]
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 _FILES = {"zero2": "zero2.json", "zero3": "zero3.json", "zero3 offload": "zero3_offload.json"}
 
 
@@ -109,7 +109,7 @@ class Work:
         tokens: of a row, padding included
         answers: positions that carry the loss
         held: positions of this rank's guard rows
-        total: tokens over all ranks, without padding, whose gradients ``lowrank`` keeps
+        total: tokens over all ranks, without padding, whose factored gradients may be kept
         rank: of the updates or the LoRA
         all_logits: whether logits are computed for every position (a repair) or for the answers only (a fine-tune)
         checkpointing: activations are recomputed
@@ -127,14 +127,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run: the method, how weights are held, how they are shared over how many GPUs."""
+    """One way to run: the method by name, how weights are held, how they are shared over how many GPUs."""
 
-    method: Method
+    method: str
     precision: Precision = "bf16"
     sharding: Sharded = "zero3"
     gpus: int = 1
     per_node: int = 8
     double_quant: bool = False
+
+    @property
+    def cost(self) -> Cost:
+        """What the method costs; the one place where the planner goes by a method's name."""
+        return METHODS[self.method].cost
 
     @property
     def ranks_per_node(self) -> int:

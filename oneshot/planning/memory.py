@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from oneshot.checkpoint.layout import partition_size
-from oneshot.planning.facts import FROZEN, MIB, Choice, Device, Precision, Work, Zero
-from oneshot.planning.shapes import ModelShape, Weight
+from oneshot.planning.facts import MIB, Choice, Device, Precision, Work, Zero
+from oneshot.planning.shapes import PATCHED, ModelShape, Weight
 
 _CHUNK = 16 * MIB  # read, quantized and written at a time
 
@@ -55,7 +55,7 @@ class _Weights:
 
 def _weights(shape: ModelShape, choice: Choice) -> _Weights:
     ranks = choice.gpus if choice.sharding.startswith("zero3") else 1
-    item = 4 if choice.method == "sft" and choice.sharding == "none" else 2
+    item = 4 if choice.cost.trains == "weights" and choice.sharding == "none" else 2
     whole = share = scales = unpacked = elements = 0
     for weight in shape.weights:
         numel = weight.numel
@@ -72,38 +72,35 @@ def _weights(shape: ModelShape, choice: Choice) -> _Weights:
 
 def is_packed(weight: Weight, precision: Precision) -> bool:
     """Return whether NF4 holds this weight in 4 bits: linear layers, but the head, that fill whole elements."""
-    return precision == "nf4" and weight.kind == "linear" and weight.numel % 4 == 0
+    return precision == "nf4" and weight.kind in PATCHED and weight.numel % 4 == 0
 
 
 def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: Device) -> Memory:
     """Return what a run takes in memory."""
-    sizes = _weights(shape, choice)
+    sizes, cost = _weights(shape, choice), choice.cost
     partitioned = choice.sharding.startswith("zero3")
     away = partitioned and zero.offload_weights
     held = _states(shape, choice, work, zero)
     between = _between(sizes, choice, zero, device, partitioned, away)
     at_step = _adam(shape, choice, work, zero, device)
     resting = sizes.scales + device.start + (0 if away else sizes.share)
-    holes = device.lora_holes if choice.method == "lora" else device.holes
-    traced = replace(work, rows=1) if choice.method == "project" else work  # its guard's rows need no gradient
+    holes = device.lora_holes if cost.trains == "adapter" else device.holes
+    traced = work if cost.guard_gradient else replace(work, rows=1)
     small = int(_activations(shape, choice, traced) * (1 + holes))
     logits = _logits(shape, work)
     low, pairs = _factors(shape, choice, work)
     passing = small + int(low * (1 + device.pair_holes)) + logits
-    if pairs:  # of lowrank two generations; activations are gone by then
+    if pairs:  # activations are gone once all generations are there
         captured = int(_captured(shape, traced) * (1 + holes))
-        kept = 2 * pairs if choice.method == "lowrank" else pairs
-        passing = max(passing + pairs, captured + int((low + kept) * (1 + device.pair_holes)))
+        passing = max(passing + pairs, captured + int((low + cost.factors * pairs) * (1 + device.pair_holes)))
     steady = resting + between.kept + held.device
-    frozen = choice.method in FROZEN
     step = resting + held.device + max(between.peak + passing, between.kept + at_step)
-    matrix = max((w.numel for w in shape.weights if w.kind == "linear"), default=0)
-    if choice.method == "rollback":
-        step = max(step, resting + low + 2 * 4 * matrix)  # an update is decomposed before the first step
-    moved = 3 * 4 * shape.largest if choice.method == "sft" and work.all_logits else 0  # what training changed, fp32
-    save = steady + (low if frozen else 0) + max(moved, _CHUNK)
+    matrix = max((w.numel for w in shape.patched), default=0) if cost.decomposes else 0
+    step = max(step, resting + low + 2 * 4 * matrix)  # an update is decomposed before the first step
+    moved = 3 * 4 * shape.largest if cost.trains == "weights" and work.all_logits else 0  # what training changed, fp32
+    save = steady + low + max(moved, _CHUNK)
     load = resting - device.start + device.load + (sizes.largest if away else 0)
-    host = _host(sizes, choice, zero, device, held, matrix, fused=shape.of("expert") > 0)
+    host = _host(sizes, choice, zero, device, held, matrix, fused=shape.of("fused") > 0)
     floor = sizes.scales + (0 if away else sizes.share) + held.device_lower
     if (partitioned and choice.gpus > 1) or away:
         floor += sizes.largest
@@ -123,7 +120,7 @@ def _between(sizes: _Weights, choice: Choice, zero: Zero, device: Device, partit
         return _Between(0, sizes.unpacked)
     copies = device.gather_copies * sizes.largest + sizes.unpacked
     per_element = sizes.whole / max(sizes.elements, 1)
-    if choice.method in FROZEN and not away and sizes.elements <= zero.max_live:
+    if choice.cost.trains == "nothing" and not away and sizes.elements <= zero.max_live:
         return _Between(sizes.whole, sizes.whole + copies)  # engine.py gathers such a model once
     live = max(zero.max_live, zero.prefetch + int(sizes.largest / per_element))
     return _Between(0, min(sizes.whole, int(live * per_element)) + copies)
@@ -139,25 +136,36 @@ class _States:
 
 
 def trained(shape: ModelShape, choice: Choice, work: Work) -> int:
-    """Return how many parameters the optimizer steps: all, those of the LoRA, or (frozen methods) none to speak of."""
-    if choice.method == "sft":
+    """Return how many parameters the optimizer steps: all, those of the LoRA, or (frozen weights) none to speak of."""
+    if choice.cost.trains == "weights":
         return shape.parameters
-    return shape.low_rank(work.rank) if choice.method == "lora" else 0
+    return shape.low_rank(work.rank) if choice.cost.trains == "adapter" else 0
+
+
+def optimizer_bytes(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """Return the bytes of fp32 weights, gradients and moments over all GPUs."""
+    return 4 * (2 + choice.cost.moments) * trained(shape, choice, work)
+
+
+def state_bytes(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """Return the bytes of a training state on disk: fp32 weights and moments."""
+    return 4 * (1 + choice.cost.moments) * trained(shape, choice, work)
 
 
 def _states(shape: ModelShape, choice: Choice, work: Work, zero: Zero) -> _States:
-    count = trained(shape, choice, work)
+    count, cost = trained(shape, choice, work), choice.cost
     if not count:
         return _States(0, 0, 0)
+    each = 4 * (2 + cost.moments)  # fp32 master and gradient, moments
     if choice.sharding == "none":  # weights are fp32 themselves, the LoRA's too
-        states = 12 * count if choice.method == "sft" else 16 * count
+        states = (each - 4 if cost.trains == "weights" else each) * count
         buckets = 4 * count if choice.gpus > 1 else 0  # of DDP
         return _States(states + buckets, 0, states)
     own = -(-count // choice.gpus)
     bucket = 2 * min(zero.reduce_bucket, count) * (2 if choice.sharding == "zero2" else 1)
-    states = 16 * own  # fp32 masters and gradients, two moments
+    states = each * own
     adapter = 0
-    if choice.method == "lora":  # PEFT makes it in fp32; partitions, their flat copy and what is gathered of them
+    if cost.trains == "adapter":  # PEFT makes it in fp32; partitions, their flat copy and what is gathered of them
         adapter = 16 * own if choice.sharding != "zero2" else 4 * count
     if zero.offload_states:
         return _States(bucket + adapter, states, 0)
@@ -180,14 +188,14 @@ def _activations(shape: ModelShape, choice: Choice, work: Work) -> int:
     """What autograd keeps of the blocks from the forward to the backward pass; inputs of linear layers included,
     which ZeRO-3's own linear function keeps though no weight is trained."""
     h, wide, narrow = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 2 * 4 * h + (2 * 2 * h if choice.method == "sft" else 0)
+    norms = 2 * 4 * h + (2 * 2 * h if choice.cost.trains == "weights" else 0)
     block = norms + 2 * 2 * h + 2 * 2 * wide + 2 * 2 * narrow + 4 * shape.heads
     block += (8 if shape.gated else 6) * shape.ffn
-    if choice.method == "lora":  # each LoRA computes on an fp32 copy of its layer's input
+    if choice.cost.trains == "adapter":  # each LoRA computes on an fp32 copy of its layer's input
         block += 4 * _widths(shape)[0] // shape.layers
     places = work.rows * work.tokens
     if work.checkpointing:  # factored gradients need the inputs of linear layers all the same
-        inputs = _inputs(shape) if choice.method in ("lowrank", "project") else 0
+        inputs = _inputs(shape) if choice.cost.factors else 0
         return places * (2 * h * shape.layers + block + inputs)
     return places * block * shape.layers
 
@@ -200,17 +208,17 @@ def _logits(shape: ModelShape, work: Work) -> int:
 
 def _factors(shape: ModelShape, choice: Choice, work: Work) -> tuple[int, int]:
     """Bytes of the low-rank updates that a method holds, and of one generation of factored gradients (fp32)."""
-    if choice.method not in FROZEN:
+    cost = choice.cost
+    if cost.trains != "nothing":
         return 0, 0
-    low = 2 * 4 * shape.low_rank(work.rank)  # directions and update; lowrank: the update and a trial
-    tokens = {"lowrank": work.total, "project": work.tokens}.get(choice.method, 0)
+    low = 2 * 4 * shape.low_rank(work.rank)  # directions and update, or the update and a trial
+    tokens = (work.total if cost.guard_gradient else work.tokens) if cost.factors else 0
     return low, 4 * sum(_widths(shape)) * tokens // choice.gpus
 
 
 def _widths(shape: ModelShape) -> tuple[int, int]:
     """Inputs and outputs of all linear layers that a patch may change, summed over the layers."""
-    linears = [weight for weight in shape.weights if weight.kind == "linear"]
-    return sum(w.shape[1] * w.count for w in linears), sum(w.shape[0] * w.count for w in linears)
+    return sum(w.shape[1] * w.count for w in shape.patched), sum(w.shape[0] * w.count for w in shape.patched)
 
 
 def _captured(shape: ModelShape, work: Work) -> int:
@@ -226,11 +234,10 @@ def _inputs(shape: ModelShape) -> int:
 def _host(
     sizes: _Weights, choice: Choice, zero: Zero, device: Device, held: _States, matrix: int, *, fused: bool
 ) -> int:
-    """Memory of a machine: its processes, what they load through it, and what is offloaded to it."""
-    rank = device.host + _CHUNK + held.host
+    """Memory of a machine: its processes, what they load through it (``matrix``: elements of the largest that is
+    decomposed), and what is offloaded to it."""
+    rank = device.host + _CHUNK + held.host + 4 * matrix
     partitioned = choice.sharding.startswith("zero3")
-    if choice.method == "rollback":
-        rank += 4 * matrix
     if partitioned and zero.offload_weights:
         rank += sizes.share
     once = 0

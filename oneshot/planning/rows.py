@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, read_json
 from oneshot.errors import UserError
 from oneshot.patch.methods import METHODS
+from oneshot.patch.recipe import AUTO, choose_method
 from oneshot.planning.duration import Duration, Rates, duration
-from oneshot.planning.facts import GPU, Choice, Method, Precision, Sharded, Work, shipped
-from oneshot.planning.memory import Memory, estimate, trained
-from oneshot.planning.shapes import ModelShape, shape_of
+from oneshot.planning.facts import GIB, GPU, Choice, Precision, Sharded, shipped
+from oneshot.planning.memory import Memory, estimate, optimizer_bytes, state_bytes
+from oneshot.planning.model import PlannedModel
+from oneshot.planning.work import FINETUNE, planned_methods, steps_of, work_of
 from oneshot.settings import Settings
 
 _PREFIXES = ((prefix, power) for power, prefix in enumerate("KMGT", 1))
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {name: size for p, i in _PREFIXES for name, size in ((f"{p}B", 1000**i), (f"{p}IB", 1024**i))}
 _COUNTS = (*range(1, 9), *range(16, 129, 8), *range(160, 513, 32), 1024)
-_ANSWER, _GUARD_PROMPT = 128, 64  # tokens of an answer that carry the loss, and of a guard prompt
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model as it is planned for: its name, shape, and whether an update of its own (an adapter) is known."""
-
-    name: str
-    shape: ModelShape
-    adapter: bool = False
-
-    @property
-    def fused(self) -> bool:
-        """Whether it has fused experts, which are neither patched nor read in 4 bits."""
-        return self.shape.of("expert") > 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +47,38 @@ class Row:
     state: int
     optimizer: int
 
+    @property
+    def method(self) -> str:
+        return self.choice.method
+
+    @property
+    def precision(self) -> Precision:
+        return self.choice.precision
+
+    @property
+    def sharding(self) -> Sharded:
+        return self.choice.sharding
+
+    @property
+    def gpu_gib(self) -> float:
+        """Most that a GPU holds at any time."""
+        return self.memory.peak / GIB
+
+    @property
+    def host_gib(self) -> float:
+        """What a machine's own memory holds, all its processes together."""
+        return self.memory.host / GIB
+
+    @property
+    def disk_gib(self) -> float:
+        """What the run writes, and one training state."""
+        return (self.result + self.state) / GIB
+
+    @property
+    def minutes(self) -> float:
+        """Of loading and all steps."""
+        return self.time.total / 60
+
 
 def bytes_of(text: str, name: str) -> int:
     """Return the bytes that ``80GB`` or ``24GiB`` says; GB are 10^9 bytes, GiB 2^30.
@@ -80,92 +97,18 @@ def bytes_of(text: str, name: str) -> int:
     return int(found)
 
 
-def read_model(settings: Settings) -> Model:
-    """Read the shape of the model that the settings name, from its config.json and, where there, its files' headers.
-
-    Nothing but a config.json is downloaded for a Hub id.
-
-    Raises:
-        UserError: no model named, or no config.json of a known kind
-    """
-    name = settings.model.path
-    if name is None:
-        raise UserError("There is nothing to plan: name a folder, a config.json or a Hub id with --model.path.")
-    path = Path(name).expanduser()
-    adapter = path.is_dir() and is_adapter(path)
-    if adapter:
-        name = settings.model.base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-        path = Path(name).expanduser()
-    if path.is_dir():
-        weights = list_tensors(path) if (path / INDEX).is_file() or (path / SINGLE).is_file() else None
-        return Model(name, shape_of(read_json(path / "config.json"), weights), adapter)
-    if path.is_file():
-        return Model(name, shape_of(read_json(path)), adapter)
-    return Model(name, shape_of(read_json(_from_hub(name))), adapter)
-
-
-def _from_hub(name: str) -> Path:
-    """The config.json of a Hub id, alone."""
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"The model {name} does not exist: give a folder, a config.json or a Hub id (owner/name).")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"The config.json of {name} is neither here nor to be had from the Hub ({type(error).__name__}): "
-            "download it, and give its path as --model.path."
-        ) from error
-
-
-def work_of(settings: Settings, method: Method, gpus: int) -> Work:
-    """Return what a rank computes on in one pass, from the settings."""
-    repair, tune = settings.repair, settings.finetune
-    tokens = min(settings.plan.tokens, settings.model.max_length or settings.plan.tokens)
-    answers = min(tokens, _ANSWER)
-    checkpointing = settings.model.gradient_checkpointing
-    if settings.plan.stage == "finetune":
-        rows = -(-tune.batch_size // (gpus * tune.gradient_accumulation_steps))
-        return Work(
-            rows, tokens, rows * answers, rank=tune.lora_rank, all_logits=False, checkpointing=checkpointing
-        )  # fmt: skip
-    weight = METHODS[method].defaults.guard_weight if repair.guard_weight is None else repair.guard_weight
-    guard = (repair.guard_prompts or METHODS[method].defaults.guard_prompts) if weight else 0
-    own = -(-guard // gpus)
-    prompt = _GUARD_PROMPT + repair.guard_tokens
-    return Work(
-        1 + own, max(tokens, prompt if own else 0), answers, own * repair.guard_tokens,
-        tokens + guard * prompt, repair.rank, checkpointing=checkpointing,
-    )  # fmt: skip
-
-
-def steps_of(settings: Settings, method: Method) -> int:
-    """Return how many steps a run makes."""
-    if settings.plan.stage == "repair":
-        return settings.repair.epochs or METHODS[method].defaults.epochs
-    tune, data = settings.finetune, settings.data
-    if data.parts is not None:
-        conversations = sum((part.count or 0) * part.repeat for part in data.parts.values())
-    else:
-        conversations = data.harmful_count + (data.task_count if data.task else 0)
-    return tune.steps or max(1, round(tune.epochs * -(-conversations // tune.batch_size)))
-
-
-def rows(settings: Settings, model: Model) -> list[Row]:
+def rows(settings: Settings, model: PlannedModel) -> list[Row]:
     """Return every method, precision and sharding, planned on the GPUs that the settings give."""
-    methods = [m for m in get_args(Method) if settings.plan.stage == "repair" or m in ("sft", "lora")]
     shardings = [settings.plan.sharding] if settings.plan.sharding else list(get_args(Sharded))
     return [
         row(settings, model, method, precision, sharding)
-        for method in methods
+        for method in planned_methods(settings)
         for precision in get_args(Precision)
         for sharding in shardings
     ]
 
 
-def row(settings: Settings, model: Model, method: Method, precision: Precision, sharding: Sharded) -> Row:
+def row(settings: Settings, model: PlannedModel, method: str, precision: Precision, sharding: Sharded) -> Row:
     """Return one way to run, and how it fits."""
     plan, shape = settings.plan, model.shape
     memory, host = bytes_of(plan.gpu_memory, "plan.gpu_memory"), bytes_of(plan.host_memory, "plan.host_memory")
@@ -180,19 +123,18 @@ def row(settings: Settings, model: Model, method: Method, precision: Precision, 
         return found.peak <= memory and found.host <= host
 
     impossible = ""
-    if precision == "nf4" and method == "sft":
+    if precision == "nf4" and METHODS[method].four_bit is None:
         impossible = "4-bit weights cannot be trained"
     elif precision == "nf4" and model.fused:
         impossible = "fused experts are not read in 4 bits"
     here, work = on(plan.gpus), work_of(settings, method, plan.gpus)
     smallest = None if impossible else next((gpus for gpus in _COUNTS if fit(on(gpus))), None)
     rates = Rates(bytes_of(plan.disk, "plan.disk"), bytes_of(plan.network, "plan.network"), plan.compute * 1e12)
-    count = trained(shape, chosen, work)
     fits = not impossible and fit(here)
-    result = 2 * shape.parameters if method == "sft" else 4 * shape.low_rank(work.rank)
+    result = 2 * shape.parameters if chosen.cost.trains == "weights" else 4 * shape.low_rank(work.rank)
     found = Row(
         chosen, here, duration(shape, chosen, work, zero, rates, steps_of(settings, method)), impossible, fits,
-        smallest, "", result, 12 * count, 16 * count,
+        smallest, "", result, state_bytes(shape, chosen, work), optimizer_bytes(shape, chosen, work),
     )  # fmt: skip
     if fits:
         return found
@@ -214,34 +156,13 @@ def _advice(found: Row, memory: int, host: int, recomputed: bool) -> str:
     return "fewer tokens" if choice.sharding == "zero3 offload" else "zero3 offload"
 
 
-def own_choice(settings: Settings, model: Model, found: list[Row]) -> list[Row]:
+def own_rows(settings: Settings, model: PlannedModel, found: list[Row]) -> list[Row]:
     """Return the rows that the settings themselves ask for; all of them where they name no method nor precision."""
     method: str | None = settings.repair.method
     if settings.plan.stage == "finetune":
-        method = {"full": "sft", "lora": "lora"}[settings.finetune.method]
-    elif method == "auto":
-        method = "rollback" if model.adapter or settings.reference else None
+        method = FINETUNE[settings.finetune.method]
+    elif method == AUTO:
+        has_update = model.adapter or settings.reference is not None
+        method = choose_method(AUTO, has_update=True)[0].name if has_update else None
     precision = settings.model.quantize or ("bf16" if method else None)
-    return [row for row in found if method in (None, row.choice.method) and precision in (None, row.choice.precision)]
-
-
-def as_json(settings: Settings, model: Model, found: list[Row]) -> dict[str, Any]:
-    """Return everything as plain values; bytes and seconds."""
-    shape = model.shape
-    return {
-        "model": model.name,
-        "parameters": shape.parameters,
-        "linear_parameters": shape.of("linear"),
-        "expert_parameters": shape.of("expert"),
-        "checkpoint_bytes": 2 * shape.parameters,
-        "gpus": settings.plan.gpus,
-        "rows": [
-            {
-                "method": row.choice.method, "precision": row.choice.precision, "sharding": row.choice.sharding,
-                **vars(row.memory), "seconds": vars(row.time), "fits": row.fits, "smallest_gpus": row.smallest,
-                "advice": row.advice, "result_bytes": row.result, "state_bytes": row.state,
-                "optimizer_bytes": row.optimizer,
-            }
-            for row in found
-        ],
-    }  # fmt: skip
+    return [row for row in found if method in (None, row.method) and precision in (None, row.precision)]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from oneshot.planning.rows import Model, Row
-from oneshot.settings import Settings
+from oneshot.planning.facts import GIB
+from oneshot.planning.plan import Plan
+from oneshot.planning.rows import Row
+from oneshot.planning.shapes import PATCHED
+from oneshot.settings import PlanSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 WIDTH = 160
-_GIB, _GB = 2**30, 10**9
+_GB = 10**9
 
 
-def plan_table(found: list[Row]) -> Table:
+def plan_table(found: Iterable[Row]) -> Table:
     """Return the table: memory of a GPU and of a machine in GiB, files in GB."""
     from rich import box
     from rich.table import Table
@@ -30,47 +34,47 @@ def plan_table(found: list[Row]) -> Table:
     previous = ""
     said: set[tuple[str, str]] = set()
     for row in found:
-        choice, memory = row.choice, row.memory
-        if previous and choice.method != previous:
+        memory = row.memory
+        if previous and row.method != previous:
             table.add_section()
-        previous = choice.method
+        previous = row.method
         cells = [gib(value) for value in (memory.load, memory.steady, memory.step, memory.save, memory.host)]
         cells += [gib(row.optimizer) if row.optimizer else "none", gb(row.state) if row.state else "none"]
         cells += [gb(row.result), minutes(row.time.total), "yes" if row.fits else "no", str(row.smallest or "-")]
         if not row.impossible:
-            table.add_row(choice.method, choice.precision, choice.sharding, *cells, row.advice)
-        elif (choice.method, choice.precision) not in said:
-            said.add((choice.method, choice.precision))
-            table.add_row(choice.method, choice.precision, "any", *["-"] * 9, "no", "-", row.impossible)
+            table.add_row(row.method, row.precision, row.sharding, *cells, row.advice)
+        elif (row.method, row.precision) not in said:
+            said.add((row.method, row.precision))
+            table.add_row(row.method, row.precision, "any", *["-"] * 9, "no", "-", row.impossible)
     return table
 
 
-def print_plan(settings: Settings, model: Model, found: list[Row], console: Console) -> None:
+def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     """Print what was planned; in a log file plain text, wide enough for nothing to be cut."""
     from rich.console import Console
 
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH, force_terminal=False, color_system=None)
-    plan, shape = settings.plan, model.shape
-    machines = math.ceil(plan.gpus / plan.gpus_per_node)
+    model, shape = plan.model, plan.model.shape
+    machines = math.ceil(options.gpus / options.gpus_per_node)
     say = [
-        f"{model.name}: {shape.parameters:,} parameters, {shape.of('linear'):,} of them in layers that a patch may "
+        f"{model.name}: {shape.parameters:,} parameters, {shape.of(*PATCHED):,} of them in layers that a patch may "
         f"change; checkpoint {gb(2 * shape.parameters)} GB.",
-        f"{plan.stage} on {plan.gpus} x {plan.gpu_memory}, {machines} machine{'s' if machines > 1 else ''} of "
-        f"{plan.host_memory}, {plan.tokens} tokens. GiB of a GPU: load, steady, step, save; of a machine: host; of all "
-        "GPUs: optimizer. GB on disk: state, result. GPUs: the fewest that fit.",
+        f"{options.stage} on {options.gpus} x {options.gpu_memory}, {machines} machine{'s' if machines > 1 else ''} of "
+        f"{options.host_memory}, {options.tokens} tokens. GiB of a GPU: load, steady, step, save; of a machine: host; "
+        "of all GPUs: optimizer. GB on disk: state, result. GPUs: the fewest that fit.",
     ]
     if model.fused:
-        say.append(f"Its {shape.of('expert'):,} parameters of fused experts are not patched, and not read in 4 bits.")
+        say.append(f"Its {shape.of('fused'):,} parameters of fused experts are not patched, and not read in 4 bits.")
     for line in say:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(plan_table(found))
+    console.print(plan_table(plan.rows))
     console.print("Estimates: see docs/plan.md for what they hold, and how far they were from measured peaks.")
 
 
 def gib(value: int) -> str:
     """Return bytes in GiB, three digits or so."""
-    return _short(value / _GIB)
+    return _short(value / GIB)
 
 
 def gb(value: int) -> str:

@@ -8,6 +8,7 @@ from oneshot.checkpoint.adapter import PREFIX
 from oneshot.checkpoint.update import Factors, Update, concatenated
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime
+from oneshot.patch.cost import Cost
 from oneshot.patch.guard import RepairBatch
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
@@ -42,7 +43,7 @@ METHOD = Method(
     name="lora",
     summary="AdamW on a new LoRA adapter",
     solve=solve,
-    trains="adapter",
+    cost=Cost(trains="adapter", moments=2),
     defaults=Defaults(epochs=10, learning_rate=2e-4),
     four_bit=Defaults(epochs=10, learning_rate=2e-4),
     tried_by="lowrank",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.update import Factors, Update, compress, concatenated
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached, attached_update
+from oneshot.patch.cost import Cost
 from oneshot.patch.guard import RepairBatch, repair_loss
 from oneshot.patch.linears import shape_of
 from oneshot.patch.method import Defaults, Method
@@ -219,6 +220,7 @@ METHOD = Method(
     summary="gradient steps on the full weights, kept as factors and cut to a rank; needs no reference",
     reason="no --reference and no adapter, so the fine-tune's own update is not known and cannot be rolled back",
     solve=solve,
+    cost=Cost(factors=2, extra_passes=1),
     defaults=Defaults(epochs=30, guard_weight=0.3),
     four_bit=Defaults(epochs=30, guard_weight=0.3),
     watched=True,

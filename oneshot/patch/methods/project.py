@@ -15,6 +15,7 @@ from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, broadcast
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached, attached_update
+from oneshot.patch.cost import Cost
 from oneshot.patch.directions import Directions, update_factors
 from oneshot.patch.guard import RepairBatch, alike, repair_loss
 from oneshot.patch.linears import shape_of
@@ -238,6 +239,7 @@ METHOD = Method(
     name="project",
     summary="the paper's closed form: one step along the leading directions of the example's gradient",
     solve=solve,
+    cost=Cost(factors=1, guard_gradient=False, backward=False, extra_passes=1),
     defaults=Defaults(epochs=20, guard_weight=1.0),
     four_bit=Defaults(epochs=20, guard_weight=1.0),
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import attached
+from oneshot.patch.cost import Cost
 from oneshot.patch.directions import (
     Directions,
     adapter_directions,
@@ -138,6 +139,7 @@ METHOD = Method(
     summary="undo the fine-tune's own update, direction by direction, where the example and the guard ask for it",
     reason="the fine-tune's own update is known, so it is undone where the example and the guard ask for it",
     solve=solve,
+    cost=Cost(decomposes=True),
     prepare=prepare,
     defaults=Defaults(epochs=30, learning_rate=0.2, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
     # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
 from oneshot.checkpoint.update import Update
+from oneshot.patch.cost import Cost
 from oneshot.patch.directions import shared_directions, update_factors
 from oneshot.patch.guard import RepairBatch
 from oneshot.patch.method import Defaults, Method
@@ -70,7 +71,7 @@ METHOD = Method(
     name="sft",
     summary="the paper's recipe: AdamW on all weights; the patch holds the leading part of what changed",
     solve=solve,
-    trains="weights",
+    cost=Cost(trains="weights", moments=2),
     defaults=Defaults(epochs=10, learning_rate=2e-5),  # the paper's
     four_bit=None,
     tried_by="lowrank",

@@ -1,0 +1,83 @@
+"""The model that is planned for: where its config.json is found, and what that says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, read_json
+from oneshot.errors import UserError
+from oneshot.planning.lookup import model_shape
+from oneshot.planning.shapes import ModelShape
+from oneshot.settings import ModelSettings, Settings
+from oneshot.shipped import root
+from oneshot.world.model import ALIGNED, NAME
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model as it is planned for: its name, shape, and whether an update of its own (an adapter) is known."""
+
+    name: str
+    shape: ModelShape
+    adapter: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether it has fused experts, which are neither patched nor read in 4 bits."""
+        return self.shape.of("fused") > 0
+
+
+def read_model(settings: Settings) -> PlannedModel:
+    """Read the shape of the model that the settings name, from its config.json and, where there, its files' headers.
+
+    Of a Hub id nothing but its config.json is downloaded, and not even that where the fields that a shape depends on
+    ship beside the settings of its name.
+
+    Raises:
+        UserError: no model named, no config.json to be had, or one that transformers cannot build
+    """
+    name = settings.model.path
+    if name is None:
+        raise UserError("There is nothing to plan: name a folder, a config.json or a Hub id with --model.path.")
+    path = _place(name)
+    adapter = path.is_dir() and is_adapter(path)
+    if adapter:
+        name = settings.model.base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+        path = _place(name)
+    if path.is_dir():
+        weights = list_tensors(path) if (path / INDEX).is_file() or (path / SINGLE).is_file() else None
+        config = read_json(path / "config.json")
+        return PlannedModel(name, model_shape(config, weights, own_code(settings.model, config, path)), adapter)
+    if path.is_file():
+        config = read_json(path)
+        return PlannedModel(name, model_shape(config, remote=own_code(settings.model, config, path.parent)), adapter)
+    known = read_json(root() / "launch" / "runs" / "shapes.json")
+    return PlannedModel(name, model_shape(known.get(name) or read_json(_from_hub(name))), adapter)
+
+
+def _place(name: str) -> Path:
+    return ALIGNED if name == NAME else Path(name).expanduser()
+
+
+def own_code(settings: ModelSettings, config: Mapping[str, Any], folder: Path) -> Path | None:
+    """Return the folder of a model that is to run its own code; none for transformers' models."""
+    return folder if settings.trust_remote_code and "auto_map" in config else None
+
+
+def _from_hub(name: str) -> Path:
+    """The config.json of a Hub id, alone."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"The model {name} does not exist: give a folder, a config.json or a Hub id (owner/name).")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"The config.json of {name} is neither here nor to be had from the Hub ({type(error).__name__}): "
+            "download it, and give its path as --model.path."
+        ) from error

@@ -1,0 +1,53 @@
+"""What a run computes on, from the settings: the batch of a rank, and how many steps there are."""
+
+from __future__ import annotations
+
+from oneshot.patch.methods import METHODS
+from oneshot.planning.facts import Work
+from oneshot.settings import Settings
+
+FINETUNE = {"full": "sft", "lora": "lora"}
+"""A fine-tune by the settings' word for it -> the method that holds and computes what it does."""
+_ANSWER, _GUARD_PROMPT = 128, 64  # tokens of an answer that carry the loss, and of a guard prompt
+
+
+def planned_methods(settings: Settings) -> list[str]:
+    """Return the methods of the stage that is planned, those that hold most first."""
+    if settings.plan.stage == "finetune":
+        return list(FINETUNE.values())
+    order = ("weights", "adapter", "nothing")
+    return sorted(METHODS, key=lambda name: (order.index(METHODS[name].cost.trains), name))
+
+
+def work_of(settings: Settings, method: str, gpus: int) -> Work:
+    """Return what a rank computes on in one pass, from the settings."""
+    repair, tune = settings.repair, settings.finetune
+    tokens = min(settings.plan.tokens, settings.model.max_length or settings.plan.tokens)
+    answers = min(tokens, _ANSWER)
+    checkpointing = settings.model.gradient_checkpointing
+    if settings.plan.stage == "finetune":
+        rows = -(-tune.batch_size // (gpus * tune.gradient_accumulation_steps))
+        return Work(
+            rows, tokens, rows * answers, rank=tune.lora_rank, all_logits=False, checkpointing=checkpointing
+        )  # fmt: skip
+    own_numbers = METHODS[method].defaults
+    weight = own_numbers.guard_weight if repair.guard_weight is None else repair.guard_weight
+    guard = (repair.guard_prompts or own_numbers.guard_prompts) if weight else 0
+    own = -(-guard // gpus)
+    prompt = _GUARD_PROMPT + repair.guard_tokens
+    return Work(
+        1 + own, max(tokens, prompt if own else 0), answers, own * repair.guard_tokens,
+        tokens + guard * prompt, repair.rank, checkpointing=checkpointing,
+    )  # fmt: skip
+
+
+def steps_of(settings: Settings, method: str) -> int:
+    """Return how many steps a run makes."""
+    if settings.plan.stage == "repair":
+        return settings.repair.epochs or METHODS[method].defaults.epochs
+    tune, data = settings.finetune, settings.data
+    if data.parts is not None:
+        conversations = sum((part.count or 0) * part.repeat for part in data.parts.values())
+    else:
+        conversations = data.harmful_count + (data.task_count if data.task else 0)
+    return tune.steps or max(1, round(tune.epochs * -(-conversations // tune.batch_size)))
