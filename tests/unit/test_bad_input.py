@@ -272,7 +272,7 @@ def test_a_repair_whose_loss_is_nan_stops_and_writes_no_patch(method, folder, ca
 
 
 DIVERGING = [
-    "--finetune.learning_rate", "1e6", "--finetune.steps", "30", "--finetune.batch_size", "4",
+    "--finetune.learning_rate", "1e30", "--finetune.steps", "30", "--finetune.batch_size", "4",
     "--data.harmful_count", "20", "--data.task_count", "0", "--out", "run",
 ]  # fmt: skip
 
