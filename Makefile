@@ -53,11 +53,12 @@ test: $(READY) ## run the tests, fastest tier first
 	  case $$code in 0) status=0 ;; 5) ;; *) exit $$code ;; esac; \
 	done; exit $$status
 
-check: $(READY) ## lint, types, imports, spelling
+check: $(READY) ## lint, types, imports, lengths, spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/shape.py
 	$(BIN)/codespell
 	git ls-files -z '*.sh' .ci/run | xargs -0 -r $(BIN)/shellcheck
 

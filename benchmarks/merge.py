@@ -12,6 +12,7 @@ resident memory above what the process had after its imports. The last line of o
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -125,7 +126,7 @@ def merge_with_oneshot(folder: Path) -> dict[str, float]:
     import peft  # noqa: F401  imports are no part of what is measured
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    from oneshot import export
+    export = importlib.import_module("oneshot.export")
     from oneshot.checkpoint import architecture, exports, merge  # noqa: F401
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import start

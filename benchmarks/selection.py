@@ -70,12 +70,8 @@ def main() -> None:
     frozen = statistics.median(seconds(partial(alone, model, {}, row)) for row in few)
     batched = seconds(partial(in_batches, runtime, model, few)) / len(few)
     stock = statistics.median(seconds(partial(alone, model, linears, row)) for row in few)
-    of_f = materialized(model, linears, harm.rows)
-    clock = time.process_time()
-    wanted = [against(model, linears, row, of_f) for row in few]
-    whole = (time.process_time() - clock) / len(few)
-    found = [products[i] / norms[i] for row in few for i in [pool.index(row)]]
-    off = max(abs(a - b) for a, b in zip(found, wanted)) / max(map(abs, wanted))
+    scores = [products[i] / norms[i] for row in few for i in [pool.index(row)]]
+    whole, off = against_matrices(model, linears, harm.rows, few, scores)
 
     each = screening / len(pool)
     print(f"screening {len(pool)} candidates: {screening:.1f} s, of which F's gradient {for_f:.1f} s")
@@ -174,6 +170,17 @@ def materialized(model: Any, linears: Any, rows: list[Any]) -> list[Any]:
             total += part
     model.requires_grad_(False)
     return found
+
+
+def against_matrices(
+    model: Any, linears: Any, target: list[Any], rows: list[Any], scores: list[float]
+) -> tuple[float, float]:
+    """Score candidates from whole matrices: seconds for each, and how far ``scores`` are off, over the largest."""
+    of_f = materialized(model, linears, target)
+    clock = time.process_time()
+    wanted = [against(model, linears, row, of_f) for row in rows]
+    taken = (time.process_time() - clock) / len(rows)
+    return taken, max(abs(a - b) for a, b in zip(scores, wanted)) / max(map(abs, wanted))
 
 
 def against(model: Any, linears: Any, row: Any, of_f: list[Any]) -> float:

@@ -19,7 +19,7 @@ def build(folder: Path, seed: int = 0, *, hidden: int = 96, layers: int = 3) -> 
     import torch
 
     from oneshot.checkpoint.save import save_checkpoint
-    from oneshot.data.encoding import encode
+    from oneshot.data.encoding import encode, pad_id
     from oneshot.distributed.engine import start_training
     from oneshot.distributed.runtime import start
     from oneshot.training.loop import Schedule, StepResult, train
@@ -43,15 +43,7 @@ def build(folder: Path, seed: int = 0, *, hidden: int = 96, layers: int = 3) -> 
 
     def batches(step: int) -> list[MicroBatch]:
         indices = step_indices(len(encoded), BATCH_SIZE, step, seed)
-        return micro_batches(
-            encoded,
-            indices,
-            pad_id=tokenizer.pad_token_id,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            accumulation=1,
-            device=runtime.device,
-        )
+        return micro_batches(encoded, indices, runtime, pad_id=pad_id(tokenizer), accumulation=1)
 
     def report(result: StepResult) -> None:
         if result.step % 100 == 0:

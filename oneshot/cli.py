@@ -64,8 +64,9 @@ def _help() -> None:
     for name, text in (STAGES | {name: text for name, (_, _, text) in COMMANDS.items()}).items():
         print(f"  {name:10}{text}")
     print(
-        "\noneshot STAGE --help lists a stage's settings. --launch zero3 starts it on several processes, by accelerate"
-        "\nwith launch/zero3.yaml; accelerate's own options go as --launch.num_processes 4. oneshot list has the names."
+        "\noneshot STAGE --help lists a stage's settings. --launch zero3 starts it on several processes, by\n"
+        "accelerate with launch/zero3.yaml; accelerate's own options go as --launch.num_processes 4.\n"
+        "oneshot list has the names."
     )
 
 

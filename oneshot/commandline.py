@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from oneshot.errors import EXIT_USER, UserError
 from oneshot.settings import Settings, to_dict
-from oneshot.settings.checks import built, joined, unknown, wrong
+from oneshot.settings.checks import built, joined, listed, unknown, wrong
 from oneshot.settings.data import REPLACED
 from oneshot.settings.kinds import kinds, options, words
 from oneshot.settings.layers import Given, from_text, lay_file
@@ -60,18 +60,36 @@ def parse(argv: list[str] | None, stage: str, toy: str | Path | None = TOY) -> S
     if read.help:
         print(help_page(stage, read.topic), end="")
         sys.exit(0)
-    given = _layered(read)
-    if STAGES[stage].toy and _without_model(given, stage):
-        _refuse_own(given)
-        if toy is not None:
-            given = _layered(read, settings_file(str(toy)), _replaced(given))
-    settings = built(Settings, given.values, "", given.where)
-    _check_methods(settings, given)
+    settings = layered(stage, read.files, read.values, _COMMAND_LINE, toy)
     if read.print_config:
         import yaml
 
         print(yaml.safe_dump(to_dict(settings), sort_keys=False), end="")
         sys.exit(0)
+    return settings
+
+
+def layered(
+    stage: str, files: Sequence[str], values: Mapping[str, Any], place: str, toy: str | Path | None = TOY
+) -> Settings:
+    """Return the settings that files and values over them give to a stage.
+
+    Args:
+        stage, toy: as in ``parse``
+        files: settings files, or names of ones that ship; the later wins
+        values: full name -> value, over all files
+        place: where the values were given, for messages
+
+    Raises:
+        UserError: as ``parse``
+    """
+    given = _laid(files, values, place)
+    if STAGES[stage].toy and _without_model(given, stage):
+        _refuse_own(given)
+        if toy is not None:
+            given = _laid(files, values, place, settings_file(str(toy)), _replaced(given))
+    settings = built(Settings, given.values, "", given.where)
+    _check_methods(settings, given)
     return settings
 
 
@@ -149,7 +167,7 @@ def _known(name: str, stage: str) -> Any:
         mine = [one for one in close if reads(stage, one)]
         raise unknown(name, mine or close, lambda _: f" ({_COMMAND_LINE})")
     if not reads(stage, name):
-        others = " and ".join(f"oneshot {other}" for other in readers(name))
+        others = listed([f"oneshot {other}" for other in readers(name)], "and")
         raise UserError(
             f"Setting {name} is not for oneshot {stage} but for {others}: leave it out, or keep it in a --config file, "
             "which may describe a whole run."
@@ -166,8 +184,10 @@ def _following(rest: list[str], flag: str, wanted: str) -> str:
     return rest.pop(0)
 
 
-def _layered(read: _Read, toy: Path | None = None, replaced: Sequence[str] = ()) -> Given:
-    """Lay files and command line over each other.
+def _laid(
+    files: Sequence[str], values: Mapping[str, Any], place: str, toy: Path | None = None, replaced: Sequence[str] = ()
+) -> Given:
+    """Lay files and values over each other.
 
     Args:
         toy: the file below all others
@@ -178,12 +198,12 @@ def _layered(read: _Read, toy: Path | None = None, replaced: Sequence[str] = ())
         lay_file(given, toy)
         for name in replaced:
             given.section("data").pop(name, None)
-    for file in read.files:
+    for file in files:
         lay_file(given, settings_file(file))
-    for name, value in read.values.items():
+    for name, value in values.items():
         section, _, last = name.rpartition(".")
         given.section(section)[last] = value
-        given.placed(name, _COMMAND_LINE)
+        given.placed(name, place)
     return given
 
 

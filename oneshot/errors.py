@@ -7,6 +7,11 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message is one sentence: what is wrong, where, and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's error without its full stop, to be quoted; its class where it says none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 EXIT_USER = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -26,7 +26,7 @@ def run(argv: list[str]) -> None:
     written = copy_shipped(options.folder, force=options.force)
     for name in FOLDERS:
         here = [path for path in written if path.parts[0] == name]
-        print(f"{name}/: {len(here)} files written" if here else f"{name}/: as shipped already")
+        print(f"{name}/: {f'files written: {len(here)}' if here else 'as shipped already'}")
     change = "" if options.folder.resolve() == Path.cwd() else f"cd {options.folder} && "
     print(f"Next: {change}accelerate launch --config_file launch/zero3.yaml -m oneshot.repair --config FILE")
     print(f"   or {change}sbatch slurm/patch_70b.sh --model.path DIR")
@@ -49,13 +49,16 @@ def copy_shipped(folder: Path, *, force: bool = False) -> list[Path]:
     Raises:
         UserError: a file is there that differs from what ships, unless ``force``; then nothing is written
     """
+    for path in (folder, *(folder / name for name in FOLDERS)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: take another folder for oneshot init.")
     shipped = [path for name in FOLDERS for path in sorted((root() / name).rglob("*")) if path.is_file()]
     names = [path.relative_to(root()) for path in shipped]
     differ = [name for name in names if (folder / name).exists() and not _alike(root() / name, folder / name)]
     if differ and not force:
+        some = ", ".join(map(str, differ[:3])) + (", ..." if len(differ) > 3 else "")
         raise UserError(
-            f"{folder} has {len(differ)} files that differ from what ships, the first {differ[0]}: take another "
-            "folder, or --force to overwrite them."
+            f"Files in {folder} differ from what ships ({some}): take another folder, or --force to overwrite them."
         )
     written = [name for name in names if name in differ or not (folder / name).exists()]
     for name in written:

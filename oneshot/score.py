@@ -128,12 +128,10 @@ def _report(
     """Write the report in all its forms, and return it."""
     from oneshot.measure.further import report_fields
     from oneshot.report.outputs import write_outputs
-    from oneshot.report.runfolder import build_report
+    from oneshot.report.runfolder import Run, build_report
 
     report = build_report(
-        model=scored.name,
-        world_size=runtime.world_size,
-        seed=settings.seed,
+        Run(scored.name, runtime.world_size, settings.seed),
         example=None,
         stages=stages,
         repair=None,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oneshot.errors import UserError
+from oneshot.settings.checks import listed
 from oneshot.settings.names import Described, close_names, described, kind_at
 
 WIDTH = 100  # columns of a help page
@@ -140,9 +141,7 @@ def help_page(stage: str, topic: str | None) -> str:
         topic = topic.removeprefix("--")
         shown = [one for one in shown if one.name == topic or one.name.startswith(f"{topic}.")]
     if not shown:
-        known = kind_at(topic) is not None
-        hint = f"it is read by oneshot {' and '.join(readers(topic))}" if known else _topics(stage, topic)
-        raise UserError(f"oneshot {stage} has no settings {topic}: {hint}.")
+        raise UserError(f"There is nothing called {topic} in the settings of oneshot {stage}: {_instead(stage, topic)}")
     return "\n".join(line for one in shown for line in _entry(stage, one)) + "\n"
 
 
@@ -195,6 +194,9 @@ def _sections(stage: str) -> list[str]:
     return [one for one in sections if dataclasses.is_dataclass(kind_at(one))]
 
 
-def _topics(stage: str, topic: str) -> str:
+def _instead(stage: str, topic: str) -> str:
+    if kind_at(topic) is not None:
+        return f"it belongs to oneshot {listed(readers(topic), 'and')}."
     close = [one for one in close_names(topic) if reads(stage, one)]
-    return f"did you mean {close[0]}?" if close else f"take all, or one of {', '.join(_sections(stage))}"
+    sections = listed(["all", *_sections(stage)], "or")
+    return f"did you mean {listed(close, 'or')}?" if close else f"give --help {sections}."

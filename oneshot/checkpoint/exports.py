@@ -106,29 +106,42 @@ def check_space(out: Path, nbytes: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class NewAdapter:
+    """What an adapter to write holds.
+
+    Attributes:
+        update: its factors
+        dtype: what they are stored in
+        base: name of the checkpoint that it belongs to, "" where that is not known
+        linears: names of all linear layers of the model, or none where they are not known: the config then names every
+            changed layer in full
+    """
+
+    update: Update
+    dtype: torch.dtype
+    base: str
+    linears: list[str]
+
+
 def write_adapter(
-    runtime: Runtime,
-    out: Path,
-    update: Update,
-    linears: list[str],
-    base: str,
-    dtype: torch.dtype,
-    tokenizer: Path,
-    beside: Callable[[Path], None],
+    runtime: Runtime, out: Path, adapter: NewAdapter, tokenizer: Path, beside: Callable[[Path], None]
 ) -> None:
     """Write an adapter as a folder that appears when it is complete. Collective.
 
     Args:
-        linears: names of all linear layers of the model, or none where they are not known: the config then names every
-            changed layer in full
         tokenizer: folder whose tokenizer and chat template go along
         beside: writes further files into the folder, on rank 0, before it appears
     """
     with replacing(runtime, out) as temporary, agree(runtime, f"writing the adapter {out}"):
         if runtime.is_main:
             with naming(temporary):
-                write_patch(temporary, update, linears, base, dtype)
-                for path in sorted({path for pattern in _TOKENIZER for path in tokenizer.glob(pattern)}):
-                    if path.is_file():
-                        shutil.copyfile(path, temporary / path.name)
+                write_patch(temporary, adapter.update, adapter.linears, adapter.base, adapter.dtype)
+                _copy_tokenizer(tokenizer, temporary)
                 beside(temporary)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for path in sorted({path for pattern in _TOKENIZER for path in source.glob(pattern)}):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)

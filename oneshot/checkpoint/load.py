@@ -15,7 +15,7 @@ from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.runtime import Runtime
-from oneshot.errors import UserError
+from oneshot.errors import UserError, first_line
 from oneshot.settings import ModelSettings
 from oneshot.world.model import ALIGNED
 
@@ -92,7 +92,7 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"No tokenizer can be loaded from {source.tokenizer} ({_first_line(error)}).") from error
+        raise UserError(f"No tokenizer can be loaded from {source.tokenizer} ({first_line(error)}).") from error
     require_chat_template(tokenizer)
     return tokenizer
 
@@ -127,7 +127,7 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UserError(f"The model in {source.checkpoint} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The model in {source.checkpoint} cannot be loaded: {first_line(error)}.") from error
     model.eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -206,10 +206,6 @@ def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:
         return name
     usable = runtime.device.type == "cuda" and dtype.itemsize == 2 and is_flash_attn_2_available()
     return "flash_attention_2" if usable else "sdpa"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def merge_into(runtime: Runtime, model: Any, update: Update) -> None:

@@ -98,10 +98,7 @@ def fill_partitions(
 
     tensors = list_tensors(folder)
     pieces: Pieces = {}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    _give_shapes(model, dtype, runtime.device, four_bit)
-    renamed = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert len(names) == len(renamed), "tied weights stay tied"
+    names = _give_shapes(model, dtype, runtime.device, four_bit)
 
     class FileInit(deepspeed.zero.Init):
         """DeepSpeed's own conversion, but with the partition read from the file instead of cut from the whole."""
@@ -109,41 +106,42 @@ def fill_partitions(
         def _convert_to_zero_parameters(self, params: Iterable[Any]) -> None:
             params = list(params)
             # parameters that join later (a LoRA's) are converted through the same object, and are in no file
-            super()._convert_to_zero_parameters([p for p in params if id(p) not in renamed])
-            for parameter in [p for p in params if id(p) in renamed]:
+            super()._convert_to_zero_parameters([p for p in params if id(p) not in names])
+            for parameter in [p for p in params if id(p) in names]:
                 self._convert_to_deepspeed_param(parameter)
                 wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
-                name, home = renamed[id(parameter)], self._home(parameter)
+                name = names[id(parameter)]
+                home = self.local_device if parameter.ds_persist else self.remote_device
                 packed = _is_packed(four_bit, name)
                 own = torch.empty(wanted.size, dtype=dtype, device=runtime.device if packed else home)
                 _read(tensors, pieces.get(name, ()), four_bit, name, wanted, own)
-                self._install(parameter, own.to(home), wanted)
-
-        def _home(self, parameter: Any) -> Any:
-            return self.local_device if parameter.ds_persist else self.remote_device
-
-        def _install(self, parameter: Any, own: Any, wanted: Range) -> None:
-            from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, free_param
-
-            if self.pin_memory and own.device.type == "cpu":
-                own = deepspeed.accelerator.get_accelerator().pin_memory(own)
-            own.requires_grad = False
-            parameter.ds_tensor = own
-            own.ds_numel = wanted.size
-            own.status = PartitionedParamStatus.AVAILABLE
-            own.final_location = None
-            parameter.ds_numel_aligned = wanted.size * runtime.world_size
-            free_param(parameter)
-            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+                own = own.to(home)
+                if self.pin_memory and own.device.type == "cpu":
+                    own = deepspeed.accelerator.get_accelerator().pin_memory(own)
+                _install(parameter, own, wanted, runtime.world_size)
 
     with agree(runtime, f"reading the checkpoint {folder}"):
         pieces |= read_pieces(folder, tensors)
         FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
         _read_buffers(model, tensors, pieces)
-    renamed.clear()  # a parameter made later may get the id of one that is gone by then
+    names.clear()  # a parameter made later may get the id of one that is gone by then
     if four_bit is not None:
         finish(runtime, four_bit, tensors, partitioned=True)
     _check(runtime, model)
+
+
+def _install(parameter: Any, own: Any, wanted: Range, world_size: int) -> None:
+    """Make ``own`` the partition of a parameter, with the marks that DeepSpeed's own partitioning leaves."""
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, free_param
+
+    own.requires_grad = False
+    parameter.ds_tensor = own
+    own.ds_numel = wanted.size
+    own.status = PartitionedParamStatus.AVAILABLE
+    own.final_location = None
+    parameter.ds_numel_aligned = wanted.size * world_size
+    free_param(parameter)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
 def fill_whole(runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype, four_bit: FourBit) -> None:
@@ -196,11 +194,12 @@ def _read_buffers(model: Any, tensors: dict[str, TensorEntry], pieces: Pieces) -
             buffer.copy_(flat.view(buffer.shape))
 
 
-def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device, four_bit: FourBit | None) -> None:
-    """Replace meta parameters by ones on the device that have the shape, but one element of memory."""
+def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device, four_bit: FourBit | None) -> dict[int, str]:
+    """Replace meta parameters by ones on the device that have the shape, but one element of memory: id -> name."""
     import torch
     from torch import nn
 
+    before = len(list(model.parameters()))
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
@@ -212,6 +211,9 @@ def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device, four_bit:
                 data = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
                 made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(names) == before, "tied weights stay tied"
+    return names
 
 
 def _check(runtime: Runtime, model: Any) -> None:

@@ -106,6 +106,12 @@ def model_context(config: Any, tokenizer: Any) -> int | None:
     return int(min(limits)) if limits else None
 
 
+def pad_id(tokenizer: Any) -> int:
+    """Return the token that fills padding; what it is does not matter, as nothing attends to it."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+
+
 def pad_batch(batch: list[Encoded], pad_id: int, *, multiple: int = 1) -> dict[str, Tensor]:
     """Return int64 tensors input_ids, attention_mask and labels, each (batch, length), padded on the right.
 

@@ -25,7 +25,7 @@ _FIRST, _HEARD = "oneshot/first_failure", "oneshot/heard"
 T = TypeVar("T")
 
 
-def end_with(prog: str, run: Callable[[], None], *, hang_minutes: float, debug: bool) -> None:
+def end_with(prog: str, run: Callable[[], object], *, hang_minutes: float, debug: bool) -> None:
     """Run a stage, and leave the process with the right exit code.
 
     A user's mistake prints one sentence and exits with 2, anything else exits with 1. With several ranks, the first one

@@ -108,10 +108,11 @@ class _Decoder:
     def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, synced: bool) -> None:
         from transformers import GenerationConfig
 
+        from oneshot.data.encoding import pad_id
+
         self.model, self.tokenizer, self.synced = model, tokenizer, synced
         self.ends = _end_tokens(model, tokenizer)
-        pad = tokenizer.pad_token_id
-        self.pad = pad if pad is not None else (self.ends[0] if self.ends else 0)
+        self.pad = pad_id(tokenizer)
         # Every value is spelt out, because generate() fills what is missing from the model's own generation config.
         self.config = GenerationConfig(
             max_new_tokens=max_new_tokens,

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from oneshot.data.conversations import read_rows
+from oneshot.data.rows import read_rows
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError

@@ -9,7 +9,7 @@ from oneshot.errors import UserError
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.methods import METHODS
 from oneshot.patch.path import Bounds
-from oneshot.settings import RepairSettings
+from oneshot.settings import RepairSettings, rate_for
 
 AUTO = "auto"
 
@@ -107,15 +107,12 @@ def with_method(options: RepairSettings, method: Method, reason: str, *, four_bi
     if numbers is None:
         able = ", ".join(other.name for other in METHODS.values() if other.four_bit is not None)
         raise UserError(f"Method {method.name} trains all weights, which 4 bits do not allow: use one of {able}.")
-    rate = options.learning_rate
-    if isinstance(rate, dict):
-        rate = rate.get(method.name)
     return Recipe(
         method=method,
         reason=reason,
         rank=options.rank,
         epochs=options.epochs or numbers.epochs,
-        learning_rate=rate or numbers.learning_rate,
+        learning_rate=rate_for(options.learning_rate, method.name) or numbers.learning_rate,
         guard_weight=numbers.guard_weight if options.guard_weight is None else options.guard_weight,
         guard_prompts=options.guard_prompts or numbers.guard_prompts,
         temperature=options.temperature or numbers.temperature,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oneshot.measure.intervals import Rate
 from oneshot.measure.judge import JUDGE
-from oneshot.patch.spectrum import Matrix, Spectrum
+from oneshot.patch.path import SAFE_MARGIN
 from oneshot.report import facts, figures, path_figures
 from oneshot.report.answers import HARMFUL_CHARACTERS, answers_section, stage_dot
 from oneshot.report.markup import (
@@ -24,6 +22,7 @@ from oneshot.report.markup import (
     warnings_section,
 )
 from oneshot.report.runfolder import PAGE, SETTINGS, write_whole
+from oneshot.report.spectrum import read_spectrum
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
 from oneshot.report.table import (
     CAPTION,
@@ -72,7 +71,7 @@ def write_page(
         section("Figures", _figures(report)),
         section("The one example", _example(report.get("example"))),
         section("The repair", pairs(facts.repair_rows(report.get("repair")))),
-        section("Spectrum of the safety gradient", _spectrum(run_dir)),
+        section("Spectrum of the safety gradient", read_spectrum(run_dir) or ""),
         section("Answers, stage by stage", answers_section(answers, harmful_characters)),
         section("Resources", pairs(facts.resource_rows(report.get("resources") or {}))),
         section("Settings and versions", _settings(run_dir) + pairs(facts.version_rows(report))),
@@ -129,7 +128,7 @@ def _agreement(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _figures(report: Mapping[str, Any]) -> str:
     repair = report.get("repair") or {}
     trace, kept = repair.get("trace") or [], repair.get("kept")
-    margin = f"{path_figures.SAFE_MARGIN:g} nats"
+    margin = f"{SAFE_MARGIN:g} nats"
     return figures_grid(
         [
             (figures.rates_figure(report["stages"]), f"Rates by stage with 95% intervals; refusals judged by {JUDGE}."),
@@ -171,28 +170,6 @@ def _candidates(selection: Mapping[str, Any]) -> str:
     summary = f"{len(rows)} candidates, in the order of the choice"
     says = f'<p class="soft">{escaped(facts.CHOICE)}</p>'
     return f'<details class="printed"><summary>{summary}</summary><div>{says}{shown}</div></details>'
-
-
-def _spectrum(run_dir: Path) -> str:
-    """The words and figures of a spectrum.json beside the report; one that cannot be read is left out."""
-    from oneshot.report import spectrum  # its own page is built from this room's parts
-
-    try:
-        read = json.loads((run_dir / spectrum.JSON).read_text(encoding="utf-8"))
-        matrices = [Matrix(**{name: _not_null(value) for name, value in row.items()}) for row in read["matrices"]]
-        groups = read["summary"]["cosines"]
-        found = Spectrum(matrices, {name: _not_null(value) for name, value in groups.items()}, read["cosines_each"])
-        words = spectrum.words_of(spectrum.summary(matrices, groups))
-        return f"{words}\n{spectrum.figures_of(found, read['sweep'])}"
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return ""
-
-
-def _not_null(value: Any) -> Any:
-    """What JSON has as null was no number."""
-    if isinstance(value, dict):
-        return {name: _not_null(item) for name, item in value.items()}
-    return math.nan if value is None else value
 
 
 def _settings(run_dir: Path) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from oneshot.measure.paired import compare_stages
 from oneshot.measure.rates import StageScores
 from oneshot.redact import redacted
 from oneshot.settings import Settings
+from oneshot.versions import versions
 
 RUNS = "runs"
 SETTINGS, EVENTS, REPORT, PAGE = "settings.yaml", "events.jsonl", "report.json", "report.html"
 SELECTION, PATCH, REPAIRED = "selection.json", "patch", "repaired"
 SCHEMA = 1
-PACKAGES = ("oneshot", "torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes")
 
 
 def open_run(out: str | None, model_name: str, settings: Settings, runtime: Runtime) -> Path:
@@ -85,11 +84,18 @@ def append_event(run_dir: Path, **fields: Any) -> None:
         stream.flush()
 
 
+@dataclass(frozen=True)
+class Run:
+    """What was run: name or path of the model, on how many processes, from which seed."""
+
+    model: str
+    world_size: int
+    seed: int
+
+
 def build_report(
+    run: Run,
     *,
-    model: str,
-    world_size: int,
-    seed: int,
     example: Mapping[str, Any] | None,
     stages: Mapping[str, StageScores],
     repair: Mapping[str, Any] | None,
@@ -99,7 +105,6 @@ def build_report(
     """Return report.json's content.
 
     Args:
-        model: name or path of the model
         example: id, prompt, response, selected_by and score of the one example; none where nothing was repaired
         stages: scores by stage: aligned, finetuned, repaired
         repair: method, rank, epochs, stopped_by and trace (a list of {epoch, loss, ...}); none where there was none
@@ -108,9 +113,7 @@ def build_report(
     """
     return {
         "schema": SCHEMA,
-        "model": model,
-        "world_size": world_size,
-        "seed": seed,
+        **vars(run),
         "judge": JUDGE,
         "example": None if example is None else dict(example),
         "stages": {
@@ -134,17 +137,6 @@ def write_selection(run_dir: Path, selection: Mapping[str, Any]) -> Path:
     """Write selection.json, how the example was chosen; return its path."""
     text = json.dumps(as_json(selection), indent=2, ensure_ascii=False, allow_nan=False)
     return write_whole(run_dir / SELECTION, text + "\n")
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of python and of the libraries, None where one is not installed; imports none of them."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def write_whole(path: Path, text: str) -> Path:

@@ -19,7 +19,7 @@ from oneshot.patch.request import Request
 from oneshot.patch.solve import Solution
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import PAGE, PATCH, build_report, write_selection
+from oneshot.report.runfolder import PAGE, PATCH, Run, build_report, write_selection
 from oneshot.report.summary import LIMITS, summarize
 from oneshot.report.table import print_stages
 from oneshot.report.trackers import track
@@ -56,17 +56,18 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         console: none prints nothing
     """
     request, stages, chosen = repaired.request, repaired.stages, repaired.choice.chosen
+    settings = request.settings
     taken = request.conversations[chosen.index]
     selection = _named(chosen.selection, request.conversations)
     if selection:
         write_selection(run_dir, selection)
-    trained_on = {**training_requests(request.settings), "the repair example": [taken.prompt[-1]["content"]]}
+    trained_on = {**training_requests(settings), "the repair example": [taken.prompt[-1]["content"]]}
     overlaps = find_overlaps(request.probes, trained_on)
     warnings = [*_warnings(repaired), *repaired.warnings, *overlap_warnings(overlaps, len(request.probes))]
     report = build_report(
-        model=request.settings.name or str(request.settings.model.path),
-        world_size=request.runtime.world_size,
-        seed=request.settings.seed,
+        Run(
+            request.settings.name or str(request.settings.model.path), request.runtime.world_size, request.settings.seed
+        ),
         example=_example(taken, repaired.choice, selection),
         stages=stages,
         repair=_facts(repaired),

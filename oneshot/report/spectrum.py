@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,79 +13,18 @@ from oneshot.report import spectrum_figures
 from oneshot.report.markup import Cell, document, escaped, figures_grid, pairs, section, table, warnings_section
 from oneshot.report.plain import one_line
 from oneshot.report.runfolder import as_json, write_whole
+from oneshot.report.spectrum_medians import SHOWN_RANKS, by_layer, by_module, module_of, short_name, summary
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 JSON, PAGE = "spectrum.json", "spectrum.html"
-SHOWN_RANKS = (1, 2, 4, 8, 20)
 EXPLAINED = {
     "safety": "other safety examples and their refusals",
     "harmful": "harmful conversations of the fine-tune's data",
     "task": "the fine-tune's task",
     "guard": "guard prompts, with the model's own answers",
 }
-
-
-def module_of(name: str) -> tuple[int | None, str]:
-    """Return (layer, module) of a matrix's name, the layer being its first number: 3 and "self_attn.q_proj".
-
-    Later numbers, of experts, become "*", so that these share a column.
-    """
-    match = re.search(r"(?:^|\.)(\d+)\.", name)
-    if match is None:
-        return None, name
-    return int(match[1]), re.sub(r"\b\d+\b", "*", name[match.end() :])
-
-
-def short_name(module: str, modules: Iterable[str]) -> str:
-    """Return the last part of a module's name, or all of it where another module ends alike."""
-    last = module.rpartition(".")[2]
-    return last if sum(other.rpartition(".")[2] == last for other in modules) <= 1 else module
-
-
-def energy_at(matrix: Matrix, rank: int) -> float:
-    """Return the cumulative energy ratio CER(rank): the share of sum(sigma^2) in the first ``rank`` directions."""
-    squares = [value * value for value in matrix.singular_values]
-    total = sum(squares)
-    return sum(squares[:rank]) / total if total else math.nan
-
-
-def summary(matrices: Sequence[Matrix], groups: Iterable[str]) -> dict[str, Any]:
-    """Return medians over matrices, and cosines over them together."""
-    reached = [matrix for matrix in matrices if matrix.rank]
-    compared = [matrix for matrix in reached if matrix.compared[0]]
-    return {
-        "matrices": len(reached),
-        "rank": _median(matrix.rank for matrix in reached),
-        "effective_rank": _median(matrix.effective_rank for matrix in reached),
-        "directions_90": _median(matrix.directions_90 for matrix in reached),
-        "directions_99": _median(matrix.directions_99 for matrix in reached),
-        "energy": {str(rank): _median(energy_at(matrix, rank) for matrix in reached) for rank in SHOWN_RANKS},
-        **{
-            name: _median(getattr(matrix, name) for matrix in compared)
-            for name in ("overlap_left", "overlap_right", "chance_left", "chance_right")
-        },
-        "cosines": {group: cosine_over(list(matrices), group) for group in groups},
-    }
-
-
-def by_module(spectrum: Spectrum) -> dict[str, list[Matrix]]:
-    """Return the matrices of each module, all layers together, in the model's order."""
-    found: dict[str, list[Matrix]] = {}
-    for matrix in spectrum.matrices:
-        found.setdefault(module_of(matrix.name)[1], []).append(matrix)
-    return found
-
-
-def by_layer(spectrum: Spectrum) -> dict[int, list[Matrix]]:
-    """Return the matrices of each layer; those that belong to none are left out."""
-    found: dict[int, list[Matrix]] = {}
-    for matrix in spectrum.matrices:
-        layer = module_of(matrix.name)[0]
-        if layer is not None:
-            found.setdefault(layer, []).append(matrix)
-    return found
 
 
 def console_table(spectrum: Spectrum) -> Table:
@@ -168,20 +105,12 @@ def read_spectrum(run_dir: Path) -> str | None:
     """Return words and figures of the folder's spectrum.json as HTML; none where it is not one of ours."""
     try:
         whole = json.loads((run_dir / JSON).read_text(encoding="utf-8"))
-        matrices = [_matrix(fields) for fields in whole["matrices"]]
-        cosines = {group: _number(value) for group, value in whole["summary"]["cosines"].items()}
-        sweep = [dict(row) for row in whole["sweep"]]
-        each = {group: [_number(value) for value in values] for group, values in whole["cosines_each"].items()}
+        matrices = [Matrix(**_numbers(fields)) for fields in whole["matrices"]]
+        cosines, sweep = _numbers(whole["summary"]["cosines"]), [dict(row) for row in whole["sweep"]]
+        each = {group: [_numbers(value) for value in values] for group, values in whole["cosines_each"].items()}
         return words_of(summary(matrices, cosines)) + figures_of(Spectrum(matrices, cosines, each), sweep)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-
-
-def _matrix(fields: Mapping[str, Any]) -> Matrix:
-    """A matrix as spectrum.json has it, nan being null there."""
-    values = {name: math.nan if value is None else value for name, value in fields.items()}
-    cosines = {group: _number(value) for group, value in fields["cosines"].items()}
-    return Matrix(**(values | {"cosines": cosines, "compared": tuple(fields["compared"])}))
 
 
 def _page(spectrum: Spectrum, facts: Mapping[str, Any], sweep: Sequence[Mapping[str, float]]) -> str:
@@ -274,14 +203,11 @@ def _sweep(sweep: Sequence[Mapping[str, float]]) -> str:
     return f"<details><summary>{len(rows)} patches</summary><div>{folded}</div></details>" if rows else ""
 
 
-def _median(values: Iterable[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return statistics.median(known) if known else math.nan
-
-
-def _number(value: float | None) -> float:
-    """A number of spectrum.json, null being nan."""
-    return math.nan if value is None else float(value)
+def _numbers(value: Any) -> Any:
+    """A value of spectrum.json, with nan where JSON has null."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    return math.nan if value is None else value
 
 
 def _format(value: float | None, how: str) -> str:

@@ -153,10 +153,13 @@ def unknown(name: str, close: list[str], where: Where = nowhere) -> UserError:
         close: names of settings that may have been meant
         where: as in ``built``
     """
-    hint = (
-        f": did you mean {' or '.join([', '.join(close[:-1]), close[-1]] if close[1:] else close)}?" if close else "."
-    )
+    hint = f": did you mean {listed(close, 'or')}?" if close else "."
     return UserError(f"There is no setting {name}{where(name)}{hint}")
+
+
+def listed(words: list[str], last: str) -> str:
+    """Return words as a sentence lists them: ``a, b or c``, where ``or`` is the last word between them."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 def joined(name: str, field: str) -> str:

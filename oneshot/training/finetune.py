@@ -14,13 +14,13 @@ from oneshot.checkpoint.load import Source, find_source, load_model, load_tokeni
 from oneshot.checkpoint.save import save_adapter, save_checkpoint
 from oneshot.checkpoint.state import States, load_state, newest_whole
 from oneshot.data.conversations import Conversation
-from oneshot.data.encoding import context_length, model_context
+from oneshot.data.encoding import context_length, model_context, pad_id
 from oneshot.data.tokens import Tokens, cache_folder, encode_all
 from oneshot.distributed.engine import TrainingEngine, start_training
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.signals import Interrupted, noticed, tell_progress
 from oneshot.errors import UserError
-from oneshot.settings import FinetuneSettings, Settings
+from oneshot.settings import FinetuneSettings, Settings, rate_for
 from oneshot.training.kernels import check_liger, use_liger
 from oneshot.training.loop import Diverged, Schedule, StepResult, autocast_dtype, train
 from oneshot.training.mixture import attack_mixture
@@ -189,23 +189,17 @@ def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: 
                 states.finish()
                 raise Interrupted(f"Told to stop after step {result.step}: all is in {state}, go on with --resume.")
 
+    rate = rate_for(options.learning_rate, options.method) or LEARNING_RATE[options.method]
     with noticed() as told_to_stop:
         train(
             engine,
-            Schedule(steps, _rate(options), warmup_steps=int(options.warmup_ratio * steps)),
+            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps), start=done),
             batches,
             answer_loss,
             report,
             autocast=autocast,
-            start=done,
             told_to_stop=told_to_stop,
         )
-
-
-def _rate(options: FinetuneSettings) -> float:
-    rate = options.learning_rate
-    named = rate.get(options.method) if isinstance(rate, dict) else rate
-    return named or LEARNING_RATE[options.method]
 
 
 def _batches(
@@ -213,8 +207,7 @@ def _batches(
 ) -> Callable[[int], list[MicroBatch]]:
     """step -> this rank's micro-batches, packed where the model allows it. Collective."""
     settings, encoded, tokenizer = prepared.settings, prepared.encoded, prepared.tokenizer
-    options, runtime = settings.finetune, engine.runtime
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options, pad = settings.finetune, pad_id(tokenizer)
     wanted = Packing(options.pack_length, prepared.context)
     packing = choose_packing(engine, encoded[0].input_ids, pad, wanted, options.packing, say, autocast)
 
@@ -222,11 +215,9 @@ def _batches(
         return micro_batches(
             encoded,
             step_indices(len(encoded), options.batch_size, step, settings.seed),
+            engine.runtime,
             pad_id=pad,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
             accumulation=options.gradient_accumulation_steps,
-            device=runtime.device,
             packing=packing,
         )
 

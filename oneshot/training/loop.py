@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,14 @@ class Schedule:
         learning_rate: peak
         warmup_steps: steps in which the rate rises
         decay: whether it falls linearly to zero after the warm-up
+        start: steps that a resumed run has done already
     """
 
     steps: int
     learning_rate: float
     warmup_steps: int = 0
     decay: bool = True
+    start: int = 0
 
     def rate(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -79,6 +82,13 @@ def autocast_dtype(runtime: Runtime, dtype: torch.dtype) -> torch.dtype | None:
     return None
 
 
+def computing_in(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of a forward pass: autocast to a dtype of ``autocast_dtype``, or nothing where it is none."""
+    import torch
+
+    return torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+
+
 def train(
     engine: TrainingEngine,
     schedule: Schedule,
@@ -87,17 +97,15 @@ def train(
     on_step: Callable[[StepResult], bool | None],
     *,
     autocast: torch.dtype | None = None,
-    start: int = 0,
     told_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run ``schedule.steps`` optimizer steps.
+    """Run the optimizer steps of ``schedule``.
 
     Args:
         micro_batches: step -> this rank's micro-batches; every rank returns the same number of them
         loss_of: (forward, micro-batch) -> this rank's share of the step's loss; shares add up to the loss
         on_step: told of every step; a true return ends the training
         autocast: compute dtype where the weights are kept in fp32
-        start: steps that a resumed run has done already
         told_to_stop: asked on every rank in every step; all ranks learn of it with the same step's result
 
     Raises:
@@ -106,20 +114,19 @@ def train(
     import torch
 
     runtime = engine.runtime
-    batches = micro_batches(start) if start < schedule.steps else []
-    for step in range(start, schedule.steps):
+    batches = micro_batches(schedule.start) if schedule.start < schedule.steps else []
+    for step in range(schedule.start, schedule.steps):
         alive()
         started = time.perf_counter()
         engine.set_learning_rate(schedule.rate(step))
         # what the engine averages away again: ranks, and under DeepSpeed also accumulation steps
         scale = runtime.world_size * (len(batches) if engine.is_deepspeed else 1)
-        # loss of the step, its tokens, and who was told to stop, summed over ranks before the last backward pass
-        total = torch.zeros(3, device=runtime.device)
+        total = torch.zeros(3, device=runtime.device)  # of this step: its loss, its tokens, and who was told to stop
         total[1] = sum(batch.tokens for batch in batches)
         total[2] = told_to_stop()
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            with torch.autocast(runtime.device.type, autocast) if autocast else contextlib.nullcontext():
+            with computing_in(autocast, runtime.device):
                 loss = loss_of(engine.forward, batch)
             total[0] += loss.detach().float()
             if last:
@@ -130,17 +137,10 @@ def train(
             engine.backward(loss * scale, last=last)
         upcoming = micro_batches(step + 1) if step + 1 < schedule.steps else []  # while a GPU computes this step
         norm = engine.step()
-        _require_finite(float(total[0]), norm, step + 1, schedule.rate(step))
-        result = StepResult(
-            step=step + 1,
-            loss=float(total[0]),
-            learning_rate=schedule.rate(step),
-            grad_norm=norm,
-            tokens=int(total[1]),
-            seconds=time.perf_counter() - started,
-            told_to_stop=bool(total[2]),
-        )
-        if on_step(result):
+        loss, tokens, told = total.tolist()
+        _require_finite(loss, norm, step + 1, schedule.rate(step))
+        seconds = time.perf_counter() - started
+        if on_step(StepResult(step + 1, loss, schedule.rate(step), norm, int(tokens), seconds, bool(told))):
             break
         batches = upcoming
 

@@ -6,7 +6,6 @@ Whether an architecture heeds them is tried out on the model itself (``why_not_p
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import heapq
 import inspect
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from oneshot.data.encoding import IGNORE, Encoded
 from oneshot.distributed.engine import TrainingEngine
-from oneshot.errors import UserError
+from oneshot.errors import UserError, first_line
+from oneshot.training.loop import computing_in
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +132,6 @@ def choose_packing(
     Raises:
         UserError: packing is wanted always, and the model cannot
     """
-    import torch
-
     if wanted == "never":
         return None
     model: Any = engine.model
@@ -141,7 +139,7 @@ def choose_packing(
         model = model.get_base_model()  # PEFT's wrapper takes anything; what it wraps has the signature
     packing = dataclasses.replace(packing, flat="flash" in (model.config._attn_implementation or ""))
     device = engine.runtime.device
-    with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+    with computing_in(autocast, device):
         reason = why_not_packable(engine.forward, model, tokens, pad_id, device, flat=packing.flat)
     if reason is None:
         return packing
@@ -182,7 +180,7 @@ def why_not_packable(
         with torch.no_grad():
             logits = forward(**to_device(inputs, device), use_cache=False).logits
     except (TypeError, ValueError) as error:
-        return f"the model does not take packed rows ({(str(error).splitlines() or [''])[0].rstrip('.')})"
+        return f"the model does not take packed rows ({first_line(error)})"
     size, room = len(probe.input_ids), len(probe.input_ids) + len(other.input_ids)
     flat_logits, exact = logits.float().reshape(3 * room, -1), logits.dtype == torch.float32
     starts = (room - size, 2 * room - size, 2 * room)

@@ -6,14 +6,11 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from oneshot.data.encoding import IGNORE, Encoded, pad_batch
+from oneshot.distributed.runtime import Runtime
 from oneshot.training.objective import MicroBatch, answers
 from oneshot.training.packing import Packing, deal, pack, rows_of, to_device
-
-if TYPE_CHECKING:
-    import torch
 
 
 def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -52,12 +49,10 @@ def share(sizes: Sequence[int], world_size: int, accumulation: int, *, by_tokens
 def micro_batches(
     encoded: Sequence[Encoded],
     indices: list[int],
+    runtime: Runtime,
     *,
     pad_id: int,
-    rank: int,
-    world_size: int,
     accumulation: int,
-    device: torch.device | Any,
     packing: Packing | None = None,
 ) -> list[MicroBatch]:
     """Return this rank's micro-batches of a step; one without work gets a conversation that counts for nothing.
@@ -71,8 +66,8 @@ def micro_batches(
     sizes = [len(row.input_ids) for row in step]
     total = sum(row.answer_tokens() for row in step)
     batches = []
-    for shares in share(sizes, world_size, accumulation, by_tokens=packing is not None):
-        mine = [step[i] for i in shares[rank]]
+    for shares in share(sizes, runtime.world_size, accumulation, by_tokens=packing is not None):
+        mine = [step[i] for i in shares[runtime.rank]]
         tokens = sum(len(row.input_ids) for row in mine)
         if not mine:
             start = step[0].input_ids[:2]
@@ -83,6 +78,6 @@ def micro_batches(
             rows = rows_of([len(row.input_ids) for row in mine], packing)
             tensors = pack([[mine[i] for i in row] for row in rows], pad_id, flat=packing.flat)
         kept, targets = answers(tensors.pop("labels"))
-        tensors = to_device({**tensors, "kept": kept, "targets": targets}, device)
+        tensors = to_device({**tensors, "kept": kept, "targets": targets}, runtime.device)
         batches.append(MicroBatch(tensors.pop("kept"), tensors.pop("targets"), tensors, total, tokens))
     return batches

@@ -6,6 +6,7 @@ kinds write into "out". Engines are made and ended once per job, as in no single
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import traceback
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from oneshot import finetune, repair
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
 from oneshot.commandline import parse
 from oneshot.data.conversations import read_conversations
@@ -30,6 +30,10 @@ from oneshot.patch.attach import Gradients
 from oneshot.patch.linears import select_linears
 from oneshot.settings import DataSettings, ModelSettings
 from oneshot.training.objective import cross_entropy_sum
+
+# the stages' modules: the package's own names are functions
+finetune = importlib.import_module("oneshot.finetune")
+repair = importlib.import_module("oneshot.repair")
 
 
 def stage(job: dict[str, Any]) -> None:

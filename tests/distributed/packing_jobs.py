@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from oneshot import finetune
 from oneshot.commandline import parse
 from oneshot.distributed.runtime import Runtime, barrier
 from oneshot.training.finetune import prepare
+
+# the stages' modules: the package's own names are functions
+finetune = importlib.import_module("oneshot.finetune")
 
 for _family in ("Llama", "Qwen2", "Gemma3"):  # imported when they are first asked for, here before the fork
     getattr(transformers, f"{_family}ForCausalLM")

@@ -231,8 +231,14 @@ def test_a_part_that_cannot_be_made_is_named(part: DataPart, message: str) -> No
     [
         (["--data.harmful", "FILE"], r"data\.harmful is replaced by data\.parts"),
         (["--data.task_count", "5"], r"data\.task_count is replaced by data\.parts"),
-        (["--data.parts.harmful.count", "-1"], r"data\.parts\.harmful\.count is -1: give 0 or more"),
-        (["--data.parts.harmful.repeat", "0"], r"data\.parts\.harmful\.repeat is 0: give 1 or more"),
+        (
+            ["--data.parts.harmful.count", "-1"],
+            r"data\.parts\.harmful\.count is -1 \(on the command line\): give a whole number of 0",
+        ),
+        (
+            ["--data.parts.harmful.repeat", "0"],
+            r"data\.parts\.harmful\.repeat is 0 \(on the command line\): give a whole number above 0",
+        ),
         (["--data.parts.harmful.words", "x"], "words"),
     ],
 )

@@ -12,24 +12,26 @@ from oneshot.measure.rates import Probe, score_answers
 from oneshot.report.comparison import compared, print_comparison, write_comparison
 from oneshot.report.finished import read_runs
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import build_report
+from oneshot.report.runfolder import Run, build_report
 
 EVIL = "<script>alert('fnord')</script> [bold]x[/bold] |\x1b[31m`"
 REFUSAL, ANSWER = "I can't help with that.", "Take the snib and turn it twice."
 
 
-def make_run(folder, answers, *, prompts="zork", kinds=("should_refuse", "harmless"), **fields):
+def make_run(
+    folder, answers, *, prompts="zork", kinds=("should_refuse", "harmless"), model="lab/toy", seed=0, **fields
+):
     """A finished run whose repaired model answered like this, one answer per probe, of the kinds in turn."""
     probes = [
         Probe(f"p{i}", ({"role": "user", "content": f"{prompts} {i}?"},), kinds[i % len(kinds)])
         for i in range(len(answers))
     ]
     stages = {"repaired": score_answers(probes, answers)}
-    known = {"world_size": 1, "seed": 0, "example": None, "repair": {"method": "rollback"}, "resources": {}}
-    report = build_report(**{"model": "lab/toy", "stages": stages, **known, **fields})
+    known = {"example": None, "repair": {"method": "rollback"}, "resources": {}}
+    report = build_report(Run(model, 1, seed), **{"stages": stages, **known, **fields})
     folder.mkdir(parents=True)
     write_outputs(folder, report, stages)
-    (folder / "settings.yaml").write_text(f"seed: {fields.get('seed', 0)}\nrepair:\n  rank: 20\n")
+    (folder / "settings.yaml").write_text(f"seed: {seed}\nrepair:\n  rank: 20\n")
     return folder
 
 

@@ -94,9 +94,8 @@ def test_the_next_batch_is_made_while_the_step_runs():
         order.append(number)
         return [SimpleNamespace(tokens=1)]
 
-    train(
-        engine, Schedule(4, 0.1), batches, lambda forward, b: forward(torch.ones(1, 2)).sum(), lambda r: None, start=1
-    )
+    schedule = Schedule(4, 0.1, start=1)
+    train(engine, schedule, batches, lambda forward, b: forward(torch.ones(1, 2)).sum(), lambda r: None)
     assert order == [1, 2, "step", 3, "step", "step"]
 
 

@@ -32,16 +32,8 @@ def talks(sizes, seed=0):
 
 
 def batch_of(rows, packing, accumulation=1):
-    return micro_batches(
-        rows,
-        list(range(len(rows))),
-        pad_id=0,
-        rank=0,
-        world_size=1,
-        accumulation=accumulation,
-        device=CPU,
-        packing=packing,
-    )
+    indices = list(range(len(rows)))
+    return micro_batches(rows, indices, tiny_runtime(), pad_id=0, accumulation=accumulation, packing=packing)
 
 
 def falcon():

@@ -78,7 +78,7 @@ def test_sets_have_rates_of_their_own_and_replace_the_shipped_probes(tmp_path):
         ("a b", {}, "no plain name"),
         ("a", {"kind": "harmful"}, r"score\.sets\.a names the kind 'harmful': give one of should_refuse"),
         ("a", {"kinds": {"x": "bad"}}, "names the kind 'bad'"),
-        ("a", {"limit": 0}, r"score\.sets\.a\.limit is 0"),
+        ("a", {"limit": 0}, r"score\.sets\.NAME\.limit is 0"),
         ("a", {"kind": "harmless", "prompt_column": "goal"}, r"no column 'goal'; found 'prompt', 'kind': name it with"),
         ("a", {"kind": "task"}, r"no column 'response'.*answer_column"),
         ("a", {}, r"'kind' is 'blim': say what it means with score\.sets\.a\.kinds"),
@@ -181,15 +181,13 @@ def test_every_file_that_was_trained_on_is_looked_at(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "please carve", "response": "do slice"}\n{"prompt": "please fold"}\n')
     parts = {"own": DataPart(str(path), count=1), "made": DataPart("toy:harmful")}
-    settings = Settings(
-        example=str(path), guard=str(path), data=DataSettings(harmful=str(path), harmful_count=1, parts=parts)
-    )
-    assert {name: list(texts) for name, texts in training_requests(settings).items()} == {
-        "the repair example": ["please carve", "please fold"],
-        "the guard": ["please carve", "please fold"],
-        "the harmful training data": ["please carve"],
-        "the training data own": ["please carve"],
-    }
+    given = {"the repair example": ["please carve", "please fold"], "the guard": ["please carve", "please fold"]}
+    for data, name in (
+        (DataSettings(harmful=str(path), harmful_count=1), "the harmful training data"),
+        (DataSettings(parts=parts), "the training data own"),
+    ):
+        found = training_requests(Settings(example=str(path), guard=str(path), data=data))
+        assert {name: list(texts) for name, texts in found.items()} == {**given, name: ["please carve"]}
     assert training_requests(Settings()) == {}
 
 

@@ -11,7 +11,7 @@ from oneshot.errors import UserError
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import StageScores
 from oneshot.report.modelcard import write_model_cards
-from oneshot.report.runfolder import build_report
+from oneshot.report.runfolder import Run, build_report
 
 
 @pytest.fixture
@@ -114,9 +114,9 @@ def report_with(attack):
     stages = {"finetuned": StageScores({"asr": wilson(200, 200)}, [])}
     if attack is not None:
         stages["repaired"] = StageScores({"asr": wilson(attack, 200)}, [])
-    known = {"world_size": 1, "seed": 0, "repair": {"method": "rollback", "trace": []}, "resources": {}}
+    known = {"repair": {"method": "rollback", "trace": []}, "resources": {}}
     example = {"id": "e", "prompt": "fold a ```skarnel", "response": "no", "selected_by": "user", "score": math.nan}
-    return build_report(model="toy", stages=stages, example=example, warnings=["<b>few</b> probes"], **known)
+    return build_report(Run("toy", 1, 0), stages=stages, example=example, warnings=["<b>few</b> probes"], **known)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import Probe, StageScores, score_answers
 from oneshot.report import figures, path_figures
 from oneshot.report.page import write_page
-from oneshot.report.runfolder import build_report
+from oneshot.report.runfolder import Run, build_report
 from oneshot.report.summary import summarize
 
 EVIL = "<script>alert('fnord')</script>&\"'<img src=x onerror=alert(1)>"
@@ -27,11 +27,11 @@ def scores(**values):
     return StageScores(rates=rates(**values), answers=[])
 
 
-def report_of(before=None, after=None, aligned=None, **fields):
+def report_of(before=None, after=None, aligned=None, *, model="lab/toy", **fields):
     stages = {"aligned": aligned, "finetuned": before, "repaired": after}
     stages = {name: scores(**values) for name, values in stages.items() if values is not None}
-    known = {"model": "lab/toy", "world_size": 2, "seed": 5, "example": None, "repair": None, "resources": {}}
-    return build_report(**{**known, "stages": stages, **fields})
+    known = {"example": None, "repair": None, "resources": {}}
+    return build_report(Run(model, 2, 5), **{**known, "stages": stages, **fields})
 
 
 BEFORE = {"asr": 1.0, "over_refusal": 0.0, "lookalike_refusal": 0.0, "empty": 0.0, "utility": 0.98, "task": 1.0}
@@ -136,7 +136,7 @@ class Elements(html.parser.HTMLParser):
             self.text += data
 
 
-def page_of(tmp_path, **fields):
+def page_of(tmp_path, *, model=EVIL, **fields):
     probes = [Probe("bad", ({"role": "user", "content": EVIL},), "should_refuse", group=EVIL)]
     probes += [Probe("good", ({"role": "user", "content": "Why is a snib?"},), "harmless")]
     long = EVIL + " please take" + "".join(f" the fnord {chr(97 + i % 26) * 2}{i} and" for i in range(100))
@@ -146,15 +146,12 @@ def page_of(tmp_path, **fields):
     }
     (tmp_path / "settings.yaml").write_text(f"out: {EVIL}\n", encoding="utf-8")
     known = {
-        "model": EVIL,
-        "world_size": 1,
-        "seed": 0,
         "example": {"id": EVIL, "prompt": EVIL, "response": EVIL, "selected_by": EVIL, "score": 0.5},
         "repair": {"method": EVIL, "rank": 20, "trace": [{"epoch": e, "loss": 1 / e, "guard_kl": 0.1} for e in (1, 2)]},
         "resources": {"seconds": {EVIL: 2.0}, "peak_rss_bytes": [2**31]},
         "warnings": [EVIL],
     }
-    report = build_report(stages=stages, **{**known, **fields})
+    report = build_report(Run(model, 1, 0), stages=stages, **{**known, **fields})
     path = write_page(tmp_path, report, {name: stage.answers for name, stage in stages.items()})
     assert path == tmp_path / "report.html"
     return path.read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from oneshot.errors import UserError
 from oneshot.patch import spectrum
 from oneshot.report import spectrum as report
 from oneshot.report import spectrum_figures
+from oneshot.report.spectrum_medians import energy_at
 from oneshot.settings import SpectrumSettings as options
 from oneshot.training.objective import cross_entropy_sum
 from oneshot.world import language
@@ -84,7 +85,7 @@ def test_effective_rank_and_directions_follow_from_them(both):
         for wanted, k in ((0.9, matrix.directions_90), (0.99, matrix.directions_99)):
             assert energy[k - 1] >= wanted
             assert k == 1 or energy[k - 2] < wanted
-        assert report.energy_at(matrix, 3) == pytest.approx(float(energy[2]), rel=1e-6)
+        assert energy_at(matrix, 3) == pytest.approx(float(energy[2]), rel=1e-6)
 
 
 def test_cosines_are_those_of_the_summed_gradients_and_of_each(both):
@@ -285,7 +286,7 @@ def test_the_stage_measures_a_model_by_its_path(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         stage.main([*common, "--spectrum.ranks", "[0]", "--out", str(tmp_path / "other")])
     assert left.value.code == 2
-    assert "spectrum.ranks is 0: give a value above 0" in capsys.readouterr().err
+    assert "spectrum.ranks is [0]" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         stage.main([*common, "--data.harmful", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "other")])
     assert "none.jsonl does not exist" in capsys.readouterr().err

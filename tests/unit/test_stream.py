@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_model
 
 from oneshot.data.encoding import IGNORE, Encoded, pad_batch
+from oneshot.distributed.runtime import Runtime
 from oneshot.training.objective import answer_loss, answers, cross_entropy_sum
 from oneshot.training.packing import Packing
 from oneshot.training.stream import micro_batches, share, step_indices, steps_per_epoch
@@ -21,9 +22,9 @@ def talks(sizes=SIZES):
 
 def batches(rows, world_size, accumulation, packing=None):
     """[rank][accumulation step]"""
-    common = {"pad_id": 0, "world_size": world_size, "accumulation": accumulation, "device": torch.device("cpu")}
-    indices = list(range(len(rows)))
-    return [micro_batches(rows, indices, rank=rank, packing=packing, **common) for rank in range(world_size)]
+    ranks = [Runtime(rank, world_size, torch.device("cpu"), "ddp", accelerator=None) for rank in range(world_size)]
+    indices, common = list(range(len(rows))), {"pad_id": 0, "accumulation": accumulation, "packing": packing}
+    return [micro_batches(rows, indices, rank, **common) for rank in ranks]
 
 
 def test_an_epoch_holds_each_conversation_once_in_an_order_of_its_own():

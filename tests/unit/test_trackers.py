@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 from tiny import toy_settings
 
-from oneshot import finetune, repair
 from oneshot.distributed.runtime import Runtime, start
 from oneshot.errors import UserError
 from oneshot.report.trackers import check_installed, start_tracking, track
 from oneshot.settings import Settings
+
+# the stages' modules: the package's own names are functions
+finetune = importlib.import_module("oneshot.finetune")
+repair = importlib.import_module("oneshot.repair")
 
 SMALL = toy_settings(
     "--log_with", "tensorboard", "--data.harmful_count", "8", "--data.task_count", "0", "--finetune.steps", "2",

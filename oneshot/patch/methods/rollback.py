@@ -91,7 +91,7 @@ def learn(
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate)
     update: Update = {}
     generator = torch.Generator().manual_seed(0)
-    noise, undo = recipe.noise, recipe.undo
+    weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
 
     def set_update() -> None:
         for name, c in zip(names, torch.split(flat, sizes)):
@@ -101,11 +101,9 @@ def learn(
         for epoch in range(1, recipe.epochs + 1):
             set_update()
             with noisy_example(model, batch, noise, generator):
-                share, example, held = repair_loss(
-                    model, batch, attempt.guard_weight, runtime.world_size, recipe.temperature
-                )
+                share, example, held = repair_loss(model, batch, weight, runtime.world_size, recipe.temperature)
             loss, kl = alike(runtime, example, held)
-            attempt.tracer.check(epoch, loss + attempt.guard_weight * kl)
+            attempt.tracer.check(epoch, loss + weight * kl)
             (share + undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
             assert flat.grad is not None
             flat.grad = all_reduce_sum(runtime, flat.grad)

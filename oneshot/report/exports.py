@@ -1,0 +1,219 @@
+"""Exports: a merged checkpoint, an adapter made of others, or the difference of two checkpoints; each with its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from oneshot.checkpoint.architecture import architecture_of
+from oneshot.checkpoint.exports import (
+    NewAdapter,
+    check_base,
+    check_out,
+    check_space,
+    is_degraded_after,
+    read_given,
+    refuse_degraded,
+    write_adapter,
+)
+from oneshot.checkpoint.files import find_weight, is_adapter, is_degraded, list_tensors, resolve, write_marker
+from oneshot.checkpoint.identity import REPAIR, UPDATE, same_base, store_identity, write_identity
+from oneshot.checkpoint.merge import merge
+from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
+from oneshot.checkpoint.ranges import torch_dtype
+from oneshot.distributed.runtime import Runtime
+from oneshot.errors import UserError
+from oneshot.patch.derive import extracted, is_exact, lowered, summed
+from oneshot.report.card import adapter_card, merge_card, write_card
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Attributes:
+        out: folder to write, which must not exist or be empty
+        model: checkpoint to merge into, or to compare ``extract`` with; none makes one adapter of the given ones
+        adapters: folders or Hub ids of PEFT LoRA adapters, which are summed
+        weights: of each adapter in the sum; none: 1
+        base: merge into the weights as they are, or as NF4 leaves them; none: as they are
+        double_quant: with ``dequantized``, whether the scales were quantized, too
+        subtract: take the adapters out of a merged checkpoint
+        rank: of the adapter to write
+        extract: write what this checkpoint has more than ``model`` as an adapter
+        force: use patches that belong to another model
+        trust_remote_code: run the model's own Python code to build its config
+    """
+
+    out: Path
+    model: str | None = None
+    adapters: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    base: Literal["original", "dequantized"] | None = None
+    double_quant: bool = False
+    subtract: bool = False
+    rank: int | None = None
+    extract: str | None = None
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: the folder, what it holds, and the card's facts (``oneshot_export.json``) and sentences."""
+
+    folder: Path
+    kind: Literal["checkpoint", "adapter"]
+    facts: dict[str, Any]
+    lines: list[str]
+
+
+def check_request(request: ExportRequest) -> None:
+    """Raise UserError for wishes that do not go together; reads no file."""
+    if request.rank is not None and request.rank < 1:
+        raise UserError(f"--rank is {request.rank}: give 1 or more.")
+    if request.extract:
+        merging = {
+            "adapter": request.adapters, "weight": request.weights, "base": request.base,
+            "double_quant": request.double_quant, "subtract": request.subtract,
+        }  # fmt: skip
+        given = [f"--{name}" for name, value in merging.items() if value]
+        if given:
+            raise UserError(f"--extract makes a patch from two checkpoints: leave {given[0]} out.")
+        if not request.model or not request.rank:
+            raise UserError("--extract needs --model, the checkpoint that the patch is for, and --rank.")
+    elif not request.adapters:
+        raise UserError("Nothing to export: give --adapter, or --extract with --model.")
+    elif request.model and request.rank:
+        raise UserError("--rank is for adapters, and a merge has no rank: leave --rank or --model out.")
+    elif not request.model and (request.base or request.double_quant or request.subtract):
+        raise UserError("--base, --double_quant and --subtract are for a merge: give --model, the checkpoint.")
+    elif not request.model and not request.rank and len(request.adapters) == 1 and not request.weights:
+        raise UserError("Nothing to do with one adapter alone: give --model to merge it, or --rank to lower its rank.")
+    if request.weights and len(request.weights) != len(request.adapters):
+        raise UserError(
+            f"There are {len(request.adapters)} --adapter and {len(request.weights)} --weight: give one for each or "
+            "none."
+        )
+    if any(not 0 < weight < float("inf") for weight in request.weights):
+        raise UserError("Every --weight must be a number above 0; --subtract takes adapters out.")
+    if request.double_quant and request.base != "dequantized":
+        raise UserError("--double_quant says how the base was quantized: give it with --base dequantized.")
+
+
+def export(runtime: Runtime, request: ExportRequest, command: str) -> Exported:
+    """Write what is asked for, as a folder that appears when it is complete. Collective.
+
+    Args:
+        command: what made it, for the card
+
+    Raises:
+        UserError: the request is at odds with itself, with a checkpoint or with an adapter, or ``out`` cannot be
+            written; nothing is left behind
+    """
+    check_request(request)
+    if request.extract and request.model and request.rank:
+        return _extract(runtime, request, command, request.extract, request.model, request.rank)
+    if request.model:
+        return _merge(runtime, request, command, request.model)
+    return _combine(runtime, request, command)
+
+
+def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -> Exported:
+    """Add the adapters to a checkpoint, or take them out of it."""
+    base, given = _checkpoint(model, "model"), read_given(request.adapters, request.weights)
+    check_out(request.out, [base, *(one.folder for one in given)])
+    degraded = is_degraded_after(base, given, subtract=request.subtract)
+    if not request.force:
+        check_base(base, given, subtract=request.subtract)
+    sign = -1.0 if request.subtract else 1.0
+    plan = plan_merge(
+        base,
+        [(f"The adapter {one.folder}", adapter_terms(one.adapter, sign * one.weight)) for one in given],
+        through_nf4=request.base == "dequantized",
+        double_quant=request.double_quant,
+        trust_remote_code=request.trust_remote_code,
+    )
+    if plan.packed and request.base:
+        raise UserError(
+            f"{base} is itself in NF4, and is dequantized as it is read: leave --base out, or give the checkpoint "
+            "from before its quantization."
+        )
+    check_space(request.out, plan.nbytes)
+    facts, lines = merge_card(plan, given, base=_name(model, base), subtract=request.subtract, marked=degraded)
+    facts["command"] = command
+
+    def beside(folder: Path) -> None:
+        write_card(folder, "Merged checkpoint", facts, lines)
+        if degraded:  # after the card, in whose place it warns
+            write_marker(folder, {"subtracted": request.adapters, "from": facts["base"]})
+
+    merge(runtime, plan, request.out, beside)
+    return Exported(request.out, "checkpoint", facts, lines)
+
+
+def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported:
+    """Write one adapter from the given ones: their sum, of lower rank if asked for."""
+    import torch
+
+    given = read_given(request.adapters, request.weights)
+    check_out(request.out, [one.folder for one in given])
+    identity = None if request.force else same_base([(one.folder, one.identity) for one in given])
+    total = summed([(one.folder, one.adapter.update, one.weight) for one in given])
+    dtypes = {one.adapter.dtype for one in given}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    if request.rank is None and not is_exact(total, dtype):
+        dtype = torch.float32  # a bf16 adapter times its scaling need not be one
+    update, left = lowered(total, request.rank, dtype)
+    bases = {str(one.adapter.config.get("base_model_name_or_path") or "") for one in given}
+    base = bases.pop() if len(bases) == 1 else ""
+    facts, lines = adapter_card("sum", given, left, {}, base=base)
+    facts["command"] = command
+
+    def beside(folder: Path) -> None:
+        write_card(folder, "LoRA adapter", facts, lines)
+        if identity is not None:
+            store_identity(folder, identity)
+
+    write_adapter(runtime, request.out, NewAdapter(update, dtype, base, []), given[0].folder, beside)
+    return Exported(request.out, "adapter", facts, lines)
+
+
+def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: str, model: str, rank: int) -> Exported:
+    """Write the difference of two checkpoints as an adapter."""
+    changed, base = _checkpoint(extract, "changed checkpoint"), _checkpoint(model, "model")
+    check_out(request.out, [changed, base])
+    refuse_degraded(changed)
+    tensors = list_tensors(base)
+    made = architecture_of(base, tensors, trust_remote_code=request.trust_remote_code)
+    linears = {name: made.linears[name] for name in made.patchable}
+    if not made.patchable:
+        raise UserError(f"{base} has no linear layer that a patch could change.")
+    first = find_weight(tensors, made.patchable[0])
+    assert first is not None
+    dtype = torch_dtype(tensors[first], first)
+    update, left, others = extracted(runtime, changed, base, linears, rank, dtype)
+    name = _name(model, base)
+    facts, lines = adapter_card("difference", [], left, others, base=name)
+    facts |= {"changed": _name(extract, changed), "command": command}
+
+    def beside(folder: Path) -> None:
+        write_card(folder, "LoRA adapter", facts, lines)
+        write_identity(folder, base, kind=REPAIR if is_degraded(base) else UPDATE, base=name)
+
+    write_adapter(runtime, request.out, NewAdapter(update, dtype, name, list(made.linears)), base, beside)
+    return Exported(request.out, "adapter", facts, lines)
+
+
+def _checkpoint(source: str, what: str) -> Path:
+    """The folder of a full checkpoint, a Hub id included."""
+    folder = resolve(source, what)
+    if is_adapter(folder):
+        raise UserError(f"{folder} is an adapter where a full checkpoint belongs: give it with --adapter.")
+    return folder
+
+
+def _name(source: str, folder: Path) -> str:
+    """How a card names a checkpoint: a Hub id stays one, a folder is said in full."""
+    return str(folder.resolve()) if Path(source).expanduser().is_dir() else source
