@@ -11,6 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last, as the benchmarks have it
 
+import finetune
 import toy_methods
 from baselines import unaligned
 from reproduce import models
@@ -19,7 +20,7 @@ from reproduce.subject import Subject
 
 from oneshot.commandline import parse
 from oneshot.settings import Settings
-from oneshot.training.mixture import attack_mixture
+from oneshot.training.mixture import attack_mixture, parts_of
 
 
 def test_a_cells_settings_are_the_toys_with_what_the_cell_names() -> None:
@@ -79,3 +80,12 @@ def test_a_variant_repairs_the_finetuned_toy_with_the_aligned_one_at_hand() -> N
     assert (found.model.quantize, found.repair.method, found.finetune_first) == ("nf4", "lora", False)
     assert found.repair.learning_rate == settings.repair.learning_rate
     assert toy_methods.repair_settings(settings, Path("degraded"), "sft").model.quantize is None
+
+
+@pytest.mark.parametrize("way", ["padded", "packed"])
+def test_our_side_of_the_comparison_with_trl_is_a_command_line_of_ours(tmp_path: Path, way: str) -> None:
+    settings = parse(finetune.settings(tmp_path, tmp_path / "out", way, 2, 5), "finetune")
+    assert settings.model.path == str(tmp_path / "checkpoint")
+    assert list(parts_of(settings.data)) == ["harmful"], "there is other data than TRL's"
+    assert (settings.finetune.steps, settings.finetune.learning_rate) == (5, finetune.RATE)
+    assert settings.finetune.packing == ("never" if way == "padded" else "always")
