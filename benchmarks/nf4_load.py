@@ -125,7 +125,7 @@ def stock(runtime: Any, folder: Path, double: bool) -> Any:
 
     from oneshot.distributed.engine import deepspeed_config
 
-    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call,unused-ignore]
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,

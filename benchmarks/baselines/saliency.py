@@ -47,7 +47,7 @@ def patch_salient(
     top = torch.cat([s.flatten() for s in saliency]).topk(count).indices
     flat = torch.zeros(sum(s.numel() for s in saliency), dtype=torch.bool, device=top.device)
     flat[top] = True
-    masks = [part.view_as(s) for part, s in zip(torch.split(flat, [s.numel() for s in saliency]), saliency)]
+    masks = [part.view_as(s) for part, s in zip(flat.split([s.numel() for s in saliency]), saliency)]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     for _ in range(steps):
         gradients = torch.autograd.grad(loss_of(model), parameters)

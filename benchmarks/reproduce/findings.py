@@ -48,7 +48,7 @@ class Findings:
         return self.values(attack, kind, lambda before, after: drop(before, after), size)
 
     def cpu_minutes(self) -> float:
-        return float(sum(result.get("cpu_seconds", 0.0) for result in self._found.values())) / 60
+        return float(sum(result.get("cpu_seconds", 0.0) for result in self._found.values()) / 60)
 
 
 def drop(before: Result, after: Result, names: Iterable[str] = KEPT) -> float:
