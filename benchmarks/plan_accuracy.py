@@ -126,7 +126,7 @@ def expect(path: Path, case: Case) -> Any:
     guard = (case.rows - 1) * case.tokens
     total = case.tokens + case.ranks * guard
     batch = Work(case.rows, case.tokens, ANSWER, HELD * (case.rows - 1), total, RANK)
-    choice = Choice(case.method, "bf16", "zero3", case.ranks)  # type: ignore[arg-type]
+    choice = Choice(case.method, "bf16", "zero3", case.ranks)  # type: ignore[arg-type,unused-ignore]
     shape = shape_of(json.loads((path / "config.json").read_text()))
     return estimate(shape, choice, batch, shipped("zero3"), CPU)
 
