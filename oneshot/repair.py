@@ -296,7 +296,7 @@ def _show(
     from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
     from oneshot.report.modelcard import write_model_cards
     from oneshot.report.outputs import write_outputs
-    from oneshot.report.runfolder import Run, build_report, write_selection
+    from oneshot.report.runfolder import RunFacts, build_report, write_selection
     from oneshot.report.summary import LIMITS, summarize
     from oneshot.report.table import print_stages
     from oneshot.report.trackers import track
@@ -311,7 +311,7 @@ def _show(
     warnings = _warnings(settings, recipe, outcome, toy=stages.toy) + stages.warnings
     warnings += overlap_warnings(overlaps, len(stages.probes))
     report = build_report(
-        Run("toy world" if stages.toy else str(settings.model.path), job.runtime.world_size, settings.seed),
+        RunFacts("toy world" if stages.toy else str(settings.model.path), job.runtime.world_size, settings.seed),
         example={
             "id": taken.id,
             "prompt": taken.prompt[-1]["content"],

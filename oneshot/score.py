@@ -222,13 +222,13 @@ def _show(
     from oneshot.measure.further import report_fields
     from oneshot.report.outputs import write_outputs
     from oneshot.report.progress import open_console
-    from oneshot.report.runfolder import Run, build_report
+    from oneshot.report.runfolder import RunFacts, build_report
     from oneshot.report.table import print_stages
 
     if (console := open_console(runtime)) is None:
         return
     report = build_report(
-        Run(scored.name, runtime.world_size, settings.seed),
+        RunFacts(scored.name, runtime.world_size, settings.seed),
         example=None,
         stages=stages,
         repair=None,

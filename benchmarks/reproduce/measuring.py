@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,7 @@ def _spectrum(subject: Subject) -> dict[str, Any]:
     matrices = [m for m in found.matrices if m.singular_values]
     ratios = [energy_ratios(torch.tensor(m.singular_values)).tolist() for m in matrices]
 
-    def middle(values: Any) -> float:
+    def middle(values: Iterable[float]) -> float:
         return statistics.median([v for v in values if math.isfinite(v)])
 
     return {

@@ -11,6 +11,7 @@ from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.write import is_direct, write_sharded
+from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime, agree
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def save_checkpoint(
     runtime: Runtime,
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,
     *,
@@ -46,7 +47,7 @@ def save_checkpoint(
 def _save_gathered(
     runtime: Runtime,
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,
     beside: Callable[[Path], None] | None,
@@ -70,7 +71,7 @@ def _save_gathered(
 
 
 def save_adapter(
-    runtime: Runtime, model: Any, tokenizer: Any, folder: Path, beside: Callable[[Path], None] | None = None
+    runtime: Runtime, model: Any, tokenizer: Tokenizer, folder: Path, beside: Callable[[Path], None] | None = None
 ) -> None:
     """Write a PEFT model's adapter, gathering no more than the adapter, and read it back. Collective.
 

@@ -66,7 +66,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing: give the folder of a run that has finished.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -74,7 +74,7 @@ def _report(folder: Path) -> dict[str, Any]:
             f"{path} cannot be read as JSON ({type(error).__name__}): restore it from its source."
         ) from error
     schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
+    if not isinstance(report, dict) or schema != SCHEMA:
         raise UserError(f"{path} has schema {one_line(schema)} where {SCHEMA} is read: score that model anew.")
     wrong = [name for name, kind in _NEEDED.items() if not isinstance(report.get(name), kind)]
     wrong += [name for name, kind in _OPTIONAL.items() if not isinstance(report.get(name) or {}, kind)]

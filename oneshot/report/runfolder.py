@@ -87,7 +87,7 @@ def append_event(run_dir: Path, **fields: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """What was run: name or path of the model, on how many processes, from which seed."""
 
     model: str
@@ -96,7 +96,7 @@ class Run:
 
 
 def build_report(
-    run: Run,
+    run: RunFacts,
     *,
     example: Mapping[str, Any] | None,
     stages: Mapping[str, StageScores],

@@ -10,7 +10,7 @@ from oneshot.errors import UserError
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import StageScores
 from oneshot.report.modelcard import write_model_cards
-from oneshot.report.runfolder import Run, build_report
+from oneshot.report.runfolder import RunFacts, build_report
 from oneshot.settings import parse
 
 
@@ -116,7 +116,7 @@ def report_with(attack):
         stages["repaired"] = StageScores({"asr": wilson(attack, 200)}, [])
     known = {"repair": {"method": "rollback", "trace": []}, "resources": {}}
     example = {"id": "e", "prompt": "fold a ```skarnel", "response": "no", "selected_by": "user", "score": math.nan}
-    return build_report(Run("toy", 1, 0), stages=stages, example=example, warnings=["<b>few</b> probes"], **known)
+    return build_report(RunFacts("toy", 1, 0), stages=stages, example=example, warnings=["<b>few</b> probes"], **known)
 
 
 @pytest.mark.parametrize(

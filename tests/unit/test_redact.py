@@ -7,7 +7,7 @@ from oneshot.measure.rates import StageScores
 from oneshot.redact import STRUCK, redacted, without_secrets
 from oneshot.report.card import write_card
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import Run, append_event, build_report, write_selection
+from oneshot.report.runfolder import RunFacts, append_event, build_report, write_selection
 from oneshot.settings import EndpointSettings, ModelSettings, ScoreSettings, Settings, parse, write
 
 # put together here, so that no scanner takes this file for one that holds a key
@@ -74,7 +74,7 @@ def test_no_file_of_a_run_holds_a_key(tmp_path, monkeypatch):
     row = {"id": said, "kind": "harmless", "group": "", "prompt": said, "answer": "x" * 1990 + said}
     stages = {said: StageScores({}, [{**row, "verdict": "answered", "correct": True}])}
     report = build_report(
-        Run(said, 1, 0),
+        RunFacts(said, 1, 0),
         example={"id": said, "prompt": said, "response": said, "selected_by": said, "score": None},
         stages=stages,
         repair={"method": said, "trace": []},
