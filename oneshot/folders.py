@@ -24,11 +24,11 @@ def verify(argv: list[str] | None = None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from oneshot.checkpoint.verify import verify as check
+    from oneshot.checkpoint.verify import check_shards
 
     _folder(folder, "oneshot verify")
     try:
-        shards = check(folder)
+        shards = check_shards(folder)
     except UserError as error:
         print(f"oneshot verify: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
@@ -93,8 +93,9 @@ def _console() -> Console:
     """A console wide enough for long tensor names in a log file, so that none is cut."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=240)
+    from oneshot.report.progress import wide_enough
+
+    return wide_enough(Console(), 240)
 
 
 def _folder(folder: Path, prog: str) -> None:

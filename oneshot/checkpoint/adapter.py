@@ -14,7 +14,7 @@ from oneshot.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."  # of what PEFT wraps, before a module's own name
 _PEFT_ALPHA = 8  # PEFT's default, where a config names none
 # LoRA initializations under which PEFT also replaces the base's weights when it loads the adapter
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -79,7 +79,7 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = load_file(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"(?:{re.escape(_PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
+        match = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
         if match is None or tensor.ndim != 2:
             raise UserError(
                 f"{path} holds {key}, which is not a plain LoRA factor of a linear layer: merge the adapter with "
@@ -129,8 +129,8 @@ def write_patch(folder: Path, update: Update, linears: list[str], base: str, dty
     ).save_pretrained(str(folder))
     tensors = {}
     for module, factors in update.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = _padded(factors.a, rank, 0).to(dtype).cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = _padded(factors.b, rank, 1).to(dtype).cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = _padded(factors.a, rank, 0).to(dtype).cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = _padded(factors.b, rank, 1).to(dtype).cpu().contiguous()
     _save_checked(folder / ADAPTER_TENSORS, tensors)
 
 
@@ -146,8 +146,8 @@ def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> No
     for module, factors in update.items():
         rank = adapter.update[module].rank
         b, a = _padded(factors.b / adapter.scaling[module], rank, 1), _padded(factors.a, rank, 0)
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.to(adapter.dtype).cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.to(adapter.dtype).cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.to(adapter.dtype).cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.to(adapter.dtype).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
     _save_checked(folder / ADAPTER_TENSORS, tensors)

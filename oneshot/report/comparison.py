@@ -17,6 +17,7 @@ from oneshot.report.markdown import differences_lines, inline, table_lines
 from oneshot.report.markup import Cell, document, escaped, section, table, warnings_section
 from oneshot.report.page import differences_table, rate_table_cell
 from oneshot.report.plain import one_line, shortened
+from oneshot.report.progress import wide_enough
 from oneshot.report.runfolder import write_whole
 from oneshot.report.summary import JUDGE_NOTE, summarize
 from oneshot.report.table import as_rate, count_cell, differences_heads, differences_rows, measure_name, ordered_rates
@@ -67,7 +68,6 @@ def compared(runs: Sequence[Run]) -> Comparison:
 def print_comparison(found: Comparison, console: Console) -> None:
     """Print the tables, whole whatever the width of a log file."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -79,8 +79,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
             made.add_row(*(Text(one_line(cell)) for cell in row))
         console.print(made)
 
-    if not console.is_terminal:
-        console = Console(file=console.file, width=max(120, 40 + 26 * len(found.runs)), color_system=None)
+    console = wide_enough(console, max(120, 40 + 26 * len(found.runs)))
     names = [run.name for run in found.runs]
     show(["", *names], [["outcome", *(found.outcomes[name] for name in names)]], "Outcome")
     for stage, runs in found.stages.items():
