@@ -18,6 +18,7 @@ from oneshot.errors import UserError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -28,7 +29,7 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def why_not(model: Any, tensors: dict[str, TensorEntry]) -> str | None:
+def why_not(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> str | None:
     """Return why the checkpoint cannot be read range by range, or none if it can.
 
     Where transformers renames, splits, fuses or permutes tensors while it loads (fused experts, for one), or where

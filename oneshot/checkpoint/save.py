@@ -17,11 +17,12 @@ from oneshot.distributed.runtime import Runtime, agree
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def save_checkpoint(
     runtime: Runtime,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,
@@ -46,7 +47,7 @@ def save_checkpoint(
 
 def _save_gathered(
     runtime: Runtime,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,

@@ -31,6 +31,7 @@ from oneshot.distributed.runtime import Runtime, agree, gather_objects
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 MAX_SHARD_BYTES, MIN_SHARD_BYTES = 5 * 10**9, 10**9
 _NAMES = {
@@ -50,7 +51,7 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def is_direct(model: Any) -> bool:
+def is_direct(model: PreTrainedModel) -> bool:
     """Return whether the model's parameters have the names and shapes that its checkpoints have on disk."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -111,7 +112,7 @@ def in_turn(runtime: Runtime, slots: dict[str, Slot]) -> list[str]:
 
 def write_sharded(
     runtime: Runtime,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,
@@ -152,7 +153,7 @@ def write_sharded(
 
 def _create(
     folder: Path,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     slots: dict[str, Slot],
     headers: dict[str, bytes],
