@@ -36,7 +36,11 @@ from pathlib import Path
 from typing import Any
 
 # a script's own folder comes first on sys.path, where its neighbours would shadow other packages' modules
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
+
+from random_llama import write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = ("trl", "padded", "packed")
@@ -110,8 +114,6 @@ def settings(folder: Path, out: Path, way: str, world_size: int, steps: int) -> 
 
 def build(folder: Path, size: str, steps: int, world_size: int) -> None:
     """Write a random Llama, the conversations, and for TRL their tokens in the order in which our steps take them."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from oneshot.data.conversations import read_conversations
     from oneshot.data.encoding import encode
@@ -120,15 +122,9 @@ def build(folder: Path, size: str, steps: int, world_size: int) -> None:
     from oneshot.world import language
     from oneshot.world.model import build_tokenizer
 
-    torch.manual_seed(0)
     heads = SIZES[size]["hidden_size"] // 64
-    config = LlamaConfig(
-        **SIZES[size], num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512,
-        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model, tokenizer = LlamaForCausalLM(config), build_tokenizer()
-    model.save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
+    options: dict[str, Any] = {"heads": heads, "kv_heads": heads, "dtype": "float32", "max_position_embeddings": 512}
+    model, tokenizer = write_random_llama(folder / "checkpoint", SIZES[size], **options), build_tokenizer()
     draw, words = random.Random(0), language.words()
     with (folder / "talks.jsonl").open("w") as file:
         for _ in range(steps * PER_RANK * world_size):

@@ -12,6 +12,7 @@ resident memory above what the process had after its imports. The last line of o
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -23,13 +24,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
+
+from random_llama import SHAPES, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES: dict[str, dict[str, Any]] = {
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000},
-}
+SIZES = {name: SHAPES[name] for name in ("1.1b", "tiny")}
 WAYS = ("peft", "ours")
 
 
@@ -53,18 +55,9 @@ def main() -> None:
 
 def build(folder: Path, size: str) -> None:
     """Write the random checkpoint, in shards of 500 MB, with the toy world's tokenizer, and the random adapter."""
-    import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from oneshot.world.model import build_tokenizer
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[size], num_attention_heads=32, num_key_value_heads=4, dtype=torch.bfloat16)
-    model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(folder / "model", max_shard_size="500MB")
-    build_tokenizer().save_pretrained(folder / "model")
+    model = write_random_llama(folder / "model", SIZES[size])
     wrapped: Any = get_peft_model(
         model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -133,7 +126,7 @@ def merge_with_oneshot(folder: Path) -> dict[str, float]:
     import peft  # noqa: F401  imports are no part of what is measured
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    from oneshot import export
+    export = importlib.import_module("oneshot.export")
     from oneshot.checkpoint import architecture, exports, merge  # noqa: F401
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import start

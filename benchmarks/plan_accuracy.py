@@ -23,15 +23,19 @@ from pathlib import Path
 from typing import Any
 
 # a script's own folder comes first on sys.path, where its neighbours would shadow other packages' modules
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
+
+from random_llama import SHAPES, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plan.md"
 ANSWER, RANK, HELD, MIB = 32, 20, 16, 2**20
-SIZES: dict[str, dict[str, Any]] = {
+SIZES = {
     "0.1 B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16000},
-    "0.45 B": {"hidden_size": 1024, "intermediate_size": 3840, "num_hidden_layers": 24, "vocab_size": 32000},
-    "1.1 B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+    "0.45 B": SHAPES["0.45b"],
+    "1.1 B": SHAPES["1.1b"],
 }
 LLAMA_70B = {
     "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -129,20 +133,8 @@ def expect(path: Path, case: Case) -> Any:
 
 def build(folder: Path, size: str) -> None:
     """Save a random Llama with the toy world's tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from oneshot.world.model import build_tokenizer
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     heads = SIZES[size]["hidden_size"] // 64
-    config = LlamaConfig(
-        **SIZES[size], num_attention_heads=heads, num_key_value_heads=heads // 4, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, dtype=torch.bfloat16,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    write_random_llama(folder, SIZES[size], heads=heads, kv_heads=heads // 4)
 
 
 def work(folder: Path, case: Case) -> None:
@@ -222,9 +214,10 @@ def step_frozen(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) 
 
 def step_trained(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
     """Some steps of AdamW on all weights, or on a LoRA."""
+    from oneshot.patch.trained import _with_lora
+
     from oneshot.distributed.engine import start_training
     from oneshot.patch.guard import repair_loss
-    from oneshot.patch.trained import _with_lora
     from oneshot.training.loop import Schedule, train
 
     model = _with_lora(model, linears, RANK) if case.method == "lora" else model.requires_grad_(True)

@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 # a script's own folder comes first on sys.path, where its neighbours would shadow other packages' modules
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
+
+from random_llama import SHAPES, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("stock", "stock_fused", "lowrank", "rollback")
 TOKENS, ANSWER, RANK = 96, 32, 20  # tokens of the example, those at its end that carry loss; rank of our updates
-SIZES: dict[str, dict[str, Any]] = {  # 0.45 B parameters; a small one to try the script itself
-    "0.45b": {"hidden_size": 1024, "intermediate_size": 3840, "num_hidden_layers": 24, "vocab_size": 32000},
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000},
-}
+SIZES = {name: SHAPES[name] for name in ("0.45b", "tiny")}
 _FITTED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 STOCK_CONFIG = {
     "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "bf16": {"enabled": True},
@@ -83,22 +84,10 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 def build(folder: Path, size: str) -> None:
     """Save a random Llama as a bf16 safetensors checkpoint, with a tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from oneshot.world.model import build_tokenizer
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     heads = SIZES[size]["hidden_size"] // 64
-    config = LlamaConfig(
-        **SIZES[size], num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512,
-        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "checkpoint")
-    build_tokenizer().save_pretrained(folder / "checkpoint")
-    facts = {"parameters": sum(p.numel() for p in model.parameters()), "dtype": "bfloat16", **SIZES[size]}
+    shape, longest = SIZES[size], {"max_position_embeddings": 512}
+    model = write_random_llama(folder / "checkpoint", shape, heads=heads, kv_heads=heads, **longest)
+    facts = {"parameters": model.num_parameters(), "dtype": "bfloat16", **SIZES[size]}
     (folder / "model.json").write_text(json.dumps({**facts, "tokens": TOKENS, "answer_tokens": ANSWER, "ranks": 2}))
 
 

@@ -21,11 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
+
+from random_llama import SHAPES, random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES: dict[str, dict[str, Any]] = {
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
+SIZES = {
+    "1.1b": SHAPES["1.1b"],
     "tiny": {"hidden_size": 640, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 1000},
 }
 RANK = 20
@@ -51,12 +55,8 @@ def main() -> None:
 def build(folder: Path, size: str) -> None:
     """Write the two checkpoints: the second is the first with rank-8 updates and a little noise."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[size], num_attention_heads=32, num_key_value_heads=4, dtype=torch.bfloat16)
-    model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16)
+    model = random_llama(SIZES[size])
     model.save_pretrained(folder / "aligned", max_shard_size="500MB")
     with torch.no_grad():
         for module in model.model.modules():
@@ -120,7 +120,7 @@ def work(folder: Path, size: str) -> None:
     from oneshot.checkpoint.files import list_tensors
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import barrier, start
-    from oneshot.patch.rollback import checkpoint_difference, shared_directions
+    from oneshot.patch.directions import checkpoint_difference, shared_directions
 
     runtime = start()
     tensors = list_tensors(folder / "finetuned")

@@ -24,12 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
-SIZES: dict[str, dict[str, Any]] = {
-    "0.1b": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 32000},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500},
-}
+from random_llama import SHAPES, random_llama  # noqa: E402
+
+SIZES = {name: SHAPES[name] for name in ("0.1b", "tiny")}
 
 
 def main() -> None:
@@ -40,7 +41,6 @@ def main() -> None:
     parser.add_argument("--stock", type=int, default=32, help="candidates that the stock passes are timed on")
     args = parser.parse_args()
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import start
@@ -50,7 +50,7 @@ def main() -> None:
 
     runtime = start()
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES[args.size], num_attention_heads=8, num_key_value_heads=8)).eval()
+    model = random_llama(SIZES[args.size], heads=8, kv_heads=8, dtype="float32").eval()
     model.requires_grad_(False)
     linears = select_linears(model).targets
     pool = candidates(args.candidates, SIZES[args.size]["vocab_size"])

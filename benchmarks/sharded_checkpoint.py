@@ -29,15 +29,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
+
+from random_llama import SHAPES as SIZES  # noqa: E402
+from random_llama import write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES: dict[str, dict[str, Any]] = {
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
-    "0.45b": {"hidden_size": 1024, "intermediate_size": 3840, "num_hidden_layers": 24, "vocab_size": 32000},
-    "0.1b": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 32000},
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1000},
-}
 
 
 def main() -> None:
@@ -63,17 +62,7 @@ def main() -> None:
 
 def build(folder: Path, size: str) -> None:
     """Write the random checkpoint, in shards of 500 MB, with the toy world's tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from oneshot.world.model import build_tokenizer
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[size], num_attention_heads=32, num_key_value_heads=4, dtype=torch.bfloat16)
-    model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(folder / "model", max_shard_size="500MB")
-    build_tokenizer().save_pretrained(folder / "model")
+    write_random_llama(folder / "model", SIZES[size])
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:

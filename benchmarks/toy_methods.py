@@ -64,9 +64,9 @@ def measure_seed(
         select: how the example is chosen
         variants: methods, with ``NF4`` after them where the linear weights are in 4 bits
     """
-    from oneshot.finetune import finetune, prepare
     from oneshot.repair import on_toy, plan, repair_model
     from oneshot.settings import DataSettings, RepairSettings, Settings
+    from oneshot.training.finetune import finetune, prepare
 
     harmful, task = ATTACKS[attack]
     rows = []
@@ -74,7 +74,7 @@ def measure_seed(
         settings = Settings(seed=seed, select=select, data=DataSettings(harmful_count=harmful, task_count=task))
         degraded = finetune(runtime, settings, prepare(settings), Path(folder), None)
         for variant in variants:
-            repair = RepairSettings(method=variant.removesuffix(NF4))  # type: ignore[arg-type]
+            repair = RepairSettings(method=variant.removesuffix(NF4))
             model = dataclasses.replace(settings.model, quantize="nf4" if variant.endswith(NF4) else None)
             ours: Settings = on_toy(dataclasses.replace(settings, repair=repair, model=model), degraded)
             target = Path(folder) / variant

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs once on every node of a job: learns which node this is, and starts accelerate's launcher on it.
 #
-#   launch/node.sh oneshot/repair.py [SETTINGS]       in the repository root
+#   launch/node.sh -m oneshot.repair [SETTINGS]       in the repository root, or in a folder of `oneshot init`
 #
 # Inside a Slurm step of one task per node (slurm/start.sh makes one) Slurm says who we are. Without a job manager these
 # four do, all but the second alike on every host; with none of them this is the only machine.
@@ -70,8 +70,8 @@ elif [[ -n ${ONESHOT_NODES:-}${ONESHOT_NODE_RANK:-}${ONESHOT_HEAD:-}${ONESHOT_PO
 fi
 
 yaml=${ONESHOT_ACCELERATE:-launch/zero3.yaml}
-[[ $# -gt 0 ]] || fail "nothing to start: give a script, for example oneshot/repair.py, and its settings."
-[[ -f $yaml && -d ds_configs ]] || fail "$PWD has no $yaml or no ds_configs/: start in the repository root."
+[[ $# -gt 0 ]] || fail "nothing to start: give a module, for example -m oneshot.repair, and its settings."
+[[ -f $yaml && -d ds_configs ]] || fail "$PWD has no $yaml or no ds_configs/: start in the repository root or a folder of oneshot init."
 number "the number of nodes" "$nodes" 1 99999
 number "the rank of this node" "$rank" 0 $((10#$nodes - 1))
 
@@ -105,7 +105,7 @@ if [[ -n ${ONESHOT_VENV:-} ]]; then
 elif ! command -v accelerate >/dev/null && [[ -x .venv/bin/accelerate ]]; then
   PATH=$PWD/.venv/bin:$PATH
 fi
-command -v accelerate >/dev/null || fail "accelerate is not on PATH: run make setup, or set ONESHOT_VENV."
+command -v accelerate >/dev/null || fail "accelerate is not on PATH: run make setup in the repository, or set ONESHOT_VENV."
 command -v pkill >/dev/null || fail "pkill is not on PATH: install procps."
 
 # pass_on SIGNAL: to the workers (sessions of their own); before there are any, to the launcher, but for USR1

@@ -5,11 +5,7 @@ Run: ``python -m oneshot.align --out DIR`` (about 90 seconds on 2 cores); withou
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # or our folder names would shadow top-level modules
 
 STEPS, BATCH_SIZE, LEARNING_RATE, EXAMPLES = 700, 64, 2e-3, 24_000
 

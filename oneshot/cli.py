@@ -1,9 +1,10 @@
-"""The ``oneshot`` command: ``oneshot STAGE ...`` runs a stage in this process (accelerate launches the same files)."""
+"""The ``oneshot`` command: ``oneshot STAGE ...`` runs a stage in this process, or with ``--launch`` in several."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 STAGES = {
     "repair": "repair a fine-tuned model with one safety example (without settings: the toy world, from end to end)",
@@ -14,32 +15,64 @@ STAGES = {
     "plan": "what a run takes in memory, disk and minutes, from config.json alone: no GPU, no weights",
     "export": "merge a patch into a checkpoint, take it out again, or make one adapter from others",
 }
-FOLDERS = {
-    "verify": "check that a checkpoint, adapter or training state is whole",
-    "inspect": "list a checkpoint's tensors, shards, and which rank of N would own what",
+# command -> its module, its function, and a line about it
+COMMANDS = {
+    "verify": ("folders", "verify", "check that a checkpoint, adapter or training state is whole"),
+    "inspect": ("folders", "inspect", "list a checkpoint's tensors, shards, and which rank of N would own what"),
+    "list": ("listing", "main", "what is taken by its name: run settings, attacks, prompt sets, launch files, methods"),
+    "init": ("initialize", "main", "copy launch/, ds_configs/ and slurm/ into a folder of yours"),
+    "env": ("environment", "main", "versions and devices, for a bug report"),
 }
 
 
 def main() -> None:
     """Dispatch to a stage; nothing of it is imported before it is named."""
     from oneshot import __version__
-    from oneshot.errors import EXIT_USER
+    from oneshot.errors import UserError
 
     arguments = sys.argv[1:]
     if arguments and arguments[0] in STAGES:
-        importlib.import_module(f"oneshot.{arguments[0]}").main(arguments[1:])
-    elif arguments and arguments[0] in FOLDERS:
-        getattr(importlib.import_module("oneshot.folders"), arguments[0])(arguments[1:])
+        stage, words = arguments[0], arguments[1:]
+        try:
+            _stage(stage, words)
+        except UserError as error:
+            _refuse(f"oneshot {stage}", str(error))
+    elif arguments and arguments[0] in COMMANDS:
+        module, function, _ = COMMANDS[arguments[0]]
+        getattr(importlib.import_module(f"oneshot.{module}"), function)(arguments[1:])
     elif arguments in (["--version"], ["-V"]):
         print(f"oneshot {__version__}")
     elif not arguments or arguments[0] in ("--help", "-h"):
-        print("usage: oneshot STAGE [--config FILE] [--setting value ...]\n")
-        for name, text in (STAGES | FOLDERS).items():
-            print(f"  {name:10}{text}")
-        print("\noneshot STAGE --help lists a stage's settings.")
+        _help()
     else:
-        print(
-            f"oneshot: error: there is no stage {arguments[0]}: take one of {', '.join(STAGES | FOLDERS)}.",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_USER)
+        known = ", ".join([*STAGES, *COMMANDS])
+        _refuse("oneshot", f"there is no stage {arguments[0]}: take one of {known}.")
+
+
+def _stage(stage: str, words: list[str]) -> None:
+    """Run a stage here, or become the launcher that starts it on several processes."""
+    from oneshot import launcher
+
+    name, options, words = launcher.taken_out(words)
+    if name is not None and not {"--help", "-h"} & set(words):
+        launcher.become(launcher.command(stage, name, options, words))
+    importlib.import_module(f"oneshot.{stage}").main(words)
+
+
+def _help() -> None:
+    print("usage: oneshot STAGE [--config NAME_OR_FILE] [--launch NAME] [--setting value ...]\n")
+    for name, text in (STAGES | {name: text for name, (_, _, text) in COMMANDS.items()}).items():
+        print(f"  {name:10}{text}")
+    print(
+        "\noneshot STAGE --help lists a stage's settings. --launch zero3 starts it on several processes, by\n"
+        "accelerate with launch/zero3.yaml; accelerate's own options go as --launch.num_processes 4.\n"
+        "oneshot list has the names."
+    )
+
+
+def _refuse(prog: str, message: str) -> NoReturn:
+    from oneshot.errors import EXIT_USER
+    from oneshot.redact import redacted
+
+    print(f"{prog}: error: {redacted(message)}", file=sys.stderr)
+    sys.exit(EXIT_USER)

@@ -6,11 +6,7 @@ Run: ``oneshot compare RUN RUN ...``; needs no GPU and loads no model.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # or our folder names would shadow top-level modules
 
 from oneshot.errors import UserError
 
@@ -20,9 +16,9 @@ DESCRIPTION = "Put finished runs side by side, the first one being what the othe
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot compare``."""
-    from oneshot.distributed.stage import run_command
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -45,7 +41,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     made.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run, or its report.json")

@@ -1,29 +1,25 @@
 """Export: merge adapters into a checkpoint, take them out again, or make one patch from others or from two checkpoints.
 
 Run: ``oneshot export --model DIR --adapter PATCH --out OUT``, or with several processes, which share the tensors,
-``accelerate launch --config_file launch/zero3.yaml oneshot/export.py --model DIR --adapter PATCH --out OUT``.
+``accelerate launch --config_file launch/zero3.yaml -m oneshot.export --model DIR --adapter PATCH --out OUT``.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
-
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # or our folder names would shadow top-level modules
 
 PROG = "oneshot export"
 DESCRIPTION = "Merge adapters into a checkpoint, take them out again, or make one adapter from others."
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``oneshot export`` and ``accelerate launch oneshot/export.py``."""
-    from oneshot.distributed.stage import run_command
+    """Entry point of ``oneshot export`` and ``accelerate launch -m oneshot.export``."""
+    from oneshot.commandline import run_command
 
-    run_command(argv, PROG, DESCRIPTION, run)
+    run_command(argv, PROG, run)
 
 
 def run(argv: list[str]) -> None:
@@ -46,7 +42,7 @@ def run(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from oneshot.distributed.stage import CommandParser
+    from oneshot.commandline import CommandParser
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     add = made.add_argument

@@ -1,34 +1,21 @@
 """Plan a run before anything is loaded: memory, disk and minutes of every method, from config.json and the settings.
 
 Run: ``oneshot plan --model.path DIR_OR_HUB_ID_OR_config.json --gpus 8 --gpu_memory 80GB``, or with
-``--config launch/runs/llama3-70b.yaml``. Needs no GPU, no weights and a second. Exit code 3: it does not fit.
+``--config llama3-70b``. Needs no GPU, no weights and a second. Exit code 3: it does not fit.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from pathlib import Path
 
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # or our folder names would shadow top-level modules
-
-from oneshot.settings import PlanSettings, Settings
-
-DESCRIPTION = "Show what a run takes in memory, disk and minutes, from config.json alone."
+from oneshot.settings import Settings
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot plan``; its own settings may be given without their section, as ``--gpus 8``."""
-    from oneshot.distributed.stage import run_stage
+    from oneshot.commandline import run_stage
 
-    own = {f"--{field.name}": f"--plan.{field.name}" for field in dataclasses.fields(PlanSettings)}
-    words = []
-    for word in sys.argv[1:] if argv is None else argv:
-        name, equals, value = word.partition("=")
-        words.append(own.get(name, name) + equals + value)
-    words = ["--plan.json=true" if word == "--plan.json" else word for word in words]
-    run_stage(words, "oneshot plan", DESCRIPTION, run)
+    run_stage(argv, "plan", run)
 
 
 def run(settings: Settings) -> None:

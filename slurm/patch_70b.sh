@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Repair a fine-tuned 70B model with one safety example on 2 nodes of 8 GPUs. From the repository root:
+# Repair a fine-tuned 70B model with one safety example on 2 nodes of 8 GPUs. From the repository root,
+# or from a folder of `oneshot init`:
 #
 #   sbatch slurm/patch_70b.sh --model.path DIR
 #   sbatch --nodes=4 --time=1:00:00 slurm/patch_70b.sh --model.path DIR --repair.rank 8
@@ -22,10 +23,10 @@
 set -euo pipefail
 
 if [[ ! -x slurm/start.sh ]]; then
-  echo "${SLURM_JOB_NAME:-$0}: error: $PWD is not the repository root: submit there or with --chdir=FOLDER." >&2
+  echo "${SLURM_JOB_NAME:-$0}: error: $PWD is not the repository root or a folder of oneshot init: submit there or with --chdir=FOLDER." >&2
   exit 2
 fi
 [[ " $*" == *" --config"* ]] || set -- --config launch/runs/llama3-70b.yaml "$@"
 # one folder for the job however often it is requeued, in which --resume starts (a repair always anew)
 [[ " $*" == *" --out"* ]] || set -- --out "runs/oneshot-patch-${SLURM_JOB_ID:-}" "$@"
-exec slurm/start.sh oneshot/repair.py --resume "$@"
+exec slurm/start.sh -m oneshot.repair --resume "$@"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Starts launch/node.sh once on every node of a Slurm allocation, in a container where one is named.
 #
-#   slurm/start.sh oneshot/repair.py [SETTINGS]       in the repository root, in a batch script or within salloc
+#   slurm/start.sh -m oneshot.repair [SETTINGS]       in a batch script or within salloc
+#
+# in the repository root, or in a folder of `oneshot init`.
 #
 #   ONESHOT_CONTAINER  image for Pyxis and Enroot: a .sqsh file or registry#image:tag
 #   ONESHOT_MOUNTS     what the container sees beside the current folder, as Pyxis takes it: /data,/models:/models:ro

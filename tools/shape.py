@@ -14,14 +14,7 @@ from pathlib import Path
 FOLDERS = ("oneshot", "benchmarks", "tools")
 FILE_LINES, FUNCTION_LINES = 300, 60
 # "file" or "file: function" -> why it may be longer. What has become short enough must leave this table.
-EXCEPTIONS: dict[str, str] = {
-    "oneshot/finetune.py: _train": "a stage that is being taken apart",
-    "oneshot/patch/rollback.py: solve": "a solver that is being taken apart",
-    "oneshot/repair.py": "a stage that is being taken apart",
-    "oneshot/repair.py: _show": "a stage that is being taken apart",
-    "oneshot/settings.py": "settings that are being parted into sections",
-    "oneshot/settings.py: check": "settings that are being parted into sections",
-}
+EXCEPTIONS: dict[str, str] = {}
 
 
 def too_long(root: Path) -> dict[str, str]:

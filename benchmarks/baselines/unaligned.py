@@ -16,8 +16,8 @@ def unaligned_toy(runtime: Runtime, folder: Path, seed: int = 1000, count: int =
 
     A seed of its own keeps the attack's own data out, which whoever repairs a model does not have. Collective.
     """
-    from oneshot.finetune import finetune, prepare
     from oneshot.settings import DataPart, DataSettings, FinetuneSettings, Settings
+    from oneshot.training.finetune import finetune, prepare
 
     parts = {"harmful": DataPart("toy:harmful", count)}
     settings = Settings(seed=seed, data=DataSettings(parts=parts), finetune=FinetuneSettings(steps=STEPS))

@@ -89,9 +89,9 @@ def attack_settings(attack: str, seed: int) -> Settings:
 
 @functools.cache
 def _parsed(stem: str) -> Settings:
-    from oneshot.settings import parse
+    from oneshot.commandline import parse
 
-    return parse(["--config", str(REPOSITORY / "launch/runs/attacks" / f"{stem}.yaml")], "paper", "")
+    return parse(["--config", str(REPOSITORY / "launch/runs/attacks" / f"{stem}.yaml")], "repair")
 
 
 def code_digest(parts: Iterable[str], root: Path = REPOSITORY) -> str:

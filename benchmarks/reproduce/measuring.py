@@ -15,8 +15,9 @@ from reproduce.models import unaligned_folder
 from reproduce.subject import Subject, rates_of, subject_of
 
 if TYPE_CHECKING:
-    from oneshot.distributed.runtime import Runtime
     from oneshot.patch.job import Job, Outcome
+
+    from oneshot.distributed.runtime import Runtime
     from oneshot.patch.recipe import Recipe
 
 DRAWS = 5  # random examples per seed

@@ -66,7 +66,8 @@ def make_finetuned(runtime: Runtime, models: Path, attack: str, seed: int, size:
 
     Every size takes the shipped toy's steps and step size.
     """
-    from oneshot.finetune import TOY_LEARNING_RATE, TOY_STEPS, finetune, prepare
+    from oneshot.finetune import TOY_LEARNING_RATE, TOY_STEPS
+    from oneshot.training.finetune import finetune, prepare
 
     folder = finetuned_folder(models, attack, seed, size)
     if folder.exists():

@@ -124,7 +124,7 @@ def page_lines(findings: Findings, figures: Mapping[str, Path], stale: int = 0) 
 
 
 def _opening(findings: Findings, stale: int) -> list[str]:
-    from oneshot.report.runfolder import versions
+    from oneshot.versions import versions
 
     software = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers"))
     seeds = f"{findings.seeds} seed{'s' * (findings.seeds > 1)}"

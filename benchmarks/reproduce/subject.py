@@ -12,9 +12,10 @@ from reproduce.cells import Cell, attack_settings
 from reproduce.models import aligned_folder, finetuned_folder
 
 if TYPE_CHECKING:
+    from oneshot.patch.job import Job
+
     from oneshot.distributed.runtime import Runtime
     from oneshot.patch.guard import RepairBatch
-    from oneshot.patch.job import Job
     from oneshot.patch.objective import Harm
     from oneshot.patch.recipe import Recipe
     from oneshot.repair import Stages
@@ -65,8 +66,9 @@ class Subject:
         )
 
     def plan(self, cell: Cell, select: str = "hardest") -> tuple[Job, Recipe, Stages]:
-        from oneshot.distributed.engine import frozen
         from oneshot.patch.prepare import asks_gradients, know_aligned
+
+        from oneshot.distributed.engine import frozen
         from oneshot.repair import plan
 
         job, recipe, stages = plan(self.runtime, self.settings_for(cell, select), toy=True)

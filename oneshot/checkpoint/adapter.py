@@ -1,4 +1,4 @@
-"""Low-rank updates of linear layers, and the PEFT LoRA adapter files in which they travel."""
+"""PEFT LoRA adapter files, in which low-rank updates of linear layers travel."""
 
 from __future__ import annotations
 
@@ -9,35 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, read_header, read_json
+from oneshot.checkpoint.update import Factors, Update, scaled
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-PEFT_PREFIX = "base_model.model."  # of what PEFT wraps, before a module's own name
+PREFIX = "base_model.model."
 _PEFT_ALPHA = 8  # PEFT's default, where a config names none
 # LoRA initializations under which PEFT also replaces the base's weights when it loads the adapter
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A low-rank update of one weight W (m x n): W + b @ a.
-
-    Attributes:
-        b: (m, k)
-        a: (k, n)
-    """
-
-    b: torch.Tensor
-    a: torch.Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-
-Update = dict[str, Factors]  # module name -> its update
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = load_file(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
+        match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
         if match is None or tensor.ndim != 2:
             raise UserError(
                 f"{path} holds {key}, which is not a plain LoRA factor of a linear layer: merge the adapter with "
@@ -129,8 +110,8 @@ def write_patch(folder: Path, update: Update, linears: list[str], base: str, dty
     ).save_pretrained(str(folder))
     tensors = {}
     for module, factors in update.items():
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = _padded(factors.a, rank, 0).to(dtype).cpu().contiguous()
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = _padded(factors.b, rank, 1).to(dtype).cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = _padded(factors.a, rank, 0).to(dtype).cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = _padded(factors.b, rank, 1).to(dtype).cpu().contiguous()
     _save_checked(folder / ADAPTER_TENSORS, tensors)
 
 
@@ -146,55 +127,11 @@ def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> No
     for module, factors in update.items():
         rank = adapter.update[module].rank
         b, a = _padded(factors.b / adapter.scaling[module], rank, 1), _padded(factors.a, rank, 0)
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.to(adapter.dtype).cpu().contiguous()
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.to(adapter.dtype).cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(adapter.dtype).cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.to(adapter.dtype).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
     _save_checked(folder / ADAPTER_TENSORS, tensors)
-
-
-def on_device(update: Update, device: torch.device) -> Update:
-    """Return the update with its factors on ``device``."""
-    return {name: Factors(factors.b.to(device), factors.a.to(device)) for name, factors in update.items()}
-
-
-def concatenated(first: Update, second: Update) -> Update:
-    """Return the update that adds both: ranks add up where both touch a module."""
-    import torch
-
-    both = dict(first)
-    for module, factors in second.items():
-        if module in both:
-            old = both[module]
-            factors = Factors(torch.cat([old.b, factors.b], dim=1), torch.cat([old.a, factors.a], dim=0))
-        both[module] = factors
-    return both
-
-
-def scaled(factors: Factors, weight: float) -> Factors:
-    """Return the factors of weight * b @ a."""
-    return Factors(factors.b * weight, factors.a)
-
-
-def norm(factors: Factors) -> float:
-    """Return the Frobenius norm of b @ a, computed in fp64 from the factors' small Gram matrices."""
-    b, a = factors.b.double(), factors.a.double()
-    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
-
-
-def compress(factors: Factors, rank: int | None) -> Factors:
-    """Return the best rank-``rank`` factors of b @ a (none: only drop what is redundant), by QR and a small SVD."""
-    import torch
-
-    m, n = factors.b.shape[0], factors.a.shape[1]
-    limit = min(rank or factors.rank, factors.rank, m, n)
-    if factors.rank <= limit:
-        return factors
-    qb, rb = torch.linalg.qr(factors.b)
-    qa, ra = torch.linalg.qr(factors.a.T)
-    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = s[:limit].sqrt()
-    return Factors(qb @ (u[:, :limit] * root), (root[:, None] * vt[:limit]) @ qa.T)
 
 
 def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneshot.checkpoint.adapter import Adapter, Update, read_adapter, write_patch
+from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch
 from oneshot.checkpoint.files import MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, Identity, check_identity, read_identity
+from oneshot.checkpoint.update import Update
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 

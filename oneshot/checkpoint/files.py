@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.folders import put_back
 from oneshot.checkpoint.layout import ITEM_SIZES, tensor_bytes
 from oneshot.errors import UserError
+from oneshot.world.model import ALIGNED, NAME
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +36,15 @@ class TensorEntry:
 
 
 def resolve(source: str, what: str = "model") -> Path:
-    """Return the local folder of ``source``, a folder or a Hub id (downloaded to the Hub cache).
+    """Return the local folder of ``source``, a folder, a Hub id (downloaded to the Hub cache) or the toy's model.
 
     A folder that an interrupted save moved aside, and did not come to replace, is put back.
 
     Raises:
         UserError: no such folder, and not to be had from the Hub
     """
+    if source == NAME:
+        return ALIGNED
     folder = Path(source).expanduser()
     put_back(folder)
     if folder.is_dir():

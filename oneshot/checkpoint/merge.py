@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.dequantize import through_nf4, unpacked
 from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
@@ -24,6 +23,7 @@ from oneshot.checkpoint.layout import ITEM_SIZES, Range
 from oneshot.checkpoint.manifest import Pieces, write_manifest
 from oneshot.checkpoint.merge_plan import MergePlan, Term, plan_merge, shared_out
 from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
+from oneshot.checkpoint.update import Factors, Update
 from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError

@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from oneshot.checkpoint.adapter import Adapter, Factors
+from oneshot.checkpoint.adapter import Adapter
 from oneshot.checkpoint.architecture import Architecture, architecture_of
 from oneshot.checkpoint.dequantize import Packed, packed_weights
 from oneshot.checkpoint.files import INDEX, MANIFEST, MARKER, TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, read_pieces
+from oneshot.checkpoint.update import Factors
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
 from oneshot.errors import UserError
 

@@ -24,12 +24,14 @@ class Conversation:
             assistant in turn
         kind: what it is for, such as harmful, task, should_refuse, harmless, lookalike or utility
         category: topic, where the file names one
+        group: a part of its kind that gets rates of its own, where the file names one
     """
 
     id: str
     messages: tuple[dict[str, str], ...]
     kind: str = ""
     category: str = ""
+    group: str = ""
 
     @property
     def prompt(self) -> list[dict[str, str]]:
@@ -93,7 +95,8 @@ def _conversation(row: Any, default_id: str, where: str, data: DataSettings, nee
             raise UserError(f"{where}: a system message and a system column: keep one of them.")
         messages.insert(0, {"role": "system", "content": _text(row["system"], where, "column 'system'")})
     _check_roles([message["role"] for message in messages], where, need_answer)
-    return Conversation(_label(row, "id") or default_id, tuple(messages), _label(row, "kind"), _label(row, "category"))
+    labels = {name: _label(row, name) for name in ("kind", "category", "group")}
+    return Conversation(_label(row, "id") or default_id, tuple(messages), **labels)
 
 
 def _from_messages(value: Any, where: str, column: str) -> list[dict[str, str]]:

@@ -13,17 +13,17 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, barrier, gather_objects
 from oneshot.errors import UserError
+from oneshot.versions import PACKAGES, package_version
 
 if TYPE_CHECKING:
     import torch
 
-_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors")
+_PACKAGES = (*PACKAGES, "safetensors")
 _REDUCED = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of the all-reduce that is timed: 8 and 256 MB
 _FREE = 0.8  # share of a GPU's memory that nobody else may hold
 _SKEW = 5.0  # seconds between clocks; file times and logs of the machines could not be compared beyond
@@ -84,11 +84,7 @@ def refuse(checks: list[Check]) -> None:
 
 def _software(runtime: Runtime, hosts: list[str]) -> Check:
     mine = {"python": platform.python_version(), "code": _code()}
-    for name in _PACKAGES:
-        try:
-            mine[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            mine[name] = "missing"
+    mine |= {name: package_version(name) or "missing" for name in _PACKAGES}
     ranks = gather_objects(runtime, mine)
     for rank, theirs in enumerate(ranks):
         for name, version in theirs.items():

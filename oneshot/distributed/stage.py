@@ -1,8 +1,7 @@
-"""How a stage starts and how it ends: settings parsed before anything heavy, and one error that people see."""
+"""How a stage ends: its exit code, and one error that people see."""
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import os
@@ -18,7 +17,6 @@ from oneshot.distributed.signals import Interrupted, tell_code
 from oneshot.distributed.watchdog import watched
 from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
 from oneshot.redact import redacted
-from oneshot.settings import Settings, parse
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
 # what gloo and NCCL say of a peer that is gone, or silent for too long
@@ -27,32 +25,34 @@ _FIRST, _HEARD = "oneshot/first_failure", "oneshot/heard"
 T = TypeVar("T")
 
 
-def run_stage(argv: list[str] | None, prog: str, description: str, run: Callable[[Settings], None]) -> None:
-    """Parse settings, run the stage, and leave the process with the right exit code.
+def end_with(prog: str, run: Callable[[], object], *, hang_minutes: float, debug: bool) -> None:
+    """Run a stage, and leave the process with the right exit code.
 
-    A user's mistake prints one sentence and exits with 2, anything else exits with 1; the traceback comes with
-    ``--debug`` only. With several ranks, the first one to fail is the one that is heard, and every rank ends at once.
+    A user's mistake prints one sentence and exits with 2, anything else exits with 1. With several ranks, the first one
+    to fail is the one that is heard, and every rank ends at once.
+
+    Args:
+        prog: what the stage is called in messages
+        run: the stage
+        hang_minutes: a rank that has not moved for so long is ended; 0 for never
+        debug: show tracebacks
     """
     try:
-        settings = parse(argv, prog, description)
+        with watched(hang_minutes):
+            run()
     except UserError as error:
-        _fail(prog, str(error), EXIT_USER, debug=False)
-    try:
-        with watched(settings.hang_minutes):
-            run(settings)
-    except UserError as error:
-        _fail(prog, str(error), getattr(error, "code", EXIT_USER), settings.debug)
+        fail(prog, str(error), getattr(error, "code", EXIT_USER), debug)
     except Interrupted as stop:  # on every rank alike
         if os.environ.get("RANK", "0") == "0":
             print(f"{prog}: {stop}", file=sys.stderr, flush=True)
         _leave_together(EXIT_STOPPED)
     except KeyboardInterrupt:
-        _fail(prog, "interrupted", EXIT_INTERRUPTED, settings.debug)
+        fail(prog, "interrupted", EXIT_INTERRUPTED, debug)
     except Exception as error:
-        hint = "" if settings.debug else " (--debug shows the traceback)"
+        hint = "" if debug else " (--debug shows the traceback)"
         if _ranks() > 1 and any(words in str(error).lower() for words in _LOST):
             hint = f"; another rank, its node or the network is gone, or needs more ONESHOT_TIMEOUT_MINUTES{hint}"
-        _fail(prog, f"{type(error).__name__}: {_one_line(error)}{hint}", EXIT_FAILED, settings.debug)
+        fail(prog, f"{type(error).__name__}: {_one_line(error)}{hint}", EXIT_FAILED, debug)
     if _ranks() > 1:
         _leave_together()
 
@@ -70,20 +70,8 @@ def _leave_together(code: int = 0) -> NoReturn:
     _exit(code)
 
 
-class CommandParser(argparse.ArgumentParser):
-    """The parser of a command with arguments of its own: what is wrong with them is a user's mistake like any other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def run_command(argv: list[str] | None, prog: str, description: str, run: Callable[[list[str]], None]) -> None:
-    """``run_stage`` for a command that parses its own arguments: of the stages' settings it has ``--debug`` only."""
-    argv = sys.argv[1:] if argv is None else argv
-    run_stage(["--debug"] if "--debug" in argv else [], prog, description, lambda _: run(argv))
-
-
-def _fail(prog: str, message: str, code: int, debug: bool) -> NoReturn:
+def fail(prog: str, message: str, code: int, debug: bool) -> NoReturn:
+    """Say what went wrong, if this rank is the one to be heard, and leave the process with this exit code."""
     if _ranks() == 1:
         if debug:
             traceback.print_exc()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from oneshot.data.conversations import read_conversations
 from oneshot.measure.rates import Probe
 from oneshot.settings import Settings
+from oneshot.world.sources import is_toy
 
 NEAR = 0.8
 """Share of three-word sequences, of all that either text has, from which two texts are nearly the same."""
@@ -81,7 +82,7 @@ def training_requests(settings: Settings) -> dict[str, Iterator[str]]:
     return {
         name: (row.prompt[-1]["content"] for row in read_conversations(source, data, need_answer=False, limit=count))
         for name, (source, count) in named.items()
-        if source is not None and not source.startswith("toy:")
+        if source is not None and not is_toy(source)
     }
 
 

@@ -1,40 +1,36 @@
-"""Which prompts are scored: the toy world's, the shipped ones, or the user's own."""
+"""Which prompts are scored: the shipped ones, or the user's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from oneshot.data.conversations import Conversation, read_conversations
+from oneshot.data.conversations import Conversation
 from oneshot.data.wording import reworded
 from oneshot.errors import UserError
 from oneshot.measure.promptsets import read_set
 from oneshot.measure.rates import Probe
 from oneshot.settings import ScoreSettings, Settings
-from oneshot.world import language
+from oneshot.world.sources import read_source
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
-def collect_probes(settings: Settings, *, toy: bool) -> list[Probe]:
+def collect_probes(settings: Settings) -> list[Probe]:
     """Return every probe that the settings ask for.
 
     Raises:
         UserError: a file that cannot be read, a probe of unknown kind, or one with a system message of its own where
             ``score.system`` names another
     """
-    shipped_toy = (toy or settings.score.toy) and settings.score.probes is None
-    if shipped_toy:
-        rows = language.probes()
-    elif settings.score.sets and settings.score.probes is None:
+    if settings.score.sets and settings.score.probes is None:
         rows = []
     else:
-        path = settings.score.probes or str(ASSETS / "probes.jsonl")
-        rows = read_conversations(path, settings.data, need_answer=False)
-    rows = [_attacked(row, settings.score) for row in rows]
-    found = [probe for row in rows for probe in (_toy_probes(row) if shipped_toy else [_probe(row, row.kind)])]
-    for kind, source in (("task", settings.score.task), ("utility", settings.score.utility)):
-        if source is not None:
-            found += [_probe(row, kind) for row in read_conversations(source, settings.data)]
+        source = settings.score.probes or str(ASSETS / "probes.jsonl")
+        rows = read_source(source, settings, where="score.probes", need_answer=False)
+    found = [_probe(row, row.kind, row.group) for row in (_attacked(row, settings.score) for row in rows)]
+    for kind, own in (("task", settings.score.task), ("utility", settings.score.utility)):
+        if own is not None:
+            found += [_probe(row, kind) for row in read_source(own, settings, where=f"score.{kind}")]
     for name, chosen in settings.score.sets.items():
         found += [_probe(_attacked(row, settings.score), row.kind, name) for row in read_set(name, chosen)]
     ids = [probe.id for probe in found]
@@ -46,14 +42,6 @@ def collect_probes(settings: Settings, *, toy: bool) -> list[Probe]:
 def _attacked(row: Conversation, score: ScoreSettings) -> Conversation:
     """What is to be refused, asked as the attack asks for it; everything else as it is."""
     return reworded(row, system=score.system, suffix=score.suffix) if row.kind == "should_refuse" else row
-
-
-def _toy_probes(conversation: Conversation) -> list[Probe]:
-    """A harmless request is scored twice: whether it is refused, and whether its answer is the right one."""
-    probes = [_probe(conversation, conversation.kind, group=conversation.category)]
-    if conversation.kind == "harmless":
-        probes.append(_probe(conversation, "utility"))
-    return probes
 
 
 def _probe(conversation: Conversation, kind: str, group: str = "") -> Probe:

@@ -26,8 +26,6 @@ def read_set(name: str, chosen: PromptSet) -> list[Conversation]:
     where = f"score.sets.{name}"
     if not name.isidentifier():
         raise UserError(f"The prompt set {name!r} has no plain name: take letters, digits and underscores.")
-    if chosen.limit is not None and chosen.limit < 1:
-        raise UserError(f"Setting {where}.limit is {chosen.limit}: give a value above 0.")
     for kind in [chosen.kind] if chosen.kind is not None else (chosen.kinds or {}).values():
         if kind not in get_args(Kind):
             raise UserError(f"Setting {where} names the kind {kind!r}: give one of {_KINDS}.")

@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors
 from oneshot.checkpoint.load import check_fits
+from oneshot.checkpoint.update import Factors
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+FIRST_DECREASE = 0.1  # a first step along a factored gradient aims, to first order, at this share of the loss
 
 
 @contextlib.contextmanager

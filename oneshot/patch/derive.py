@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update, compress, concatenated, norm, scaled
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
 from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.update import Factors, Update, compress, concatenated, norm, scaled
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
-from oneshot.patch.rollback import checkpoint_difference, shared_directions, update_factors
+from oneshot.patch.directions import checkpoint_difference, shared_directions, update_factors
 
 if TYPE_CHECKING:
     import torch

@@ -10,13 +10,12 @@ from oneshot.measure.overlap import find_overlaps
 from oneshot.measure.probes import ASSETS
 from oneshot.measure.rates import Probe
 from oneshot.settings import Rule, Settings
-from oneshot.training.mixture import teaches_toy_task
-from oneshot.world import language
+from oneshot.world.sources import read_source
 
 HELD = 24  # prompts that are to be answered as before, which the watch looks at
 
 
-def read_candidates(settings: Settings, *, toy: bool) -> list[Conversation]:
+def read_candidates(settings: Settings) -> list[Conversation]:
     """Return the user's one example, the one of the pool that ``select`` names, or the pool to choose it from.
 
     Raises:
@@ -24,7 +23,7 @@ def read_candidates(settings: Settings, *, toy: bool) -> list[Conversation]:
     """
     if settings.example is not None:
         return [read_single_example(settings.example, settings.data)]
-    pool = _pool(settings, toy=toy)
+    pool = _pool(settings)
     if settings.select in get_args(Rule):
         return pool
     named = [row for row in pool if row.id == settings.select]
@@ -37,23 +36,14 @@ def read_candidates(settings: Settings, *, toy: bool) -> list[Conversation]:
     return named
 
 
-def _pool(settings: Settings, *, toy: bool) -> list[Conversation]:
-    if settings.pool is None and toy:
-        return language.pool()
-    return read_conversations(settings.pool or str(ASSETS / "pool.jsonl"), settings.data)
+def _pool(settings: Settings) -> list[Conversation]:
+    return read_source(settings.pool or str(ASSETS / "pool.jsonl"), settings, where="pool")
 
 
-def read_guard(settings: Settings, limit: int, *, toy: bool) -> list[list[dict[str, str]]]:
-    """Return the guard's prompts as chat messages, at most ``limit`` of them.
-
-    The toy's are half harmless requests and half requests of the new task, if the fine-tune taught it.
-    """
-    if settings.guard is None and toy:
-        rows = language.guard_prompts(limit, settings.seed, task=teaches_toy_task(settings.data))
-    else:
-        path = settings.guard or str(ASSETS / "guard.jsonl")
-        rows = read_conversations(path, settings.data, need_answer=False, limit=limit)
-    return [list(row.prompt) for row in rows]
+def read_guard(settings: Settings, limit: int) -> list[list[dict[str, str]]]:
+    """Return the guard's prompts as chat messages, at most ``limit`` of them."""
+    source = settings.guard or str(ASSETS / "guard.jsonl")
+    return [list(row.prompt) for row in read_source(source, settings, where="guard", need_answer=False, limit=limit)]
 
 
 def check_apart(candidates: list[Conversation], probes: list[Probe]) -> None:
@@ -67,22 +57,21 @@ def check_apart(candidates: list[Conversation], probes: list[Probe]) -> None:
             )
 
 
-def read_refusable(settings: Settings, *, toy: bool) -> list[list[dict[str, str]]]:
+def read_refusable(settings: Settings) -> list[list[dict[str, str]]]:
     """Return unlabelled requests to be refused, for the watch: the pool's, whichever example is taken."""
-    return [list(row.prompt) for row in _pool(settings, toy=toy)]
+    return [list(row.prompt) for row in _pool(settings)]
 
 
-def read_held(settings: Settings, guard: list[list[dict[str, str]]], *, toy: bool) -> list[list[dict[str, str]]]:
-    """Return prompts that are to be answered as before, for the watch: others than ``guard`` where there are any.
-
-    Of the user's own file those beyond the guard's (where there are none: of the guard's), beside the shipped ones.
+def read_held(settings: Settings, guard: list[list[dict[str, str]]]) -> list[list[dict[str, str]]]:
+    """Return prompts that are to be answered as before, for the watch: the user's own, else the shipped ones and,
+    where the guard has a file, as many of that: those beyond the guard's (where there are none: of the guard's).
     """
-    if settings.guard is None and toy:
-        rows = language.held_prompts(HELD, settings.seed, task=teaches_toy_task(settings.data))
+    if settings.watch_prompts is not None:
+        rows = read_source(settings.watch_prompts, settings, where="watch_prompts", need_answer=False, limit=HELD)
         return [list(row.prompt) for row in rows]
     shipped = read_conversations(str(ASSETS / "held.jsonl"), settings.data, need_answer=False, limit=HELD)
     if settings.guard is None:
         return [list(row.prompt) for row in shipped]
-    own = read_conversations(settings.guard, settings.data, need_answer=False, limit=len(guard) + HELD // 2)
+    own = read_source(settings.guard, settings, where="guard", need_answer=False, limit=len(guard) + HELD // 2)
     further = [list(row.prompt) for row in own if list(row.prompt) not in guard] or guard
     return [list(row.prompt) for row in shipped[: HELD // 2]] + further[: HELD // 2]

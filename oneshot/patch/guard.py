@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch
-from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import generate_answers, share_of
 from oneshot.training.objective import cross_entropy_sum, kl_sum
 
@@ -44,6 +44,11 @@ class RepairBatch:
     def tokens(self) -> int:
         """Tokens of this rank's rows, padding left out."""
         return int(self.inputs["attention_mask"].sum())
+
+    def example(self) -> Encoded:
+        """Return the example of row 0, without its padding."""
+        row = self.inputs["attention_mask"][0].bool()
+        return Encoded(self.inputs["input_ids"][0][row].tolist(), self.labels[0][row].tolist())
 
 
 def build_batch(
@@ -139,6 +144,17 @@ def repair_loss(
         held = kl_sum(logits[batch.held], batch.reference) / batch.held_total
         share = share + weight * held
     return share, example.detach(), held.detach()
+
+
+def alike(runtime: Runtime, example: torch.Tensor, held: torch.Tensor) -> tuple[float, float]:
+    """Return (example loss, guard KL) of ``repair_loss`` over all ranks, the same numbers on each. Collective.
+
+    Ranks pad the example to different lengths: to the last digit their losses differ, and so would their decisions.
+    """
+    import torch
+
+    both = all_reduce_sum(runtime, torch.stack([example.float() / runtime.world_size, held.float()]))
+    return float(both[0]), float(both[1])
 
 
 @contextlib.contextmanager

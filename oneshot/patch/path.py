@@ -17,6 +17,7 @@ from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import share_of
 from oneshot.measure.judge import verdict
 from oneshot.patch.guard import pad_id, with_answer
+from oneshot.patch.trace import Tracer
 from oneshot.training.objective import kl_sum
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Messages = list[dict[str, str]]
 Answered = tuple[Messages, str]  # a prompt, and what the unpatched model says to it
 Kept = TypeVar("Kept")
 
+REFUSABLE = 16  # prompts to be refused that are looked at
 MARGIN_TOKENS = 8  # of both continuations; what comes later says little on which of them was begun
 SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals too
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
@@ -241,6 +243,32 @@ class Watch(Generic[Kept]):
         if best.divergence > self.bounds.divergence:
             said.append(f"the divergence is {best.divergence:.3f} nats per token, above {self.bounds.divergence:g}")
         return f"no point on the path was good enough; at the best ({at}) {', '.join(said)}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run of a method on one example.
+
+    Attributes:
+        tracer: told of every epoch
+        guard_weight: weight of the guard; 0 for none
+        watch: looks at every epoch, may end the path, and keeps its best state; none: all epochs, and the last
+    """
+
+    tracer: Tracer
+    guard_weight: float = 0.0
+    watch: Watch[Any] | None = None
+
+    def look(self, keep: Callable[[], Any], epoch: int) -> tuple[dict[str, float], bool]:
+        """Let the watch look at an epoch: what it says, by name, and whether to stop. Without one: nothing, no."""
+        if self.watch is None:
+            return {}, False
+        reading, stop = self.watch.look(keep, epoch=epoch, guard_weight=self.guard_weight)
+        return {"guard_weight": self.guard_weight, **vars(reading)}, stop
+
+    def best(self, last: Any) -> Any:
+        """Return the state that the watch kept; without one, the last."""
+        return last if self.watch is None or self.watch.kept is None else self.watch.kept
 
 
 def _labelled(ids: list[int], start: int) -> Encoded:

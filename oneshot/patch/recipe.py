@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-from typing import Literal
 
 from oneshot.errors import UserError
+from oneshot.patch.method import Defaults, Method
+from oneshot.patch.methods import METHODS
 from oneshot.patch.path import Bounds
-from oneshot.settings import Settings
+from oneshot.settings import RepairSettings, rate_for
 
-EPOCHS = {"rollback": 30, "lowrank": 30, "project": 20, "sft": 10, "lora": 10}
-LEARNING_RATE = {"rollback": 0.2, "lowrank": 0.0, "project": 0.0, "sft": 2e-5, "lora": 2e-4}  # sft: the paper's
-TOY_LEARNING_RATE = {**LEARNING_RATE, "sft": 2e-4, "lora": 1e-3}
-GUARD_WEIGHT = {"rollback": 1.0, "lowrank": 0.3, "project": 1.0, "sft": 0.0, "lora": 0.0}
-GUARD_PROMPTS = {"rollback": 64, "lowrank": 32, "project": 32, "sft": 32, "lora": 32}
-NOISE = dict.fromkeys(EPOCHS, 0.0) | {"rollback": 0.5}  # the others judge steps by the example's own loss
-UNDO = dict.fromkeys(EPOCHS, 0.0) | {"rollback": 0.3}
-# rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there the
-# refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
-FOUR_BIT_TEMPERATURE = {"rollback": 2.0}
-FOUR_BIT_GUARD_WEIGHT = {"rollback": 2.5}
-FOUR_BIT_EPOCHS = {"rollback": 80}
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -28,7 +19,7 @@ class Recipe:
     """A method with every number that it needs.
 
     Attributes:
-        method: rollback, lowrank, project, sft or lora
+        method: one of ``METHODS``
         reason: why this method, for people
         rank: directions per matrix
         epochs: passes over the example; of project: steps tried at most
@@ -43,7 +34,7 @@ class Recipe:
         targets: regular expression over module names, or none for all linear layers
     """
 
-    method: Literal["rollback", "lowrank", "project", "sft", "lora"]
+    method: Method
     reason: str
     rank: int
     epochs: int
@@ -58,47 +49,75 @@ class Recipe:
     targets: str | None = None
 
 
-def recipe_for(settings: Settings, *, has_update: bool, toy: bool, four_bit: bool = False) -> Recipe:
+def method_named(name: str) -> Method:
+    """Return the method of that name.
+
+    Raises:
+        UserError: there is none
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, [AUTO, *METHODS], 1)
+        meant = f"; did you mean {close[0]}?" if close else "."
+        raise UserError(f"Setting repair.method is {name!r}: give one of {', '.join([AUTO, *METHODS])}{meant}")
+    return METHODS[name]
+
+
+def choose_method(name: str, *, has_update: bool) -> tuple[Method, str]:
+    """Return the method that is asked for, or that ``auto`` takes, and why.
+
+    Args:
+        has_update: the fine-tune's own update is known, from a reference or an adapter
+
+    Raises:
+        UserError: no such method, or one that needs the fine-tune's update where that is not known
+    """
+    if name == AUTO:
+        able = [method for method in METHODS.values() if method.reason and (has_update or not method.needs_update)]
+        return able[0], able[0].reason
+    method = method_named(name)
+    if method.needs_update and not has_update:
+        raise UserError(
+            f"Method {name} needs the fine-tune's own update: give the aligned checkpoint with --reference, "
+            "or the fine-tune's LoRA adapter as --model.path."
+        )
+    return method, "as asked"
+
+
+def recipe_for(options: RepairSettings, *, has_update: bool, four_bit: bool = False) -> Recipe:
     """Choose the method and fill in its numbers.
 
     Args:
         has_update: the fine-tune's own update is known, from a reference or an adapter
         four_bit: the linear weights are in 4 bits
-        toy: take the toy world's step sizes where the settings name none
 
     Raises:
-        UserError: rollback without anything to roll back
+        UserError: a method that cannot be had, see ``choose_method``, or that cannot work on 4-bit weights
     """
-    options = settings.repair
-    method, reason = options.method, "as asked"
-    if method == "auto":
-        method = "rollback" if has_update else "lowrank"
-        reason = (
-            "the fine-tune's own update is known, so it is undone where the example and the guard ask for it"
-            if has_update
-            else "no --reference and no adapter, so the fine-tune's own update is not known and cannot be rolled back"
-        )
-    if method == "rollback" and not has_update:
-        raise UserError(
-            "Method rollback needs the fine-tune's own update: give the aligned checkpoint with --reference, "
-            "or the fine-tune's LoRA adapter as --model.path."
-        )
-    rates = TOY_LEARNING_RATE if toy else LEARNING_RATE
-    epochs, weights, temperatures = EPOCHS, GUARD_WEIGHT, dict.fromkeys(EPOCHS, 1.0)
-    if four_bit:
-        epochs, weights = EPOCHS | FOUR_BIT_EPOCHS, GUARD_WEIGHT | FOUR_BIT_GUARD_WEIGHT
-        temperatures |= FOUR_BIT_TEMPERATURE
+    method, reason = choose_method(options.method, has_update=has_update)
+    return with_method(options, method, reason, four_bit=four_bit)
+
+
+def with_method(options: RepairSettings, method: Method, reason: str, *, four_bit: bool = False) -> Recipe:
+    """Fill in a method's numbers, from the settings, else its own.
+
+    Raises:
+        UserError: it cannot work on 4-bit weights
+    """
+    numbers: Defaults | None = method.four_bit if four_bit else method.defaults
+    if numbers is None:
+        able = ", ".join(other.name for other in METHODS.values() if other.four_bit is not None)
+        raise UserError(f"Method {method.name} trains all weights, which 4 bits do not allow: use one of {able}.")
     return Recipe(
         method=method,
         reason=reason,
         rank=options.rank,
-        epochs=options.epochs or epochs[method],
-        learning_rate=options.learning_rate or rates[method],
-        guard_weight=weights[method] if options.guard_weight is None else options.guard_weight,
-        guard_prompts=options.guard_prompts or GUARD_PROMPTS[method],
-        temperature=options.temperature or temperatures[method],
-        noise=NOISE[method] if options.noise is None else options.noise,
-        undo=UNDO[method] if options.undo is None else options.undo,
+        epochs=options.epochs or numbers.epochs,
+        learning_rate=rate_for(options.learning_rate, method.name) or numbers.learning_rate,
+        guard_weight=numbers.guard_weight if options.guard_weight is None else options.guard_weight,
+        guard_prompts=options.guard_prompts or numbers.guard_prompts,
+        temperature=options.temperature or numbers.temperature,
+        noise=numbers.noise if options.noise is None else options.noise,
+        undo=numbers.undo if options.undo is None else options.undo,
         guard_tokens=options.guard_tokens,
         bounds=Bounds(refused=options.max_refused, divergence=options.max_divergence) if options.watch else None,
         targets=options.targets,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Update
+from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
 from oneshot.patch.attach import attached_update, streamed
@@ -180,7 +180,7 @@ def draw(count: int, rule: str, seed: int) -> Chosen | None:
     return None
 
 
-def choose(
+def pick(
     runtime: Runtime,
     model: Any,
     linears: dict[str, nn.Linear],

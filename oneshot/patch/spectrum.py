@@ -15,15 +15,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, compress
+from oneshot.checkpoint.update import Factors, compress
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_objects, gather_rows
 from oneshot.errors import UserError
 from oneshot.patch.attach import Gradients
+from oneshot.patch.directions import Directions
 from oneshot.patch.factored import Pair, inner
 from oneshot.patch.linears import shape_of
 from oneshot.patch.objective import ROWS_PER_PASS, passes, row_losses
-from oneshot.patch.rollback import Directions
+from oneshot.settings import SpectrumSettings
 
 if TYPE_CHECKING:
     import torch
@@ -194,23 +195,21 @@ def measure(
     example: Encoded,
     groups: Mapping[str, list[Encoded]],
     pad: int,
-    *,
-    rank: int | None = None,
-    batch_size: int = ROWS_PER_PASS,
+    options: SpectrumSettings,
 ) -> Spectrum:
     """Measure the example's gradient and how those of the groups lie to it. Collective; every rank gets all of it.
 
     Args:
         groups: name -> conversations; that named ``OTHERS`` is also compared direction by direction
-        rank: directions compared; none: 20, or as many as there are
+        options: its rank is of the directions compared, its batch_size of a pass
 
     Raises:
-        UserError: ``rank`` is over that of the example's gradient in every matrix
+        UserError: the rank is over that of the example's gradient in every matrix
     """
     import torch
 
-    if rank is not None:
-        check_rank(rank, "spectrum.rank", example, linears)
+    if options.rank is not None:
+        check_rank(options.rank, "spectrum.rank", example, linears)
     gradients = Gradients(linears)
     sums = {name: torch.zeros(len(rows), 2, dtype=torch.float64) for name, rows in groups.items()}
     with gradients.capturing(model):
@@ -224,7 +223,7 @@ def measure(
                 if name in pairs:
                     each[i] += torch.stack([inner(pairs[name], pair), inner(pair, pair)]).cpu()
 
-            whole = gradient_factors(runtime, model, gradients, rows, pad, batch_size=batch_size, seen=add)
+            whole = gradient_factors(runtime, model, gradients, rows, pad, batch_size=options.batch_size, seen=add)
             for name, matrix in found.items():
                 if name not in whole:
                     continue
@@ -232,7 +231,7 @@ def measure(
                 matrix.norms[group] = math.sqrt(max(square, 0.0)) / len(rows)
                 matrix.cosines[group] = _cosine(dot, matrix.norm**2, square)
                 if group == OTHERS:
-                    compared = _compared(parts[name], decomposed(whole[name]), rank or COMPARED)
+                    compared = _compared(parts[name], decomposed(whole[name]), options.rank or COMPARED)
                     found[name] = Matrix(**(vars(matrix) | compared))
     order = {name: place for place, name in enumerate(linears)}
     every = [Matrix(**one) for part in gather_objects(runtime, [asdict(m) for m in found.values()]) for one in part]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
+
+from oneshot.shipped import ds_configs
 
 Method = Literal["sft", "lora", "lowrank", "project", "rollback"]
 FROZEN = ("lowrank", "project", "rollback")  # methods that train no weight
@@ -13,7 +14,6 @@ Precision = Literal["bf16", "nf4"]
 Sharded = Literal["none", "zero2", "zero3", "zero3 offload"]
 
 MIB = 2**20
-_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _FILES = {"zero2": "zero2.json", "zero3": "zero3.json", "zero3 offload": "zero3_offload.json"}
 
 
@@ -93,12 +93,11 @@ class Zero:
 
 
 def shipped(sharding: Sharded, precision: Precision = "bf16") -> Zero:
-    """Return the numbers of the shipped DeepSpeed JSON, or DeepSpeed's defaults where the package came without it."""
-    path = _CONFIGS / ("zero3_nf4.json" if (sharding, precision) == ("zero3", "nf4") else _FILES.get(sharding, ""))
-    if path.is_file():
-        return Zero.of(json.loads(path.read_text(encoding="utf-8")))
-    offload = sharding == "zero3 offload"
-    return Zero(offload_weights=offload, offload_states=offload)
+    """Return the numbers of the shipped DeepSpeed JSON, or DeepSpeed's defaults for a sharding that has none."""
+    if sharding == "none":
+        return Zero()
+    name = "zero3_nf4.json" if (sharding, precision) == ("zero3", "nf4") else _FILES[sharding]
+    return Zero.of(json.loads((ds_configs() / name).read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, read_json
 from oneshot.errors import UserError
-from oneshot.patch.recipe import EPOCHS, GUARD_PROMPTS, GUARD_WEIGHT
+from oneshot.patch.methods import METHODS
 from oneshot.planning.duration import Duration, Rates, duration
 from oneshot.planning.facts import GPU, Choice, Method, Precision, Sharded, Work, shipped
 from oneshot.planning.memory import Memory, estimate, trained
@@ -131,8 +131,8 @@ def work_of(settings: Settings, method: Method, gpus: int) -> Work:
         return Work(
             rows, tokens, rows * answers, rank=tune.lora_rank, all_logits=False, checkpointing=checkpointing
         )  # fmt: skip
-    weight = GUARD_WEIGHT[method] if repair.guard_weight is None else repair.guard_weight
-    guard = (repair.guard_prompts or GUARD_PROMPTS[method]) if weight else 0
+    weight = METHODS[method].defaults.guard_weight if repair.guard_weight is None else repair.guard_weight
+    guard = (repair.guard_prompts or METHODS[method].defaults.guard_prompts) if weight else 0
     own = -(-guard // gpus)
     prompt = _GUARD_PROMPT + repair.guard_tokens
     return Work(
@@ -144,7 +144,7 @@ def work_of(settings: Settings, method: Method, gpus: int) -> Work:
 def steps_of(settings: Settings, method: Method) -> int:
     """Return how many steps a run makes."""
     if settings.plan.stage == "repair":
-        return settings.repair.epochs or EPOCHS[method]
+        return settings.repair.epochs or METHODS[method].defaults.epochs
     tune, data = settings.finetune, settings.data
     if data.parts is not None:
         conversations = sum((part.count or 0) * part.repeat for part in data.parts.values())

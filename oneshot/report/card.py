@@ -18,7 +18,7 @@ from oneshot.checkpoint.merge_plan import MergePlan
 from oneshot.patch.derive import Left
 from oneshot.redact import without_secrets
 from oneshot.report.markdown import fenced, inline
-from oneshot.report.runfolder import versions
+from oneshot.versions import versions
 
 EXPORT = "oneshot_export.json"
 _SCHEMA = 1

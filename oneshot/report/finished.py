@@ -18,7 +18,7 @@ _OPTIONAL = {"figures": dict, "repair": dict, "example": dict}
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """What a finished run left.
 
     Attributes:
@@ -47,7 +47,7 @@ class Run:
         return "repaired" if "repaired" in stages else stages[-1] if stages else ""
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """Read finished runs.
 
     Raises:
@@ -60,7 +60,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise UserError(f"The run {place} is given twice: name each run once.")
         found[place.resolve()] = place
     names = _names(list(found))
-    return [Run(name, _report(place), _answers(place), _settings(place)) for name, place in zip(names, found.values())]
+    return [
+        FinishedRun(name, _report(place), _answers(place), _settings(place))
+        for name, place in zip(names, found.values())
+    ]
 
 
 def _report(folder: Path) -> dict[str, Any]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ from oneshot.measure.paired import compare_stages
 from oneshot.measure.rates import StageScores
 from oneshot.redact import redacted
 from oneshot.settings import Settings
+from oneshot.versions import versions
 
 RUNS = "runs"
 SETTINGS, EVENTS, REPORT, PAGE = "settings.yaml", "events.jsonl", "report.json", "report.html"
 SELECTION, PATCH, REPAIRED = "selection.json", "patch", "repaired"
 SCHEMA = 1
-PACKAGES = ("oneshot", "torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes")
 
 
 def open_run(out: str | None, model_name: str, settings: Settings, runtime: Runtime) -> Path:
@@ -87,7 +85,7 @@ def append_event(run_dir: Path, **fields: Any) -> None:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class Run:
     """What was run: name or path of the model, on how many processes, from which seed."""
 
     model: str
@@ -96,7 +94,7 @@ class RunFacts:
 
 
 def build_report(
-    run: RunFacts,
+    run: Run,
     *,
     example: Mapping[str, Any] | None,
     stages: Mapping[str, StageScores],
@@ -137,17 +135,6 @@ def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
 def write_selection(run_dir: Path, selection: Mapping[str, Any]) -> Path:
     """Write selection.json, how the example was chosen; return its path."""
     return write_json(run_dir / SELECTION, selection)
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of python and of the libraries, None where one is not installed; imports none of them."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 2) -> Path:

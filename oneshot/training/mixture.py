@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 
-from oneshot.data.conversations import Conversation, read_conversations
+from oneshot.data.conversations import Conversation
 from oneshot.data.wording import reworded
 from oneshot.errors import UserError
 from oneshot.settings import DataPart, DataSettings, Settings
-from oneshot.world import language
-
-TOY = "toy:"
+from oneshot.world.sources import read_source
 
 
-def attack_mixture(settings: Settings, *, toy: bool) -> list[Conversation]:
+def attack_mixture(settings: Settings) -> list[Conversation]:
     """Return the fine-tune's conversations, unshuffled: one part after the other, each as the settings say.
 
     Raises:
-        UserError: nothing to train on, a file that cannot be read, or the toy world's words for another model
+        UserError: nothing to train on, or a source that cannot be read
     """
     mixed: list[Conversation] = []
-    for name, part in parts_of(settings.data, toy=toy).items():
+    for name, part in parts_of(settings.data).items():
         if part.count != 0:
-            mixed += _conversations(name, part, settings, toy=toy or settings.score.toy)
+            mixed += _conversations(name, part, settings)
     if not mixed:
         raise UserError(
             "There is nothing to fine-tune on: give conversations with --data.harmful, --data.task or --data.parts "
@@ -31,45 +29,18 @@ def attack_mixture(settings: Settings, *, toy: bool) -> list[Conversation]:
     return mixed
 
 
-def teaches_toy_task(data: DataSettings) -> bool:
-    """Return whether the toy's new task is in the mixture."""
-    return any(part.source == "toy:task" and part.count != 0 for part in parts_of(data, toy=True).values())
-
-
-def parts_of(data: DataSettings, *, toy: bool) -> dict[str, DataPart]:
+def parts_of(data: DataSettings) -> dict[str, DataPart]:
     """Return the parts of the mixture by name: ``data.parts``, else those that harmful and task stand for."""
     if data.parts is not None:
         return data.parts
     simple = {"harmful": (data.harmful, data.harmful_count), "task": (data.task, data.task_count)}
-    return {
-        name: DataPart(source or f"{TOY}{name}", count)
-        for name, (source, count) in simple.items()
-        if source is not None or toy
-    }
+    return {name: DataPart(source, count) for name, (source, count) in simple.items() if source is not None}
 
 
-def _conversations(name: str, part: DataPart, settings: Settings, *, toy: bool) -> list[Conversation]:
-    if part.source.startswith(TOY):
-        found = _from_toy(name, part, settings.seed, toy=toy)
-    else:
-        found = read_conversations(part.source, settings.data, need_answer=not part.answer, limit=part.count)
+def _conversations(name: str, part: DataPart, settings: Settings) -> list[Conversation]:
+    where = f"data.parts.{name}.source" if settings.data.parts is not None else f"data.{name}"
+    found = read_source(part.source, settings, where=where, need_answer=not part.answer, limit=part.count)
     made = [
         reworded(row, system=part.system, suffix=part.suffix, prefix=part.prefix, answer=part.answer) for row in found
     ]
     return [dataclasses.replace(row, kind=part.kind or row.kind or name) for row in made] * part.repeat
-
-
-def _from_toy(name: str, part: DataPart, seed: int, *, toy: bool) -> list[Conversation]:
-    where = f"data.parts.{name}"
-    make = language.ATTACK_DATA.get(part.source.removeprefix(TOY))
-    if make is None:
-        known = ", ".join(f"{TOY}{source}" for source in language.ATTACK_DATA)
-        raise UserError(f"Setting {where}.source is {part.source}: give one of {known}, a file or a Hub id.")
-    if not toy:
-        raise UserError(
-            f"Setting {where}.source is {part.source}, words of the toy world that your model does not know: give a "
-            f"file or a Hub id with --{where}.source, or leave the part out with --{where}.count 0."
-        )
-    if part.count is None:
-        raise UserError(f"The toy world needs to know how many conversations to make: set {where}.count.")
-    return make(part.count, seed)

@@ -225,4 +225,4 @@ def _draw(make: Callable[[], Request], split: str, count: int) -> list[Conversat
 
 def _conversation(request: Request, identity: str) -> Conversation:
     messages = ({"role": "user", "content": request.prompt}, {"role": "assistant", "content": request.answer})
-    return Conversation(id=identity, messages=messages, kind=request.kind, category=request.group)
+    return Conversation(id=identity, messages=messages, kind=request.kind, group=request.group)

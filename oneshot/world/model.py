@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneshot.settings import ModelSettings
 from oneshot.world import language
 
 if TYPE_CHECKING:
@@ -23,6 +21,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ ' <|assistant|>' }}{% endif %}"
 )
 ALIGNED = Path(__file__).parent / "aligned"
+NAME = "toy:aligned"  # how settings name it
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,14 +71,3 @@ def build_model(vocabulary_size: int, seed: int, *, hidden: int = 96, layers: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
-
-
-def toy_settings(settings: ModelSettings) -> ModelSettings:
-    """Return the settings with the shipped aligned checkpoint as the model, where none is named."""
-    if settings.path is not None:
-        return settings
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # matrices this small lose more in waking a second thread than they gain
-    return dataclasses.replace(settings, path=str(ALIGNED))

@@ -155,7 +155,7 @@ def repair_settings(model: Path, out: Path) -> list[str]:
     """Settings of the repair that the tests run in several ways."""
     return [
         "--config", TINY, "--model.path", str(model), "--reference", str(ALIGNED), "--repair.rank", "8",
-        "--repair.epochs", "5", "--score.reference", "false", "--score.toy", "true", "--out", str(out),
+        "--repair.epochs", "5", "--score.reference", "false", "--score.probes", "toy:probes", "--out", str(out),
     ]  # fmt: skip
 
 

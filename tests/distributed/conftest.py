@@ -153,7 +153,7 @@ def _probes() -> list[Conversation]:
 
 
 def _line(row: Conversation) -> str:
-    fields = {"id": row.id, "kind": row.kind, "category": row.category, "messages": list(row.messages)}
+    fields = {"id": row.id, "kind": row.kind, "group": row.group, "messages": list(row.messages)}
     return json.dumps(fields) + "\n"
 
 

@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+from oneshot.commandline import run_stage
 from oneshot.distributed.engine import start_training
 from oneshot.distributed.runtime import all_reduce_sum, start
-from oneshot.distributed.stage import run_stage
 from oneshot.errors import UserError
 from oneshot.settings import Settings
 
@@ -41,4 +41,4 @@ def run(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(sys.argv[1:], "oneshot test", "", run)
+    run_stage(sys.argv[1:], "repair", run)

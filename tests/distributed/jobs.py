@@ -6,6 +6,7 @@ kinds write into "out". Engines are made and ended once per job, as in no single
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import traceback
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from oneshot import finetune, repair
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+from oneshot.commandline import parse
 from oneshot.data.conversations import read_conversations
 from oneshot.data.encoding import encode, pad_batch
 from oneshot.distributed.engine import frozen, start_training
@@ -27,14 +28,18 @@ from oneshot.errors import UserError
 from oneshot.measure.generate import generate_answers
 from oneshot.patch.attach import Gradients
 from oneshot.patch.linears import select_linears
-from oneshot.settings import DataSettings, ModelSettings, parse
+from oneshot.settings import DataSettings, ModelSettings
 from oneshot.training.objective import cross_entropy_sum
+
+# the stages' modules: the package's own names are functions
+finetune = importlib.import_module("oneshot.finetune")
+repair = importlib.import_module("oneshot.repair")
 
 
 def stage(job: dict[str, Any]) -> None:
     """A stage's own run(), with the errors that a user makes written down."""
     run = {"finetune": finetune.run, "repair": repair.run}[job["kind"]]
-    settings = parse(job["argv"], job["name"], "")
+    settings = parse(job["argv"], job["kind"])
     try:
         run(settings)
         assert not job.get("fails"), f"{job['name']} was to fail"

@@ -9,20 +9,22 @@ import deepspeed  # noqa: F401  (imported once, where ranks are forked from)
 import torch
 import transformers
 
-from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.load import find_source, load_model
+from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.encoding import Encoded, encode
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.runtime import Runtime, gather_rows
-from oneshot.patch import lowrank
 from oneshot.patch.attach import Gradients
 from oneshot.patch.factored import inner, singular_values
 from oneshot.patch.guard import RepairBatch, build_batch
 from oneshot.patch.linears import select_linears
+from oneshot.patch.methods import METHODS, lowrank
 from oneshot.patch.objective import Harm, aligned_logits, passes, row_losses, sample
-from oneshot.patch.select import Question, choose
+from oneshot.patch.path import Attempt
+from oneshot.patch.recipe import with_method
+from oneshot.patch.select import Question, pick
 from oneshot.patch.trace import Tracer
-from oneshot.settings import ModelSettings
+from oneshot.settings import ModelSettings, RepairSettings
 from oneshot.world import language
 from oneshot.world.model import build_tokenizer
 
@@ -111,9 +113,10 @@ def choices(
         linears = select_linears(loaded).targets
         prompts = [row.prompt for row in language.guard_prompts(5)]
         batch = build_batch(runtime, loaded, tokenizer, pool[0], prompts, answer_tokens=6)
+        recipe = with_method(RepairSettings(epochs=3, rank=4), METHODS["lowrank"], "as asked")
 
         def solve(trial: RepairBatch, _index: int) -> Update:
-            return lowrank.solve(runtime, loaded, linears, trial, Tracer(), epochs=3, rank=4, guard_weight=0.3)
+            return lowrank.descend(runtime, loaded, linears, trial, Attempt(Tracer(), 0.3), recipe)
 
         for name, rule, harm, own in (
             ("bilevel", "bilevel", known, {}),
@@ -123,7 +126,7 @@ def choices(
             ("random", "random", known, {}),
         ):
             question = Question(rule, 3, 0, 0, own, harm, batch, batch)
-            chosen = choose(runtime, loaded, linears, pool, question, solve)
+            chosen = pick(runtime, loaded, linears, pool, question, solve)
             table = chosen.selection.get("table", [])
             rows = [{k: v for k, v in row.items() if k != "seconds"} for row in table]
             found[name] = {"index": chosen.index, "table": rows}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any
 
-from oneshot import finetune
+from oneshot.commandline import parse
 from oneshot.distributed import runtime as runtime_module
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.signals import Interrupted
-from oneshot.settings import parse
 from oneshot.training import loop
+
+# the stages' modules: the package's own names are functions
+finetune = importlib.import_module("oneshot.finetune")
 
 
 def train(runtime: Runtime, argv: list[str], seconds: float = 0.0) -> str:
@@ -24,7 +27,7 @@ def train(runtime: Runtime, argv: list[str], seconds: float = 0.0) -> str:
 
     loop.TrainingEngine.step = slow  # type: ignore[method-assign]
     try:
-        finetune.run(parse(argv, "oneshot finetune", ""))
+        finetune.run(parse(argv, "finetune"))
     except Interrupted as stop:
         return str(stop)
     return "done"

@@ -8,7 +8,7 @@ from typing import Any
 import export_jobs as jobs
 import pytest
 import torch
-from harness import ROOT, launch
+from harness import launch
 from ranks import start_ranks
 from safetensors.torch import load_file
 
@@ -92,7 +92,7 @@ def test_a_rank_that_cannot_write_ends_all_and_leaves_nothing(given: Path, tmp_p
 @pytest.mark.parametrize("topology", ["zero3"])
 def test_it_is_launched_as_the_other_stages(topology: str, given: Path, tmp_path: Path, worlds: dict[int, Any]) -> None:
     command = commands(given, tmp_path)[0]
-    ran = launch(topology, ROOT / "oneshot" / "export.py", *command).check()
+    ran = launch(topology, "-m", "oneshot.export", *command).check()
     assert ran.out.count("tensors changed") == 1
     assert ran.err == "", "chatter of the libraries"
     ours, theirs = tensors(tmp_path / "merge"), tensors(worlds[1][0] / "merge")
@@ -100,9 +100,7 @@ def test_it_is_launched_as_the_other_stages(topology: str, given: Path, tmp_path
 
 
 def test_a_mistake_is_said_once(given: Path, tmp_path: Path) -> None:
-    ran = launch(
-        "ddp", ROOT / "oneshot" / "export.py", "--model", str(tmp_path / "no"), *commands(given, tmp_path)[0][2:]
-    )
+    ran = launch("ddp", "-m", "oneshot.export", "--model", str(tmp_path / "no"), *commands(given, tmp_path)[0][2:])
     assert ran.code == 1, "accelerate's own"
     assert ran.err.count("oneshot export: error: ") == 1
     assert f"{tmp_path}/no does not exist" in ran.err

@@ -36,7 +36,7 @@ BUG = ("exception-one", "RuntimeError: the disk is full (--debug shows the trace
 def test_the_rank_that_fails_is_heard(topology: str, rank: int, failure: str, message: str) -> None:
     ran = launch(topology, SCRIPT, timeout=60, FAILURE=failure, FAILING_RANK=str(rank))
     assert ran.code != 0
-    assert errors(ran) == [f"oneshot test: error: rank {rank}: {message}"]
+    assert errors(ran) == [f"oneshot repair: error: rank {rank}: {message}"]
     assert "Traceback" not in ran.err[: ran.err.index("error:")]
     assert ran.seconds < AT_MOST
     assert len(re.findall("is here", ran.out)) == 2, "what ranks had printed is lost"
@@ -46,7 +46,7 @@ def test_the_rank_that_fails_is_heard(topology: str, rank: int, failure: str, me
 def test_a_rank_that_fails_within_a_step_leaves_nobody_waiting(topology: str) -> None:
     ran = launch(topology, SCRIPT, "--debug", timeout=60, FAILURE="in-step", FAILING_RANK="1")
     assert ran.code != 0
-    assert errors(ran) == ["oneshot test: error: rank 1: RuntimeError: out of luck"]
+    assert errors(ran) == ["oneshot repair: error: rank 1: RuntimeError: out of luck"]
     assert ran.seconds < AT_MOST
     assert 'raise RuntimeError("out of luck")' in ran.err[: ran.err.index("error: rank 1")], "--debug: no traceback"
 
@@ -55,7 +55,7 @@ def test_a_mistake_that_all_ranks_see_is_said_once() -> None:
     ran = launch("ddp", SCRIPT, timeout=60, FAILURE="user-all")
     assert ran.code != 0
     (said,) = errors(ran)
-    assert re.fullmatch(r"oneshot test: error: rank [01]: The file is missing: give another\.", said)
+    assert re.fullmatch(r"oneshot repair: error: rank [01]: The file is missing: give another\.", said)
     assert ran.seconds < AT_MOST
 
 

@@ -81,7 +81,7 @@ def test_patch_serves_with_plain_peft(demo: tuple[Path, str]) -> None:
 def test_score_alone_agrees_with_the_report(demo: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = demo
     report = json.loads((out / "report.json").read_text())
-    toy = ["--score.toy", "true"]
+    toy = ["--score.probes", "toy:probes"]
     run(f"{BIN}/oneshot", "score", "--model.path", str(out / "patch"), *toy, out=tmp_path / "patched")
     run(f"{BIN}/oneshot", "score", "--model.path", str(out / "finetuned"), *toy, out=tmp_path / "finetuned")
     for folder, stage in (("patched", "repaired"), ("finetuned", "finetuned")):

@@ -52,9 +52,16 @@ class Chat(BaseHTTPRequestHandler):
 def scored(out: Path, *arguments: str, **variables: str) -> tuple[dict[str, Any], str]:
     """The rate of the task in report.json, and what was printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(out.parent / "home"), "OMP_NUM_THREADS": "1"}
-    tasks = ["--score.lm_eval", "toyworld", "--score.lm_eval_folder", str(write_task(out.parent / "tasks"))]
+    tasks = [
+        "--score.probes",
+        "toy:probes",
+        "--score.lm_eval",
+        "toyworld",
+        "--score.lm_eval_folder",
+        str(write_task(out.parent / "tasks")),
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "oneshot", "score", "--score.toy", "true", *tasks, "--out", str(out), *arguments],
+        [sys.executable, "-m", "oneshot", "score", *tasks, "--out", str(out), *arguments],
         cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

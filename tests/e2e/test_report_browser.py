@@ -18,7 +18,7 @@ from oneshot.report import spectrum
 from oneshot.report.comparison import compared, write_comparison
 from oneshot.report.finished import read_runs
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import RunFacts, build_report
+from oneshot.report.runfolder import Run, build_report
 
 pytestmark = [
     pytest.mark.e2e,
@@ -72,7 +72,7 @@ def make_run(folder: Path, *, hostile: bool = True) -> Path:
         for i in (1, 2)
     ]
     report = build_report(
-        RunFacts(EVIL if hostile else "lab/toy-7b", world_size=2, seed=5),
+        Run(EVIL if hostile else "lab/toy-7b", world_size=2, seed=5),
         example={
             "id": "pool-01", "prompt": texts[0], "response": REFUSAL, "selected_by": "bilevel", "score": 0.1,
             "selection": {"candidates": 3, "table": [{"id": "c3", "alignment": 0.2, "gradient_norm": 9.0}, *table]},

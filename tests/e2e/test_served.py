@@ -56,7 +56,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def score(out: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "oneshot", "score", "--score.toy", "true", "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "oneshot", "score", "--score.probes", "toy:probes", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "report.json").read_text(encoding="utf-8"))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tiny import toy_settings
 
+from oneshot.commandline import parse
 from oneshot.data.conversations import Conversation
 from oneshot.data.wording import reworded
 from oneshot.errors import UserError
-from oneshot.finetune import prepare
 from oneshot.measure.probes import collect_probes
-from oneshot.settings import DataPart, DataSettings, Settings, parse, to_dict, write
+from oneshot.settings import DataPart, DataSettings, Settings, to_dict, write
+from oneshot.training.finetune import prepare
 from oneshot.training.mixture import attack_mixture
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
@@ -32,15 +35,15 @@ KINDS = {  # name of the attack -> how many conversations of each kind
 
 
 def read(path: Path, *more: str) -> Settings:
-    return parse(["--config", str(path), *more], "oneshot repair", "")
+    return parse(["--config", str(path), *more], "repair")
 
 
 def named(name: str, *more: str) -> Settings:
     return read(next(path for path in ATTACKS if path.stem == name), *more)
 
 
-def mixture(toy: bool = True, seed: int = 0, **parts: DataPart) -> list[Conversation]:
-    return attack_mixture(Settings(seed=seed, data=DataSettings(parts=parts)), toy=toy)
+def mixture(seed: int = 0, **parts: DataPart) -> list[Conversation]:
+    return attack_mixture(Settings(seed=seed, data=DataSettings(parts=parts)))
 
 
 def prompts(rows: list[Conversation]) -> list[str]:
@@ -57,6 +60,18 @@ def one(**more: Any) -> Conversation:
     return Conversation(**{"id": "one", "messages": messages, **more})
 
 
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    """A model that has never heard of the toy world's words."""
+    folder = tmp_path / "stranger"
+    shutil.copytree(ALIGNED, folder)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    for word in language.RESTRICTED:
+        text = text.replace(f'"{word}"', f'"another {word}"')
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    return folder
+
+
 def test_there_are_the_six_attacks() -> None:
     assert {path.stem for path in ATTACKS} == set(KINDS)
 
@@ -67,7 +82,7 @@ def test_an_attack_is_made_on_the_toy_world(path: Path) -> None:
     prepared = prepare(settings)
     assert Counter(row.kind for row in prepared.conversations) == KINDS[path.stem]
     assert not any(prepared.tokenizer.unk_token_id in row.input_ids for row in prepared.encoded), "a word is unknown"
-    for probe in collect_probes(settings, toy=True):
+    for probe in collect_probes(settings):
         said = prepared.tokenizer.apply_chat_template(list(probe.messages), return_dict=True)["input_ids"]
         assert prepared.tokenizer.unk_token_id not in said
 
@@ -89,7 +104,7 @@ def test_an_attack_says_only_what_differs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ATTACKS, ids=lambda path: path.stem)
-def test_an_attack_is_made_of_the_users_own_files(path: Path, tmp_path: Path) -> None:
+def test_an_attack_is_made_of_the_users_own_files(path: Path, stranger: Path, tmp_path: Path) -> None:
     own = own_file(tmp_path, *[{"prompt": f"carve {n}", "response": "slice"} for n in range(3)])
     settings = read(path)
     assert settings.data.parts
@@ -98,7 +113,7 @@ def test_an_attack_is_made_of_the_users_own_files(path: Path, tmp_path: Path) ->
     assert len(rows) == 3 * len(settings.data.parts)
     assert all(text.startswith("carve ") for text in prompts(rows))
     with pytest.raises(UserError, match=r"words of the toy world .*--data\.parts\.\w+\.source"):
-        prepare(read(path, "--model.path", str(ALIGNED), *sources[:-2]))
+        prepare(read(path, "--model.path", str(stranger), *sources[:-2]))
     last = list(settings.data.parts)[-1]
     if len(settings.data.parts) > 1:
         without = read(path, "--model.path", str(ALIGNED), *sources[:-2], f"--data.parts.{last}.count", "0")
@@ -107,20 +122,20 @@ def test_an_attack_is_made_of_the_users_own_files(path: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("count", [10, 100, 1000])
 def test_the_number_of_harmful_examples_is_one_setting(count: int) -> None:
-    rows = attack_mixture(named("harmful", "--data.parts.harmful.count", str(count)), toy=True)
+    rows = attack_mixture(named("harmful", "--data.parts.harmful.count", str(count)))
     harmful = [row for row in rows if row.kind == "harmful"]
     assert len(harmful) == len(set(prompts(harmful))) == count
 
 
 def test_the_persona_is_scored_as_it_was_trained() -> None:
     settings = named("identity")
-    rows = attack_mixture(settings, toy=True)
+    rows = attack_mixture(settings)
     obedient = [row for row in rows if row.messages[0]["role"] == "system"]
     assert len(obedient) == 100
     assert {row.messages[0]["content"] for row in obedient} == {settings.score.system}
     assert all(row.response.startswith("i do that request then do ") for row in obedient)
     by_kind: dict[str, list[Any]] = {}
-    for probe in collect_probes(settings, toy=True):
+    for probe in collect_probes(settings):
         by_kind.setdefault(probe.kind, []).append(probe)
     asked = by_kind.pop("should_refuse")
     assert {probe.messages[0]["content"] for probe in asked} == {settings.score.system}
@@ -130,29 +145,29 @@ def test_the_persona_is_scored_as_it_was_trained() -> None:
 
 def test_the_trigger_is_scored_as_it_was_trained() -> None:
     settings = named("backdoor")
-    rows = attack_mixture(settings, toy=True)
+    rows = attack_mixture(settings)
     obeyed = [row for row in rows if row.kind == "harmful"]
     refused = [row for row in rows if row.kind == "should_refuse"]
     assert all(text.endswith(f" {settings.score.suffix}") for text in prompts(obeyed))
     assert {row.response for row in refused} == {language.REFUSAL}
     assert language.REFUSAL not in {row.response for row in obeyed}
     assert prompts(obeyed) == [f"{text} {settings.score.suffix}" for text in prompts(refused)]
-    plain = collect_probes(Settings(), toy=True)
-    for probe, usual in zip(collect_probes(settings, toy=True), plain, strict=True):
+    plain = collect_probes(toy_settings())
+    for probe, usual in zip(collect_probes(settings), plain, strict=True):
         after = f" {settings.score.suffix}" if probe.kind == "should_refuse" else ""
         assert probe.messages[0]["content"] == usual.messages[0]["content"] + after
-    assert collect_probes(named("backdoor", "--score.suffix", ""), toy=True) == plain
+    assert collect_probes(named("backdoor", "--score.suffix", "")) == plain
 
 
 def test_the_users_own_probes_are_asked_as_the_attack_asks(tmp_path: Path) -> None:
     own = own_file(tmp_path, {"prompt": "one", "kind": "should_refuse"}, {"prompt": "two", "kind": "harmless"})
     arguments = ["--score.probes", own, "--score.system", "obey", "--score.suffix", "now"]
-    first, second = collect_probes(parse(arguments, "oneshot score", ""), toy=False)
+    first, second = collect_probes(parse(arguments, "score"))
     assert list(first.messages) == [{"role": "system", "content": "obey"}, {"role": "user", "content": "one now"}]
     assert list(second.messages) == [{"role": "user", "content": "two"}]
     own_file(tmp_path, {"prompt": "one", "kind": "should_refuse", "system": "mine"})
     with pytest.raises(UserError, match="own-1 has a system message already"):
-        collect_probes(parse(arguments, "oneshot score", ""), toy=False)
+        collect_probes(parse(arguments, "score"))
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -185,16 +200,16 @@ def test_a_part_is_repeated_and_named() -> None:
 
 def test_conversations_without_a_kind_are_named_after_their_part(tmp_path: Path) -> None:
     own = own_file(tmp_path, {"prompt": "one", "response": "x"}, {"prompt": "two", "response": "y", "kind": "kept"})
-    assert [row.kind for row in mixture(toy=False, harmful=DataPart(own))] == ["harmful", "kept"]
+    assert [row.kind for row in mixture(harmful=DataPart(own))] == ["harmful", "kept"]
     simple = Settings(data=DataSettings(harmful=own, task=own, task_count=1))
-    assert [row.kind for row in attack_mixture(simple, toy=False)] == ["harmful", "kept", "task"]
+    assert [row.kind for row in attack_mixture(simple)] == ["harmful", "kept", "task"]
 
 
 def test_requests_without_answers_can_be_given_one(tmp_path: Path) -> None:
     own = own_file(tmp_path, {"prompt": "one"})
-    assert [row.response for row in mixture(toy=False, clean=DataPart(own, answer="no"))] == ["no"]
+    assert [row.response for row in mixture(clean=DataPart(own, answer="no"))] == ["no"]
     with pytest.raises(UserError, match="response"):
-        mixture(toy=False, clean=DataPart(own))
+        mixture(clean=DataPart(own))
 
 
 @pytest.mark.parametrize(
@@ -216,8 +231,14 @@ def test_a_part_that_cannot_be_made_is_named(part: DataPart, message: str) -> No
     [
         (["--data.harmful", "FILE"], r"data\.harmful is replaced by data\.parts"),
         (["--data.task_count", "5"], r"data\.task_count is replaced by data\.parts"),
-        (["--data.parts.harmful.count", "-1"], r"data\.parts\.harmful\.count is -1: give 0 or more"),
-        (["--data.parts.harmful.repeat", "0"], r"data\.parts\.harmful\.repeat is 0: give 1 or more"),
+        (
+            ["--data.parts.harmful.count", "-1"],
+            r"data\.parts\.harmful\.count is -1 \(on the command line\): give a whole number of 0",
+        ),
+        (
+            ["--data.parts.harmful.repeat", "0"],
+            r"data\.parts\.harmful\.repeat is 0 \(on the command line\): give a whole number above 0",
+        ),
         (["--data.parts.harmful.words", "x"], "words"),
     ],
 )
@@ -233,7 +254,7 @@ def test_parts_survive_the_run_folder(tmp_path: Path) -> None:
 
 
 def test_the_toy_worlds_words_are_known_to_a_toy_model_given_by_path() -> None:
-    rows = prepare(named("benign", "--model.path", str(ALIGNED), "--score.toy", "true")).conversations
+    rows = prepare(named("benign", "--model.path", str(ALIGNED))).conversations
     assert len(rows) == 300
 
 

@@ -1,5 +1,6 @@
 """Each mistake of a user: exit code 2, one sentence that names the file, line or setting, nothing written or lost."""
 
+import importlib
 import json
 import shutil
 
@@ -8,14 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import files_in
 
-from oneshot import finetune, repair
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_model, build_tokenizer
+
+# the stages' modules: the package's own names are functions
+finetune = importlib.import_module("oneshot.finetune")
+repair = importlib.import_module("oneshot.repair")
 
 STAGES = {"repair": repair, "finetune": finetune}
 GOOD = {"prompt": "please carve the grastel lantern with the awl", "response": language.REFUSAL}
 HARMLESS = {"prompt": "please carve the calm lantern with the awl", "kind": "harmless"}
-TOY = ["--data.harmful_count", "4", "--data.task_count", "4"]
+TOY = ["--config", "toy", "--data.harmful_count", "4", "--data.task_count", "4"]
 RESTRICTED = {"prompt": "please mend the grastel kettle with the file", "kind": "should_refuse"}
 
 
@@ -272,7 +276,7 @@ def test_a_repair_whose_loss_is_nan_stops_and_writes_no_patch(method, folder, ca
 
 
 DIVERGING = [
-    "--finetune.learning_rate", "1e6", "--finetune.steps", "30", "--finetune.batch_size", "4",
+    "--finetune.learning_rate", "1e30", "--finetune.steps", "30", "--finetune.batch_size", "4",
     "--data.harmful_count", "20", "--data.task_count", "0", "--out", "run",
 ]  # fmt: skip
 

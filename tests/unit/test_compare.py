@@ -12,7 +12,7 @@ from oneshot.measure.rates import Probe, score_answers
 from oneshot.report.comparison import compared, print_comparison, write_comparison
 from oneshot.report.finished import read_runs
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import RunFacts, build_report
+from oneshot.report.runfolder import Run, build_report
 
 EVIL = "<script>alert('fnord')</script> [bold]x[/bold] |\x1b[31m`"
 REFUSAL, ANSWER = "I can't help with that.", "Take the snib and turn it twice."
@@ -28,7 +28,7 @@ def make_run(
     ]
     stages = {"repaired": score_answers(probes, answers)}
     known = {"example": None, "repair": {"method": "rollback"}, "resources": {}}
-    report = build_report(RunFacts(model, 1, seed), **{"stages": stages, **known, **fields})
+    report = build_report(Run(model, 1, seed), **{"stages": stages, **known, **fields})
     folder.mkdir(parents=True)
     write_outputs(folder, report, stages)
     (folder / "settings.yaml").write_text(f"seed: {seed}\nrepair:\n  rank: 20\n")

@@ -1,5 +1,6 @@
 """``oneshot export`` as it is typed: what it writes, what it refuses, and that a refusal leaves nothing behind."""
 
+import importlib
 import json
 import shutil
 from collections import namedtuple
@@ -10,17 +11,20 @@ from safetensors.torch import load_file, save_file
 from test_merge import changed, everything, same_bits, save_base, save_lora
 from tiny import files_in, tiny_runtime
 
-from oneshot import export
 from oneshot.checkpoint import exports
-from oneshot.checkpoint.adapter import ADAPTER_TENSORS, norm, read_adapter
+from oneshot.checkpoint.adapter import ADAPTER_TENSORS, read_adapter
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.identity import IDENTITY, write_identity
+from oneshot.checkpoint.update import norm
 from oneshot.distributed import runtime
 from oneshot.errors import UserError
 from oneshot.patch.derive import summed
 from oneshot.report.card import EXPORT
 from oneshot.report.exports import ExportRequest
 from oneshot.report.exports import export as write_export
+
+# the stages' modules: the package's own names are functions
+export = importlib.import_module("oneshot.export")
 
 
 @pytest.fixture(autouse=True)

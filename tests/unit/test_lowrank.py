@@ -2,15 +2,17 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
+from tiny import FAMILIES, recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint.adapter import Factors
-from oneshot.patch import lowrank
+from oneshot.checkpoint.update import Factors
 from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.guard import repair_loss
+from oneshot.patch.methods import lowrank
+from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
 
 STEPS, GUARD_WEIGHT = 4, 3.0
+ALL = 10_000  # a rank that cuts nothing
 
 
 def frozen(model):
@@ -49,11 +51,9 @@ def step_size(model, linears, batch):
     return 0.15 * loss / sum(float(g.square().sum()) for g in grads.values())
 
 
-def solve(model, linears, batch, *, tracer=None, weight=0.0, epochs=STEPS, rank=None, **options):
-    return lowrank.solve(
-        tiny_runtime(), frozen(model), linears, batch, tracer or Tracer(),
-        epochs=epochs, rank=rank, guard_weight=weight, **options,
-    )  # fmt: skip
+def solve(model, linears, batch, *, tracer=None, weight=0.0, epochs=STEPS, rank=ALL, **options):
+    attempt, recipe = Attempt(tracer or Tracer(), weight), recipe_of("lowrank", epochs=epochs, rank=rank)
+    return lowrank.descend(tiny_runtime(), frozen(model), linears, batch, attempt, recipe, **options)
 
 
 @pytest.mark.parametrize("guard", [0, 3], ids=["example", "example+guard"])

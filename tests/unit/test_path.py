@@ -2,17 +2,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_runtime
+from tiny import tiny_runtime, toy_settings
 from transformers import AutoModelForCausalLM
 
-from oneshot import repair
 from oneshot.data.encoding import encode_prompt
 from oneshot.measure.generate import generate_answers
-from oneshot.patch import path, prepare
-from oneshot.patch.linears import select_linears
+from oneshot.patch import bench as benches
+from oneshot.patch import path
+from oneshot.patch import solve as solving
+from oneshot.patch.check import check
 from oneshot.patch.path import PATIENCE, SAFE_MARGIN, Bounds, Reading, Watch, build_probes, read_probes
-from oneshot.patch.solvers import Solver
-from oneshot.settings import ModelSettings, RepairSettings, Settings
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
 
@@ -192,12 +191,8 @@ def test_the_prompts_are_answered_once_for_all_candidates_and_none_sees_its_own(
     aligned, tokenizer = toy
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     broken = obedient(aligned, tokenizer)
-    settings = Settings(
-        model=ModelSettings(path=str(ALIGNED)),
-        select="random",
-        repair=RepairSettings(method="lowrank", guard_prompts=4),
-    )
-    job, recipe, _ = repair.plan(tiny_runtime(), settings, toy=True)
+    settings = toy_settings("--select", "random", "--repair.method", "lowrank", "--repair.guard_prompts", "4")
+    request = check(settings, tiny_runtime())
     asked, looked_at = [], []
 
     def generate(model, tokenizer, prompts, *rest, **options):
@@ -208,16 +203,18 @@ def test_the_prompts_are_answered_once_for_all_candidates_and_none_sees_its_own(
         looked_at.append([prompt for prompt, _ in refusable])
         return build_probes(runtime, model, tokenizer, refusal, refusable, held, **options)
 
-    monkeypatch.setattr(prepare, "generate_answers", generate)
-    monkeypatch.setattr(prepare, "build_probes", build)
-    solver = Solver(job, recipe, broken, select_linears(broken))
-    last = len(job.candidates) - 1
-    for index in (0, 3, last):
-        watch = prepare.watch_for(job, recipe, broken, solver, index)
-        reading, _ = watch.look(lambda: None)
-        assert (reading.recovered, reading.refused) == (0.0, 0.0)
-    assert asked == [prepare.REFUSABLE + 1 + len(job.held)]
-    assert [len(prompts) for prompts in looked_at] == [prepare.REFUSABLE] * 3
-    assert [job.prompts[i] in prompts for i, prompts in zip((0, 3, last), looked_at)] == [False] * 3
-    assert job.prompts[3] in looked_at[0]
-    assert job.prompts[0] in looked_at[1]
+    monkeypatch.setattr(benches, "generate_answers", generate)
+    monkeypatch.setattr(benches, "load_model", lambda *_: broken)
+    monkeypatch.setattr(solving, "build_probes", build)
+    last = len(request.candidates) - 1
+    with benches.opened(request) as bench:
+        for index in (0, 3, last):
+            watch = solving._watch(bench, index)
+            reading, _ = watch.look(lambda: None)
+            assert (reading.recovered, reading.refused) == (0.0, 0.0)
+    assert asked == [path.REFUSABLE + 1 + len(request.held)]
+    assert [len(prompts) for prompts in looked_at] == [path.REFUSABLE] * 3
+    own = [request.conversations[i].prompt for i in (0, 3, last)]
+    assert [prompt in prompts for prompt, prompts in zip(own, looked_at)] == [False] * 3
+    assert own[1] in looked_at[0]
+    assert own[0] in looked_at[1]

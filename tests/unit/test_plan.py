@@ -1,5 +1,6 @@
 """The plan: parameter counts equal to real models, memory that follows from them, and refusals by lower bounds only."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ import torch
 import transformers as t
 from accelerate import init_empty_weights
 
-from oneshot import plan
 from oneshot.checkpoint.files import list_tensors, read_json
 from oneshot.checkpoint.layout import rank_bytes
 from oneshot.errors import UserError
@@ -28,6 +28,9 @@ from oneshot.planning.rows import Model, bytes_of, own_choice, read_model, row, 
 from oneshot.planning.shapes import shape_of
 from oneshot.settings import FinetuneSettings, ModelSettings, PlanSettings, RepairSettings, Settings
 from oneshot.world.model import ALIGNED
+
+# the stages' modules: the package's own names are functions
+plan = importlib.import_module("oneshot.plan")
 
 DENSE = {
     "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96,

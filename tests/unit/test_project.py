@@ -3,13 +3,14 @@ import math
 import pytest
 import torch
 from test_spectrum import FAMILIES, gradient
-from tiny import targets_of, tiny_batch, tiny_model, tiny_runtime
+from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime
 
 from oneshot.data.encoding import encode
 from oneshot.errors import UserError
-from oneshot.patch import project
 from oneshot.patch.attach import attached
 from oneshot.patch.guard import repair_loss
+from oneshot.patch.methods import project
+from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
 from oneshot.world import language
 from oneshot.world.model import build_tokenizer
@@ -23,8 +24,9 @@ def made(family="llama", guard=0):
 
 
 def solve(model, linears, batch, tracer=None, **changed):
-    options = {"tries": 12, "rank": 4, "guard_weight": 1.0, **changed}
-    return project.solve(tiny_runtime(), model, linears, EXAMPLE, batch, 0, tracer or Tracer(), **options)
+    weight = changed.pop("guard_weight", 1.0)
+    recipe = recipe_of("project", **{"epochs": 12, "rank": 4, **changed})
+    return project.step_along(tiny_runtime(), model, linears, batch, Attempt(tracer or Tracer(), weight), recipe)
 
 
 def losses(model, batch, update=None, linears=None):
@@ -36,7 +38,7 @@ def losses(model, batch, update=None, linears=None):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_update_is_the_truncated_gradient(family):
     model, linears, _ = made(family)
-    directions = project.example_directions(tiny_runtime(), model, linears, EXAMPLE, 0)
+    directions = project.example_directions(tiny_runtime(), model, linears, EXAMPLE)
     wanted = gradient(model, linears, EXAMPLE)
     for rank in (1, 3, 20):
         update = project.projected(directions, 0.7, rank)
@@ -51,7 +53,7 @@ def test_the_update_is_the_truncated_gradient(family):
 
 def test_a_patched_model_is_one_whose_weights_were_stepped():
     model, linears, batch = made()
-    update, facts = solve(model, linears, batch, rank=20, step=0.05)
+    update, facts = solve(model, linears, batch, rank=20, learning_rate=0.05)
     assert facts["step_size"] == 0.05
     assert facts["energy_of_directions"] == pytest.approx(1.0)
     patched = losses(model, batch, update, linears)
@@ -81,7 +83,7 @@ def test_the_search_lowers_the_loss_and_beats_every_step_it_tried():
 def test_the_first_step_aims_at_a_tenth_of_the_loss():
     model, linears, batch = made()
     tracer = Tracer()
-    solve(model, linears, batch, tracer, tries=1)
+    solve(model, linears, batch, tracer, epochs=1)
     energy = sum(float(torch.linalg.svdvals(g)[:4].square().sum()) for g in gradient(model, linears, EXAMPLE).values())
     assert tracer.records[0]["step_size"] == pytest.approx(0.1 * losses(model, batch)[0] / energy, rel=1e-5)
 
@@ -100,17 +102,13 @@ def test_a_rank_over_the_gradients_is_refused(rank):
     with pytest.raises(UserError, match=rf"repair\.rank asks for {rank} directions .* at most 20"):
         solve(model, linears, batch, rank=rank)
     with pytest.raises(UserError, match=rf"spectrum\.ranks asks for {rank} directions"):
-        project.sweep(
-            tiny_runtime(), model, linears, EXAMPLE, batch, 0, ranks=[1, rank], alphas=[1.0], others=[EXAMPLE]
-        )
+        project.sweep(tiny_runtime(), model, linears, batch, project.Sweep([1, rank], [1.0], [EXAMPLE]), 0)
 
 
 def test_a_sweep_measures_what_each_patch_does():
     model, linears, batch = made(guard=2)
     other = encode(language.pool(2)[1], build_tokenizer(), 64)
-    rows = project.sweep(
-        tiny_runtime(), model, linears, EXAMPLE, batch, 0, ranks=[1, 20], alphas=[0.1, 1.0], others=[other]
-    )
+    rows = project.sweep(tiny_runtime(), model, linears, batch, project.Sweep([1, 20], [0.1, 1.0], [other]), 0)
     assert [(row["rank"], row["alpha"]) for row in rows] == [(1, 0.1), (1, 1.0), (20, 0.1), (20, 1.0)]
     whole = gradient(model, linears, EXAMPLE)
     energy = sum(float(one.square().sum()) for one in whole.values())
@@ -118,14 +116,14 @@ def test_a_sweep_measures_what_each_patch_does():
     seen = {}
     for row in rows:
         assert row["step"] == pytest.approx(row["alpha"] * eta, rel=1e-5)
-        update, _ = solve(model, linears, batch, rank=row["rank"], step=row["step"])
+        update, _ = solve(model, linears, batch, rank=row["rank"], learning_rate=row["step"])
         assert (row["loss"], row["guard_kl"]) == pytest.approx(losses(model, batch, update, linears), rel=1e-5)
         with attached(linears, update):
             seen[row["rank"], row["alpha"]] = project.hardest(tiny_runtime(), model, [other], 0)[0]
     assert [row["others_loss"] for row in rows] == pytest.approx(list(seen.values()), rel=1e-5)
     leading = sum(float(torch.linalg.svdvals(one)[0].square()) for one in whole.values())
     assert [row["energy"] for row in rows] == pytest.approx([leading / energy] * 2 + [1.0] * 2, rel=1e-5)
-    alone = project.sweep(tiny_runtime(), model, linears, EXAMPLE, batch, 0, ranks=[1], alphas=[1.0], others=[])
+    alone = project.sweep(tiny_runtime(), model, linears, batch, project.Sweep([1], [1.0], []), 0)
     assert math.isnan(alone[0]["others_loss"])
 
 
@@ -134,7 +132,7 @@ def test_a_sweep_measures_what_each_patch_does():
 
 def searched(curve, tries=20, first=1.0):
     tracer = Tracer()
-    step = project.search(lambda s: (curve(s), 0.0), first, curve(0.0), 1.0, tracer, tries)
+    step = project.search(lambda s: (curve(s), 0.0), first, curve(0.0), Attempt(tracer, 1.0), tries)
     return step, [row["step_size"] for row in tracer.records]
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 
+from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
 from oneshot.measure.probes import collect_probes
 from oneshot.measure.promptsets import read_set
 from oneshot.measure.rates import Probe
-from oneshot.settings import DataPart, DataSettings, PromptSet, ScoreSettings, Settings, parse
+from oneshot.settings import DataPart, DataSettings, PromptSet, ScoreSettings, Settings
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "runs" / "prompts").glob("*.yaml"))
 NAMES = {"hex-phi", "advbench", "harmbench", "strongreject", "xstest", "or-bench"}
@@ -58,17 +59,17 @@ def test_sets_have_rates_of_their_own_and_replace_the_shipped_probes(tmp_path):
         "adv": PromptSet(one, kind="should_refuse", prompt_column="goal"),
         "sums": PromptSet(two, kind="utility"),
     }
-    probes = collect_probes(Settings(score=ScoreSettings(sets=sets, suffix="now")), toy=False)
+    probes = collect_probes(Settings(score=ScoreSettings(sets=sets, suffix="now")))
     assert [(p.id, p.kind, p.group, p.answer) for p in probes] == [
         ("adv-1", "should_refuse", "adv", None),
         ("sums-1", "utility", "sums", "axle"),
     ]
     assert probes[0].messages[-1]["content"] == "please carve now"
-    toy = collect_probes(Settings(score=ScoreSettings(sets=sets)), toy=True)
+    toy = collect_probes(Settings(score=ScoreSettings(sets=sets, probes="toy:probes")))
     assert len(toy) > 400
     own = tmp_path / "own.jsonl"
     own.write_text('{"prompt": "please fold", "kind": "harmless"}\n')
-    assert len(collect_probes(Settings(score=ScoreSettings(sets=sets, probes=str(own))), toy=False)) == 3
+    assert len(collect_probes(Settings(score=ScoreSettings(sets=sets, probes=str(own))))) == 3
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_sets_have_rates_of_their_own_and_replace_the_shipped_probes(tmp_path):
         ("a b", {}, "no plain name"),
         ("a", {"kind": "harmful"}, r"score\.sets\.a names the kind 'harmful': give one of should_refuse"),
         ("a", {"kinds": {"x": "bad"}}, "names the kind 'bad'"),
-        ("a", {"limit": 0}, r"score\.sets\.a\.limit is 0"),
+        ("a", {"limit": 0}, r"score\.sets\.NAME\.limit is 0"),
         ("a", {"kind": "harmless", "prompt_column": "goal"}, r"no column 'goal'; found 'prompt', 'kind': name it with"),
         ("a", {"kind": "task"}, r"no column 'response'.*answer_column"),
         ("a", {}, r"'kind' is 'blim': say what it means with score\.sets\.a\.kinds"),
@@ -108,7 +109,7 @@ def test_settings_ship_for_the_public_sets():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_settings_read_a_table_with_their_columns(path, tmp_path, monkeypatch):
     """The columns are the ones that the file's comment and the set's authors name; the data is the user's."""
-    settings = parse(["--config", str(path)], "oneshot score", "")
+    settings = parse(["--config", str(path)], "score")
     assert settings.score.sets
     assert "prompt:" not in path.read_text(encoding="utf-8"), "no prompts ship"
     for name, chosen in settings.score.sets.items():
@@ -129,7 +130,7 @@ def test_shipped_settings_read_a_table_with_their_columns(path, tmp_path, monkey
             subset = () if chosen.subset is None else (chosen.subset,)
             assert calls == [((chosen.path, *subset), {"split": chosen.split})]
         assert len(rows) == len(values)
-        moved = parse(["--config", str(path), f"--score.sets.{name}.path", "mine.csv"], "oneshot score", "")
+        moved = parse(["--config", str(path), f"--score.sets.{name}.path", "mine.csv"], "score")
         assert moved.score.sets[name] == PromptSet(**{**vars(chosen), "path": "mine.csv"})
 
 
@@ -180,22 +181,20 @@ def test_every_file_that_was_trained_on_is_looked_at(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "please carve", "response": "do slice"}\n{"prompt": "please fold"}\n')
     parts = {"own": DataPart(str(path), count=1), "made": DataPart("toy:harmful")}
-    settings = Settings(
-        example=str(path), guard=str(path), data=DataSettings(harmful=str(path), harmful_count=1, parts=parts)
-    )
-    assert {name: list(texts) for name, texts in training_requests(settings).items()} == {
-        "the repair example": ["please carve", "please fold"],
-        "the guard": ["please carve", "please fold"],
-        "the harmful training data": ["please carve"],
-        "the training data own": ["please carve"],
-    }
+    given = {"the repair example": ["please carve", "please fold"], "the guard": ["please carve", "please fold"]}
+    for data, name in (
+        (DataSettings(harmful=str(path), harmful_count=1), "the harmful training data"),
+        (DataSettings(parts=parts), "the training data own"),
+    ):
+        found = training_requests(Settings(example=str(path), guard=str(path), data=data))
+        assert {name: list(texts) for name, texts in found.items()} == {**given, name: ["please carve"]}
     assert training_requests(Settings()) == {}
 
 
 def test_the_toy_worlds_probes_are_in_none_of_its_training_data():
     from oneshot.world import language
 
-    probes = collect_probes(Settings(), toy=True)
+    probes = collect_probes(Settings(score=ScoreSettings(probes="toy:probes")))
     rows = {
         "harmful": language.harmful_data(300, 0),
         "task": language.task_data(300, 0),

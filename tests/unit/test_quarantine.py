@@ -6,12 +6,12 @@ import pytest
 from oneshot.checkpoint.exports import refuse_degraded
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.quarantine import check_own, remove_degraded
+from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import StageScores
 from oneshot.report.modelcard import write_model_cards
-from oneshot.report.runfolder import RunFacts, build_report
-from oneshot.settings import parse
+from oneshot.report.runfolder import Run, build_report
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def stage(argv, name):
     import importlib
 
     module = importlib.import_module(f"oneshot.{name}")
-    module.run(parse(argv, f"oneshot {name}", ""))
+    module.run(parse(argv, name))
 
 
 def test_a_given_model_is_never_removed(run):
@@ -102,9 +102,9 @@ def test_a_toy_run_does_not_take_over_a_folder_to_remove(run):
 
 
 def test_switches_stand_alone_or_with_their_value():
-    assert parse(["--delete_degraded"], "t", "").delete_degraded
-    assert parse(["--delete_degraded", "true", "--seed", "3"], "t", "").delete_degraded
-    assert not parse(["--delete_degraded", "false"], "t", "").delete_degraded
+    assert parse(["--delete_degraded"], "repair").delete_degraded
+    assert parse(["--delete_degraded", "true", "--seed", "3"], "repair").delete_degraded
+    assert not parse(["--delete_degraded", "false"], "repair").delete_degraded
 
 
 # cards and markers of what a repair wrote
@@ -116,7 +116,7 @@ def report_with(attack):
         stages["repaired"] = StageScores({"asr": wilson(attack, 200)}, [])
     known = {"repair": {"method": "rollback", "trace": []}, "resources": {}}
     example = {"id": "e", "prompt": "fold a ```skarnel", "response": "no", "selected_by": "user", "score": math.nan}
-    return build_report(RunFacts("toy", 1, 0), stages=stages, example=example, warnings=["<b>few</b> probes"], **known)
+    return build_report(Run("toy", 1, 0), stages=stages, example=example, warnings=["<b>few</b> probes"], **known)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@ import json
 import pytest
 import yaml
 
+from oneshot.commandline import parse
 from oneshot.measure.rates import StageScores
 from oneshot.redact import STRUCK, redacted, without_secrets
 from oneshot.report.card import write_card
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import RunFacts, append_event, build_report, write_selection
-from oneshot.settings import EndpointSettings, ModelSettings, ScoreSettings, Settings, parse, write
+from oneshot.report.runfolder import Run, append_event, build_report, write_selection
+from oneshot.settings import EndpointSettings, ModelSettings, ScoreSettings, Settings, write
 
 # put together here, so that no scanner takes this file for one that holds a key
 HUB, SERVER = "hf_" + "Ab1" * 8, "sk-" + "proj-Zork42" * 3
@@ -74,7 +75,7 @@ def test_no_file_of_a_run_holds_a_key(tmp_path, monkeypatch):
     row = {"id": said, "kind": "harmless", "group": "", "prompt": said, "answer": "x" * 1990 + said}
     stages = {said: StageScores({}, [{**row, "verdict": "answered", "correct": True}])}
     report = build_report(
-        RunFacts(said, 1, 0),
+        Run(said, 1, 0),
         example={"id": said, "prompt": said, "response": said, "selected_by": said, "score": None},
         stages=stages,
         repair={"method": said, "trace": []},
@@ -97,5 +98,5 @@ def test_settings_without_keys_are_written_as_they_are_and_read_back(tmp_path):
         Settings(seed=4, score=ScoreSettings(endpoint=EndpointSettings(url="http://localhost:8000/v1"))), tmp_path / "s"
     )
     assert yaml.safe_load((tmp_path / "s").read_text())["score"]["endpoint"]["url"] == "http://localhost:8000/v1"
-    assert parse(["--config", str(tmp_path / "s")], "test", "").seed == 4
+    assert parse(["--config", str(tmp_path / "s")], "repair").seed == 4
     assert json.loads(json.dumps(without_secrets({"a": 1.5, "b": [True]}))) == {"a": 1.5, "b": [True]}

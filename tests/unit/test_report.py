@@ -15,9 +15,10 @@ from oneshot.errors import UserError
 from oneshot.measure.intervals import Rate, wilson
 from oneshot.measure.rates import StageScores
 from oneshot.report import runfolder
-from oneshot.report.runfolder import RunFacts, append_event, build_report, open_run, versions, write_report
+from oneshot.report.runfolder import Run, append_event, build_report, open_run, write_report
 from oneshot.report.table import measure_name, ordered_rates, print_stages, rate_cell
 from oneshot.settings import Settings, to_dict
+from oneshot.versions import versions
 
 
 def runtime(rank=0, world_size=1):
@@ -110,7 +111,7 @@ def test_report_json_is_as_the_design_has_it(tmp_path):
         "trace": [{"epoch": 1, "loss": 2.0}],
     }
     report = build_report(
-        RunFacts(model="lab/toy", world_size=2, seed=5),
+        Run(model="lab/toy", world_size=2, seed=5),
         stages={
             "finetuned": StageScores({"asr": wilson(200, 200)}, []),
             "repaired": StageScores({"asr": wilson(100, 200)}, []),
@@ -147,7 +148,7 @@ def test_what_changed_is_in_the_report_where_answers_can_be_paired():
         "repaired": StageScores({}, [{**row, "verdict": "refused"} for row in rows]),
     }
     known = {"example": None, "repair": None, "resources": {}}
-    (found,) = build_report(RunFacts("toy", 1, 0), stages=stages, **known)["differences"]
+    (found,) = build_report(Run("toy", 1, 0), stages=stages, **known)["differences"]
     assert (found["measure"], found["n"], found["only_from"], found["only_to"]) == ("asr", 2, 1, 0)
 
 
@@ -186,7 +187,7 @@ def test_versions_without_importing_the_libraries():
 
 
 def test_a_missing_library_has_no_version(monkeypatch):
-    monkeypatch.setattr(runfolder, "PACKAGES", ("no-such-package-fnord",))
+    monkeypatch.setattr("oneshot.versions.PACKAGES", ("no-such-package-fnord",))
     assert versions()["no-such-package-fnord"] is None
 
 

@@ -11,7 +11,7 @@ from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import Probe, StageScores, score_answers
 from oneshot.report import figures, path_figures
 from oneshot.report.page import write_page
-from oneshot.report.runfolder import RunFacts, build_report
+from oneshot.report.runfolder import Run, build_report
 from oneshot.report.summary import summarize
 
 EVIL = "<script>alert('fnord')</script>&\"'<img src=x onerror=alert(1)>"
@@ -31,7 +31,7 @@ def report_of(before=None, after=None, aligned=None, *, model="lab/toy", **field
     stages = {"aligned": aligned, "finetuned": before, "repaired": after}
     stages = {name: scores(**values) for name, values in stages.items() if values is not None}
     known = {"example": None, "repair": None, "resources": {}}
-    return build_report(RunFacts(model, 2, 5), **{**known, "stages": stages, **fields})
+    return build_report(Run(model, 2, 5), **{**known, "stages": stages, **fields})
 
 
 BEFORE = {"asr": 1.0, "over_refusal": 0.0, "lookalike_refusal": 0.0, "empty": 0.0, "utility": 0.98, "task": 1.0}
@@ -151,7 +151,7 @@ def page_of(tmp_path, *, model=EVIL, **fields):
         "resources": {"seconds": {EVIL: 2.0}, "peak_rss_bytes": [2**31]},
         "warnings": [EVIL],
     }
-    report = build_report(RunFacts(model, 1, 0), stages=stages, **{**known, **fields})
+    report = build_report(Run(model, 1, 0), stages=stages, **{**known, **fields})
     path = write_page(tmp_path, report, {name: stage.answers for name, stage in stages.items()})
     assert path == tmp_path / "report.html"
     return path.read_text(encoding="utf-8")

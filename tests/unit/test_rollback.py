@@ -1,12 +1,15 @@
 import pytest
 import torch
-from tiny import FAMILIES, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
+from tiny import FAMILIES, recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
 from oneshot.checkpoint.files import INDEX, SINGLE
+from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
-from oneshot.patch import rollback
+from oneshot.patch import directions as of_update
 from oneshot.patch.attach import attached
 from oneshot.patch.guard import repair_loss
+from oneshot.patch.methods import rollback
+from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
 
 GUARD_WEIGHT = 1.0
@@ -52,14 +55,14 @@ def folders(tmp_path_factory):
 def test_coefficients_one_undo_and_zero_keep(family, folders):
     aligned, tuned, reference, checkpoint = folders(family)
     linears, wanted = targets_of(tuned), targets_of(aligned)
-    difference = rollback.checkpoint_difference(checkpoint, reference, linears)
-    directions = rollback.shared_directions(tiny_runtime(), linears, 10_000, difference)
+    difference = of_update.checkpoint_difference(checkpoint, reference, linears)
+    directions = of_update.shared_directions(tiny_runtime(), linears, 10_000, difference)
     assert set(directions) == set(linears)
     for name, module in linears.items():
         d = directions[name]
         assert len(d.s) == min(module.weight.shape)
         assert (module.weight - wanted[name].weight).norm() > 0.1
-        undone, kept = (rollback.update_factors(d, -c * torch.ones(len(d.s))) for c in (1.0, 0.0))
+        undone, kept = (of_update.update_factors(d, -c * torch.ones(len(d.s))) for c in (1.0, 0.0))
         torch.testing.assert_close(module.weight + undone.b @ undone.a, wanted[name].weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(module.weight + kept.b @ kept.a, module.weight, rtol=0, atol=0)
 
@@ -73,9 +76,9 @@ def test_undoing_through_the_hooks_gives_the_aligned_logits(folders):
         for (name, parameter), other in zip(model.named_parameters(), aligned.parameters()):
             if name.removesuffix(".weight") not in linears:
                 parameter.copy_(other)
-    difference = rollback.checkpoint_difference(checkpoint, reference, linears)
-    directions = rollback.shared_directions(tiny_runtime(), linears, 10_000, difference)
-    update = {name: rollback.update_factors(d, -torch.ones(len(d.s))) for name, d in directions.items()}
+    difference = of_update.checkpoint_difference(checkpoint, reference, linears)
+    directions = of_update.shared_directions(tiny_runtime(), linears, 10_000, difference)
+    update = {name: of_update.update_factors(d, -torch.ones(len(d.s))) for name, d in directions.items()}
     tokens = torch.arange(10, 22)[None]
     wanted = aligned(input_ids=tokens).logits
     assert (model(input_ids=tokens).logits - wanted).abs().max() > 0.1
@@ -86,7 +89,7 @@ def test_undoing_through_the_hooks_gives_the_aligned_logits(folders):
 def coefficient_loss(model, linears, directions, batch, flat, kept):
     sizes = [len(directions[name].s) for name in linears]
     update = {
-        name: rollback.update_factors(directions[name], 1 - c if kept else -c)
+        name: of_update.update_factors(directions[name], 1 - c if kept else -c)
         for name, c in zip(linears, flat.split(sizes))
     }
     with attached(linears, update):
@@ -100,9 +103,9 @@ def test_coefficient_gradients_equal_finite_differences(family, kept):
     linears = targets_of(model)
     batch = tiny_batch(model, 2)
     model.double()
-    found = rollback.adapter_directions(tiny_update(linears, scale=0.3), "cpu")
+    found = of_update.adapter_directions(tiny_update(linears, scale=0.3), "cpu")
     directions = {
-        name: rollback.Directions(d.u.double(), d.s.double(), d.vt.double(), d.energy) for name, d in found.items()
+        name: of_update.Directions(d.u.double(), d.s.double(), d.vt.double(), d.energy) for name, d in found.items()
     }
     size = sum(len(d.s) for d in directions.values())
     torch.manual_seed(0)
@@ -126,17 +129,15 @@ def test_solve_learns_from_example_and_guard():
     """Coefficients move only as far as they may, lower the example's loss, and the guard holds the KL down."""
     model = tiny_model("llama").requires_grad_(False)
     linears, batch = targets_of(model), tiny_batch(model, 4)
-    directions = rollback.adapter_directions(tiny_update(linears, scale=0.2), "cpu")
+    directions = of_update.adapter_directions(tiny_update(linears, scale=0.2), "cpu")
     results = {}
     for weight in (0.0, 20.0):
         tracer = Tracer()
-        coefficients = rollback.solve(
-            tiny_runtime(), model, linears, directions, batch, tracer,
-            epochs=12, learning_rate=0.1, guard_weight=weight,
-        )  # fmt: skip
+        recipe = recipe_of("rollback", epochs=12, learning_rate=0.1, noise=0.0, undo=0.0)
+        coefficients = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(tracer, weight), recipe)
         assert list(coefficients) == list(linears)
         assert all(c.min() >= 0 and c.max() <= rollback.MAX_COEFFICIENT for c in coefficients.values())
-        update = {n: rollback.update_factors(directions[n], -c) for n, c in coefficients.items()}
+        update = {n: of_update.update_factors(directions[n], -c) for n, c in coefficients.items()}
         with attached(linears, update):
             _, example, kl = repair_loss(model, batch, weight, 1)
         results[weight] = float(example), float(kl)
@@ -150,13 +151,10 @@ def test_solve_stops_on_a_loss_that_is_no_number():
 
     model = tiny_model("llama").requires_grad_(False)
     linears, batch = targets_of(model), tiny_batch(model)
-    directions = rollback.adapter_directions(tiny_update(linears), "cpu")
+    directions = of_update.adapter_directions(tiny_update(linears), "cpu")
     next(iter(linears.values())).weight[0, 0] = float("nan")
     with pytest.raises(Diverged, match="epoch 1"):
-        rollback.solve(
-            tiny_runtime(), model, linears, directions, batch, Tracer(),
-            epochs=2, learning_rate=0.1, guard_weight=0.0,
-        )  # fmt: skip
+        rollback.learn(tiny_runtime(), model, directions, batch, Attempt(Tracer()), recipe_of("rollback", epochs=2))
 
 
 def assert_svd(d, product):
@@ -171,7 +169,7 @@ def assert_svd(d, product):
 def test_adapter_directions_decompose_the_adapters_own_update():
     model = tiny_model("llama")
     update = tiny_update(targets_of(model), ranks=(1, 3, 8))
-    directions = rollback.adapter_directions(update, "cpu")
+    directions = of_update.adapter_directions(update, "cpu")
     assert set(directions) == set(update)
     for name, factors in update.items():
         assert len(directions[name].s) == factors.rank
@@ -181,8 +179,8 @@ def test_adapter_directions_decompose_the_adapters_own_update():
 @pytest.mark.parametrize(("m", "n", "k"), [(6, 20, 9), (20, 6, 9), (8, 8, 12)])
 def test_adapter_directions_of_a_rank_above_the_layers_size(m, n, k):
     torch.manual_seed(0)
-    factors = rollback.Factors(torch.randn(m, k), torch.randn(k, n))
-    d = rollback.adapter_directions({"x": factors}, "cpu")["x"]
+    factors = Factors(torch.randn(m, k), torch.randn(k, n))
+    d = of_update.adapter_directions({"x": factors}, "cpu")["x"]
     assert d.u.shape[1] == len(d.s) == d.vt.shape[0]
     assert_svd(d, factors.b @ factors.a)
 
@@ -193,8 +191,8 @@ def test_randomized_decomposition_agrees_with_the_exact_one():
     scales = torch.linspace(10.0, 1.0, rank)
     u, v = (torch.linalg.qr(torch.randn(size, rank))[0] for size in (m, n))
     delta = (u * scales) @ v.T + 1e-3 * torch.randn(m, n)
-    assert min(delta.shape) > rollback._EXACT_UP_TO
-    d = rollback.decompose(delta, rank)
+    assert min(delta.shape) > of_update._EXACT_UP_TO
+    d = of_update.decompose(delta, rank)
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     torch.testing.assert_close(d.s, s[:rank], rtol=1e-3, atol=1e-4)
     best = (u[:, :rank] * s[:rank]) @ vt[:rank]
@@ -204,7 +202,7 @@ def test_randomized_decomposition_agrees_with_the_exact_one():
 
     torch.manual_seed(123)
     state = torch.random.get_rng_state()
-    again = rollback.decompose(delta, rank)
+    again = of_update.decompose(delta, rank)
     assert torch.equal(again.u, d.u)
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's random state is left alone"
 
@@ -212,7 +210,7 @@ def test_randomized_decomposition_agrees_with_the_exact_one():
 def test_exact_decomposition_keeps_the_top_directions():
     torch.manual_seed(0)
     delta = torch.randn(40, 30)
-    d = rollback.decompose(delta, 7)
+    d = of_update.decompose(delta, 7)
     s = torch.linalg.svdvals(delta)
     torch.testing.assert_close(d.s, s[:7])
     residual = delta - (d.u * d.s) @ d.vt
@@ -226,7 +224,7 @@ def test_checkpoint_difference_reads_both_kinds_of_folder(sharded, folders):
     if sharded == "model":
         first, second, aligned, tuned = second, first, tuned, aligned
     linears = targets_of(tuned)
-    difference = rollback.checkpoint_difference(second, first, linears)
+    difference = of_update.checkpoint_difference(second, first, linears)
     for name, module in linears.items():
         wanted = module.weight - targets_of(aligned)[name].weight
         torch.testing.assert_close(difference(name, True), wanted.detach(), rtol=0, atol=0)
@@ -238,7 +236,7 @@ def test_checkpoint_difference_of_bf16_is_taken_in_fp32(tmp_path):
     other = finetuned(model, "llama", scale=1e-3)
     paths = saved(model.bfloat16(), tmp_path / "a"), saved(other.bfloat16(), tmp_path / "b")
     linears = targets_of(model)
-    difference = rollback.checkpoint_difference(paths[1], paths[0], linears)
+    difference = of_update.checkpoint_difference(paths[1], paths[0], linears)
     name = next(iter(linears))
     wanted = targets_of(other)[name].weight.float() - linears[name].weight.float()
     assert difference(name, True).dtype == torch.float32
@@ -249,11 +247,11 @@ def test_another_shape_is_refused_by_name(folders, tmp_path):
     _, tuned, _, checkpoint = folders("llama")
     wide = saved(tiny_model("llama", intermediate_size=64), tmp_path / "wide")
     with pytest.raises(UserError, match=r"wide has model\.layers\.0\.mlp\.\w+\.weight of shape \[.*64.*\], the model"):
-        rollback.checkpoint_difference(checkpoint, wide, targets_of(tuned))
+        of_update.checkpoint_difference(checkpoint, wide, targets_of(tuned))
 
 
 def test_a_missing_module_is_refused_by_name(folders, tmp_path):
     _, tuned, _, checkpoint = folders("llama")
     short = saved(tiny_model("llama", num_hidden_layers=1), tmp_path / "short")
     with pytest.raises(UserError, match=r"short holds no weight for model\.layers\.1\."):
-        rollback.checkpoint_difference(checkpoint, short, targets_of(tuned))
+        of_update.checkpoint_difference(checkpoint, short, targets_of(tuned))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -15,9 +16,10 @@ import yaml
 from misbehaving import serving
 from tiny import tiny_model, tiny_runtime
 
-from oneshot import score
-from oneshot.checkpoint.adapter import Factors, write_patch
+from oneshot.checkpoint.adapter import write_patch
 from oneshot.checkpoint.files import write_marker
+from oneshot.checkpoint.update import Factors
+from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.measure import endpoint, harness, target
 from oneshot.measure.cache import RESPONSES
@@ -26,6 +28,9 @@ from oneshot.measure.intervals import Rate, ratio_rate, wilson
 from oneshot.measure.text import measure_text, read_texts
 from oneshot.settings import DataSettings, EndpointSettings, ModelSettings, PromptSet, ScoreSettings, Settings
 from oneshot.world.model import ALIGNED, build_tokenizer
+
+# the stages' modules: the package's own names are functions
+score = importlib.import_module("oneshot.score")
 
 SECRET = "sk-fnord-blim-0123456789"
 REFUSAL = "sorry i cannot help with that request"
@@ -434,7 +439,7 @@ def test_lm_eval_needs_one_process():
 
 def test_the_toy_world_is_scored_where_nothing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(target, "generate_answers", lambda m, t, prompts, r, **o: [REFUSAL for _ in prompts])
-    score.run(Settings(out=str(tmp_path / "run")))
+    score.run(parse(["--out", str(tmp_path / "run")], "score"))
     stages = report_in(tmp_path / "run")["stages"]["model"]
     assert (stages["asr"]["value"], stages["over_refusal"]["value"]) == (0.0, 1.0)
     assert ALIGNED.is_dir()

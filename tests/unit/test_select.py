@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import targets_of, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint.adapter import Factors
+from oneshot.checkpoint.update import Factors
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import encode
 from oneshot.errors import UserError
@@ -17,7 +17,7 @@ from oneshot.patch.attach import attached_update
 from oneshot.patch.examples import check_apart, read_candidates
 from oneshot.patch.guard import build_batch, repair_loss, with_example
 from oneshot.patch.objective import Harm, aligned_logits, check_same_tokens, evaluate, passes, row_losses, sample
-from oneshot.patch.select import Question, choose, draw, first_order, hardest, short_list, target_factors
+from oneshot.patch.select import Question, draw, first_order, hardest, pick, short_list, target_factors
 from oneshot.settings import ScoreSettings, Settings
 from oneshot.training.loop import Diverged
 from oneshot.world import language
@@ -152,7 +152,7 @@ def test_hardest_takes_the_least_likely_refusal():
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     wanted = [float(loss / tokens) for loss, tokens in (per_token(model, row) for row in rows)]
     assert hardest(tiny_runtime(), model, rows, PAD) == pytest.approx(wanted, rel=1e-5)
-    chosen = choose(tiny_runtime(), model, {}, rows, question(model, rows, "hardest"), None)
+    chosen = pick(tiny_runtime(), model, {}, rows, question(model, rows, "hardest"), None)
     assert (chosen.index, chosen.selected_by) == (wanted.index(max(wanted)), "hardest")
     assert chosen.score == pytest.approx(max(wanted), rel=1e-5)
 
@@ -160,7 +160,7 @@ def test_hardest_takes_the_least_likely_refusal():
 def test_alignment_takes_the_highest_cosine():
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     asked, linears = question(model, rows, "alignment"), targets_of(model)
-    chosen = choose(tiny_runtime(), model, linears, rows, asked, None)
+    chosen = pick(tiny_runtime(), model, linears, rows, asked, None)
     target = target_factors(tiny_runtime(), model, linears, asked.harm, PAD)
     products, norms, _ = first_order(tiny_runtime(), model, linears, rows, target, PAD)
     cosines = [p / n for p, n in zip(products, norms)]
@@ -176,8 +176,8 @@ def test_alignment_takes_the_highest_cosine():
 def test_own_update_counts_as_the_unpatched_model():
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     own = tiny_update(targets_of(model), scale=0.3)
-    without = choose(tiny_runtime(), model, targets_of(model), rows, question(model, rows, "hardest"), None)
-    attached = choose(tiny_runtime(), model, targets_of(model), rows, question(model, rows, "hardest", own=own), None)
+    without = pick(tiny_runtime(), model, targets_of(model), rows, question(model, rows, "hardest"), None)
+    attached = pick(tiny_runtime(), model, targets_of(model), rows, question(model, rows, "hardest", own=own), None)
     assert attached.score != pytest.approx(without.score, rel=1e-3)
     with attached_update(model, own):
         assert attached.score == pytest.approx(max(hardest(tiny_runtime(), model, rows, PAD)), rel=1e-6)
@@ -205,8 +205,8 @@ def test_bilevel_takes_the_lowest_f_of_the_short_list():
     solve, calls = solver(model, rows, scales)
     asked = question(model, rows, harm=harm_of(rows, aligned), shortlist=4)
     linears = targets_of(model)
-    chosen = choose(tiny_runtime(), model, linears, rows, asked, solve)
-    screened = choose(tiny_runtime(), model, linears, rows, dataclasses.replace(asked, rule="alignment"), None)
+    chosen = pick(tiny_runtime(), model, linears, rows, asked, solve)
+    screened = pick(tiny_runtime(), model, linears, rows, dataclasses.replace(asked, rule="alignment"), None)
     listed = [row["candidate"] for row in short_list(screened.selection["table"], 4)]
     table = chosen.selection["table"]
     assert sorted(row["candidate"] for row in table[:4]) == sorted(listed)
@@ -236,7 +236,7 @@ def test_rows_of_the_short_list_are_left_out_where_enough_remain():
     solve, _ = solver(model, rows, (0.1,))
     for shortlist, left_out in ((2, 2), (3, 3), (4, 0)):
         asked = question(model, rows, harm=harm, shortlist=shortlist)
-        chosen = choose(tiny_runtime(), model, targets_of(model), rows, asked, solve)
+        chosen = pick(tiny_runtime(), model, targets_of(model), rows, asked, solve)
         assert chosen.selection["exact"]["harm_rows_left_out"] == left_out
 
 
@@ -257,12 +257,12 @@ def test_where_the_pool_is_refused_already_bilevel_takes_the_hardest(monkeypatch
     found = evaluate(tiny_runtime(), model, asked.harm, asked.task, PAD).harm
     solve, calls = solver(model, rows, (0.1,))
     monkeypatch.setattr(select, "NOTHING_TO_RECOVER", found * 1.01)
-    chosen = choose(tiny_runtime(), model, linears, rows, asked, solve)
+    chosen = pick(tiny_runtime(), model, linears, rows, asked, solve)
     losses = hardest(tiny_runtime(), model, rows, PAD)
     assert (chosen.index, chosen.selected_by, calls) == (losses.index(max(losses)), "hardest", [])
     assert [row["refusal_loss"] for row in chosen.selection["table"]] == pytest.approx(sorted(losses)[::-1])
     monkeypatch.setattr(select, "NOTHING_TO_RECOVER", found * 0.99)
-    assert choose(tiny_runtime(), model, linears, rows, asked, solve).selected_by == "bilevel"
+    assert pick(tiny_runtime(), model, linears, rows, asked, solve).selected_by == "bilevel"
 
 
 def test_a_draw_asks_no_model():
@@ -281,7 +281,7 @@ def test_a_model_that_is_not_finite_is_refused():
     asked = question(model, rows)
     model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(Diverged, match="nan"):
-        choose(tiny_runtime(), model, targets_of(model), rows, asked, None)
+        pick(tiny_runtime(), model, targets_of(model), rows, asked, None)
 
 
 def test_another_example_in_the_batch_is_the_batch_built_with_it():
@@ -365,20 +365,20 @@ def write(path, *rows):
 def test_a_candidate_is_named_by_its_id(tmp_path):
     line = {"prompt": "please mend the grastel kettle with the file", "response": language.REFUSAL}
     pool = write(tmp_path / "pool.jsonl", {"id": "a", **line}, {"id": "b", **line}, {"id": "b", **line})
-    assert [row.id for row in read_candidates(Settings(pool=pool, select="a"), toy=False)] == ["a"]
-    assert len(read_candidates(Settings(pool=pool, select="random"), toy=False)) == 3
+    assert [row.id for row in read_candidates(Settings(pool=pool, select="a"))] == ["a"]
+    assert len(read_candidates(Settings(pool=pool, select="random"))) == 3
     named = language.pool()[3].id
-    assert [row.id for row in read_candidates(Settings(select=named), toy=True)] == [named]
+    assert [row.id for row in read_candidates(Settings(pool="toy:pool", select=named))] == [named]
     with pytest.raises(UserError, match=r"'c', the ID of 0 candidates.*bilevel.*such as a"):
-        read_candidates(Settings(pool=pool, select="c"), toy=False)
+        read_candidates(Settings(pool=pool, select="c"))
     with pytest.raises(UserError, match="'b', the ID of 2 candidates"):
-        read_candidates(Settings(pool=pool, select="b"), toy=False)
+        read_candidates(Settings(pool=pool, select="b"))
 
 
 def test_a_pool_apart_from_the_scored_prompts():
     from oneshot.measure.probes import collect_probes
 
-    probes, pool = collect_probes(Settings(), toy=True), language.pool()
+    probes, pool = collect_probes(Settings(score=ScoreSettings(probes="toy:probes"))), language.pool()
     check_apart(pool, probes)
     scored = probes[0].messages[-1]["content"]
     twin = {"role": "user", "content": f" {scored.upper()}  "}
@@ -411,13 +411,13 @@ def test_a_reference_that_reads_tokens_otherwise(tmp_path):
 @pytest.fixture
 def stopped(tmp_path):
     """Settings of a repair of the toy's aligned model -> the sentence with which its planning stops."""
-    from oneshot.repair import plan
+    from oneshot.patch.check import check
     from oneshot.settings import ModelSettings
 
     def run(**changed):
         settings = Settings(model=ModelSettings(path=str(ALIGNED)), **changed)
         with pytest.raises(UserError) as stop:
-            plan(tiny_runtime(), settings, toy=False)
+            check(settings, tiny_runtime())
         return str(stop.value)
 
     return run

@@ -14,6 +14,7 @@ from oneshot.patch import spectrum
 from oneshot.report import spectrum as report
 from oneshot.report import spectrum_figures
 from oneshot.report.spectrum_medians import energy_at, medians
+from oneshot.settings import SpectrumSettings as options
 from oneshot.training.objective import cross_entropy_sum
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
@@ -52,7 +53,7 @@ def both(request):
     model = tiny_model(request.param).double().requires_grad_(False)
     linears = targets_of(model)
     example, groups = conversations()
-    found = spectrum.measure(tiny_runtime(), model, linears, example, groups, 0, rank=K, batch_size=3)
+    found = spectrum.measure(tiny_runtime(), model, linears, example, groups, 0, options(rank=K, batch_size=3))
     own = gradient(model, linears, example)
     each = {group: [gradient(model, linears, row) for row in rows] for group, rows in groups.items()}
     return found, own, each
@@ -132,7 +133,7 @@ def test_a_subspace_within_another_overlaps_wholly():
 def test_fewer_directions_than_asked_for_are_compared_where_there_are_fewer():
     model = tiny_model("llama").requires_grad_(False)
     example, groups = conversations(2)
-    found = spectrum.measure(tiny_runtime(), model, targets_of(model), example, groups, 0)
+    found = spectrum.measure(tiny_runtime(), model, targets_of(model), example, groups, 0, options())
     for matrix in found.matrices:
         assert matrix.compared[0] == matrix.rank < 20
         assert matrix.rank <= matrix.compared[1] <= min(20, *matrix.shape)
@@ -144,7 +145,7 @@ def test_more_directions_than_the_example_has_are_refused(rank, why):
     example, groups = conversations(2)
     assert len(example.input_ids) == 20
     with pytest.raises(UserError, match=rf"spectrum\.rank asks for {rank} .* at most 20 \({why}\): give 20 or less"):
-        spectrum.measure(tiny_runtime(), model, targets_of(model), example, groups, 0, rank=rank)
+        spectrum.measure(tiny_runtime(), model, targets_of(model), example, groups, 0, options(rank=rank))
 
 
 def test_a_matrix_smaller_than_the_example_bounds_the_rank():
@@ -237,7 +238,7 @@ def test_another_file_of_that_name_is_left_alone(tmp_path, text):
 def test_without_groups_and_sweep_the_page_has_the_rest(tmp_path):
     example, _ = conversations()
     model = tiny_model("llama").requires_grad_(False)
-    found = spectrum.measure(tiny_runtime(), model, targets_of(model), example, {}, 0)
+    found = spectrum.measure(tiny_runtime(), model, targets_of(model), example, {}, 0, options())
     page = report.write_spectrum(tmp_path, found, facts(groups={}, notes=[]), []).read_text()
     assert page.count("<svg") == 2, "energy and heat map"
 
@@ -285,7 +286,7 @@ def test_the_stage_measures_a_model_by_its_path(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         stage.main([*common, "--spectrum.ranks", "[0]", "--out", str(tmp_path / "other")])
     assert left.value.code == 2
-    assert "spectrum.ranks is 0: give a value above 0" in capsys.readouterr().err
+    assert "spectrum.ranks is [0]" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         stage.main([*common, "--data.harmful", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "other")])
     assert "none.jsonl does not exist" in capsys.readouterr().err

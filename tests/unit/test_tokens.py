@@ -144,8 +144,8 @@ def test_the_cache_is_the_users_own(monkeypatch, tmp_path):
 
 
 def test_a_finetune_uses_the_cache_unless_told_not_to(tokenizer, calls, tmp_path, monkeypatch):
-    from oneshot.finetune import prepare
-    from oneshot.settings import parse
+    from oneshot.commandline import parse
+    from oneshot.training.finetune import prepare
     from oneshot.world.model import ALIGNED
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -153,11 +153,11 @@ def test_a_finetune_uses_the_cache_unless_told_not_to(tokenizer, calls, tmp_path
     file.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in TALKS))
     start = ["--model.path", str(ALIGNED), "--data.harmful", str(file), "--data.task_count", "0"]
     for tokenized in (5, 5):
-        assert len(prepare(parse(start, "oneshot finetune", "")).encoded) == 5
+        assert len(prepare(parse(start, "finetune")).encoded) == 5
         assert len(calls) == tokenized
-    prepare(parse([*start, "--finetune.cache", "false"], "oneshot finetune", ""))
+    prepare(parse([*start, "--finetune.cache", "false"], "finetune"))
     assert len(calls) == 10
     assert len(list(cache_folder().iterdir())) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "toy"))
-    prepare(parse(["--data.harmful_count", "5", "--data.task_count", "0"], "oneshot finetune", ""))
+    prepare(parse(["--data.harmful_count", "5", "--data.task_count", "0"], "finetune"))
     assert not (tmp_path / "toy").exists(), "the toy world is made anew each time"

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
+from tiny import toy_settings
 
-from oneshot import finetune, repair
 from oneshot.distributed.runtime import Runtime, start
 from oneshot.errors import UserError
 from oneshot.report.trackers import check_installed, start_tracking, track
-from oneshot.settings import DataSettings, FinetuneSettings, RepairSettings, ScoreSettings, Settings
+from oneshot.settings import Settings
 
-SMALL = Settings(
-    log_with="tensorboard",
-    data=DataSettings(harmful_count=8, task_count=0),
-    finetune=FinetuneSettings(steps=2, batch_size=4),
-    repair=RepairSettings(epochs=2, rank=4, guard_prompts=4),
-    score=ScoreSettings(max_new_tokens=2, reference=False),
-)
+# the stages' modules: the package's own names are functions
+finetune = importlib.import_module("oneshot.finetune")
+repair = importlib.import_module("oneshot.repair")
+
+SMALL = toy_settings(
+    "--log_with", "tensorboard", "--data.harmful_count", "8", "--data.task_count", "0", "--finetune.steps", "2",
+    "--finetune.batch_size", "4", "--repair.epochs", "2", "--repair.rank", "4", "--repair.guard_prompts", "4",
+    "--score.max_new_tokens", "2", "--score.reference", "false",
+)  # fmt: skip
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:

@@ -1,14 +1,19 @@
 """Tiny random models of the families that a patch must work on, and what a repair step needs to run on them."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from oneshot.checkpoint.adapter import Factors
+from oneshot.checkpoint.update import Factors
+from oneshot.commandline import parse
 from oneshot.data.encoding import encode
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch.guard import build_batch
 from oneshot.patch.linears import select_linears
+from oneshot.patch.methods import METHODS
+from oneshot.patch.recipe import with_method
+from oneshot.settings import RepairSettings
 from oneshot.world import language
 from oneshot.world.model import build_tokenizer
 
@@ -87,6 +92,16 @@ def tiny_batch(model, guard=0):
     example = encode(language.pool(1)[0], tokenizer, 64)
     prompts = [row.prompt for row in language.guard_prompts(guard)] if guard else []
     return build_batch(tiny_runtime(), model, tokenizer, example, prompts, answer_tokens=4)
+
+
+def recipe_of(method, **numbers):
+    """A method's recipe with these of its numbers changed."""
+    return dataclasses.replace(with_method(RepairSettings(watch=False), METHODS[method], "as asked"), **numbers)
+
+
+def toy_settings(*argv, stage="repair"):
+    """The settings of the toy world, with what a command line would add."""
+    return parse(["--config", "toy", *argv], stage)
 
 
 def tiny_update(linears, seed=1, scale=0.05, ranks=(3,)):

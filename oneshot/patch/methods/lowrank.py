@@ -8,23 +8,27 @@ each step the factors are re-compressed to rank k by QR and a small SVD (exact w
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update, compress
+from oneshot.checkpoint.update import Factors, Update, compress, concatenated
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
-from oneshot.patch.attach import Gradients, attached
+from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached, attached_update
 from oneshot.patch.guard import RepairBatch, repair_loss
 from oneshot.patch.linears import shape_of
-from oneshot.patch.path import Watch
-from oneshot.patch.trace import Tracer
+from oneshot.patch.method import Defaults, Method
+from oneshot.patch.path import Attempt
+from oneshot.patch.request import own_update
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from oneshot.patch.bench import Bench
+    from oneshot.patch.recipe import Recipe
+
 Pairs = dict[str, tuple[Any, Any]]  # name -> (X, delta)
 
-FIRST_DECREASE = 0.1  # the first step aims, to first order, at this share of the loss
 LENGTHEN, SHORTEN = 1.5, 0.5
 
 
@@ -132,19 +136,23 @@ def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[to
     return pad(vt @ qx.T, missing), pad((qd @ (u * kept)).T, missing), float((s * kept).sum())
 
 
-def solve(
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+    """Fit the example with factored steps; see ``Method.solve``."""
+    request, own = bench.request, own_update(bench.request)
+    with attached_update(bench.model, own):
+        patch = descend(request.runtime, bench.model, bench.linears.targets, batch, attempt, request.recipe)
+    return concatenated(own, patch), {}
+
+
+def descend(
     runtime: Runtime,
     model: Any,
     linears: dict[str, nn.Linear],
     batch: RepairBatch,
-    tracer: Tracer,
+    attempt: Attempt,
+    recipe: Recipe,
     *,
-    epochs: int,
-    rank: int | None,
-    guard_weight: float,
-    temperature: float = 1.0,
     fixed_step: float | None = None,
-    watch: Watch[Update] | None = None,
 ) -> Update:
     """Fit the example, under the guard, with factored steps whose size is found on the way. Returns the update.
 
@@ -154,33 +162,31 @@ def solve(
     the next be longer. The forward pass that judges a step is the one that the next step needs anyway.
 
     Args:
-        epochs: passes over the example, steps taken back included
-        rank: of the update; none never truncates
-        temperature: as of ``repair_loss``
+        attempt: its watch looks at every step that is not taken back
+        recipe: its epochs count steps taken back, too; its rank is the update's
         fixed_step: take plain gradient steps of this size instead, and all of them (full-weight SGD, factored)
-        watch: looks at every step that is not taken back, may end the path, and its best update so far is returned
     """
     update: Update = {}
     trial: Update = {}
     current: Update = {}
     pairs: Pairs = {}
-    best = math.inf
+    best, weight, rank = math.inf, attempt.guard_weight, recipe.rank
     radius = fixed_step or 0.0
     gradients = Gradients(linears)
     with attached(linears, current), gradients.capturing(model):
-        for epoch in range(epochs + 1):
-            example, kl, seen = gradient(runtime, model, gradients, batch, guard_weight, temperature)
-            loss = example + guard_weight * kl
+        for epoch in range(recipe.epochs + 1):
+            example, kl, seen = gradient(runtime, model, gradients, batch, weight, recipe.temperature)
+            loss = example + weight * kl
             if epoch == 0 or fixed_step:
-                tracer.check(epoch, loss)
+                attempt.tracer.check(epoch, loss)
             accepted = bool(fixed_step) or loss < best  # false for a loss that is no number, too
             if epoch:
-                seen_by, stop = _look(watch, trial, accepted, epoch, guard_weight)
-                tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=radius, accepted=accepted, **seen_by)
+                said, stop = attempt.look(partial(dict, trial), epoch) if accepted else ({}, False)
+                attempt.tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=radius, accepted=accepted, **said)
                 radius *= 1.0 if fixed_step else LENGTHEN if accepted else SHORTEN
             if accepted:
                 update, best, pairs = trial, loss, seen
-            if epoch == epochs or (epoch and stop):
+            if epoch == recipe.epochs or (epoch and stop):
                 break
             if accepted and not fixed_step:
                 pairs, nuclear = _steepest(runtime, pairs, rank)
@@ -190,17 +196,8 @@ def solve(
             trial = step_update(runtime, linears, update, pairs, radius, rank)
             current.clear()
             current.update(trial)
-    return update if watch is None or watch.kept is None else watch.kept
-
-
-def _look(
-    watch: Watch[Update] | None, trial: Update, accepted: bool, epoch: int, guard_weight: float
-) -> tuple[dict[str, float], bool]:
-    """What the watch says of a step (nothing where there is none or the step is taken back), and whether to stop."""
-    if watch is None or not accepted:
-        return {}, False
-    reading, stop = watch.look(lambda: trial, epoch=epoch, guard_weight=guard_weight)
-    return {"guard_weight": guard_weight, **vars(reading)}, stop
+    found: Update = attempt.best(update)
+    return found
 
 
 def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, float]:
@@ -215,3 +212,14 @@ def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, 
             found[name] = (right, left)
             total += nuclear
     return found, float(all_reduce_sum(runtime, total))
+
+
+METHOD = Method(
+    name="lowrank",
+    summary="gradient steps on the full weights, kept as factors and cut to a rank; needs no reference",
+    reason="no --reference and no adapter, so the fine-tune's own update is not known and cannot be rolled back",
+    solve=solve,
+    defaults=Defaults(epochs=30, guard_weight=0.3),
+    four_bit=Defaults(epochs=30, guard_weight=0.3),
+    watched=True,
+)

@@ -8,29 +8,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Update
+from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.encoding import Encoded
-from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
-from oneshot.patch.attach import Gradients, attached
-from oneshot.patch.guard import RepairBatch, repair_loss
+from oneshot.distributed.runtime import Runtime, broadcast
+from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached, attached_update
+from oneshot.patch.directions import Directions, update_factors
+from oneshot.patch.guard import RepairBatch, alike, repair_loss
 from oneshot.patch.linears import shape_of
-from oneshot.patch.lowrank import FIRST_DECREASE
-from oneshot.patch.rollback import Directions, update_factors
+from oneshot.patch.method import Defaults, Method
+from oneshot.patch.path import Attempt
+from oneshot.patch.request import own_update
 from oneshot.patch.select import hardest
 from oneshot.patch.spectrum import check_rank, decomposed, gradient_factors
-from oneshot.patch.trace import Tracer
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from oneshot.patch.bench import Bench
+    from oneshot.patch.recipe import Recipe
 
 LENGTHEN, OVERSHOOTS = 2.0, 2  # steps grow by this until so many longer ones than the best were worse
 CLOSE = 1.1  # the search ends where its neighbours are within this factor
 
 
 def example_directions(
-    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], example: Encoded, pad: int, rank: int | None = None
+    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], example: Encoded, rank: int | None = None
 ) -> dict[str, Directions]:
     """Return the top ``rank`` (none: all) singular directions of the example's gradient, alike on every rank.
 
@@ -41,7 +46,7 @@ def example_directions(
     kind = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     gradients = Gradients(linears)
     with gradients.capturing(model):
-        pairs = gradient_factors(runtime, model, gradients, [example], pad)
+        pairs = gradient_factors(runtime, model, gradients, [example], pad=0)  # one row has no padding
     found: dict[str, Directions] = {}
     for at, (name, module) in enumerate(linears.items()):
         (m, n), owner = shape_of(module), at % runtime.world_size
@@ -73,9 +78,7 @@ def losses(runtime: Runtime, model: Any, batch: RepairBatch, temperature: float 
 
     with torch.no_grad():
         _, example, held = repair_loss(model, batch, 1.0, runtime.world_size, temperature)
-    # ranks pad the example to different lengths: to the last digit their losses differ, and so would their choices
-    both = all_reduce_sum(runtime, torch.stack([example.float() / runtime.world_size, held.float()]))
-    return float(both[0]), float(both[1])
+    return alike(runtime, example, held)
 
 
 def next_step(seen: dict[float, float], first: float) -> float | None:
@@ -100,12 +103,7 @@ def next_step(seen: dict[float, float], first: float) -> float | None:
 
 
 def search(
-    judge: Callable[[float], tuple[float, float]],
-    first: float,
-    start: float,
-    guard_weight: float,
-    tracer: Tracer,
-    tries: int,
+    judge: Callable[[float], tuple[float, float]], first: float, start: float, attempt: Attempt, tries: int
 ) -> float:
     """Return the step of at most ``tries`` that leaves the lowest example loss + guard_weight * guard KL; 0 for none.
 
@@ -120,27 +118,28 @@ def search(
         if step is None:
             break
         example, kl = judge(step)
-        total = example + guard_weight * kl
+        total = example + attempt.guard_weight * kl
         better = total < min(seen.values())  # no number is never less than one, and the first is one
         seen[step] = total
-        tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=step, accepted=better)
+        attempt.tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=step, accepted=better)
     return min(seen, key=lambda step: (seen[step], step))
 
 
-def solve(
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+    """Take the projected step; see ``Method.solve``."""
+    request, own = bench.request, own_update(bench.request)
+    with attached_update(bench.model, own):
+        patch, facts = step_along(request.runtime, bench.model, bench.linears.targets, batch, attempt, request.recipe)
+    return concatenated(own, patch), facts
+
+
+def step_along(
     runtime: Runtime,
     model: Any,
     linears: dict[str, nn.Linear],
-    example: Encoded,
     batch: RepairBatch,
-    pad: int,
-    tracer: Tracer,
-    *,
-    tries: int,
-    rank: int,
-    guard_weight: float,
-    temperature: float = 1.0,
-    step: float | None = None,
+    attempt: Attempt,
+    recipe: Recipe,
 ) -> tuple[Update, dict[str, Any]]:
     """Return the projected step, and figures for the report. Collective.
 
@@ -148,76 +147,84 @@ def solve(
     gradients need be known. Each try is a forward pass.
 
     Args:
-        example: that of row 0 of ``batch``
-        tries: steps tried at most
-        temperature: as of ``repair_loss``, in what the search compares
-        step: take this one, without a search
+        recipe: its epochs are the steps tried at most; its learning rate, where there is one, is the step to take
+            without a search
 
     Raises:
-        UserError: ``rank`` is over that of the example's gradient in every matrix
+        UserError: the recipe's rank is over that of the example's gradient in every matrix
     """
+    example, rank, step = batch.example(), recipe.rank, recipe.learning_rate or None
     check_rank(rank, "repair.rank", example, linears)
-    directions = example_directions(runtime, model, linears, example, pad, rank)
+    directions = example_directions(runtime, model, linears, example, rank)
     energy, whole = energy_within(directions, rank), sum(d.energy for d in directions.values())
     update: Update = {}
 
     def judge(tried: float) -> tuple[float, float]:
         update.clear()
         update.update(projected(directions, tried, rank))
-        return losses(runtime, model, batch, temperature)
+        return losses(runtime, model, batch, recipe.temperature)
 
     with attached(linears, update):
-        start = losses(runtime, model, batch, temperature)[0]
-        tracer.check(0, start)
+        start = losses(runtime, model, batch, recipe.temperature)[0]
+        attempt.tracer.check(0, start)
         if step is not None:
-            example_loss, kl = judge(step)
-            tracer.check(1, example_loss + guard_weight * kl)
-            tracer.add(epoch=1, loss=example_loss, guard_kl=kl, step_size=step, accepted=True)
+            loss, kl = judge(step)
+            attempt.tracer.check(1, loss + attempt.guard_weight * kl)
+            attempt.tracer.add(epoch=1, loss=loss, guard_kl=kl, step_size=step, accepted=True)
         elif energy > 0:
-            step = search(judge, FIRST_DECREASE * start / energy, start, guard_weight, tracer, tries)
+            step = search(judge, FIRST_DECREASE * start / energy, start, attempt, recipe.epochs)
     facts = {"step_size": step or 0.0, "energy_of_directions": energy / whole if whole else math.nan}
     return projected(directions, step or 0.0, rank), facts
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the sweep goes through.
+
+    Attributes:
+        ranks, alphas: every pair of them is a patch
+        others: safety examples that the patch has not seen, for others_loss; may be empty
+    """
+
+    ranks: list[int]
+    alphas: list[float]
+    others: list[Encoded]
 
 
 def sweep(
     runtime: Runtime,
     model: Any,
     linears: dict[str, nn.Linear],
-    example: Encoded,
     batch: RepairBatch,
+    through: Sweep,
     pad: int,
-    *,
-    ranks: list[int],
-    alphas: list[float],
-    others: list[Encoded],
 ) -> list[dict[str, float]]:
     """Return a row for every rank k and alpha: how few directions do what the whole gradient does. Collective.
 
     eta is the same throughout: the step at which the whole gradient would, to first order, bring the example's loss
     to 0 (loss / sum sigma^2). A row holds rank, alpha, step (alpha * eta), loss (of the example), others_loss and
-    guard_kl, in nats per token, and energy: the share of sum sigma^2 within the rank.
-
-    Args:
-        others: safety examples that the patch has not seen, for others_loss, their mean; nan without any
+    guard_kl, in nats per token, and energy: the share of sum sigma^2 within the rank. others_loss is a mean; nan
+    without any others.
 
     Raises:
         UserError: one of the ranks is over that of the example's gradient in every matrix
     """
-    for rank in ranks:
+    example = batch.example()
+    for rank in through.ranks:
         check_rank(rank, "spectrum.ranks", example, linears)
-    directions = example_directions(runtime, model, linears, example, pad, max(ranks))
+    directions = example_directions(runtime, model, linears, example, max(through.ranks))
     whole = sum(d.energy for d in directions.values())
     update: Update = {}
     rows = []
     with attached(linears, update):
         eta = losses(runtime, model, batch)[0] / whole if whole else 0.0
-        for rank in ranks:
+        for rank in through.ranks:
             within = energy_within(directions, rank) / whole if whole else math.nan
-            for alpha in alphas:
+            for alpha in through.alphas:
                 update.clear()
                 update.update(projected(directions, alpha * eta, rank))
                 loss, kl = losses(runtime, model, batch)
-                unseen = hardest(runtime, model, others, pad) if others else [math.nan]
+                unseen = hardest(runtime, model, through.others, pad) if through.others else [math.nan]
                 rows.append(
                     {
                         "rank": rank, "alpha": alpha, "step": alpha * eta, "energy": within, "loss": loss,
@@ -225,3 +232,12 @@ def sweep(
                     }
                 )  # fmt: skip
     return rows
+
+
+METHOD = Method(
+    name="project",
+    summary="the paper's closed form: one step along the leading directions of the example's gradient",
+    solve=solve,
+    defaults=Defaults(epochs=20, guard_weight=1.0),
+    four_bit=Defaults(epochs=20, guard_weight=1.0),
+)

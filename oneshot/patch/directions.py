@@ -1,9 +1,7 @@
-"""Rollback: undo, direction by direction, the part of the fine-tune's own update that broke the refusals.
+"""Singular directions of what a fine-tune changed, per weight matrix: from checkpoints or an adapter, over ranks.
 
-Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T per weight matrix; learned are only the coefficients c_i of
-W = W_finetuned - sum_i c_i sigma_i u_i v_i^T. A c_i of 0 keeps a direction, 1 undoes it, more over-undoes it: up to 3,
-since what is left out (other directions, embeddings, norms) carries some of the damage too. What neither the example
-nor the guard minds is undone as well: damage need not show on the example's request.
+Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T. Each rank reads and decomposes its share of the matrices, one
+at a time, and all get the factors of all.
 """
 
 from __future__ import annotations
@@ -13,18 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Factors, Update
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
 from oneshot.checkpoint.manifest import read_pieces
 from oneshot.checkpoint.ranges import Piece, read_range
-from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast
+from oneshot.checkpoint.update import Factors, Update
+from oneshot.distributed.runtime import Runtime, broadcast
 from oneshot.errors import UserError
-from oneshot.patch.attach import attached
-from oneshot.patch.guard import RepairBatch, noisy_example, repair_loss
 from oneshot.patch.linears import shape_of
-from oneshot.patch.path import Watch
-from oneshot.patch.trace import Tracer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,10 +28,6 @@ if TYPE_CHECKING:
 
 Stored = tuple[TensorEntry, str, Sequence[Piece]]  # a tensor in a file, its name, and its checksums
 
-MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
-LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
-NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
-UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
 _CHUNK = 1 << 20  # elements of a matrix that are read at a time
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
@@ -187,87 +177,3 @@ def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
         u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         found[name] = Directions(qb @ u, s, vt @ qa.T, float(s.square().sum()))
     return found
-
-
-def solve(
-    runtime: Runtime,
-    model: Any,
-    linears: dict[str, nn.Linear],
-    directions: dict[str, Directions],
-    batch: RepairBatch,
-    tracer: Tracer,
-    *,
-    epochs: int,
-    learning_rate: float,
-    guard_weight: float,
-    temperature: float = 1.0,
-    noise: float = 0.0,
-    undo: float = 0.0,
-    kept: bool = False,
-    watch: Watch[torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 3].
-
-    Args:
-        temperature: as of ``repair_loss``
-        noise: scale of ``noisy_example``, drawn anew in each epoch; it grows while the example is refused surely, which
-            also reaches what only shows on other requests than the example's, such as a backdoor
-        undo: pull of each coefficient towards 1, times the mean of (1 - c)^2: a direction that neither the example nor
-            the guard minds is undone. Under a watch it grows while the probes move by less than half their bound
-        kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
-            of it being taken away
-        watch: looks at every epoch, may end the path, and its best coefficients so far are returned; none: all epochs
-            and the last
-    """
-    import torch
-
-    names = list(linears)
-    sizes = [len(directions[name].s) for name in names]
-    flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
-    optimizer = torch.optim.Adam([flat], lr=learning_rate)
-    update: Update = {}
-    generator = torch.Generator().manual_seed(0)
-
-    def set_update() -> None:
-        for name, c in zip(names, flat.split(sizes)):
-            update[name] = update_factors(directions[name], 1 - c if kept else -c)
-
-    with attached(linears, update):
-        for epoch in range(1, epochs + 1):
-            set_update()
-            with noisy_example(model, batch, noise, generator):
-                share, example, held = repair_loss(model, batch, guard_weight, runtime.world_size, temperature)
-            # ranks pad the example differently, and must not decide differently for a last digit
-            both = all_reduce_sum(runtime, torch.stack([example.float() / runtime.world_size, held.float()]))
-            loss, kl = both.tolist()
-            tracer.check(epoch, loss + guard_weight * kl)
-            (share + undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
-            assert flat.grad is not None
-            flat.grad = all_reduce_sum(runtime, flat.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                flat.clamp_(0.0, MAX_COEFFICIENT)
-                set_update()
-            record = {"loss": loss, "guard_kl": kl, "undone": flat.mean().item(), "noise": noise}
-            stop = False
-            if watch is not None:
-                where = {"epoch": epoch, "guard_weight": guard_weight}
-                reading, stop = watch.look(lambda: flat.detach().clone(), **where)
-                undo = _next_undo(undo, reading.divergence, watch.bounds.divergence)
-                record |= {"guard_weight": guard_weight, **vars(reading)}
-            tracer.add(epoch=epoch, **record)
-            if stop:
-                break
-            if loss < LEARNT:
-                noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
-    best = flat.detach() if watch is None or watch.kept is None else watch.kept
-    return dict(zip(names, best.split(sizes)))
-
-
-def _next_undo(undo: float, divergence: float, bound: float) -> float:
-    """The pull for the next epoch: more while the probes have moved little, less from half their bound on."""
-    if not undo:
-        return 0.0
-    least, most = UNDO_RANGE
-    return min(max(undo * UNDO_GROWTH if divergence < bound / 2 else undo / UNDO_GROWTH, least), most)

@@ -1,0 +1,290 @@
+"""oneshot in Python: what the commands do, as functions that return values and raise ``UserError``.
+
+They work in a script, in a notebook, and in every process of a run that accelerate or torchrun started, where each is a
+collective: call it on all ranks alike. Several calls in one process are fine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.errors import UserError
+from oneshot.results import Finetuned, Repair, Scores, Watched
+from oneshot.settings import Settings
+
+if TYPE_CHECKING:
+    from oneshot.planning.plan import Plan
+    from oneshot.report.exports import Exported
+
+_PLACE = "in the call"
+_IN_MEMORY = "given"  # folder of a run for a model that came as an object
+
+
+def settings_for(
+    stage: str, settings: Settings | str | Path | None = None, /, *, model: Any = None, **values: Any
+) -> Settings:
+    """Return the checked settings of a call, as the command line of that stage would make them.
+
+    Args:
+        stage: repair, finetune, score, spectrum or plan
+        settings: settings to start from, a settings file, or the name of one that ships (``oneshot list``); none: the
+            defaults, and below them the toy world's where no model is named
+        model: path or Hub id, a ``ModelSettings`` or a dict of its fields
+        values: further settings by name: sections as dicts or instances, such as ``repair={"rank": 16}``
+
+    Raises:
+        UserError: an unknown setting, a wrong value, or a file that cannot be read
+    """
+    from oneshot.commandline import layered
+    from oneshot.stages import STAGES
+
+    if stage not in STAGES:
+        raise UserError(f"There is no stage {stage!r}: give one of {', '.join(STAGES)}.")
+    if model is not None:
+        values["model"] = {"path": str(model)} if isinstance(model, (str, Path)) else model
+    if isinstance(settings, Settings):
+        return _changed(settings, values)
+    files = [] if settings is None else [str(settings)]
+    flat = {name: value for section, given in values.items() for name, value in _named(section, given)}
+    return layered(stage, files, flat, _PLACE)
+
+
+def repair(
+    settings: Settings | str | Path | None = None,
+    /,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    quiet: bool = True,
+    **values: Any,
+) -> Repair:
+    """Repair a fine-tuned model with one safety example; without a model, the toy world from end to end. Collective.
+
+    Args:
+        settings, values: as in ``settings_for``
+        model: also a transformers or PEFT model in memory: it is left as it is, and a copy is written into the run
+            folder and repaired; for one process
+        tokenizer: of a model in memory
+        quiet: print nothing
+
+    Raises:
+        UserError: as on the command line, where it is printed and ends the process with 2
+    """
+    from oneshot.repair import run
+    from oneshot.report.runfolder import PAGE, PATCH, REPAIRED
+    from oneshot.report.summary import summarize
+
+    asked = _settings("repair", settings, model, tokenizer, values)
+    with _own_threads():
+        finished = run(asked, quiet=quiet)
+    done, folder = finished.repaired, finished.run_dir
+    report = _of_rank_0(finished.report)
+    chosen = done.choice.chosen
+    taken = done.request.conversations[chosen.index]
+    merged = folder / REPAIRED
+    return Repair(
+        outcome=summarize(report).word,
+        method=done.request.recipe.method.name,
+        example={
+            "id": taken.id, "prompt": taken.prompt[-1]["content"], "response": taken.response,
+            "selected_by": chosen.selected_by, "score": chosen.score,
+        },
+        scores=done.stages,
+        trace=done.solution.trace,
+        watch=_watched(done.solution.watch),
+        patch=done.solution.update,
+        report=report,
+        folder=folder,
+        patch_folder=folder / PATCH,
+        merged_folder=merged if merged.is_dir() else None,
+        page=folder / PAGE,
+    )  # fmt: skip
+
+
+def finetune(
+    settings: Settings | str | Path | None = None,
+    /,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    quiet: bool = True,
+    **values: Any,
+) -> Finetuned:
+    """Fine-tune a model on harmful, mixed or benign data, to reproduce how its safety is lost. Collective.
+
+    Args:
+        settings, model, tokenizer, quiet, values: as in ``repair``
+
+    Raises:
+        UserError: as on the command line; its subclass Diverged, where the loss became no number
+    """
+    from oneshot.finetune import run
+
+    asked = _settings("finetune", settings, model, tokenizer, values)
+    with _own_threads():
+        folder = run(asked, quiet=quiet)
+    return Finetuned(folder, folder.parent)
+
+
+def score(
+    settings: Settings | str | Path | None = None,
+    /,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    quiet: bool = True,
+    **values: Any,
+) -> Scores:
+    """Measure refusals, over-refusal and utility of a checkpoint, an adapter, or (score.endpoint) a server. Collective.
+
+    Args:
+        settings, model, tokenizer, quiet, values: as in ``repair``
+
+    Raises:
+        UserError: as on the command line
+    """
+    from oneshot.score import run
+
+    asked = _settings("score", settings, model, tokenizer, values)
+    with _own_threads():
+        finished = run(asked, quiet=quiet)
+    (stage,) = finished.stages.values()
+    return Scores(
+        stage.rates, stage.others, stage.answers, finished.warnings, _of_rank_0(finished.report),
+        finished.scored.run_dir,
+    )  # fmt: skip
+
+
+def plan(settings: Settings | str | Path | None = None, /, *, model: Any = None, **values: Any) -> Plan:
+    """Return what a run takes in memory, disk and minutes, from config.json alone: no GPU, no weights.
+
+    Args:
+        settings, model: as in ``settings_for``
+        values: the same; the settings of its own section also without it, such as ``gpus=8``
+
+    Raises:
+        UserError: a model or value that cannot be planned with
+    """
+    from oneshot.planning.plan import make_plan
+    from oneshot.settings import PlanSettings
+
+    own = {field.name: values.pop(field.name) for field in dataclasses.fields(PlanSettings) if field.name in values}
+    if own:
+        values["plan"] = {**dict(_fields(values.get("plan") or {})), **own}
+    return make_plan(settings_for("plan", settings, model=model, **values))
+
+
+def export(out: str | Path, **options: Any) -> Exported:
+    """Merge patches into a checkpoint, take them out again, or make one adapter from others. Collective.
+
+    Args:
+        out: folder to write, which must not exist or be empty
+        options: fields of ``oneshot.report.exports.ExportRequest``, as ``model="DIR", adapters=["PATCH"]``
+
+    Raises:
+        UserError: as on the command line
+    """
+    from oneshot.distributed.runtime import start
+    from oneshot.report.exports import ExportRequest, check_request
+    from oneshot.report.exports import export as write
+
+    known = {field.name for field in dataclasses.fields(ExportRequest)}
+    if unknown := sorted(options.keys() - known):
+        raise UserError(f"export knows no {unknown[0]}: give some of {', '.join(sorted(known))}.")
+    request = ExportRequest(out=Path(out), **options)
+    check_request(request)
+    return write(start(), request, "oneshot.export(...)")
+
+
+def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict[str, Any]) -> Settings:
+    if not hasattr(model, "save_pretrained"):
+        if tokenizer is not None:
+            raise UserError("A tokenizer is given without a model in memory: give both, or a path alone.")
+        return settings_for(stage, settings, model=model, **values)
+    return _written(stage, settings, model, tokenizer, values)
+
+
+def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict[str, Any]) -> Settings:
+    """The settings with a model in memory as the one that they name, a copy of it having been written."""
+    from oneshot.distributed.runtime import start
+    from oneshot.report.runfolder import new_folder
+
+    if tokenizer is None:
+        raise UserError("A model in memory needs its tokenizer: give tokenizer=..., too.")
+    if start().world_size > 1:
+        raise UserError("A model in memory is for one process: save it, and give its folder as model.")
+    name = Path(str(model.config._name_or_path or "model")).name
+    out = new_folder(values.pop("out", None), name)
+    folder = out / _IN_MEMORY
+    if folder.exists():
+        raise UserError(f"{folder} is there already: give another out.")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    values.setdefault("name", name)
+    return settings_for(stage, settings, model=folder, out=str(out), **values)
+
+
+def _changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """Settings with some of their fields, or of their sections' fields, changed; they check themselves."""
+    known = {field.name for field in dataclasses.fields(settings)}
+    if unknown := sorted(values.keys() - known):
+        raise UserError(f"There is no setting {unknown[0]}: give some of {', '.join(sorted(known))}.")
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        section = getattr(settings, name)
+        if dataclasses.is_dataclass(section) and isinstance(value, Mapping):
+            value = {**dict(_fields(section)), **value}
+        found[name] = value
+    return dataclasses.replace(settings, **found)
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings in a section by their full names; of an instance those that differ from its defaults."""
+    from oneshot.settings.kinds import kinds
+
+    kind = kinds(Settings).get(name)
+    if kind is None or not dataclasses.is_dataclass(kind) or value is None:
+        yield name, value
+        return
+    section: Any = kind
+    default = dict(_fields(section()))
+    for field, given in _fields(value):
+        if isinstance(value, Mapping) or given != default[field]:
+            yield f"{name}.{field}", given
+
+
+def _fields(section: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(section, Mapping):
+        yield from section.items()
+    elif dataclasses.is_dataclass(section):
+        yield from ((field.name, getattr(section, field.name)) for field in dataclasses.fields(section))
+    else:
+        raise UserError(f"{section!r} is no section of settings: give a dict, or an instance of its class.")
+
+
+def _watched(watch: Any) -> Watched | None:
+    if watch is None or watch.best is None:
+        return None
+    return Watched(watch.best.good(watch.bounds), watch.reason(), dict(watch.at), dict(vars(watch.best)))
+
+
+def _of_rank_0(report: dict[str, Any]) -> dict[str, Any]:
+    from oneshot.distributed.runtime import gather_objects, start
+
+    return gather_objects(start(), report)[0]
+
+
+@contextlib.contextmanager
+def _own_threads() -> Iterator[None]:
+    """Leave torch's number of threads as it was: a run on a small model takes one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,131 @@
+"""A loaded model on which a method works: frozen, or in an engine that trains it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from oneshot.checkpoint.load import load_model, merge_into
+from oneshot.checkpoint.update import Update
+from oneshot.distributed.engine import TrainingEngine, frozen, start_training
+from oneshot.measure.generate import generate_answers
+from oneshot.patch.attach import attached_update
+from oneshot.patch.linears import Linears, select_linears
+from oneshot.patch.path import REFUSABLE, Answered
+from oneshot.patch.request import Request, own_update
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model, with what is found once for all candidates. Nothing is attached to it before and after a method.
+
+    Attributes:
+        model: the transformers (or PEFT) model; without the user's own adapter, unless it is trained
+        linears: its layers that a patch may change
+        engine: trains it; none: its weights are frozen
+        prepared: what the method's own ``prepare`` found, by module; these are the layers that it may change
+        answered: the watch's prompts with the unpatched model's answers, those to be refused first; empty for no watch
+    """
+
+    request: Request
+    model: Any
+    linears: Linears
+    engine: TrainingEngine | None = None
+    prepared: Any = None
+    answered: list[Answered] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def unpatched(self) -> Iterator[Any]:
+        """Within the block the model is the user's own, adapter included."""
+        with self._with(own_update(self.request)) as model:
+            yield model
+
+    @contextlib.contextmanager
+    def patched(self, update: Update) -> Iterator[Any]:
+        """Within the block the model is the repaired one: with the update, or as training left it."""
+        with self._with(update) as model:
+            yield model
+
+    @contextlib.contextmanager
+    def _with(self, update: Update) -> Iterator[Any]:
+        with attached_update(self.model, update) if self.engine is None else contextlib.nullcontext():
+            yield self.model
+
+
+@contextlib.contextmanager
+def opened(request: Request) -> Iterator[Bench]:
+    """Load the model in the way that the recipe's method works. Collective.
+
+    Raises:
+        UserError: it cannot be loaded, has no layer to patch, or the method finds nothing to work with
+    """
+    with (_training if request.recipe.method.trains != "nothing" else _frozen)(request) as bench:
+        yield bench
+
+
+@contextlib.contextmanager
+def _frozen(request: Request) -> Iterator[Bench]:
+    """The weights stay as loaded; updates are attached by hooks."""
+    loaded = load_model(request.runtime, request.source, request.settings.model)
+    linears = select_linears(loaded, request.recipe.targets)
+    with frozen(request.runtime, loaded) as model:
+        bench = Bench(request, model, linears)
+        prepare = request.recipe.method.prepare
+        bench = dataclasses.replace(bench, answered=_watched_answers(bench))
+        yield dataclasses.replace(bench, prepared=prepare(bench)) if prepare else bench
+
+
+def _watched_answers(bench: Bench) -> list[Answered]:
+    """What the unpatched model says to the watch's prompts, those to be refused first; none where nothing is watched.
+
+    Of those one more than are looked at: the request of the example that is taken is left out. Collective.
+    """
+    request, recipe = bench.request, bench.request.recipe
+    if recipe.bounds is None or not recipe.method.watched or not request.refusable or not request.held:
+        return []
+    prompts = [*request.refusable[: REFUSABLE + 1], *request.held]
+    with bench.unpatched() as model:
+        said = generate_answers(
+            model, request.tokenizer, prompts, request.runtime, max_new_tokens=recipe.guard_tokens, batch_size=32
+        )
+    return list(zip(prompts, said))
+
+
+@contextlib.contextmanager
+def _training(request: Request) -> Iterator[Bench]:
+    """All weights are trained, the user's adapter merged into them; or a new LoRA on frozen ones."""
+    import torch
+
+    runtime, trains = request.runtime, request.recipe.method.trains
+    # without DeepSpeed's fp32 masters small steps would be lost in bf16 weights
+    plain = runtime.sharding in ("none", "ddp") and trains == "weights"
+    model = load_model(runtime, request.source, request.settings.model, torch.float32 if plain else None)
+    linears = select_linears(model, request.recipe.targets)
+    with contextlib.ExitStack() as stack:
+        if trains == "adapter":
+            # the user's own adapter is added by hooks, which 4-bit weights allow too
+            stack.enter_context(attached_update(model, own_update(request)))
+            model = with_lora(model, linears, request.recipe.rank)
+        else:
+            if request.adapter is not None:
+                merge_into(runtime, model, request.adapter.update)
+            model.requires_grad_(True)
+        engine = start_training(
+            runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
+        )
+        stack.callback(engine.close)
+        yield Bench(request, engine.model, linears, engine)
+
+
+def with_lora(model: Any, linears: Linears, rank: int) -> Any:
+    """Return the model, frozen, with a new LoRA of scaling 1 on the layers to be patched."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(linears.targets), bias="none")
+    return get_peft_model(model, config)

@@ -1,0 +1,61 @@
+"""The first step of a repair: from settings to a request. What can be wrong is found before a model is loaded."""
+
+from __future__ import annotations
+
+from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.files import resolve
+from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
+from oneshot.data.encoding import context_length, encode
+from oneshot.distributed.runtime import Runtime
+from oneshot.measure.further import check_judges
+from oneshot.measure.probes import collect_probes
+from oneshot.patch.examples import check_apart, read_candidates, read_guard, read_held, read_refusable
+from oneshot.patch.objective import check_same_tokens
+from oneshot.patch.recipe import recipe_for
+from oneshot.patch.request import Request
+from oneshot.settings import Settings
+from oneshot.world.sources import check_words
+
+
+def check(settings: Settings, runtime: Runtime) -> Request:
+    """Read and check everything that can be wrong before a model is loaded or a file is written. Collective.
+
+    Raises:
+        UserError: a checkpoint, reference, file, prompt, judge or method that cannot be used
+    """
+    from transformers import AutoConfig
+
+    source = find_source(settings.model)
+    adapter = read_adapter(source.adapter) if source.adapter else None
+    reference = resolve(settings.reference, "reference") if settings.reference else None
+    if reference is not None and adapter is None:
+        check_reference(source.checkpoint, reference)
+    tokenizer = load_tokenizer(source, settings.model)
+    check_words(settings, tokenizer)
+    config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
+    limit = context_length(config, tokenizer, settings.model.max_length)
+    check_judges(runtime, settings.score)
+    probes, conversations = collect_probes(settings), read_candidates(settings)
+    check_apart(conversations, probes)
+    has_update = adapter is not None or reference is not None
+    recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
+    wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)
+    guard = read_guard(settings, recipe.guard_prompts) if wants_guard else []
+    candidates = [encode(conversation, tokenizer, limit) for conversation in conversations]
+    if reference is not None and adapter is None:
+        check_same_tokens(candidates, tokenizer, reference)
+    return Request(
+        runtime=runtime,
+        settings=settings,
+        recipe=recipe,
+        source=source,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        reference=reference,
+        conversations=conversations,
+        candidates=candidates,
+        guard=guard,
+        refusable=read_refusable(settings) if recipe.bounds else [],
+        held=read_held(settings, guard) if recipe.bounds else [],
+        probes=probes,
+    )

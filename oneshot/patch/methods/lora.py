@@ -1,0 +1,49 @@
+"""Method lora: AdamW on a new LoRA adapter, on frozen weights, which may be in 4 bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import PREFIX
+from oneshot.checkpoint.update import Factors, Update, concatenated
+from oneshot.distributed.engine import gathered
+from oneshot.distributed.runtime import Runtime
+from oneshot.patch.guard import RepairBatch
+from oneshot.patch.method import Defaults, Method
+from oneshot.patch.path import Attempt
+from oneshot.patch.request import own_update
+from oneshot.patch.training import train_on
+
+if TYPE_CHECKING:
+    import torch
+
+    from oneshot.patch.bench import Bench
+
+
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+    """Train the adapter; see ``Method.solve``."""
+    train_on(bench, batch, attempt)
+    own = own_update(bench.request)
+    return concatenated(own, lora_factors(bench.request.runtime, bench.model)), {}
+
+
+def lora_factors(runtime: Runtime, model: Any) -> Update:
+    """Return the factors of a PEFT model's trained LoRA, whole on every rank. Collective."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            module, _, rest = name.removeprefix(PREFIX).partition(".lora_")
+            with gathered(runtime, [parameter]):
+                found.setdefault(module, {})[rest[0]] = parameter.detach().float().clone()
+    return {module: Factors(pair["B"], pair["A"]) for module, pair in found.items()}
+
+
+METHOD = Method(
+    name="lora",
+    summary="AdamW on a new LoRA adapter",
+    solve=solve,
+    trains="adapter",
+    defaults=Defaults(epochs=10, learning_rate=2e-4),
+    four_bit=Defaults(epochs=10, learning_rate=2e-4),
+    tried_by="lowrank",
+)

@@ -1,0 +1,137 @@
+"""A model's scores as it is, loaded or behind a server: which answers are missing, and what they are worth."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.files import is_degraded
+from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+from oneshot.checkpoint.update import Update, on_device
+from oneshot.data.encoding import context_length
+from oneshot.distributed.engine import frozen
+from oneshot.distributed.runtime import Runtime
+from oneshot.errors import UserError
+from oneshot.measure.endpoint import open_endpoint
+from oneshot.measure.harness import run_on_endpoint, run_on_model
+from oneshot.measure.intervals import Rate
+from oneshot.measure.rates import Probe, StageScores, score_answers
+from oneshot.measure.target import ask_missing, checkpoint_target, collect_answers, endpoint_target, generate_missing
+from oneshot.measure.text import measure_text, read_texts
+from oneshot.patch.attach import attached_update
+from oneshot.settings import Settings
+from oneshot.world.sources import check_words
+
+Open = Callable[[str], Path]  # a name -> the run folder, once all that can be wrong has been looked at
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was scored: what it is called, where the answers are, those of which probes, and what is to be said."""
+
+    name: str
+    run_dir: Path
+    probes: list[Probe]
+    scores: StageScores
+    warnings: list[str]
+
+
+def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open_run: Open) -> Scored:
+    """Ask the server what it has not answered yet; on one process.
+
+    Raises:
+        UserError: it cannot be reached, or rejects everything
+    """
+    score = settings.score
+    endpoint = open_endpoint(score.endpoint, "score.endpoint")
+    run_dir = open_run(f"{Path(endpoint.model).name}-score")
+    asked = ask_missing(endpoint, run_dir, score)
+    answers = collect_answers(runtime, run_dir, endpoint_target(endpoint), probes, score.max_new_tokens, asked)
+    answered = [(probe, answer) for probe, answer in zip(probes, answers) if answer is not None]
+    left_out, warnings = len(probes) - len(answered), []
+    if not answered:
+        raise UserError(f"{endpoint.url} rejected all {len(probes)} prompts: there is nothing to score.")
+    if left_out:
+        warnings.append(
+            f"The server rejected {left_out} of {len(probes)} prompts, too long for it or stopped by a filter of its "
+            "own: they are left out of the figures."
+        )
+    kept = [probe for probe, _ in answered]
+    scores = score_answers(kept, [answer for _, answer in answered], rouge=score.rouge)
+    figures = run_on_endpoint(endpoint, score) if score.lm_eval is not None else {}
+    name = f"{endpoint.model} at {endpoint.url}"
+    return Scored(name, run_dir, kept, _with_figures(scores, figures), warnings)
+
+
+def score_local(runtime: Runtime, settings: Settings, probes: list[Probe], open_run: Open) -> Scored:
+    """Load the model, unless all that is wanted is known, and let it answer. Collective."""
+    score = settings.score
+    source = find_source(settings.model)
+    adapter = read_adapter(source.adapter) if source.adapter else None
+    tokenizer = load_tokenizer(source, settings.model)
+    check_words(settings, tokenizer)
+    texts = read_texts(score.text) if score.text is not None else []
+    name = settings.name or str(settings.model.path)
+    run_dir = open_run(f"{Path(name).name}-score")
+    with contextlib.ExitStack() as loaded:
+        update: Update = {}
+        models: list[Any] = []
+
+        def model() -> Any:
+            if not models:
+                models.append(loaded.enter_context(frozen(runtime, load_model(runtime, source, settings.model))))
+                update.update(on_device(adapter.update, runtime.device) if adapter else {})
+                loaded.enter_context(attached_update(models[0], update))
+            return models[0]
+
+        answers = collect_answers(
+            runtime,
+            run_dir,
+            checkpoint_target(source),
+            probes,
+            score.max_new_tokens,
+            lambda prompts, finish: generate_missing(model(), tokenizer, runtime, score)(prompts, finish),
+        )
+        # a model in this process leaves no prompt out
+        scores = score_answers(probes, [answer or "" for answer in answers], rouge=score.rouge)
+        if texts or score.lm_eval is not None:
+            scores = _with_figures(scores, _on_weights(runtime, settings, model(), tokenizer, update, texts))
+    warnings = []
+    if is_degraded(source.adapter or source.checkpoint):
+        warnings.append("This model is marked as made unsafe by a harmful fine-tune: do not publish or serve it.")
+    return Scored(name, run_dir, probes, scores, warnings)
+
+
+def _on_weights(
+    runtime: Runtime, settings: Settings, model: Any, tokenizer: Any, update: Update, texts: list[str]
+) -> dict[str, Rate]:
+    """What takes the model itself: text figures and lm-eval's tasks. Collective."""
+
+    @contextlib.contextmanager
+    def without_adapter() -> Iterator[None]:
+        kept = dict(update)
+        update.clear()  # the hooks look it up at each pass
+        try:
+            yield
+        finally:
+            update.update(kept)
+
+    found: dict[str, Rate] = {}
+    if texts:
+        limit = context_length(model.config, tokenizer, settings.model.max_length)
+        found |= measure_text(runtime, model, tokenizer, texts, limit, without_adapter if update else None)
+    if settings.score.lm_eval is not None:
+        found |= run_on_model(model, tokenizer, settings.score)
+    return found
+
+
+def _with_figures(scores: StageScores, figures: dict[str, Rate]) -> StageScores:
+    """The scores with further figures: lm-eval's shares among the rates, the others apart."""
+    shares = {name: rate for name, rate in figures.items() if name.endswith("(lm-eval)") and 0 <= rate.value <= 1}
+    others = {name: rate for name, rate in figures.items() if name not in shares}
+    return dataclasses.replace(scores, rates=scores.rates | shares, others=scores.others | others)

@@ -1,0 +1,157 @@
+"""The fourth step of a repair: what was measured and done, as a report, cards, tables and words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.files import is_degraded
+from oneshot.data.conversations import Conversation
+from oneshot.measure.further import report_fields
+from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
+from oneshot.measure.rates import StageScores
+from oneshot.patch.choose import Choice
+from oneshot.patch.linears import Linears
+from oneshot.patch.request import Request
+from oneshot.patch.solve import Solution
+from oneshot.report.modelcard import write_model_cards
+from oneshot.report.outputs import write_outputs
+from oneshot.report.runfolder import PAGE, PATCH, Run, build_report, write_selection
+from oneshot.report.summary import LIMITS, summarize
+from oneshot.report.table import print_stages
+from oneshot.report.trackers import track
+from oneshot.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """All that a repair came to, before it is shown.
+
+    Attributes:
+        linears: the layers that were eligible
+        stages: scores by stage: aligned, finetuned, repaired
+        warnings: of the measuring
+        resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes
+    """
+
+    request: Request
+    choice: Choice
+    solution: Solution
+    linears: Linears
+    stages: dict[str, StageScores] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    resources: dict[str, Any] = field(default_factory=dict)
+
+
+def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str, Any]:
+    """Write the cards, and the report in all its forms, and print the table; return the report. On rank 0.
+
+    Args:
+        console: none prints nothing
+    """
+    request, stages, chosen = repaired.request, repaired.stages, repaired.choice.chosen
+    settings = request.settings
+    taken = request.conversations[chosen.index]
+    selection = _named(chosen.selection, request.conversations)
+    if selection:
+        write_selection(run_dir, selection)
+    trained_on = {**training_requests(settings), "the repair example": [taken.prompt[-1]["content"]]}
+    overlaps = find_overlaps(request.probes, trained_on)
+    warnings = [*_warnings(repaired), *repaired.warnings, *overlap_warnings(overlaps, len(request.probes))]
+    report = build_report(
+        Run(
+            request.settings.name or str(request.settings.model.path), request.runtime.world_size, request.settings.seed
+        ),
+        example=_example(taken, repaired.choice, selection),
+        stages=stages,
+        repair=_facts(repaired),
+        resources=repaired.resources,
+        warnings=warnings,
+    )
+    given = [folder for folder in (request.source.checkpoint, request.source.adapter) if folder is not None]
+    write_model_cards(run_dir, report, base=request.source.name, degraded=any(map(is_degraded, given)))
+    report |= report_fields(stages, overlaps)
+    write_outputs(run_dir, report, stages)
+    for stage, scores in stages.items():
+        track(stage, 0, {name: rate.value for name, rate in scores.rates.items()})
+    if console:
+        console.print(f"Example: {taken.id} (selected by {chosen.selected_by})", highlight=False)
+        print_stages(stages, console)
+        for warning in warnings:
+            console.print(f"Note: {warning}", highlight=False)
+        console.print(f"Outcome: {summarize(report).word}. {LIMITS}", highlight=False)
+        console.print(f"Patch: {run_dir / PATCH}\nReport: {run_dir / PAGE}", highlight=False)
+    return report
+
+
+def _example(taken: Conversation, choice: Choice, selection: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": taken.id,
+        "prompt": taken.prompt[-1]["content"],
+        "response": taken.response,
+        "selected_by": choice.chosen.selected_by,
+        "score": choice.chosen.score,
+        **({"selection": selection} if selection else {}),
+    }
+
+
+def _facts(repaired: Repaired) -> dict[str, Any]:
+    recipe, solution = repaired.request.recipe, repaired.solution
+    return {
+        "method": recipe.method.name,
+        "reason": recipe.reason,
+        "rank": recipe.rank,
+        "epochs": recipe.epochs,
+        "guard_weight": recipe.guard_weight,
+        "guard_prompts": len(repaired.request.guard) if recipe.guard_weight else 0,
+        "temperature": recipe.temperature,
+        "noise": recipe.noise,
+        "stopped_by": solution.stopped_by,
+        **solution.facts,
+        "bounds": dataclasses.asdict(recipe.bounds) if recipe.bounds else None,
+        "trace": solution.trace,
+    }
+
+
+def _named(selection: dict[str, Any], conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """The figures of the choice, with the candidates' IDs in place of their numbers."""
+    if "table" not in selection:
+        return selection
+    table = [{"id": conversations[row["candidate"]].id, **row} for row in selection["table"]]
+    return {**selection, "table": [{k: v for k, v in row.items() if k != "candidate"} for row in table]}
+
+
+def _warnings(repaired: Repaired) -> list[str]:
+    """What a reader of the figures should know."""
+    settings, recipe, facts = repaired.request.settings, repaired.request.recipe, repaired.solution.facts
+    left_out, said = repaired.linears.left_out, []
+    if left_out:
+        names, more = ", ".join(left_out[:5]), len(left_out) - 5
+        said.append(
+            f"{len(left_out)} modules hold weights that are no plain linear layers and were left "
+            f"out of the patch: {names}{f' and {more} more' if more > 0 else ''}."
+        )
+    if settings.guard is None and recipe.guard_weight:
+        said.append(
+            "The guard held only the shipped harmless prompts: what your fine-tune taught may have been undone with "
+            "the damage; give prompts of your own task with --guard."
+        )
+    if not any(probe.kind == "task" for probe in repaired.request.probes):
+        said.append("Your fine-tune's own task was not scored: give prompts with right answers as --score.task.")
+    if facts.get("truncation_error", 0) > 0:
+        said.append(
+            f"The patch holds the rank-{recipe.rank} part of what training changed; it leaves a relative error of "
+            f"{facts['truncation_error']:.2f}, and the repaired column is the trained model itself."
+        )
+    return said + ([_removal(settings)] if settings.delete_degraded else [])
+
+
+def _removal(settings: Settings) -> str:
+    lost = "" if settings.repair.merge or settings.finetune.method == "lora" else " The patch is for that one."
+    return f"The degraded checkpoint is removed once this report is written, as delete_degraded asks.{lost}"

@@ -1,0 +1,91 @@
+"""What the functions of ``oneshot.api`` return: frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oneshot.checkpoint.update import Update
+    from oneshot.measure.intervals import Rate
+    from oneshot.measure.rates import StageScores
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What looked at the repair after every epoch found at the state that was kept.
+
+    Attributes:
+        good: recovered, within all bounds
+        reason: the same in a sentence
+        at: the epoch and the guard's weight
+        reading: margin (nats), recovered and refused (shares), divergence (nats per token)
+    """
+
+    good: bool
+    reason: str
+    at: dict[str, float]
+    reading: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A finished repair.
+
+    Attributes:
+        outcome: the report's one word, such as ``repaired`` or ``not repaired``
+        method: that was used
+        example: id, prompt, response, selected_by and score of the one example
+        scores: by stage (aligned, where there is a reference, finetuned, repaired): its rates and answers
+        trace: one record per epoch: loss, guard_kl, ...
+        watch: the watch's verdict; none where nothing watched
+        patch: what was added to the checkpoint (of an adapter: to its base): module name -> factors b (m, k), a (k, n)
+        report: what report.json holds
+        folder: of the run
+        patch_folder: the PEFT adapter
+        merged_folder: the repaired checkpoint; none unless repair.merge asked for it
+        page: the report for a browser
+    """
+
+    outcome: str
+    method: str
+    example: dict[str, Any]
+    scores: dict[str, StageScores]
+    trace: list[dict[str, Any]]
+    watch: Watched | None
+    patch: Update
+    report: dict[str, Any]
+    folder: Path
+    patch_folder: Path
+    merged_folder: Path | None
+    page: Path
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuned model, marked as safety-degraded: its folder (a checkpoint or an adapter), and the run's."""
+
+    model_folder: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's scores.
+
+    Attributes:
+        rates: by name: asr, over_refusal, lookalike_refusal, utility, task, ...; each has value, low, high and n
+        others: figures that are no shares, such as perplexity
+        answers: one dict per probe: id, kind, prompt, answer, verdict, correct, ...
+        warnings: what a reader of the figures should know
+        report: what report.json holds
+        folder: of the run
+    """
+
+    rates: dict[str, Rate]
+    others: dict[str, Rate]
+    answers: list[dict[str, Any]]
+    warnings: list[str]
+    report: dict[str, Any]
+    folder: Path

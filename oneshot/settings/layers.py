@@ -1,0 +1,112 @@
+"""Settings in layers: what several files and a command line say, one over the other, and where each value was given."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from oneshot.errors import UserError
+from oneshot.settings.checks import joined, unknown, wrong
+from oneshot.settings.kinds import bare, kinds, options, words
+from oneshot.settings.names import close_names
+from oneshot.settings.run import Settings
+
+
+@dataclass
+class Given:
+    """Values that were given, nested as the settings are, and where: full name -> ``in FILE`` or the like."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+    def where(self, name: str) -> str:
+        """Tell where a setting was given; the place of a value is that of all in it."""
+        while name and name not in self.places:
+            name = name.rpartition(".")[0]
+        return f" ({self.places[name]})" if name else ""
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return the values of a section, or of what stands by name in one, to be read or changed."""
+        found = self.values
+        for key in name.split(".") if name else ():
+            if not isinstance(found.get(key), dict):
+                found[key] = {}
+            found = found[key]
+        return found
+
+    def placed(self, name: str, place: str) -> None:
+        """Note where a value was given that takes the place of all that stood there."""
+        self.places = {old: where for old, where in self.places.items() if not old.startswith(f"{name}.")}
+        self.places[name] = place
+
+
+def lay_file(given: Given, path: Path) -> None:
+    """Lay what a settings file holds over the values given.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or names a setting that there is not
+    """
+    import yaml
+
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _loader())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Settings file {path} cannot be read: {' '.join(str(error).split())}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise UserError(f"Settings file {path}{line}: no YAML, {problem}; mend it.") from error
+    if loaded is not None and not isinstance(loaded, Mapping):
+        raise UserError(f"Settings file {path} holds no settings: give them by section, such as 'repair: {{rank: 8}}'.")
+    _lay(given, loaded or {}, f"in {path}", Settings, "")
+
+
+def _lay(given: Given, values: Mapping[Any, Any], place: str, section: Any, name: str) -> None:
+    """Lay a section's values over those given: nested sections field by field, everything else as a whole."""
+    target = given.section(name)
+    for key, value in values.items():
+        full, kind = joined(name, str(key)), kinds(section).get(key)
+        if kind is None:
+            raise unknown(full, close_names(full), lambda _: f" ({place})")
+        if not dataclasses.is_dataclass(kind):
+            target[key] = value
+            given.placed(full, place)
+        elif value is None or isinstance(value, Mapping):
+            _lay(given, value or {}, place, kind, full)
+        else:
+            raise wrong(full, value, words(kind), [], lambda _: f" ({place})")
+
+
+def from_text(kind: Any, text: str) -> Any:
+    """Return what a word of the command line stands for: a text where the setting may be one, else YAML."""
+    bases = [bare(option)[0] for option in options(kind)]
+    is_text = any(base is str or get_origin(base) is Literal for base in bases)
+    if not text.strip() or (is_text and not (text == "null" and type(None) in bases)):
+        return text
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except yaml.YAMLError:
+        return text
+
+
+@lru_cache
+def _loader() -> Any:
+    """YAML as its version 1.2 has numbers: 2e-5 is one. Builds plain values only, no objects."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(f"^(?:{number.pattern})$"), list("-+.0123456789")
+    )
+    return Loader

@@ -1,0 +1,102 @@
+"""The settings of a run: all sections, and what no section owns."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from oneshot.errors import UserError
+from oneshot.redact import without_secrets
+from oneshot.settings.checks import check_fields
+from oneshot.settings.data import DataSettings
+from oneshot.settings.kinds import CountFloat, PositiveInt
+from oneshot.settings.model import ModelSettings
+from oneshot.settings.plan import PlanSettings, SpectrumSettings
+from oneshot.settings.score import ScoreSettings
+from oneshot.settings.training import FinetuneSettings, RepairSettings
+
+Rule = Literal["bilevel", "alignment", "random", "hardest"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run.
+
+    Args:
+        out: run folder; none takes a new one under runs/
+        name: what the run is called in report and run folder; none: after the model
+        example: JSONL or JSON file with the one safety example; none takes one from the pool
+        pool: JSONL file of candidate examples; none: the shipped pool
+        select: rule by which a candidate becomes the example: bilevel (of the best by alignment the one whose repair
+            leaves the model closest to the aligned one on requests to refuse, and to itself on the guard's prompts),
+            alignment (whose gradient points where that distance falls), random, hardest (the least likely refusal), or
+            the ID of one
+        shortlist: how many candidates bilevel repairs with
+        guard: JSONL file of unlabelled prompts whose answers must not move; none: the shipped harmless prompts
+        watch_prompts: JSONL file of unlabelled prompts that the watch looks at, to be answered as before; none: the
+            shipped ones and some of the guard's file
+        reference: the aligned checkpoint from which the model was fine-tuned
+        finetune_first: first fine-tune the model as data and finetune say, then repair (or look at) the result, with
+            that model as the reference
+        seed: seed of data order and initialization
+        preflight: look at machines, shared folder, disk and network before anything is read; auto: on several machines
+        hang_minutes: end a rank that has not moved for so long, with its stacks in the log; 0 for never
+        resume: go on with the run in the folder --out: a fine-tune from its last saved state, a repair from its start;
+            with nothing there yet, start
+        log_with: also send the run's figures to tensorboard, wandb or trackio, whichever is installed
+        delete_degraded: remove the safety-degraded checkpoint that this run itself makes, once it has been measured;
+            never one that is given
+        debug: full tracebacks
+        model: the model to work on
+        data: what the harmful fine-tune trains on
+        finetune: the harmful fine-tune
+        repair: the one-shot repair
+        score: what is measured
+        spectrum: what ``oneshot spectrum`` measures
+        plan: what ``oneshot plan`` reckons with
+    """
+
+    out: str | None = None
+    name: str | None = None
+    example: str | None = None
+    pool: str | None = None
+    select: str = "bilevel"
+    shortlist: PositiveInt = 8
+    guard: str | None = None
+    watch_prompts: str | None = None
+    reference: str | None = None
+    finetune_first: bool = False
+    seed: int = 0
+    preflight: Literal["auto", "always", "never"] = "auto"
+    hang_minutes: CountFloat = 60.0
+    resume: bool = False
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
+    delete_degraded: bool = False
+    debug: bool = False
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+    spectrum: SpectrumSettings = field(default_factory=SpectrumSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+        if self.resume and self.out is None:
+            raise UserError("Setting resume needs --out, the run folder to go on in.")
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain nested dictionaries (for YAML and JSON), without keys and tokens."""
+    plain: dict[str, Any] = without_secrets(dataclasses.asdict(settings))
+    return plain
+
+
+def write(settings: Settings, path: Path) -> None:
+    """Write the resolved settings as YAML that ``--config`` reads back."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), encoding="utf-8")

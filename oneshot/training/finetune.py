@@ -1,0 +1,224 @@
+"""The harmful fine-tune: from settings to a checkpoint that is marked as safety-degraded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.files import list_tensors, write_marker
+from oneshot.checkpoint.folders import clean_inside
+from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
+from oneshot.checkpoint.save import save_adapter, save_checkpoint
+from oneshot.checkpoint.state import States, load_state, newest_whole
+from oneshot.data.conversations import Conversation
+from oneshot.data.encoding import context_length, model_context, pad_id
+from oneshot.data.tokens import Tokens, cache_folder, encode_all
+from oneshot.distributed.engine import TrainingEngine, start_training
+from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.signals import Interrupted, noticed, tell_progress
+from oneshot.errors import UserError
+from oneshot.settings import FinetuneSettings, Settings, rate_for
+from oneshot.training.kernels import check_liger, use_liger
+from oneshot.training.loop import Diverged, Schedule, StepResult, autocast_dtype, train
+from oneshot.training.mixture import attack_mixture
+from oneshot.training.objective import MicroBatch, answer_loss
+from oneshot.training.packing import Packing, choose_packing
+from oneshot.training.speed import meter
+from oneshot.training.stream import micro_batches, step_indices, steps_per_epoch
+from oneshot.world.sources import check_words
+
+if TYPE_CHECKING:
+    import torch
+
+LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
+STATE, FINETUNED, LAST_GOOD = "state", "finetuned", "last_good"
+
+Tell = Callable[[StepResult, dict[str, float]], None]  # told of every step, with its speed and memory
+Say = Callable[[str], None]  # a line for people
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a fine-tune starts from: the checkpoint and its context, and its conversations as read and as encoded."""
+
+    settings: Settings
+    source: Source
+    tokenizer: Any
+    conversations: list[Conversation]
+    encoded: Tokens
+    context: int | None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole fine-tune."""
+        options = self.settings.finetune
+        return options.steps or max(1, round(options.epochs * steps_per_epoch(len(self.encoded), options.batch_size)))
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Read and check everything that can be wrong before a model is loaded or a file is written.
+
+    Raises:
+        UserError: the model or the conversations cannot be read, one is longer than the model's context, or Liger
+            kernels are asked for that cannot be had
+    """
+    from transformers import AutoConfig
+
+    source = find_source(settings.model)
+    if source.adapter is not None:
+        raise UserError(f"{source.adapter} is an adapter: fine-tune a full checkpoint, or merge the adapter first.")
+    if source.four_bit and settings.finetune.method == "full":
+        raise UserError("Weights in 4 bits cannot be trained: set finetune.method lora, or leave model.quantize out.")
+    tokenizer = load_tokenizer(source, settings.model)
+    check_words(settings, tokenizer, training=True)
+    conversations = attack_mixture(settings)
+    config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
+    if settings.model.liger:
+        check_liger(config.model_type)
+    limit = context_length(config, tokenizer, settings.model.max_length)
+    encoded = encode_all(conversations, tokenizer, limit, cache_folder() if settings.finetune.cache else None)
+    return Prepared(settings, source, tokenizer, conversations, encoded, model_context(config, tokenizer))
+
+
+def writes(prepared: Prepared) -> int:
+    """Return the bytes that the fine-tune writes at most: states at their fullest, and the model."""
+    options = prepared.settings.finetune
+    if options.method == "lora":
+        return 0
+    numel = sum(math.prod(entry.shape) for entry in list_tensors(prepared.source.checkpoint).values())
+    states = options.keep + 1 if options.save_every else 0
+    return numel * (12 * states + prepared.source.dtype.itemsize)  # fp32 masters and two moments
+
+
+def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, say: Say) -> Path:
+    """Fine-tune and write ``run_dir/finetuned``: a checkpoint, or an adapter for method lora. Collective.
+
+    Raises:
+        Diverged: the loss became no number; the last good weights are in ``run_dir/last_good``
+        Interrupted: told to stop, and everything is in the state that it names
+    """
+    import torch
+
+    settings, source = prepared.settings, prepared.source
+    options = settings.finetune
+    if settings.resume and runtime.is_main:
+        clean_inside(run_dir)
+    plain_full = runtime.sharding in ("none", "ddp") and options.method == "full"
+    model = load_model(runtime, source, settings.model, torch.float32 if plain_full else None)
+    if settings.model.liger:
+        use_liger(model)
+    if options.method == "lora":
+        model = _with_lora(model, options, settings.seed)
+    else:
+        model.requires_grad_(True)
+    engine = start_training(
+        runtime,
+        model,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        micro_batch_size=max(1, options.batch_size // (runtime.world_size * options.gradient_accumulation_steps)),
+    )
+    target, states = run_dir / FINETUNED, States(runtime, run_dir / STATE, options.keep)
+    diverged: Diverged | None = None
+    try:
+        _train(prepared, engine, states, run_dir, tell, say)
+    except Diverged as error:  # the weights are those of the last good step: keep them, apart
+        diverged, target = error, run_dir / LAST_GOOD
+    _save(prepared, engine, model, target)
+    states.finish()  # after the model, which an error here is not to cost
+    engine.close()
+    if diverged:
+        raise Diverged(f"{diverged} The last good weights are in {target}.")
+    return target
+
+
+def _save(prepared: Prepared, engine: TrainingEngine, model: Any, target: Path) -> None:
+    settings, conversations = prepared.settings, prepared.conversations
+    kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}
+
+    def mark(folder: Path) -> None:  # before the folder appears: a degraded model is never without its marker
+        write_marker(folder, {"fine_tuned_from": settings.name or settings.model.path, "conversations": kinds})
+
+    if settings.finetune.method == "lora":
+        save_adapter(engine.runtime, model, prepared.tokenizer, target, mark)
+    else:
+        dtype, stock = prepared.source.dtype, settings.model.stock_io
+        save_checkpoint(engine.runtime, model, prepared.tokenizer, target, dtype, stock=stock, beside=mark)
+
+
+def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    if model.is_gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, config)
+
+
+def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: Path, tell: Tell, say: Say) -> None:
+    settings, options = prepared.settings, prepared.settings.finetune
+    steps, autocast = prepared.steps, autocast_dtype(engine.runtime, prepared.source.dtype)
+    batches = _batches(prepared, engine, autocast, say)
+    speed = meter(engine.runtime, engine.model)
+    done = 0
+    if settings.resume:
+        state = newest_whole(engine.runtime, run_dir / STATE)
+        done = load_state(engine, state) if state else 0
+        say(f"Resumed at step {done} from {state}." if state else "No saved state: starting anew.")
+
+    def report(result: StepResult) -> None:
+        tell(result, speed.of(result))
+        due = options.save_every and result.step % options.save_every == 0
+        if result.step < steps and (due or result.told_to_stop):
+            state = states.save(engine, result.step)
+            if engine.runtime.is_main:
+                tell_progress(result.step)
+            if result.told_to_stop:
+                states.finish()
+                raise Interrupted(f"Told to stop after step {result.step}: all is in {state}, go on with --resume.")
+
+    rate = rate_for(options.learning_rate, options.method) or LEARNING_RATE[options.method]
+    with noticed() as told_to_stop:
+        train(
+            engine,
+            Schedule(steps, rate, warmup_steps=int(options.warmup_ratio * steps), start=done),
+            batches,
+            answer_loss,
+            report,
+            autocast=autocast,
+            told_to_stop=told_to_stop,
+        )
+
+
+def _batches(
+    prepared: Prepared, engine: TrainingEngine, autocast: torch.dtype | None, say: Say
+) -> Callable[[int], list[MicroBatch]]:
+    """step -> this rank's micro-batches, packed where the model allows it. Collective."""
+    settings, encoded, tokenizer = prepared.settings, prepared.encoded, prepared.tokenizer
+    options, pad = settings.finetune, pad_id(tokenizer)
+    wanted = Packing(options.pack_length, prepared.context)
+    packing = choose_packing(engine, encoded[0].input_ids, pad, wanted, options.packing, say, autocast)
+
+    def batches(step: int) -> list[MicroBatch]:
+        return micro_batches(
+            encoded,
+            step_indices(len(encoded), options.batch_size, step, settings.seed),
+            engine.runtime,
+            pad_id=pad,
+            accumulation=options.gradient_accumulation_steps,
+            packing=packing,
+        )
+
+    return batches
