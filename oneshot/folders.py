@@ -39,11 +39,11 @@ def _verify(argv: list[str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from oneshot.checkpoint.verify import verify as check
+    from oneshot.checkpoint.verify import check_shards
 
     folder = _folder(_parser("oneshot verify", "Check every byte of a folder.").parse_args(argv))
     try:
-        shards = check(folder)
+        shards = check_shards(folder)
     except UserError as error:
         raise NotWhole(str(error)) from error
     table = Table("shard", "tensors", "bytes", "dtypes", "problems", box=SIMPLE_HEAD)
@@ -115,5 +115,6 @@ def _console() -> Console:
     """A console wide enough for long tensor names in a log file, so that none is cut."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=240)
+    from oneshot.report.progress import wide_enough
+
+    return wide_enough(Console(), 240)

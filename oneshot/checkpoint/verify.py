@@ -31,7 +31,7 @@ class Shard:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(folder: Path) -> list[Shard]:
+def check_shards(folder: Path) -> list[Shard]:
     """Check every tensor of a checkpoint, adapter or training state: not empty, finite, and with its checksums.
 
     Checksums come from the manifest of what oneshot wrote and, for files in the Hub's cache, from their names there;
