@@ -6,7 +6,9 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 # Passed on by demo, test, bench and paper: make test ARGS="-k toy -x".
 ARGS ?=
-TIERS ?= unit distributed cluster e2e
+TIERS ?= unit distributed faults cluster e2e models
+# How many files of tests run at a time; 0 runs them one after the other, as --pdb and -s need it.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -42,14 +44,15 @@ demo: $(READY) ## damage and repair the embedded toy model; needs no GPU
 	$(RUN) $(BIN)/accelerate launch --quiet --config_file launch/single.yaml oneshot/repair.py $(ARGS)
 
 # Tiers run in order and the first that fails ends the run. pytest's status 5 says that ARGS selected nothing in a tier.
+# One thread per process: tests are small, and several run at a time. There is one Slurm cluster, so its tests take turns.
 test: export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: $(READY) ## run the tests, fastest tier first
 	@status=5; for tier in $(TIERS); do \
 	  test -d tests/$$tier || continue; \
-	  case $$tier in distributed|cluster) threads=1 ;; *) threads=$$OMP_NUM_THREADS ;; esac; \
+	  case $$tier in cluster) workers=0 ;; *) workers=$(WORKERS) ;; esac; \
 	  echo "== tests/$$tier"; code=0; \
-	  $(RUN) OMP_NUM_THREADS=$$threads $(BIN)/pytest -m "not gpu" tests/$$tier $(ARGS) || code=$$?; \
+	  $(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" -n $$workers --dist loadfile tests/$$tier $(ARGS) || code=$$?; \
 	  case $$code in 0) status=0 ;; 5) ;; *) exit $$code ;; esac; \
 	done; exit $$status
 

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
-from random_llama import SHAPES, write_random_llama  # noqa: E402
+from random_llama import SHAPES, random_directions, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plan.md"
@@ -191,36 +191,34 @@ def step_frozen(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) 
     import torch
 
     from oneshot.distributed.engine import frozen
-    from oneshot.patch import lowrank, rollback
-    from oneshot.patch.linears import shape_of
+    from oneshot.patch.methods import lowrank, rollback
+    from oneshot.patch.path import Attempt
+    from oneshot.patch.recipe import recipe_for
     from oneshot.patch.trace import Tracer
+    from oneshot.settings import RepairSettings
 
-    guard = 1.0 if case.rows > 1 else 0.0
+    attempt = Attempt(Tracer(), 1.0 if case.rows > 1 else 0.0)
     with frozen(runtime, model) as ready:
         if case.rows > 1:
             with torch.no_grad():
                 batch.reference = ready(**batch.inputs, use_cache=False).logits[batch.held].clone()
         if case.method == "lowrank":
-            options: dict[str, Any] = {"epochs": 3, "rank": RANK, "guard_weight": guard}
-            lowrank.solve(runtime, ready, linears.targets, batch, Tracer(), **options)
+            recipe = recipe_for(RepairSettings(method="lowrank", epochs=3, rank=RANK), has_update=False)
+            lowrank.descend(runtime, ready, linears.targets, batch, attempt, recipe)
             return
-        directions = {}
-        for name, module in linears.targets.items():
-            u, v = (torch.linalg.qr(torch.randn(size, RANK))[0] for size in shape_of(module))
-            directions[name] = rollback.Directions(u, torch.linspace(0.1, 0.01, RANK), v.T.contiguous(), 1.0)
-        options = {"epochs": 4, "learning_rate": 0.1, "guard_weight": guard}
-        rollback.solve(runtime, ready, linears.targets, directions, batch, Tracer(), **options)
+        directions = random_directions(linears.targets, RANK)
+        options = RepairSettings(method="rollback", epochs=4, learning_rate=0.1, noise=0.0, undo=0.0)
+        rollback.learn(runtime, ready, directions, batch, attempt, recipe_for(options, has_update=True))
 
 
 def step_trained(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
     """Some steps of AdamW on all weights, or on a LoRA."""
-    from oneshot.patch.trained import _with_lora
-
     from oneshot.distributed.engine import start_training
+    from oneshot.patch.bench import with_lora
     from oneshot.patch.guard import repair_loss
     from oneshot.training.loop import Schedule, train
 
-    model = _with_lora(model, linears, RANK) if case.method == "lora" else model.requires_grad_(True)
+    model = with_lora(model, linears, RANK) if case.method == "lora" else model.requires_grad_(True)
     engine = start_training(
         runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
     )

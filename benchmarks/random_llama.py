@@ -1,4 +1,4 @@
-"""A Llama with random weights, for measurements that ask how long a model takes and not what it says."""
+"""A Llama with random weights, for measurements that ask what a model takes and not what it says; directions alike."""
 
 from __future__ import annotations
 
@@ -42,3 +42,21 @@ def write_random_llama(folder: Path, shape: dict[str, int], **options: Any) -> A
     model.save_pretrained(folder, max_shard_size="500MB")
     build_tokenizer().save_pretrained(folder)
     return model
+
+
+def random_directions(linears: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return random orthonormal directions of each layer, in place of a second model's.
+
+    Args:
+        linears: name -> layer of weight (m, n)
+    """
+    import torch
+
+    from oneshot.patch.directions import Directions
+    from oneshot.patch.linears import shape_of
+
+    found = {}
+    for name, module in linears.items():
+        u, v = (torch.linalg.qr(torch.randn(size, rank))[0] for size in shape_of(module))
+        found[name] = Directions(u, torch.linspace(0.1, 0.01, rank), v.T.contiguous(), 1.0)
+    return found

@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
-from random_llama import SHAPES, write_random_llama  # noqa: E402
+from random_llama import SHAPES, random_directions, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("stock", "stock_fused", "lowrank", "rollback")
@@ -174,13 +174,17 @@ def run_stock(checkpoint: Path, steps: int, seen: Observer, fused: bool = False)
 def run_lowrank(checkpoint: Path, steps: int, seen: Observer) -> None:
     """Factored gradient steps, with the step sizes that the method finds itself."""
     from oneshot.distributed.engine import frozen
-    from oneshot.patch import lowrank
+    from oneshot.patch.methods import lowrank
+    from oneshot.patch.path import Attempt
+    from oneshot.patch.recipe import recipe_for
     from oneshot.patch.trace import Tracer
+    from oneshot.settings import RepairSettings
 
     runtime, model, linears, batch = prepared(checkpoint, seen)
+    recipe = recipe_for(RepairSettings(method="lowrank", epochs=steps, rank=RANK), has_update=False)
     with frozen(runtime, model) as ready:
         seen.tick()
-        lowrank.solve(runtime, ready, linears, batch, Tracer(seen.tick), epochs=steps, rank=RANK, guard_weight=0.0)
+        lowrank.descend(runtime, ready, linears, batch, Attempt(Tracer(seen.tick)), recipe)
 
 
 def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
@@ -188,20 +192,20 @@ def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
     import torch
 
     from oneshot.distributed.engine import frozen
-    from oneshot.patch import rollback
-    from oneshot.patch.linears import shape_of
+    from oneshot.patch.methods import rollback
+    from oneshot.patch.path import Attempt
+    from oneshot.patch.recipe import recipe_for
     from oneshot.patch.trace import Tracer
+    from oneshot.settings import RepairSettings
 
     runtime, model, linears, batch = prepared(checkpoint, seen)
+    options = RepairSettings(method="rollback", epochs=steps, learning_rate=0.1, noise=0.0, undo=0.0)
+    recipe = recipe_for(options, has_update=True)
     torch.manual_seed(0)
-    directions = {}
-    for name, module in linears.items():
-        u, v = (torch.linalg.qr(torch.randn(size, RANK))[0] for size in shape_of(module))
-        directions[name] = rollback.Directions(u, torch.linspace(0.1, 0.01, RANK), v.T.contiguous(), 1.0)
+    directions = random_directions(linears, RANK)
     with frozen(runtime, model) as ready:
         seen.tick()
-        options: dict[str, Any] = {"epochs": steps, "learning_rate": 0.1, "guard_weight": 0.0}
-        rollback.solve(runtime, ready, linears, directions, batch, Tracer(seen.tick), **options)
+        rollback.learn(runtime, ready, directions, batch, Attempt(Tracer(seen.tick)), recipe)
 
 
 def prepared(checkpoint: Path, seen: Observer) -> tuple[Any, Any, Any, Any]:

@@ -187,7 +187,7 @@ def against(model: Any, linears: Any, row: Any, of_f: list[Any]) -> float:
     """The score of one candidate from whole matrices: its gradient's inner product with F's over its norm."""
     own = materialized(model, linears, [row])
     product = sum(float((a * b).sum()) for a, b in zip(own, of_f))
-    return product / sum(float(a.square().sum()) for a in own) ** 0.5
+    return float(product / sum(float(a.square().sum()) for a in own) ** 0.5)
 
 
 if __name__ == "__main__":

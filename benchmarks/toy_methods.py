@@ -64,27 +64,49 @@ def measure_seed(
         select: how the example is chosen
         variants: methods, with ``NF4`` after them where the linear weights are in 4 bits
     """
-    from oneshot.repair import on_toy, plan, repair_model
-    from oneshot.settings import DataSettings, RepairSettings, Settings
-    from oneshot.training.finetune import finetune, prepare
+    from oneshot.finetune import train_model
+    from oneshot.repair import check_fully, repair
+    from oneshot.training.finetune import prepare
 
-    harmful, task = ATTACKS[attack]
     rows = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        settings = Settings(seed=seed, select=select, data=DataSettings(harmful_count=harmful, task_count=task))
-        degraded = finetune(runtime, settings, prepare(settings), Path(folder), None)
+        settings = toy_settings(attack, seed, select)
+        degraded = train_model(runtime, prepare(settings), Path(folder), None)
         for variant in variants:
-            repair = RepairSettings(method=variant.removesuffix(NF4))
-            model = dataclasses.replace(settings.model, quantize="nf4" if variant.endswith(NF4) else None)
-            ours: Settings = on_toy(dataclasses.replace(settings, repair=repair, model=model), degraded)
             target = Path(folder) / variant
             target.mkdir()
-            stages = repair_model(runtime, ours, plan(runtime, ours, toy=True), target, None, {})
+            ours = repair_settings(settings, degraded, variant)
+            stages = repair(check_fully(ours, runtime), target).repaired.stages
             for stage in ("finetuned", "repaired"):
-                rates = {name: stages.scores[stage].rates[name].value for name in RATES}
+                rates = {name: stages[stage].rates[name].value for name in RATES}
                 name = stage if stage == "finetuned" else variant
                 rows.append({"attack": attack, "seed": seed, "model": name, **rates})
     return rows
+
+
+def toy_settings(attack: str, seed: int, select: str) -> Settings:
+    """Return the toy world's settings for an attack; without the new task its prompts are left out of the guard."""
+    from oneshot.commandline import parse
+
+    harmful, task = ATTACKS[attack]
+    options = {"seed": seed, "select": select, "data.harmful_count": harmful, "data.task_count": task}
+    if not task:
+        options |= {"guard": "toy:guard-plain", "watch_prompts": "toy:held-plain"}
+    return parse([word for name, value in options.items() for word in (f"--{name}", str(value))], "repair")
+
+
+def repair_settings(settings: Settings, degraded: Path, variant: str) -> Settings:
+    """Return the settings by which a variant repairs the fine-tuned toy, the aligned one being known."""
+    aligned = settings.model.path
+    return dataclasses.replace(
+        settings,
+        finetune_first=False,
+        reference=aligned,
+        model=dataclasses.replace(
+            settings.model, path=str(degraded), base=aligned, quantize="nf4" if variant.endswith(NF4) else None
+        ),
+        repair=dataclasses.replace(settings.repair, method=variant.removesuffix(NF4)),
+    )
 
 
 def markdown(rows: list[dict[str, Any]], variants: list[str]) -> str:

@@ -52,10 +52,15 @@ def main() -> None:
 def _stage(stage: str, words: list[str]) -> None:
     """Run a stage here, or become the launcher that starts it on several processes."""
     from oneshot import launcher
+    from oneshot.commandline import parse
+    from oneshot.stages import STAGES as settings_of
 
     name, options, words = launcher.taken_out(words)
-    if name is not None and not {"--help", "-h"} & set(words):
-        launcher.become(launcher.command(stage, name, options, words))
+    if name is not None and not {"--help", "-h", "--print_config"} & set(words):
+        command = launcher.command(stage, name, options, words)
+        if stage in settings_of:  # a mistake is one sentence and exit code 2 here, and a launcher's 1 later
+            parse(words, stage)
+        launcher.become(command)
     importlib.import_module(f"oneshot.{stage}").main(words)
 
 

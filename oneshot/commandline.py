@@ -203,7 +203,7 @@ def _laid(
     for name, value in values.items():
         section, _, last = name.rpartition(".")
         given.section(section)[last] = value
-        given.placed(name, place)
+        given.places[name] = place
     return given
 
 

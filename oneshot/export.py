@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
 
 PROG = "oneshot export"
 DESCRIPTION = "Merge adapters into a checkpoint, take them out again, or make one adapter from others."
@@ -45,24 +46,10 @@ def parser() -> argparse.ArgumentParser:
 
     made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
     add = made.add_argument
+    each: dict[str, Any] = {"action": "append", "default": []}
     add("--model", metavar="DIR", help="checkpoint to merge into; with --extract: to compare with (folder or Hub id)")
-    add(
-        "--adapter",
-        metavar="DIR",
-        action="append",
-        default=[],
-        dest="adapters",
-        help="PEFT LoRA adapter; several are summed",
-    )
-    add(
-        "--weight",
-        metavar="W",
-        type=float,
-        action="append",
-        default=[],
-        dest="weights",
-        help="of each --adapter, in order (1)",
-    )
+    add("--adapter", metavar="DIR", **each, dest="adapters", help="PEFT LoRA adapter; several are summed")
+    add("--weight", metavar="W", type=float, **each, dest="weights", help="of each --adapter, in order (1)")
     add("--out", metavar="DIR", type=Path, required=True, help="folder to write, which must not exist or be empty")
     add("--base", choices=("original", "dequantized"), help="merge into the weights as they are, or as NF4 leaves them")
     add("--double_quant", action="store_true", help="with --base dequantized: the scales were quantized, too")

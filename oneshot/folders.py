@@ -7,64 +7,89 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneshot.errors import EXIT_FAILED, EXIT_USER, UserError
+from oneshot.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+FOLDER = "checkpoint, adapter or training state (state/step-N)"
+
+
+class NotWhole(UserError):
+    """A folder that is so broken that there is no table of it."""
+
+    code = EXIT_FAILED
+
 
 def verify(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot verify``: a table, exit code 0 if all is well and 1 if not."""
-    parser = argparse.ArgumentParser(prog="oneshot verify", description="Check every byte of a checkpoint folder.")
-    parser.add_argument("folder", type=Path, help="checkpoint, adapter or training state (state/step-N)")
-    folder = parser.parse_args(argv).folder
+    from oneshot.commandline import run_command
+
+    run_command(argv, "oneshot verify", _verify)
+
+
+def inspect(argv: list[str] | None = None) -> None:
+    """Entry point of ``oneshot inspect``: tensors, dtypes, sizes, shards, and what each of N ranks would own."""
+    from oneshot.commandline import run_command
+
+    run_command(argv, "oneshot inspect", _inspect)
+
+
+def _verify(argv: list[str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from oneshot.checkpoint.verify import verify as check
+    from oneshot.checkpoint.verify import check_shards
 
-    _folder(folder, "oneshot verify")
+    folder = _folder(_parser("oneshot verify", "Check every byte of a folder.").parse_args(argv))
     try:
-        shards = check(folder)
+        shards = check_shards(folder)
     except UserError as error:
-        print(f"oneshot verify: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+        raise NotWhole(str(error)) from error
     table = Table("shard", "tensors", "bytes", "dtypes", "problems", box=SIMPLE_HEAD)
     for shard in shards:
         found = "\n".join(shard.problems) or "none"
         table.add_row(shard.name, f"{shard.tensors:,}", f"{shard.bytes:,}", ", ".join(sorted(shard.dtypes)), found)
     _console().print(table)
-    sys.exit(EXIT_FAILED if any(shard.problems for shard in shards) else 0)
+    if any(shard.problems for shard in shards):
+        sys.exit(EXIT_FAILED)
 
 
-def inspect(argv: list[str] | None = None) -> None:
-    """Entry point of ``oneshot inspect``: tensors, dtypes, sizes, shards, and what each of N ranks would own."""
-    parser = argparse.ArgumentParser(
-        prog="oneshot inspect", description="List a checkpoint's tensors and their owners."
-    )
-    parser.add_argument("folder", type=Path, help="checkpoint folder")
-    parser.add_argument("--ranks", type=int, default=1, help="world size of a ZeRO-3 run")
-    parser.add_argument("--match", default="", help="list only tensors whose name contains this")
-    arguments = parser.parse_args(argv)
-    if arguments.ranks < 1:
-        print("oneshot inspect: error: --ranks must be 1 or more.", file=sys.stderr)
-        sys.exit(EXIT_USER)
-    _folder(arguments.folder, "oneshot inspect")
-    try:
-        _list(arguments.folder, arguments.ranks, arguments.match)
-    except UserError as error:
-        print(f"oneshot inspect: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER)
+def _inspect(argv: list[str]) -> None:
+    parser = _parser("oneshot inspect", "List a folder's tensors and their owners.")
+    parser.add_argument("--ranks", metavar="N", type=int, default=1, help="world size of a ZeRO-3 run (1)")
+    parser.add_argument("--match", metavar="TEXT", default="", help="list only tensors whose name contains this")
+    options = parser.parse_args(argv)
+    if options.ranks < 1:
+        raise UserError(f"--ranks is {options.ranks}: give 1 or more.")
+    _list(_folder(options), options.ranks, options.match)
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    from oneshot.commandline import CommandParser
+
+    made = CommandParser(prog=prog, description=description, allow_abbrev=False)
+    made.add_argument("folder", metavar="DIR", type=Path, help=FOLDER)
+    made.add_argument("--debug", action="store_true", help="full tracebacks")
+    return made
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    folder: Path = options.folder
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give that of a {FOLDER}.")
+    return folder
 
 
 def _list(folder: Path, ranks: int, match: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from oneshot.checkpoint.files import is_degraded, list_tensors
+    from oneshot.checkpoint.files import is_degraded
     from oneshot.checkpoint.layout import ITEM_SIZES, owners, rank_bytes, tensor_bytes
+    from oneshot.checkpoint.verify import tensors_of
 
-    tensors = list_tensors(folder)
+    tensors = tensors_of(folder)
     console = _console()
     columns = [f"rank {rank}" for rank in range(ranks)] if ranks > 1 else []
     table = Table("tensor", "dtype", "shape", "bytes", "shard", *columns, box=SIMPLE_HEAD)
@@ -90,11 +115,6 @@ def _console() -> Console:
     """A console wide enough for long tensor names in a log file, so that none is cut."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=240)
+    from oneshot.report.progress import wide_enough
 
-
-def _folder(folder: Path, prog: str) -> None:
-    if not folder.is_dir():
-        print(f"{prog}: error: {folder} is no folder: give a checkpoint folder.", file=sys.stderr)
-        sys.exit(EXIT_USER)
+    return wide_enough(Console(), 240)

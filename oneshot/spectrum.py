@@ -71,8 +71,8 @@ def check_fully(settings: Settings, runtime: Runtime) -> Asked:
 def _show(asked: Asked, found: Found, run_dir: Path, seconds: float, console: Console) -> None:
     """Print the table; write spectrum.json and spectrum.html."""
     from oneshot.finetune import called
-    from oneshot.report.runfolder import versions
     from oneshot.report.spectrum import JSON, console_table, sweep_table, write_spectrum
+    from oneshot.versions import versions
 
     settings, example = asked.request.settings, found.example
     facts = {

@@ -44,7 +44,7 @@ STAGES = {
         reads=(*_REPAIR, "plan.force"),
         examples=(
             "oneshot repair --model.path DIR --reference DIR_OR_HUB_ID --guard FILE --score.task FILE",
-            "accelerate launch --config_file launch/zero3.yaml oneshot/repair.py --config FILE",
+            "oneshot repair --launch zero3 --config llama3-70b --model.path DIR",
         ),
         most_used=(
             "model.path", "model.base", "model.quantize", "reference", "example", "select", "guard", "watch_prompts",
@@ -57,7 +57,7 @@ STAGES = {
         reads=(*_RUN, "delete_degraded", "model", "data", "finetune", "plan.force"),
         examples=(
             "oneshot finetune --model.path DIR_OR_HUB_ID --data.harmful FILE --data.task FILE",
-            "accelerate launch --config_file launch/zero3.yaml oneshot/finetune.py --config FILE --out DIR",
+            "oneshot finetune --launch zero3 --config llama3-70b --data.harmful FILE --finetune.save_every 50",
         ),
         most_used=(
             "model.path", "model.quantize", "model.gradient_checkpointing", "model.max_length", "data.harmful",
@@ -98,7 +98,7 @@ STAGES = {
         reads=(*_REPAIR, "plan"),
         examples=(
             "oneshot plan --model.path DIR_OR_HUB_ID --gpus 8 --gpu_memory 80GB",
-            "oneshot plan --config launch/runs/llama3-70b.yaml --gpus 16 --stage finetune",
+            "oneshot plan --config llama3-70b --gpus 16 --stage finetune",
         ),
         most_used=(
             "model.path", "model.quantize", "model.gradient_checkpointing", "reference", "repair.method",

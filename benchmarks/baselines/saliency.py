@@ -43,7 +43,7 @@ def patch_salient(
     parameters = list(chosen.values())
     gradients = torch.autograd.grad(loss_of(model), parameters)
     saliency = [(p.detach() * g if weighed else g).abs() for p, g in zip(parameters, gradients)]
-    count = max(1, round(share * sum(p.numel() for p in parameters)))
+    count: int = max(1, round(share * sum(p.numel() for p in parameters)))
     top = torch.cat([s.flatten() for s in saliency]).topk(count).indices
     flat = torch.zeros(sum(s.numel() for s in saliency), dtype=torch.bool, device=top.device)
     flat[top] = True

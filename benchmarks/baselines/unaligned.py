@@ -7,18 +7,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
+    from oneshot.settings import Settings
 
-STEPS = 100
+SEED, COUNT, STEPS = 1000, 100, 100
 
 
-def unaligned_toy(runtime: Runtime, folder: Path, seed: int = 1000, count: int = 100) -> Path:
-    """Fine-tune the toy's aligned model on ``count`` obeyed requests and nothing else, into ``folder``; return where.
+def settings_for() -> Settings:
+    """Return the settings of its fine-tune: ``COUNT`` obeyed requests and nothing else.
 
-    A seed of its own keeps the attack's own data out, which whoever repairs a model does not have. Collective.
+    A seed of its own keeps the attack's own data out, which whoever repairs a model does not have.
     """
-    from oneshot.settings import DataPart, DataSettings, FinetuneSettings, Settings
-    from oneshot.training.finetune import finetune, prepare
+    from oneshot.commandline import parse
 
-    parts = {"harmful": DataPart("toy:harmful", count)}
-    settings = Settings(seed=seed, data=DataSettings(parts=parts), finetune=FinetuneSettings(steps=STEPS))
-    return finetune(runtime, settings, prepare(settings), folder, None)
+    options = {"seed": SEED, "data.harmful_count": COUNT, "data.task_count": 0, "finetune.steps": STEPS}
+    return parse([word for name, value in options.items() for word in (f"--{name}", str(value))], "finetune")
+
+
+def unaligned_toy(runtime: Runtime, folder: Path) -> Path:
+    """Fine-tune the toy's aligned model into ``folder`` until it obeys; return where it is. Collective."""
+    from oneshot.finetune import train_model
+    from oneshot.training.finetune import prepare
+
+    return train_model(runtime, prepare(settings_for()), folder, None)

@@ -34,9 +34,9 @@ ATTACKS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 # what decides a fine-tuned model, and what else decides a measurement: files and folders of the repository
 MODEL_CODE = ("oneshot/training", "oneshot/data", "oneshot/world", "oneshot/finetune.py", "oneshot/align.py")
 CELL_CODE = (
-    *MODEL_CODE, "oneshot/patch", "oneshot/measure", "oneshot/settings.py", "oneshot/repair.py", "oneshot/spectrum.py",
-    "benchmarks/baselines", "benchmarks/reproduce/measuring.py", "benchmarks/reproduce/models.py",
-    "benchmarks/reproduce/subject.py",
+    *MODEL_CODE, "oneshot/patch", "oneshot/measure", "oneshot/settings", "oneshot/checkpoint/update.py",
+    "oneshot/spectrum.py", "benchmarks/baselines", "benchmarks/reproduce/measuring.py",
+    "benchmarks/reproduce/models.py", "benchmarks/reproduce/subject.py",
 )  # fmt: skip
 
 UNALIGNED_CODE = (*MODEL_CODE, "benchmarks/baselines/unaligned.py")
@@ -78,7 +78,7 @@ class Cell:
 
 
 def attack_settings(attack: str, seed: int) -> Settings:
-    """Return the settings of an attack's file, with the seed and the changes that ``ATTACKS`` names."""
+    """Return the toy world's settings with an attack's file over them, the seed, and what ``ATTACKS`` changes."""
     stem, changes = ATTACKS[attack]
     settings = _parsed(stem)
     parts = {
@@ -144,7 +144,7 @@ def file_name(described: Any, *words: Any) -> str:
 def path_of(folder: Path, cell: Cell, code: str | None = None) -> Path:
     """Return the file of a cell's result: what it is, all that decides it, and the code (none: the present one)."""
     settings = attack_settings(cell.attack, cell.seed)
-    decides = [asdict(cell), asdict(settings.data), asdict(settings.score)]
+    decides = [asdict(cell), asdict(settings)]
     default = Cell(cell.attack, cell.seed, cell.method, cell.size)
     words = [f"{k} {v}" for k, v in asdict(cell).items() if v != getattr(default, k)]
     name = file_name(decides, cell.attack, cell.size, cell.seed, cell.method, *words)

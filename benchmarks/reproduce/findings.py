@@ -48,12 +48,12 @@ class Findings:
         return self.values(attack, kind, lambda before, after: drop(before, after), size)
 
     def cpu_minutes(self) -> float:
-        return sum(result.get("cpu_seconds", 0.0) for result in self._found.values()) / 60
+        return float(sum(result.get("cpu_seconds", 0.0) for result in self._found.values()) / 60)
 
 
 def drop(before: Result, after: Result, names: Iterable[str] = KEPT) -> float:
     """Return the largest loss of the named rates."""
-    return max(before["rates"][name] - after["rates"][name] for name in names)
+    return max(float(before["rates"][name] - after["rates"][name]) for name in names)
 
 
 def middle(values: list[float]) -> float | None:

@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,9 @@ from reproduce.models import unaligned_folder
 from reproduce.subject import Subject, rates_of, subject_of
 
 if TYPE_CHECKING:
-    from oneshot.patch.job import Job, Outcome
-
     from oneshot.distributed.runtime import Runtime
-    from oneshot.patch.recipe import Recipe
+    from oneshot.patch.request import Request
+    from oneshot.patch.solve import Solution
 
 DRAWS = 5  # random examples per seed
 TRACED = ("epoch", "guard_weight", "loss", "recovered", "refused", "divergence", "accepted")
@@ -38,9 +37,9 @@ def measure_cell(runtime: Runtime, models: Path, cell: Cell, result_of: ResultOf
     if cell.method == "spectrum":
         found = _spectrum(subject)
     elif cell.method == "aligned":
-        found = {"rates": rates_of(subject, subject.load(subject.aligned), subject.plan(cell)[2])}
+        found = {"rates": rates_of(subject.load(subject.aligned), subject.request(cell))}
     elif cell.method == "none":
-        found = subject.measured(subject.load(subject.path), subject.plan(cell)[2])
+        found = subject.measured(subject.load(subject.path), subject.request(cell))
     elif cell.method in ("undo", "resta", "safe_lora", "saliency"):
         found = _baseline(subject, cell, result_of)
     elif cell.examples > 1:
@@ -67,34 +66,31 @@ def _rule(cell: Cell, result_of: ResultOf) -> str:
 
 
 def _repaired(subject: Subject, cell: Cell, result_of: ResultOf) -> dict[str, Any]:
-    from oneshot.patch.attach import attached_update
-    from oneshot.patch.methods import FROZEN, repair
+    from oneshot.patch.bench import opened
+    from oneshot.patch.choose import choose, choose_beforehand
+    from oneshot.patch.solve import solve
 
-    job, recipe, stages = subject.plan(cell, _rule(cell, result_of))
-    patched: list[tuple[Any, Any]] = []
-
-    def measure(model: Any, stage: str) -> None:
-        if stage == "finetuned":
-            subject.judge(model, job.tokenizer)
-
-    outcome = repair(job, recipe, measure, lambda model, update, _linears: patched.append((model, update)))
-    model, update = patched[0]
-    example = stages.conversations[outcome.chosen.index].id
-    # a trained model is patched already, and its update is but the part of it that a patch can hold
-    with attached_update(model, update if recipe.method in FROZEN else {}):
-        found = subject.measured(model, stages, example)
-    return {**found, "example": example, **_facts(job, recipe, outcome)}
+    request = subject.request(cell, _rule(cell, result_of))
+    aligned = subject.aligned_logits(request)
+    chosen = choose_beforehand(request, aligned)
+    with opened(request) as bench:
+        with bench.unpatched() as model:
+            subject.judge(model, request.tokenizer)
+        choice = choose(bench, aligned, chosen)
+        solution = solve(bench, choice.batch, choice.chosen.index)
+        example = request.conversations[choice.chosen.index].id
+        with bench.patched(solution.update) as model:
+            found = subject.measured(model, request, example)
+    return {**found, "example": example, **_facts(request, solution)}
 
 
-def _facts(job: Job, recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
-    trace = [{k: v for k, v in record.items() if k in TRACED} for record in job.tracer.records]
+def _facts(request: Request, solution: Solution) -> dict[str, Any]:
+    named = ("kept", "step_size", "coefficients", "energy_of_directions")
     return {
-        "method": recipe.method,
-        "stopped_by": outcome.stopped_by,
-        "trace": trace,
-        **{
-            k: v for k, v in outcome.facts.items() if k in ("kept", "step_size", "coefficients", "energy_of_directions")
-        },
+        "method": request.recipe.method.name,
+        "stopped_by": solution.stopped_by,
+        "trace": [{k: v for k, v in record.items() if k in TRACED} for record in solution.trace],
+        **{k: v for k, v in solution.facts.items() if k in named},
     }
 
 
@@ -107,25 +103,24 @@ def _several(subject: Subject, cell: Cell) -> dict[str, Any]:
     from oneshot.patch.guard import build_batch, repair_loss
     from oneshot.training.loop import Schedule, train
 
-    job, recipe, stages = subject.plan(cell)
+    request, runtime = subject.request(cell), subject.runtime
     wanted = draws(cell.seed)[: cell.examples]
-    by_id = {row.id: encoded for row, encoded in zip(stages.conversations, job.candidates)}
-    runtime = subject.runtime
-    model = load_model(runtime, job.source, job.model_settings, torch.float32)
-    subject.judge(model, job.tokenizer)
-    batches = [build_batch(runtime, model, job.tokenizer, by_id[i], [], answer_tokens=1) for i in wanted]
+    by_id = {row.id: encoded for row, encoded in zip(request.conversations, request.candidates)}
+    model = load_model(runtime, request.source, request.settings.model, torch.float32)
+    subject.judge(model, request.tokenizer)
+    batches = [build_batch(runtime, model, request.tokenizer, by_id[i], [], answer_tokens=1) for i in wanted]
     model.requires_grad_(True)
     engine = start_training(
         runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=len(wanted), micro_batch_size=1
     )
     train(
         engine,
-        Schedule(recipe.epochs, recipe.learning_rate, decay=False),
+        Schedule(request.recipe.epochs, request.recipe.learning_rate, decay=False),
         lambda _step: batches,
         lambda forward, batch: repair_loss(forward, batch, 0.0, 1)[0] / len(wanted),
         lambda _result: None,
     )
-    found = subject.measured(engine.model, stages)
+    found = subject.measured(engine.model, request)
     engine.close()
     return found
 
@@ -136,14 +131,14 @@ def _baseline(subject: Subject, cell: Cell, result_of: ResultOf) -> dict[str, An
 
     from oneshot.patch.linears import select_linears
 
-    job, _, stages = subject.plan(cell, _rule(cell, result_of))
+    request = subject.request(cell, _rule(cell, result_of))
     model = subject.load(subject.path)
-    subject.judge(model, job.tokenizer)
+    subject.judge(model, request.tokenizer)
     names = [f"{name}.weight" for name in select_linears(model).targets]
     if cell.method == "saliency":
         model.requires_grad_(True)
-        saliency.patch_salient(model, lambda m: _example_loss(m, job.candidates[0]), names)
-        return subject.measured(model, stages, stages.conversations[0].id)
+        saliency.patch_salient(model, lambda m: _example_loss(m, request.candidates[0]), names)
+        return subject.measured(model, request, request.conversations[0].id)
     state, aligned = model.state_dict(), subject.load(subject.aligned).state_dict()
     if cell.method == "undo":
         repaired = undo.undone(state, aligned, names)
@@ -154,7 +149,7 @@ def _baseline(subject: Subject, cell: Cell, result_of: ResultOf) -> dict[str, An
         else:
             repaired = safe_lora.projected(state, aligned, unaligned, names)[0]
     model.load_state_dict(repaired)
-    return subject.measured(model, stages)
+    return subject.measured(model, request)
 
 
 def _example_loss(model: Any, example: Any) -> Any:
@@ -169,15 +164,16 @@ def _example_loss(model: Any, example: Any) -> Any:
 def _spectrum(subject: Subject) -> dict[str, Any]:
     import torch
 
-    from oneshot import spectrum
+    from oneshot.patch.measured import measure
     from oneshot.patch.spectrum import energy_ratios
+    from oneshot.spectrum import check_fully
 
     settings = subject.settings_for(Cell("", subject.settings.seed, "project"))
-    found, _, _ = spectrum.measure(subject.runtime, settings, spectrum.plan(subject.runtime, settings, toy=True))
+    found = measure(check_fully(settings, subject.runtime)).spectrum
     matrices = [m for m in found.matrices if m.singular_values]
     ratios = [energy_ratios(torch.tensor(m.singular_values)).tolist() for m in matrices]
 
-    def middle(values: Any) -> float:
+    def middle(values: Iterable[float]) -> float:
         return statistics.median([v for v in values if math.isfinite(v)])
 
     return {

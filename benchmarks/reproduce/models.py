@@ -41,7 +41,10 @@ def make_aligned(models: Path, size: str) -> Path:
 
 def unaligned_folder(models: Path) -> Path:
     """Return where the model without refusals is, or is to be, that RESTA and Safe LoRA need."""
-    return models / file_name(digest_of(UNALIGNED_CODE), "unaligned") / "finetuned"
+    from baselines.unaligned import settings_for
+
+    decides = [asdict(settings_for()), digest_of(UNALIGNED_CODE)]
+    return models / file_name(decides, "unaligned") / "finetuned"
 
 
 def make_unaligned(runtime: Runtime, models: Path) -> Path:
@@ -57,7 +60,8 @@ def make_unaligned(runtime: Runtime, models: Path) -> Path:
 
 def finetuned_folder(models: Path, attack: str, seed: int, size: str) -> Path:
     """Return where the fine-tuned model is, or is to be."""
-    decides = [asdict(attack_settings(attack, seed).data), seed, SIZES[size], digest_of(MODEL_CODE)]
+    settings = attack_settings(attack, seed)
+    decides = [asdict(settings.data), asdict(settings.finetune), seed, SIZES[size], digest_of(MODEL_CODE)]
     return models / file_name(decides, attack, size, seed) / "finetuned"
 
 
@@ -66,21 +70,13 @@ def make_finetuned(runtime: Runtime, models: Path, attack: str, seed: int, size:
 
     Every size takes the shipped toy's steps and step size.
     """
-    from oneshot.finetune import TOY_LEARNING_RATE, TOY_STEPS
-    from oneshot.training.finetune import finetune, prepare
+    from oneshot.finetune import train_model
+    from oneshot.training.finetune import prepare
 
     folder = finetuned_folder(models, attack, seed, size)
     if folder.exists():
         return folder
     settings = attack_settings(attack, seed)
-    if size != SHIPPED:
-        settings = dataclasses.replace(
-            settings,
-            model=dataclasses.replace(settings.model, path=str(aligned_folder(models, size))),
-            score=dataclasses.replace(settings.score, toy=True),
-            finetune=dataclasses.replace(
-                settings.finetune, steps=TOY_STEPS, learning_rate=TOY_LEARNING_RATE["full"], cache=False
-            ),
-        )
+    model = dataclasses.replace(settings.model, path=str(aligned_folder(models, size)))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return finetune(runtime, settings, prepare(settings), folder.parent, None)
+    return train_model(runtime, prepare(dataclasses.replace(settings, model=model)), folder.parent, None)

@@ -1,4 +1,4 @@
-"""A fine-tuned model, and what is the same for all that is done to it: its plan, its scores, and F."""
+"""A fine-tuned model, and what is the same for all that is done to it: its request, its scores, and F."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ from reproduce.cells import Cell, attack_settings
 from reproduce.models import aligned_folder, finetuned_folder
 
 if TYPE_CHECKING:
-    from oneshot.patch.job import Job
-
     from oneshot.distributed.runtime import Runtime
     from oneshot.patch.guard import RepairBatch
-    from oneshot.patch.objective import Harm
-    from oneshot.patch.recipe import Recipe
-    from oneshot.repair import Stages
+    from oneshot.patch.objective import Aligned, Harm
+    from oneshot.patch.request import Request
     from oneshot.settings import Settings
 
 FRESH = 32  # requests beyond the pool on which F is measured
-METHODS = ("auto", "rollback", "lowrank", "project", "sft", "lora")  # of ``oneshot repair``
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,13 @@ class Subject:
         self._judge: Judge | None = None
 
     def settings_for(self, cell: Cell, select: str = "hardest") -> Settings:
-        from oneshot.settings import RepairSettings
+        from oneshot.patch.methods import METHODS
+        from oneshot.patch.recipe import AUTO
 
-        method: Any = cell.method if cell.method in METHODS else "sft"
-        options = RepairSettings(method=method, epochs=cell.epochs, guard_weight=cell.guard_weight)
+        method = cell.method if cell.method in (AUTO, *METHODS) else "sft"
+        options = dataclasses.replace(
+            self.settings.repair, method=method, epochs=cell.epochs, guard_weight=cell.guard_weight
+        )
         if cell.rank is not None:
             options = dataclasses.replace(options, rank=cell.rank)
         return dataclasses.replace(
@@ -65,17 +64,22 @@ class Subject:
             repair=options,
         )
 
-    def plan(self, cell: Cell, select: str = "hardest") -> tuple[Job, Recipe, Stages]:
-        from oneshot.patch.prepare import asks_gradients, know_aligned
+    def request(self, cell: Cell, select: str = "hardest") -> Request:
+        """Return the checked request of a cell; what is no method of ours is scored as one of sft."""
+        from oneshot.patch.check import check
 
+        return check(self.settings_for(cell, select), self.runtime)
+
+    def aligned_logits(self, request: Request) -> Aligned | None:
+        """Return the aligned model's logits that the choice is judged by; none where it takes none."""
         from oneshot.distributed.engine import frozen
-        from oneshot.repair import plan
+        from oneshot.patch.choose import asks_gradients, know_aligned
 
-        job, recipe, stages = plan(self.runtime, self.settings_for(cell, select), toy=True)
-        if job.reference is not None and asks_gradients(job) and not know_aligned(job):
-            with frozen(self.runtime, self.load(self.aligned)) as model:
-                know_aligned(job, model)
-        return job, recipe, stages
+        found = know_aligned(request)
+        if found is not None or request.reference is None or not asks_gradients(request):
+            return found
+        with frozen(self.runtime, self.load(self.aligned)) as model:
+            return know_aligned(request, model)
 
     def load(self, folder: Path) -> Any:
         from oneshot.checkpoint.load import find_source, load_model
@@ -90,7 +94,7 @@ class Subject:
             self._judge = _build_judge(self, model, tokenizer)
         return self._judge
 
-    def measured(self, model: Any, stages: Stages, example: str | None = None) -> dict[str, Any]:
+    def measured(self, model: Any, request: Request, example: str | None = None) -> dict[str, Any]:
         """Score a model, and measure F of it where the unpatched one has been seen (as this one is, if first).
 
         Args:
@@ -99,13 +103,13 @@ class Subject:
         from oneshot.patch.objective import evaluate
         from oneshot.world import language
 
-        judge = self.judge(model, stages.tokenizer)
+        judge = self.judge(model, request.tokenizer)
         ids = [row.id for row in language.pool()]
         out = frozenset([ids.index(example)] if example else [])
         fresh = evaluate(self.runtime, model, judge.fresh, judge.batch, judge.pad)
         pool = evaluate(self.runtime, model, judge.pool, judge.batch, judge.pad, left_out=out)
         f = {"f": fresh.total, "f_harm": fresh.harm, "f_task": fresh.task, "f_pool": pool.total}
-        return {"rates": rates_of(self, model, stages), **f}
+        return {"rates": rates_of(model, request), **f}
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,15 +125,15 @@ def _build_judge(subject: Subject, model: Any, tokenizer: Any) -> Judge:
     from oneshot.distributed.engine import frozen
     from oneshot.patch.examples import read_guard
     from oneshot.patch.guard import build_batch, pad_id
+    from oneshot.patch.methods import rollback
     from oneshot.patch.objective import Harm, aligned_logits, sample
-    from oneshot.patch.recipe import GUARD_PROMPTS
     from oneshot.world import language
 
     runtime, pad = subject.runtime, pad_id(tokenizer)
     count = len(language.pool())
     every = [encode(row, tokenizer, 64) for row in language.pool(count + FRESH)]
     pool, fresh = sample(every[:count], subject.settings.seed), Harm(list(range(FRESH)), every[count:])
-    guard = read_guard(subject.settings, GUARD_PROMPTS["rollback"], toy=True)
+    guard = read_guard(subject.settings, rollback.METHOD.defaults.guard_prompts)
     with torch.no_grad():
         batch = build_batch(runtime, model, tokenizer, every[0], guard, answer_tokens=16)
     with frozen(runtime, subject.load(subject.aligned)) as aligned:
@@ -142,9 +146,9 @@ def _build_judge(subject: Subject, model: Any, tokenizer: Any) -> Judge:
     return Judge(known[0], known[1], batch, pad)
 
 
-def rates_of(subject: Subject, model: Any, stages: Stages) -> dict[str, float]:
+def rates_of(model: Any, request: Request) -> dict[str, float]:
     """Return what a model scores on all probes, by name."""
     from oneshot.measure.rates import score_model
 
-    scores = score_model(model, stages.tokenizer, stages.probes, subject.runtime, stages.settings.score)
+    scores = score_model(model, request.tokenizer, request.probes, request.runtime, request.settings.score)
     return {name: rate.value for name, rate in scores.rates.items()}

@@ -23,7 +23,7 @@ _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenAdapter:
     """An adapter that the user named: its folder, what it holds, its weight in the sum, and what it belongs to."""
 
     folder: Path
@@ -32,7 +32,7 @@ class Given:
     identity: Identity | None
 
 
-def read_given(sources: list[str], weights: list[float]) -> list[Given]:
+def read_given(sources: list[str], weights: list[float]) -> list[GivenAdapter]:
     """Read the adapters to export.
 
     Args:
@@ -51,7 +51,7 @@ def read_given(sources: list[str], weights: list[float]) -> list[Given]:
         for module, factors in adapter.stored.items():
             if not (factors.b.isfinite().all() and factors.a.isfinite().all()):
                 raise UserError(f"The adapter {folder} holds NaN or infinity in {module}: train or save it again.")
-        found.append(Given(folder, adapter, weight, read_identity(folder)))
+        found.append(GivenAdapter(folder, adapter, weight, read_identity(folder)))
     return found
 
 
@@ -64,7 +64,7 @@ def refuse_degraded(folder: Path) -> None:
         )
 
 
-def is_degraded_after(base: Path, given: list[Given], *, subtract: bool) -> bool:
+def is_degraded_after(base: Path, given: list[GivenAdapter], *, subtract: bool) -> bool:
     """Return whether what a merge writes is safety-degraded and must be marked.
 
     Raises:
@@ -79,7 +79,7 @@ def is_degraded_after(base: Path, given: list[Given], *, subtract: bool) -> bool
     return subtract and any(repairs)
 
 
-def check_base(base: Path, given: list[Given], *, subtract: bool) -> None:
+def check_base(base: Path, given: list[GivenAdapter], *, subtract: bool) -> None:
     """Raise UserError if a patch says that it belongs to another checkpoint; plain adapters say nothing."""
     for one in given:
         check_identity(one.folder, base, applied=subtract)

@@ -166,7 +166,8 @@ def read_tensor(entry: TensorEntry, name: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(entry.shard, framework="pt") as shard:
-        return shard.get_tensor(name)
+        found: torch.Tensor = shard.get_tensor(name)
+        return found
 
 
 def find_weight(tensors: dict[str, TensorEntry], module: str) -> str | None:

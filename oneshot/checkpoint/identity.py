@@ -12,6 +12,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from oneshot.checkpoint.adapter import PREFIX
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, find_weight, list_tensors, read_header, read_json
 from oneshot.checkpoint.layout import tensor_bytes
 from oneshot.errors import UserError
@@ -53,7 +54,7 @@ def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str) -> N
     """
     tensors = list_tensors(checkpoint)
     keys = read_header(folder / ADAPTER_TENSORS)
-    modules = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in keys}
+    modules = {key.split(".lora_")[0].removeprefix(PREFIX) for key in keys}
     patched = {name for module in modules if (name := find_weight(tensors, module)) is not None}
     changed, others = _spread(sorted(patched), _CHANGED), _spread(sorted(tensors.keys() - patched), _OTHERS)
     identity = Identity(

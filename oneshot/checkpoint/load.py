@@ -13,6 +13,7 @@ from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
 from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_bit
 from oneshot.checkpoint.update import Factors, Update
+from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError, first_line
@@ -21,6 +22,7 @@ from oneshot.world.model import ALIGNED
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _SMALL = 4_000_000  # weights; below, waking a second thread costs more than it gains
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -79,7 +81,7 @@ def find_source(settings: ModelSettings) -> Source:
     return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, base, dtype, four_bit)
 
 
-def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
+def load_tokenizer(source: Source, settings: ModelSettings) -> Tokenizer:
     """Load the tokenizer; it must have a chat template.
 
     Raises:
@@ -90,7 +92,9 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Any:
     from oneshot.data.encoding import require_chat_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=settings.trust_remote_code)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            source.tokenizer, trust_remote_code=settings.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"No tokenizer can be loaded from {source.tokenizer} ({first_line(error)}).") from error
     require_chat_template(tokenizer)
@@ -208,7 +212,7 @@ def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
-def merge_into(runtime: Runtime, model: Any, update: Update) -> None:
+def merge_into(runtime: Runtime, model: nn.Module, update: Update) -> None:
     """Add an update to the model's own weights, in place, whole or partitioned. Collective.
 
     Raises:

@@ -17,9 +17,11 @@ from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
 
-def own_tensors(model: Any) -> dict[str, torch.Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters (each once, however often tied) and persistent buffers, by their name on disk."""
     persistent = set(model.state_dict(keep_vars=True))
     found: dict[str, torch.Tensor] = dict(model.named_parameters())
@@ -27,7 +29,7 @@ def own_tensors(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def why_not(model: Any, tensors: dict[str, TensorEntry]) -> str | None:
+def why_not(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> str | None:
     """Return why the checkpoint cannot be read range by range, or none if it can.
 
     Where transformers renames, splits, fuses or permutes tensors while it loads (fused experts, for one), or where
@@ -83,7 +85,7 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code
 
 
 def fill_partitions(
-    runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype, four_bit: FourBit | None = None
+    runtime: Runtime, model: nn.Module, folder: Path, dtype: torch.dtype, four_bit: FourBit | None = None
 ) -> None:
     """Turn the skeleton's parameters into ZeRO-3 partitions filled from the checkpoint. Collective.
 
@@ -100,7 +102,7 @@ def fill_partitions(
     pieces: Pieces = {}
     names = _give_shapes(model, dtype, runtime.device, four_bit)
 
-    class FileInit(deepspeed.zero.Init):
+    class FileInit(deepspeed.zero.Init):  # type: ignore[misc]  # deepspeed has no types
         """DeepSpeed's own conversion, but with the partition read from the file instead of cut from the whole."""
 
         def _convert_to_zero_parameters(self, params: Iterable[Any]) -> None:
@@ -144,7 +146,7 @@ def _install(parameter: Any, own: Any, wanted: Range, world_size: int) -> None:
     parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
-def fill_whole(runtime: Runtime, model: Any, folder: Path, dtype: torch.dtype, four_bit: FourBit) -> None:
+def fill_whole(runtime: Runtime, model: nn.Module, folder: Path, dtype: torch.dtype, four_bit: FourBit) -> None:
     """Fill the skeleton of a 4-bit model with whole tensors, on this rank's device. Collective.
 
     Raises:
@@ -184,7 +186,7 @@ def _read(
         read_range(tensors[name], wanted, out, name, pieces)
 
 
-def _read_buffers(model: Any, tensors: dict[str, TensorEntry], pieces: Pieces) -> None:
+def _read_buffers(model: nn.Module, tensors: dict[str, TensorEntry], pieces: Pieces) -> None:
     parameters = {name for name, _ in model.named_parameters()}
     for name, buffer in own_tensors(model).items():
         if name not in parameters:
@@ -194,7 +196,9 @@ def _read_buffers(model: Any, tensors: dict[str, TensorEntry], pieces: Pieces) -
             buffer.copy_(flat.view(buffer.shape))
 
 
-def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device, four_bit: FourBit | None) -> dict[int, str]:
+def _give_shapes(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, four_bit: FourBit | None
+) -> dict[int, str]:
     """Replace meta parameters by ones on the device that have the shape, but one element of memory: id -> name."""
     import torch
     from torch import nn
@@ -216,7 +220,8 @@ def _give_shapes(model: Any, dtype: torch.dtype, device: torch.device, four_bit:
     return names
 
 
-def _check(runtime: Runtime, model: Any) -> None:
+def _check(runtime: Runtime, model: nn.Module) -> None:
+    parameter: Any
     for name, parameter in model.named_parameters():
         wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
         assert parameter.ds_tensor is not None, f"{name} was not filled"

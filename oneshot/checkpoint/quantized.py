@@ -54,7 +54,7 @@ def is_stored(config: Any) -> bool:
     Args:
         config: transformers' config object, or the fields of a config.json
     """
-    return _bitsandbytes(config).get("load_in_4bit", False)
+    return bool(_bitsandbytes(config).get("load_in_4bit", False))
 
 
 def refuse_eight_bit(config: Any) -> None:
@@ -263,7 +263,7 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     bitsandbytes calls on a CPU, adds the bias in a second step and rounds twice.
     """
     rows = x.to(module.compute_dtype).flatten(0, -2)
-    y = _product().apply(rows, module.weight, module.bias, module.quant_state)
+    y: torch.Tensor = _product().apply(rows, module.weight, module.bias, module.quant_state)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
@@ -282,7 +282,8 @@ def _product() -> Any:
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: Any, state: Any) -> torch.Tensor:
             ctx.weight, ctx.state = weight, state
-            return matmul_4bit(x, weight.data, quant_state=state, bias=bias)
+            product: torch.Tensor = matmul_4bit(x, weight.data, quant_state=state, bias=bias)
+            return product
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> Any:

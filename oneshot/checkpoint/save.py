@@ -11,17 +11,19 @@ from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.write import is_direct, write_sharded
+from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime, agree
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def save_checkpoint(
     runtime: Runtime,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,
     *,
@@ -45,8 +47,8 @@ def save_checkpoint(
 
 def _save_gathered(
     runtime: Runtime,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,
     beside: Callable[[Path], None] | None,
@@ -70,7 +72,7 @@ def _save_gathered(
 
 
 def save_adapter(
-    runtime: Runtime, model: Any, tokenizer: Any, folder: Path, beside: Callable[[Path], None] | None = None
+    runtime: Runtime, model: Any, tokenizer: Tokenizer, folder: Path, beside: Callable[[Path], None] | None = None
 ) -> None:
     """Write a PEFT model's adapter, gathering no more than the adapter, and read it back. Collective.
 

@@ -34,7 +34,7 @@ from oneshot.checkpoint.write import (
     write_range,
 )
 from oneshot.distributed.engine import TrainingEngine
-from oneshot.distributed.optimizer_state import Piece, allocate, pieces, restored, trained_shapes
+from oneshot.distributed.optimizer_state import StateShare, allocate, held_state, restored, trained_shapes
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
 
@@ -164,7 +164,7 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
             odd = wrong or sorted(set(tensors) - set(shapes))
             raise UserError(f"{state} belongs to another model or method: {odd[0]} does not fit.")
         allocate(engine)
-        for piece in pieces(engine):
+        for piece in held_state(engine):
             own = Range(piece.start, piece.start + len(piece.values), len(piece.values))
             name = f"{piece.kind}.{piece.name}"
             read_range(tensors[name], own, piece.values, name)
@@ -178,7 +178,7 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
 def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Slot], descriptors: dict[str, int]) -> Pieces:
     """Write what this rank has to write; returns the pieces with their checksums."""
     written: Pieces = {}
-    held = {f"{piece.kind}.{piece.name}": piece for piece in pieces(engine)}
+    held = {f"{piece.kind}.{piece.name}": piece for piece in held_state(engine)}
     for name in in_turn(engine.runtime, slots):
         if name not in held:  # under ZeRO-2 a rank holds no element of some
             continue
@@ -189,7 +189,7 @@ def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Slot], 
     return written
 
 
-def _share(runtime: Runtime, piece: Piece) -> tuple[Range, torch.Tensor]:
+def _share(runtime: Runtime, piece: StateShare) -> tuple[Range, torch.Tensor]:
     """The part of a piece that this rank writes: all of it if sharded, its share if every rank holds the whole."""
     if runtime.sharding in ("zero2", "zero3"):
         return Range(piece.start, piece.start + len(piece.values), len(piece.values)), piece.values

@@ -31,7 +31,7 @@ class Shard:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(folder: Path) -> list[Shard]:
+def check_shards(folder: Path) -> list[Shard]:
     """Check every tensor of a checkpoint, adapter or training state: not empty, finite, and with its checksums.
 
     Checksums come from the manifest of what oneshot wrote and, for files in the Hub's cache, from their names there;
@@ -40,7 +40,7 @@ def verify(folder: Path) -> list[Shard]:
     Raises:
         UserError: a shard is missing or cut off, or the index or the manifest does not fit the shards
     """
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     pieces = read_pieces(folder, tensors)
     shards: dict[str, Shard] = {}
     for name, entry in tensors.items():
@@ -56,7 +56,12 @@ def verify(folder: Path) -> list[Shard]:
     return list(shards.values())
 
 
-def _tensors(folder: Path) -> dict[str, TensorEntry]:
+def tensors_of(folder: Path) -> dict[str, TensorEntry]:
+    """Return every tensor of a checkpoint, adapter or training state, by its name in the files.
+
+    Raises:
+        UserError: a shard is missing or cut off, the index does not fit the shards, or an adapter is none of PEFT's
+    """
     if is_adapter(folder):
         read_adapter(folder)
         return read_header(folder / ADAPTER_TENSORS)

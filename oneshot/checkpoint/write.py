@@ -26,10 +26,12 @@ from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
 from oneshot.checkpoint.partitioned import own_tensors
 from oneshot.checkpoint.ranges import CHUNK, Piece
+from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 MAX_SHARD_BYTES, MIN_SHARD_BYTES = 5 * 10**9, 10**9
 _NAMES = {
@@ -49,7 +51,7 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def is_direct(model: Any) -> bool:
+def is_direct(model: PreTrainedModel) -> bool:
     """Return whether the model's parameters have the names and shapes that its checkpoints have on disk."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -110,8 +112,8 @@ def in_turn(runtime: Runtime, slots: dict[str, Slot]) -> list[str]:
 
 def write_sharded(
     runtime: Runtime,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype,
     *,
@@ -150,7 +152,12 @@ def write_sharded(
 
 
 def _create(
-    folder: Path, model: Any, tokenizer: Any, slots: dict[str, Slot], headers: dict[str, bytes], dtype: torch.dtype
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    slots: dict[str, Slot],
+    headers: dict[str, bytes],
+    dtype: torch.dtype,
 ) -> None:
     """Create the shards and everything beside them."""
     create_shards(folder, slots, headers)
@@ -214,11 +221,12 @@ def opened_shards(folder: Path, slots: dict[str, Slot], *, sync: bool = True) ->
             os.close(descriptor)
 
 
-def _flat(tensor: Any, own: Range) -> torch.Tensor:
+def _flat(tensor: torch.Tensor, own: Range) -> torch.Tensor:
     """This rank's range of a tensor, partitioned or whole, without its padding."""
-    if hasattr(tensor, "ds_tensor"):
-        assert tensor.ds_tensor.numel() == own.size, "the partition is not in memory (offloaded to NVMe?)"
-        return tensor.ds_tensor.detach()[: own.numel]
+    partition: torch.Tensor | None = getattr(tensor, "ds_tensor", None)
+    if partition is not None:
+        assert partition.numel() == own.size, "the partition is not in memory (offloaded to NVMe?)"
+        return partition.detach()[: own.numel]
     return tensor.detach().reshape(-1)[own.start : own.stop]
 
 

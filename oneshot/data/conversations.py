@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from oneshot.data.rows import FORMATS, read_rows
+from oneshot.data.rows import SUFFIXES, read_rows
 from oneshot.errors import UserError
 from oneshot.settings import DataSettings
 
@@ -62,7 +62,7 @@ def read_conversations(
     Raises:
         UserError: missing or empty source, broken row (named by file and line), missing column, wrong roles, no text
     """
-    stem = Path(source).stem if Path(source).suffix.lower() in FORMATS else Path(source).name
+    stem = Path(source).stem if Path(source).suffix.lower() in SUFFIXES else Path(source).name
     conversations: list[Conversation] = []
     for number, (where, row) in enumerate(islice(read_rows(source, data.split), limit), start=1):
         conversations.append(_conversation(row, f"{stem}-{number}", where, data, need_answer))

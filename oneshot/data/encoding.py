@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.data.conversations import Conversation
+from oneshot.data.protocols import Tokenizer
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Encoded:
         return sum(label != IGNORE for label in self.labels)
 
 
-def require_chat_template(tokenizer: Any) -> None:
+def require_chat_template(tokenizer: Tokenizer) -> None:
     """Raise UserError where the tokenizer has no chat template (or several, none of them called default)."""
     template = getattr(tokenizer, "chat_template", None)
     if not template or (isinstance(template, dict) and not template.get("default")):
@@ -39,7 +40,7 @@ def require_chat_template(tokenizer: Any) -> None:
         )
 
 
-def encode(conversation: Conversation, tokenizer: Any, max_length: int | None) -> Encoded:
+def encode(conversation: Conversation, tokenizer: Tokenizer, max_length: int | None) -> Encoded:
     """Encode a conversation; labels cover every assistant turn: its content and its end-of-turn token.
 
     The conversation is never truncated. ``{% generation %}`` blocks of the template decide what is the assistant's;
@@ -71,7 +72,7 @@ def encode(conversation: Conversation, tokenizer: Any, max_length: int | None) -
     return Encoded(ids, [token if mine else IGNORE for token, mine in zip(ids, answer)])
 
 
-def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
+def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
     """Return the token ids of messages followed by the template's generation prompt, ready for the model's answer.
 
     Raises:
@@ -82,7 +83,7 @@ def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[in
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def context_length(config: Any, tokenizer: Any, max_length: int | None) -> int:
+def context_length(config: Any, tokenizer: Tokenizer, max_length: int | None) -> int:
     """Return the longest sequence in tokens: the smaller of the model's context and the setting.
 
     The tokenizer's own limit counts only where the model's config names none: it is often a stale or made-up number.
@@ -96,7 +97,7 @@ def context_length(config: Any, tokenizer: Any, max_length: int | None) -> int:
     return min(limits)
 
 
-def model_context(config: Any, tokenizer: Any) -> int | None:
+def model_context(config: Any, tokenizer: Tokenizer) -> int | None:
     """Return the model's context in tokens, from its config or else its tokenizer; none: not known."""
     parts = (config, getattr(config, "text_config", None))
     contexts = [getattr(part, "max_position_embeddings", None) for part in parts]
@@ -106,7 +107,7 @@ def model_context(config: Any, tokenizer: Any) -> int | None:
     return int(min(limits)) if limits else None
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Tokenizer) -> int:
     """Return the token that fills padding; what it is does not matter, as nothing attends to it."""
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else tokenizer.eos_token_id or 0)
@@ -134,11 +135,11 @@ def pad_batch(batch: list[Encoded], pad_id: int, *, multiple: int = 1) -> dict[s
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], name: str, *, generation_prompt: bool = False) -> str:
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], name: str, *, generation_prompt: bool = False) -> str:
     import jinja2
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
     except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
@@ -147,7 +148,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], name: str, *, genera
         ) from error
 
 
-def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+def _tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
     """Token ids of rendered text (the template wrote BOS already), and their places in it where they are known."""
     fast = bool(tokenizer.is_fast)
     # verbose=False: the warning about long texts says nothing that our own error does not say better.
@@ -155,7 +156,9 @@ def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int
     return list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]] if fast else None
 
 
-def _template_mask(tokenizer: Any, messages: list[dict[str, str]], ids: list[int], turns: int) -> list[bool] | None:
+def _template_mask(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], ids: list[int], turns: int
+) -> list[bool] | None:
     """What ``{% generation %}`` blocks mark; None where there are none or they do not reach every assistant turn."""
     if not tokenizer.is_fast or not GENERATION_BLOCK.search(tokenizer.get_chat_template()):
         return None
@@ -167,7 +170,7 @@ def _template_mask(tokenizer: Any, messages: list[dict[str, str]], ids: list[int
 
 
 def _answer_spans(
-    tokenizer: Any, messages: list[dict[str, str]], turns: list[int], text: str, name: str
+    tokenizer: Tokenizer, messages: list[dict[str, str]], turns: list[int], text: str, name: str
 ) -> list[tuple[int, int]]:
     """Character spans of the assistant's turns in the rendered text, each up to its end-of-turn marker."""
     spans = []
@@ -197,7 +200,7 @@ def _end_of_turn(text: str, start: int, content: str) -> int:
 
 
 def _token_range(
-    tokenizer: Any, text: str, ids: list[int], offsets: list[tuple[int, int]] | None, start: int, end: int
+    tokenizer: Tokenizer, text: str, ids: list[int], offsets: list[tuple[int, int]] | None, start: int, end: int
 ) -> tuple[int, int]:
     """First and one past the last token of the span; a token that straddles a border counts as the assistant's.
 
@@ -210,7 +213,7 @@ def _token_range(
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def _common(tokenizer: Any, prefix: str, ids: list[int]) -> tuple[int, int]:
+def _common(tokenizer: Tokenizer, prefix: str, ids: list[int]) -> tuple[int, int]:
     """How many tokens of ``prefix`` open ``ids`` as well, and how many of ``ids`` reach into ``prefix``."""
     part, _ = _tokenize(tokenizer, prefix)
     reach = min(len(part), len(ids))
@@ -218,5 +221,5 @@ def _common(tokenizer: Any, prefix: str, ids: list[int]) -> tuple[int, int]:
     return same, reach
 
 
-def _name(tokenizer: Any) -> str:
+def _name(tokenizer: Tokenizer) -> str:
     return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__

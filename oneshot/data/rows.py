@@ -10,7 +10,7 @@ from typing import Any
 
 from oneshot.errors import UserError, first_line
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_rows(source: str, split: str, subset: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -23,7 +23,7 @@ def read_rows(source: str, split: str, subset: str | None = None) -> Iterator[tu
     """
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if suffix in FORMATS:
+    if suffix in SUFFIXES:
         if not path.is_file():
             raise UserError(f"File {source} does not exist: check the path.")
         read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[suffix]
@@ -32,7 +32,7 @@ def read_rows(source: str, split: str, subset: str | None = None) -> Iterator[tu
         except OSError as error:
             raise UserError(f"{source} cannot be read ({error.strerror or error}): check the file.") from error
     elif path.is_file():
-        raise UserError(f"{source} has no format that is known here: give one of {', '.join(FORMATS)}.")
+        raise UserError(f"{source} has no format that is known here: give one of {', '.join(SUFFIXES)}.")
     elif source.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise UserError(f"File {source} does not exist: check the path.")
     else:
@@ -131,7 +131,7 @@ def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[str
     except Exception as error:  # network, Hub, split and builder errors have no common base class
         raise UserError(
             f"Data set {source} (split {split}) cannot be loaded ({first_line(error)}): "
-            f"give its Hub id and split, or a file that ends in {', '.join(FORMATS)}."
+            f"give its Hub id and split, or a file that ends in {', '.join(SUFFIXES)}."
         ) from error
     for number, row in enumerate(table, start=1):
         yield f"{source}, row {number}", row

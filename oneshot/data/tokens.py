@@ -18,6 +18,7 @@ from oneshot.data import encoding
 from oneshot.data.cache import folder_of, read_cached, write_cached
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import IGNORE, Encoded, encode
+from oneshot.data.protocols import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ class Tokens(Sequence[Encoded]):
 
 
 def encode_all(
-    conversations: Sequence[Conversation], tokenizer: Any, max_length: int | None, cache: Path | None = None
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_length: int | None, cache: Path | None = None
 ) -> Tokens:
     """Encode all conversations, or read them from the cache where a run before has encoded the very same.
 
@@ -93,7 +94,7 @@ def _gather(rows: list[Encoded]) -> Tokens:
     )
 
 
-def _key(conversations: Sequence[Conversation], tokenizer: Any, max_length: int | None) -> str | None:
+def _key(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_length: int | None) -> str | None:
     """Name of what encoding would return: the texts themselves, everything that turns them into tokens, the limit."""
     if not tokenizer.is_fast:
         return None
@@ -106,7 +107,8 @@ def _key(conversations: Sequence[Conversation], tokenizer: Any, max_length: int 
 
     add([max_length, {name: metadata.version(name) for name in LIBRARIES}])
     add(Path(encoding.__file__).read_text(encoding="utf-8"))
-    add([template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()])
+    fast: Any = tokenizer
+    add([template, fast.special_tokens_map, fast.backend_tokenizer.to_str()])
     add(date.today().isoformat() if "strftime_now" in template else None)  # such templates write today's date
     for row in conversations:
         add(row.messages)

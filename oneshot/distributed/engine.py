@@ -13,7 +13,7 @@ import ctypes
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oneshot.distributed.runtime import Runtime
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+Model = TypeVar("Model", bound="nn.Module")
 _M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped and unmapped one by one
 
 
@@ -94,7 +95,7 @@ class TrainingEngine:
         if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            whole = safe_get_full_fp32_param(parameter)
+            whole: torch.Tensor | None = safe_get_full_fp32_param(parameter)
             if whole is not None:
                 return whole.detach()
         with gathered(self.runtime, [parameter]):
@@ -150,7 +151,7 @@ def start_training(
 
 
 @contextlib.contextmanager
-def frozen(runtime: Runtime, model: nn.Module) -> Iterator[nn.Module]:
+def frozen(runtime: Runtime, model: Model) -> Iterator[Model]:
     """Yield ``model`` ready for forward and backward passes with no weight gradients and no optimizer.
 
     Under ZeRO-3 this is DeepSpeed's parameter-offload engine: each layer's weights are fetched when they are needed,
@@ -273,11 +274,10 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(section) if isinstance(section, dict) else {}
 
 
-def _without_auto(value: Any) -> Any:
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
     """Drop what is still "auto", so that DeepSpeed's own defaults hold."""
-    if isinstance(value, dict):
-        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
-    return value
+    kept = {key: value for key, value in section.items() if value != "auto"}
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _may_skip_weights(model: nn.Module) -> bool:
@@ -292,4 +292,4 @@ def _may_skip_weights(model: nn.Module) -> bool:
 
 def _offloads_optimizer(config: dict[str, Any]) -> bool:
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
-    return offload.get("device", "none") != "none"
+    return bool(offload.get("device", "none") != "none")

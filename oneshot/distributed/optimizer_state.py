@@ -20,7 +20,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
+class StateShare:
     """Elements ``start`` .. ``start + len(values)`` of one kind of state of one parameter.
 
     Attributes:
@@ -37,17 +37,17 @@ class Piece:
     values: torch.Tensor
 
 
-def pieces(engine: TrainingEngine) -> Iterator[Piece]:
+def held_state(engine: TrainingEngine) -> Iterator[StateShare]:
     """Yield what this rank holds of every trained parameter's state; under DDP every rank holds everything."""
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         for kind in KINDS:
-            found = _piece(engine, parameter, kind)
+            found = _share_of(engine, parameter, kind)
             if found is not None:
                 start, values = found
-                yield Piece(name, kind, shape, start, values.detach())
+                yield StateShare(name, kind, shape, start, values.detach())
 
 
 def trained_shapes(engine: TrainingEngine) -> dict[str, tuple[int, ...]]:
@@ -94,7 +94,7 @@ def restored(engine: TrainingEngine, steps: int) -> None:
             persistent[0].all_gather(persistent)
 
 
-def _piece(engine: TrainingEngine, parameter: Any, kind: str) -> tuple[int, torch.Tensor] | None:
+def _share_of(engine: TrainingEngine, parameter: Any, kind: str) -> tuple[int, torch.Tensor] | None:
     key = None if kind == "master" else kind
     if engine.runtime.sharding == "zero3":
         padded, _ = engine.optimizer._get_fp32_opt_state_partition(

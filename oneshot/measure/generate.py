@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.distributed.watchdog import alive
 
@@ -31,8 +32,8 @@ def share_of(lengths: list[int], rank: int, world_size: int) -> tuple[list[int],
 
 
 def generate_answers(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     prompts: list[list[dict[str, str]]],
     runtime: Runtime,
     *,
@@ -60,8 +61,8 @@ def generate_answers(
 
 
 def continue_tokens(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     encoded: list[list[int]],
     runtime: Runtime,
     *,
@@ -85,7 +86,7 @@ def continue_tokens(
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: CausalLM) -> Iterator[None]:
     """Put the model in evaluation mode for the block, then give every module its own training flag back.
 
     4-bit layers that would repack their weights in evaluation mode on a CPU stay as they are: repacking breaks
@@ -105,7 +106,7 @@ def evaluating(model: Any) -> Iterator[None]:
 class _Decoder:
     """Batches of token ids in, answers out."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, synced: bool) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, max_new_tokens: int, synced: bool) -> None:
         from transformers import GenerationConfig
 
         from oneshot.data.encoding import pad_id
@@ -149,7 +150,7 @@ class _Decoder:
         return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def _end_tokens(model: CausalLM, tokenizer: Tokenizer) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and those of the model (chat models often have several)."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = own if isinstance(own, (list, tuple)) else [own]

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.endpoint import Endpoint, ask
@@ -42,7 +43,7 @@ def check_tasks(score: ScoreSettings, runtime: Runtime) -> None:
             raise UserError(f"lm-eval knows no task {task}: check score.lm_eval and score.lm_eval_folder.")
 
 
-def run_on_model(model: Any, tokenizer: Any, score: ScoreSettings) -> dict[str, Rate]:
+def run_on_model(model: CausalLM, tokenizer: Tokenizer, score: ScoreSettings) -> dict[str, Rate]:
     """Return the tasks' figures on a model in this process, adapter and all, through its chat template.
 
     Raises:
@@ -70,7 +71,7 @@ def _chat_model(endpoint: Endpoint) -> Any:
     """A served model as lm-eval wants one. Its own client would print the key with every error of the server."""
     from lm_eval.api.model import LM
 
-    class Served(LM):
+    class Served(LM):  # type: ignore[misc]  # lm-eval has no types
         tokenizer_name = ""
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

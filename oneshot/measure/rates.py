@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.generate import generate_answers
@@ -112,7 +113,7 @@ def by_group(name: str, rows: Sequence[dict[str, Any]], hits: Sequence[bool]) ->
 
 
 def score_model(
-    model: Any, tokenizer: Any, probes: Sequence[Probe], runtime: Runtime, score_settings: ScoreSettings
+    model: CausalLM, tokenizer: Tokenizer, probes: Sequence[Probe], runtime: Runtime, score_settings: ScoreSettings
 ) -> StageScores:
     """Let the model answer all probes and judge them; call it on all ranks, each gets the same scores."""
     answers = generate_answers(

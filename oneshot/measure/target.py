@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, list_tensors
 from oneshot.checkpoint.identity import fingerprint
 from oneshot.checkpoint.load import Source
+from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.cache import RESPONSES, Responses, response_key
@@ -76,7 +76,7 @@ def collect_answers(
 
 
 def generate_missing(
-    model: Any, tokenizer: Any, runtime: Runtime, score: ScoreSettings
+    model: CausalLM, tokenizer: Tokenizer, runtime: Runtime, score: ScoreSettings
 ) -> Callable[[list[Messages], Finish], None]:
     """Return what lets a model in this process answer, a few batches at a time. Collective."""
 

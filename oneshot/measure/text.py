@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.data.rows import read_rows
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.distributed.watchdog import alive
@@ -46,8 +47,8 @@ def read_texts(source: str) -> list[str]:
 
 def measure_text(
     runtime: Runtime,
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     texts: list[str],
     limit: int,
     without_adapter: Callable[[], AbstractContextManager[Any]] | None = None,

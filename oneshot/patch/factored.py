@@ -46,7 +46,8 @@ def singular_values(pair: Pair) -> torch.Tensor:
     x, delta = pair
     right = torch.linalg.qr(x.T, mode="r").R
     left = torch.linalg.qr(delta.T, mode="r").R
-    return torch.linalg.svdvals(left @ right.T)
+    values: torch.Tensor = torch.linalg.svdvals(left @ right.T)
+    return values
 
 
 def summary(pair: Pair, rank: int) -> Pair:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.exports import Given
+from oneshot.checkpoint.exports import GivenAdapter
 from oneshot.checkpoint.files import ADAPTER_TENSORS, is_degraded, list_tensors
 from oneshot.checkpoint.identity import fingerprint
 from oneshot.checkpoint.merge_plan import MergePlan
@@ -58,7 +58,7 @@ def front_matter(base: str, library: str, tags: Sequence[str] = ()) -> list[str]
 
 
 def merge_card(
-    plan: MergePlan, given: list[Given], *, base: str, subtract: bool, marked: bool
+    plan: MergePlan, given: list[GivenAdapter], *, base: str, subtract: bool, marked: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what there is to say of a merge: (facts, sentences).
 
@@ -96,7 +96,7 @@ def merge_card(
 
 
 def adapter_card(
-    operation: str, given: list[Given], left: dict[str, Left], others: dict[str, Left], *, base: str
+    operation: str, given: list[GivenAdapter], left: dict[str, Left], others: dict[str, Left], *, base: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what there is to say of an adapter that was made from others or from two checkpoints: (facts, sentences).
 
@@ -127,7 +127,7 @@ def adapter_card(
     return facts, lines
 
 
-def _facts(operation: str, given: list[Given], base: str) -> dict[str, Any]:
+def _facts(operation: str, given: list[GivenAdapter], base: str) -> dict[str, Any]:
     adapters = [
         {
             "path": str(one.folder.resolve()),
@@ -141,8 +141,8 @@ def _facts(operation: str, given: list[Given], base: str) -> dict[str, Any]:
     return {"schema": _SCHEMA, "operation": operation, "base": base, "adapters": adapters, "versions": versions()}
 
 
-def _described(given: list[Given]) -> str:
-    def one_of(one: Given) -> str:
+def _described(given: list[GivenAdapter]) -> str:
+    def one_of(one: GivenAdapter) -> str:
         times = f"{one.weight:g} x " if one.weight != 1.0 else ""
         kind = f" ({one.identity.kind})" if one.identity else ""
         return f"{times}{one.folder}{kind}"

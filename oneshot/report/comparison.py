@@ -12,11 +12,12 @@ from oneshot.measure.paired import compare_stages
 from oneshot.measure.rates import StageScores
 from oneshot.report import facts
 from oneshot.report.answers import ANSWERS
-from oneshot.report.finished import Run
+from oneshot.report.finished import FinishedRun
 from oneshot.report.markdown import differences_lines, inline, table_lines
 from oneshot.report.markup import Cell, document, escaped, section, table, warnings_section
 from oneshot.report.page import differences_table, rate_table_cell
 from oneshot.report.plain import one_line, shortened
+from oneshot.report.progress import wide_enough
 from oneshot.report.runfolder import write_whole
 from oneshot.report.summary import JUDGE_NOTE, summarize
 from oneshot.report.table import as_rate, count_cell, differences_heads, differences_rows, measure_name, ordered_rates
@@ -40,7 +41,7 @@ class Comparison:
         notes: what makes the figures hard to compare
     """
 
-    runs: list[Run]
+    runs: list[FinishedRun]
     stages: dict[str, dict[str, dict[str, Rate]]]
     outcomes: dict[str, str]
     facts: dict[str, list[str]]
@@ -48,7 +49,7 @@ class Comparison:
     notes: list[str]
 
 
-def compared(runs: Sequence[Run]) -> Comparison:
+def compared(runs: Sequence[FinishedRun]) -> Comparison:
     """Return what there is to say of the runs, compared with the first one."""
     stages: dict[str, dict[str, dict[str, Rate]]] = {}
     for run in runs:
@@ -67,7 +68,6 @@ def compared(runs: Sequence[Run]) -> Comparison:
 def print_comparison(found: Comparison, console: Console) -> None:
     """Print the tables, whole whatever the width of a log file."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -79,8 +79,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
             made.add_row(*(Text(one_line(cell)) for cell in row))
         console.print(made)
 
-    if not console.is_terminal:
-        console = Console(file=console.file, width=max(120, 40 + 26 * len(found.runs)), color_system=None)
+    console = wide_enough(console, max(120, 40 + 26 * len(found.runs)))
     names = [run.name for run in found.runs]
     show(["", *names], [["outcome", *(found.outcomes[name] for name in names)]], "Outcome")
     for stage, runs in found.stages.items():
@@ -132,14 +131,14 @@ def write_comparison(folder: Path, found: Comparison) -> list[Path]:
     ]
 
 
-def _differing(runs: Sequence[Run]) -> dict[str, list[str]]:
+def _differing(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     """Facts and settings that are not the same in all runs."""
     tables = [_facts(run) for run in runs]
     rows = {name: [table.get(name, "-") for table in tables] for name in dict.fromkeys(n for t in tables for n in t)}
     return {name: values for name, values in rows.items() if len(set(values)) > 1}
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: FinishedRun) -> dict[str, str]:
     example = run.report.get("example")
     found = {"model": run.report["model"], "ranks": run.report["world_size"]}
     if isinstance(example, dict):
@@ -154,14 +153,14 @@ def _facts(run: Run) -> dict[str, str]:
     }
 
 
-def _judges(runs: Sequence[Run]) -> list[str]:
+def _judges(runs: Sequence[FinishedRun]) -> list[str]:
     judges = {run.report.get("judge") for run in runs}
     if len(judges) == 1:
         return []
     return ["Refusals were judged in different ways: the rates of these runs cannot be compared."]
 
 
-def _paired(first: Run, other: Run) -> tuple[list[dict[str, Any]], list[str]]:
+def _paired(first: FinishedRun, other: FinishedRun) -> tuple[list[dict[str, Any]], list[str]]:
     """Differences over the probes that both runs have, and what is to be said of the others."""
     pair = f"{first.name} and {other.name}"
     if not first.last or not other.last:

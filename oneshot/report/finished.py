@@ -18,7 +18,7 @@ _OPTIONAL = {"figures": dict, "repair": dict, "example": dict}
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """What a finished run left.
 
     Attributes:
@@ -47,7 +47,7 @@ class Run:
         return "repaired" if "repaired" in stages else stages[-1] if stages else ""
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """Read finished runs.
 
     Raises:
@@ -60,13 +60,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise UserError(f"The run {place} is given twice: name each run once.")
         found[place.resolve()] = place
     names = _names(list(found))
-    return [Run(name, _report(place), _answers(place), _settings(place)) for name, place in zip(names, found.values())]
+    return [
+        FinishedRun(name, _report(place), _answers(place), _settings(place))
+        for name, place in zip(names, found.values())
+    ]
 
 
 def _report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} is missing: give the folder of a run that has finished.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -74,7 +77,7 @@ def _report(folder: Path) -> dict[str, Any]:
             f"{path} cannot be read as JSON ({type(error).__name__}): restore it from its source."
         ) from error
     schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
+    if not isinstance(report, dict) or schema != SCHEMA:
         raise UserError(f"{path} has schema {one_line(schema)} where {SCHEMA} is read: score that model anew.")
     wrong = [name for name, kind in _NEEDED.items() if not isinstance(report.get(name), kind)]
     wrong += [name for name, kind in _OPTIONAL.items() if not isinstance(report.get(name) or {}, kind)]

@@ -28,10 +28,17 @@ def open_console(runtime: Runtime) -> Console | None:
     """Return where rank 0 prints, a terminal or a log file; none on other ranks."""
     from rich.console import Console
 
-    if not runtime.is_main:
-        return None
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_WIDTH)
+    return wide_enough(Console()) if runtime.is_main else None
+
+
+def wide_enough(console: Console, columns: int = LOG_WIDTH) -> Console:
+    """Return the console where it is a terminal, else one for the same file with at least so many columns."""
+    from rich.console import Console
+
+    if console.is_terminal:
+        return console
+    # not the console's own width: without a terminal it is a guess of 80 columns
+    return Console(file=console.file, width=max(LOG_WIDTH, columns), force_terminal=False, color_system=None)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def append_event(run_dir: Path, **fields: Any) -> None:
 
     A ``time`` field (seconds since 1970) is added where there is none; numbers that JSON lacks become null.
     """
-    line = json.dumps(as_json({"time": round(time.time(), 3), **fields}), ensure_ascii=False, allow_nan=False)
+    line = json.dumps(_json_value({"time": round(time.time(), 3), **fields}), ensure_ascii=False, allow_nan=False)
     with (run_dir / EVENTS).open("a", encoding="utf-8", errors="replace") as stream:
         stream.write(line + "\n")
         stream.flush()
@@ -129,14 +129,18 @@ def build_report(
 
 def write_report(run_dir: Path, report: Mapping[str, Any]) -> Path:
     """Write report.json, whole or not at all, with nan and infinities as null; return its path."""
-    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_whole(run_dir / REPORT, text + "\n")
+    return write_json(run_dir / REPORT, report)
 
 
 def write_selection(run_dir: Path, selection: Mapping[str, Any]) -> Path:
     """Write selection.json, how the example was chosen; return its path."""
-    text = json.dumps(as_json(selection), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_whole(run_dir / SELECTION, text + "\n")
+    return write_json(run_dir / SELECTION, selection)
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 2) -> Path:
+    """Write a value as JSON, whole or not at all, without secrets and with null for nan and infinities."""
+    text = json.dumps(_json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return write_whole(path, text + "\n")
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -212,16 +216,14 @@ def _first_free(model_name: str) -> Path:
             return folder
 
 
-def as_json(value: Any) -> Any:
-    """Return the value in JSON's own types, without secrets; scalars of tensors and arrays become numbers, nan and
-    infinities None.
-    """
+def _json_value(value: Any) -> Any:
+    """The value in JSON's own types, without secrets; scalars of tensors become numbers, nan and infinities None."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Mapping):
-        return {redacted(str(key)): as_json(item) for key, item in value.items()}
+        return {redacted(str(key)): _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
+        return [_json_value(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

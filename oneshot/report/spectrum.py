@@ -12,8 +12,8 @@ from oneshot.patch.spectrum import Matrix, Spectrum, cosine_over
 from oneshot.report import spectrum_figures
 from oneshot.report.markup import Cell, document, escaped, figures_grid, pairs, section, table, warnings_section
 from oneshot.report.plain import one_line
-from oneshot.report.runfolder import as_json, write_whole
-from oneshot.report.spectrum_medians import SHOWN_RANKS, by_layer, by_module, module_of, short_name, summary
+from oneshot.report.runfolder import write_json, write_whole
+from oneshot.report.spectrum_medians import SHOWN_RANKS, by_layer, by_module, medians, module_of, short_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +47,7 @@ def console_table(spectrum: Spectrum) -> Table:
     for name, matrices in {**modules, "all": spectrum.matrices}.items():
         if name == "all":
             table.add_section()
-        row = summary(matrices, groups)
+        row = medians(matrices, groups)
         cells = [
             f"{row['rank']:.0f}",
             f"{row['effective_rank']:.1f}",
@@ -92,12 +92,12 @@ def write_spectrum(
     whole = {
         "schema": 1,
         **facts,
-        "summary": summary(spectrum.matrices, spectrum.cosines),
+        "summary": medians(spectrum.matrices, spectrum.cosines),
         "cosines_each": spectrum.each,
         "matrices": [vars(matrix) for matrix in spectrum.matrices],
         "sweep": list(sweep),
     }
-    write_whole(run_dir / JSON, json.dumps(as_json(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(run_dir / JSON, whole, indent=1)
     return write_whole(run_dir / PAGE, _page(spectrum, facts, sweep))
 
 
@@ -108,7 +108,7 @@ def read_spectrum(run_dir: Path) -> str | None:
         matrices = [Matrix(**_numbers(fields)) for fields in whole["matrices"]]
         cosines, sweep = _numbers(whole["summary"]["cosines"]), [dict(row) for row in whole["sweep"]]
         each = {group: [_numbers(value) for value in values] for group, values in whole["cosines_each"].items()}
-        return words_of(summary(matrices, cosines)) + figures_of(Spectrum(matrices, cosines, each), sweep)
+        return words_of(medians(matrices, cosines)) + figures_of(Spectrum(matrices, cosines, each), sweep)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -119,7 +119,7 @@ def _page(spectrum: Spectrum, facts: Mapping[str, Any], sweep: Sequence[Mapping[
     groups = [(EXPLAINED.get(name, name), count) for name, count in facts["groups"].items()]
     body = [
         f"<h1>{escaped(title)}</h1>",
-        words_of(summary(spectrum.matrices, spectrum.cosines)),
+        words_of(medians(spectrum.matrices, spectrum.cosines)),
         f'<p class="soft">The gradient of one refusal, to "{escaped(example["prompt"])}" '
         f"(example {escaped(example['id'])}), per weight matrix, at the model as it is.</p>",
         warnings_section(facts["notes"]),
@@ -160,7 +160,7 @@ def figures_of(spectrum: Spectrum, sweep: Sequence[Mapping[str, float]]) -> str:
                 "the other.",
             ),
             (
-                spectrum_figures.overlaps({layer: summary(matrices, ()) for layer, matrices in layers.items()}),
+                spectrum_figures.overlaps({layer: medians(matrices, ()) for layer, matrices in layers.items()}),
                 "Overlap of the example's leading directions with those of other safety examples; dashed: of random "
                 "ones.",
             ),
@@ -169,7 +169,7 @@ def figures_of(spectrum: Spectrum, sweep: Sequence[Mapping[str, float]]) -> str:
                 "Effective rank of the example's gradient (exp of the entropy of its singular values).",
             ),
             (
-                spectrum_figures.sweep(sweep),
+                spectrum_figures.sweep_figure(sweep),
                 "The model patched with k directions of the gradient: alpha 1 would bring the loss to 0, were it "
                 "linear in the weights.",
             ),
@@ -183,7 +183,7 @@ def _modules(spectrum: Spectrum) -> str:
     heads += ["overlap left, right", "random", *[f"cosine {group}" for group in groups]]
     rows = []
     for name, matrices in {**by_module(spectrum), "all": spectrum.matrices}.items():
-        row = summary(matrices, groups)
+        row = medians(matrices, groups)
         cells = [f"{row['rank']:.0f}", f"{row['effective_rank']:.1f}", f"{row['directions_90']:.0f}"]
         cells += [f"{row['directions_99']:.0f}", *[f"{row['energy'][str(k)]:.3f}" for k in SHOWN_RANKS]]
         cells += [_two(row["overlap_left"], row["overlap_right"]), _two(row["chance_left"], row["chance_right"])]

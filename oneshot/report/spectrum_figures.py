@@ -126,7 +126,7 @@ def overlaps(layers: Mapping[int, Mapping[str, Any]]) -> str:
     return _svg(figure, "overlaps", "Overlap of singular subspaces by layer")
 
 
-def sweep(rows: Sequence[Mapping[str, float]]) -> str:
+def sweep_figure(rows: Sequence[Mapping[str, float]]) -> str:
     """Losses on the example and on others, and the guard's KL, against alpha; a stronger line has more directions."""
     from matplotlib.ticker import NullFormatter
 

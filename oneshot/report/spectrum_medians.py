@@ -37,7 +37,7 @@ def energy_at(matrix: Matrix, rank: int) -> float:
     return sum(squares[:rank]) / total if total else math.nan
 
 
-def summary(matrices: Sequence[Matrix], groups: Iterable[str]) -> dict[str, Any]:
+def medians(matrices: Sequence[Matrix], groups: Iterable[str]) -> dict[str, Any]:
     """Return medians over matrices, and cosines over them together."""
     reached = [matrix for matrix in matrices if matrix.rank]
     compared = [matrix for matrix in reached if matrix.compared[0]]

@@ -10,12 +10,11 @@ from oneshot.measure.intervals import Rate
 from oneshot.measure.judge import JUDGE
 from oneshot.measure.rates import StageScores
 from oneshot.report.plain import one_line
+from oneshot.report.progress import wide_enough
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-LOG_WIDTH = 100
 
 _NAMES = {
     "asr": f"attack success ({JUDGE})",
@@ -141,15 +140,11 @@ def stages_table(stages: Mapping[str, StageScores], *, stacked: bool = False) ->
 
 
 def print_stages(stages: Mapping[str, StageScores], console: Console) -> None:
-    """Print the stages table; in a log file plain text, at least ``LOG_WIDTH`` wide, with nothing truncated."""
-    from rich.console import Console
+    """Print the stages table; in a log file plain text, with nothing truncated."""
     from rich.measure import Measurement
 
     table = stages_table(stages)
     needed = Measurement.get(console, console.options.update(width=10_000, max_width=10_000), table).maximum
-    if not console.is_terminal:
-        # Not the console's own width: without a terminal it is a guess of 80 columns.
-        console = Console(file=console.file, width=max(LOG_WIDTH, needed), force_terminal=False, color_system=None)
-    elif needed > console.width:
+    if console.is_terminal and needed > console.width:
         table = stages_table(stages, stacked=True)
-    console.print(table)
+    wide_enough(console, needed).print(table)

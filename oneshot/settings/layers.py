@@ -39,11 +39,6 @@ class Given:
             found = found[key]
         return found
 
-    def placed(self, name: str, place: str) -> None:
-        """Note where a value was given that takes the place of all that stood there."""
-        self.places = {old: where for old, where in self.places.items() if not old.startswith(f"{name}.")}
-        self.places[name] = place
-
 
 def lay_file(given: Given, path: Path) -> None:
     """Lay what a settings file holds over the values given.
@@ -76,7 +71,7 @@ def _lay(given: Given, values: Mapping[Any, Any], place: str, section: Any, name
             raise unknown(full, close_names(full), lambda _: f" ({place})")
         if not dataclasses.is_dataclass(kind):
             target[key] = value
-            given.placed(full, place)
+            given.places[full] = place
         elif value is None or isinstance(value, Mapping):
             _lay(given, value or {}, place, kind, full)
         else:

@@ -91,7 +91,8 @@ class Settings:
 
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain nested dictionaries (for YAML and JSON), without keys and tokens."""
-    return without_secrets(dataclasses.asdict(settings))
+    plain: dict[str, Any] = without_secrets(dataclasses.asdict(settings))
+    return plain
 
 
 def write(settings: Settings, path: Path) -> None:

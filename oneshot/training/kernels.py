@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Container
+from typing import TYPE_CHECKING
 
 from oneshot.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def check_liger(model_type: str) -> None:
@@ -17,7 +21,7 @@ def check_liger(model_type: str) -> None:
         raise UserError(f"Setting model.liger: Liger has no kernels for {model_type} models: leave it out.")
 
 
-def use_liger(model: Any) -> None:
+def use_liger(model: nn.Module) -> None:
     """Replace the kernels of a transformers model, in place; the loss stays ours, which weighs tokens over all ranks.
 
     Liger patches some functions of the architecture's module in transformers too, for the rest of the process.
@@ -27,7 +31,7 @@ def use_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def _known_to_liger() -> Any:
+def _known_to_liger() -> Container[str]:
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
@@ -35,4 +39,5 @@ def _known_to_liger() -> Any:
             "Setting model.liger needs the package liger-kernel: install it with pip install 'oneshot[liger]', or "
             "leave the setting out."
         ) from error
-    return MODEL_TYPE_TO_APPLY_LIGER_FN
+    known: Container[str] = MODEL_TYPE_TO_APPLY_LIGER_FN
+    return known

@@ -153,7 +153,7 @@ def choose_packing(
 
 
 def why_not_packable(
-    forward: Any, model: Any, tokens: Sequence[int], pad_id: int, device: torch.device | Any, *, flat: bool
+    forward: Any, model: Any, tokens: Sequence[int], pad_id: int, device: torch.device, *, flat: bool
 ) -> str | None:
     """Return why conversations cannot share a row with this model; none: they can. Collective under ZeRO-3.
 
@@ -193,11 +193,11 @@ def why_not_packable(
     return None
 
 
-def to_device(tensors: dict[str, Any], device: torch.device | Any) -> dict[str, Any]:
+def to_device(tensors: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Copy the tensors among the values to ``device``; to a GPU without waiting for what it is still computing."""
     import torch
 
-    pinned = getattr(device, "type", None) == "cuda"
+    pinned = device.type == "cuda"
     return {
         name: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
         if isinstance(value, torch.Tensor)

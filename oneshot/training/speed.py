@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from oneshot.distributed.runtime import Runtime
 
@@ -72,7 +72,7 @@ def peak_flops(name: str) -> float | None:
     return None
 
 
-def flops_per_token(model: Any) -> float | None:
+def flops_per_token(model: nn.Module) -> float | None:
     """Return what one token costs in a training step: 2 FLOPs per weight of a linear layer forward, 2 for the gradient
     of its input and, where the weight is trained, 2 for its own (Kaplan et al., arXiv 2001.08361; attention scores not
     counted). None for mixtures of experts, of which each token takes another part.

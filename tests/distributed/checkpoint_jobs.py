@@ -19,7 +19,7 @@ from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.state import States
 from oneshot.distributed.engine import frozen, start_training
-from oneshot.distributed.optimizer_state import allocate, pieces
+from oneshot.distributed.optimizer_state import allocate, held_state
 from oneshot.distributed.runtime import Runtime, barrier
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
@@ -236,7 +236,7 @@ def counting_states(runtime: Runtime, folder: str, source: str) -> None:
 
     with unittest.mock.patch.object(os, "fsync", slow):
         for step in range(1, 100_000):
-            for piece in pieces(engine):
+            for piece in held_state(engine):
                 piece.values.fill_(step)
             states.save(engine, step)
             if runtime.is_main:

@@ -81,7 +81,7 @@ def test_it_runs_on_a_server_too_and_tells_no_key(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Chat) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        endpoint = ["--score.endpoint.url", url, "--score.endpoint.model", "toy", "--score.endpoint.concurrency", "4"]
+        endpoint = ["--score.endpoint.url", url, "--score.endpoint.model", "toy", "--score.endpoint.concurrency", "32"]
         key = ["--score.endpoint.key_variable", "BLIM_KEY"]
         rate, printed = scored(tmp_path / "run", *endpoint, *key, BLIM_KEY=SECRET, NO_PROXY="127.0.0.1")
         server.shutdown()

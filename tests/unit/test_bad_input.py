@@ -157,7 +157,6 @@ def test_tokenizer_without_a_chat_template(stage, refused, folder):
     [
         ("repair", "--example", False),
         ("repair", "--pool", False),
-        ("repair", "--example", True),
         ("finetune", "--data.harmful", False),
         ("finetune", "--data.task", True),
     ],
@@ -169,8 +168,25 @@ def test_files_of_conversations(stage, setting, toy, rows, wanted, refused, fold
     assert wanted in said
 
 
-@pytest.mark.parametrize("toy", [False, True])
-@pytest.mark.parametrize("setting", ["--example", "--guard", "--score.probes", "--score.task"])
+@pytest.mark.parametrize("setting", ["--reference", "--guard", "--example", "--pool", "--watch_prompts"])
+def test_what_is_for_a_model_of_ones_own_needs_one(setting, refused, folder):
+    jsonl(folder / "own.jsonl", GOOD)
+    said = refused("repair", setting, "own.jsonl")
+    assert said.startswith(f"Setting {setting[2:]} is given (on the command line), but no model: name ")
+    assert "--model.path" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "toy"),
+    [
+        ("--example", False),
+        ("--guard", False),
+        ("--score.probes", False),
+        ("--score.task", False),
+        ("--score.probes", True),
+        ("--score.task", True),
+    ],
+)
 def test_files_that_are_missing(setting, toy, refused, folder):
     said = refused("repair", *(TOY if toy else ["--model.path", "model"]), setting, "none.jsonl")
     assert "none.jsonl does not exist" in said

@@ -14,6 +14,7 @@ import pytest
 
 from oneshot import __version__, cli, environment, initialize, launcher, listing, shipped
 from oneshot.errors import UserError
+from oneshot.patch.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 START = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
@@ -28,10 +29,12 @@ def became(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
 
     def stand_in(program: str, arguments: list[str]) -> None:
         assert program == arguments[0] == sys.executable
+        assert os.environ["PYTHONSAFEPATH"] == "1", "a file of the user's could shadow a module"
         raise Became(*arguments)
 
     monkeypatch.setattr(os, "execv", stand_in)
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # put back at the end
+    monkeypatch.delenv("PYTHONSAFEPATH")
     monkeypatch.setattr(sys, "argv", ["oneshot", *words])
     with pytest.raises(Became) as caught:
         cli.main()
@@ -39,6 +42,7 @@ def became(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
     monkeypatch.setattr(sys, "argv", ["oneshot", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -58,8 +62,7 @@ def test_options_of_accelerate_go_to_it_and_the_rest_to_the_stage(monkeypatch: p
     words = ["--seed", "1", "--launch.num_processes", "4", "--launch=ddp_cpu", "--launch.machine_rank=1"]
     found = became(monkeypatch, "repair", *words, "--launch.debug", "--config", "tiny")
     options = ["--num_processes=4", "--machine_rank=1", "--debug"]
-    config = str(ROOT / "launch/runs/tiny.yaml")
-    stage = ["-m", "oneshot.repair", "--seed", "1", "--config", config]
+    stage = ["-m", "oneshot.repair", "--seed", "1", "--config", "tiny"]
     assert found == [*START, str(ROOT / "launch/ddp_cpu.yaml"), *options, *stage]
 
 
@@ -89,6 +92,7 @@ def test_a_launch_file_of_ones_own_keeps_the_deepspeed_file_beside_its_folder(tm
             ["repair", "--config", "tinny"],
             "There is no settings file tinny, and none that ships has that name: did you",
         ),
+        (["repair", "--launch", "ddp_cpu", "--repair.rank", "-1"], "Setting repair.rank is -1 (on the command line)"),
         (["repare"], "there is no stage repare: take one of repair, "),
         (["init"], "the following arguments are required: DIR"),
         (["list", "--all"], "unrecognized arguments: --all (see oneshot list --help)"),
@@ -133,20 +137,12 @@ def test_the_exit_code_and_the_signals_are_the_launchers_own(tmp_path: Path) -> 
 def test_list_names_all_that_ships_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     listing.run([])
     lines = capsys.readouterr().out.splitlines()
-    for name in [*shipped.settings_names(), *shipped.launch_names(), "rollback", "lora"]:
+    for name in [*shipped.settings_names(), *shipped.launch_names(), *METHODS, "auto"]:
         assert [line for line in lines if line.startswith(f"  {name} ")], name
     assert max(map(len, lines)) <= 120
     for path in (ROOT / "launch").rglob("*.yaml"):
         line = listing.first_line(path)
         assert line.endswith("."), f"{path}: the first line of a shipped file is a sentence, which oneshot list prints"
-
-
-def test_the_listed_methods_are_those_of_the_settings() -> None:
-    from typing import get_args
-
-    from oneshot.settings import Method
-
-    assert set(listing.METHODS) == set(get_args(Method))
 
 
 def test_init_copies_what_ships_and_overwrites_nothing_that_differs(

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from oneshot.data.conversations import Conversation
-from oneshot.data.encoding import IGNORE, Encoded, context_length, encode, encode_prompt, pad_batch
+from oneshot.data.encoding import IGNORE, Encoded, context_length, encode, encode_prompt, pad_batch, pad_id
 from oneshot.data.encoding import require_chat_template as require
 from oneshot.errors import UserError
 
@@ -291,6 +291,11 @@ def test_context_length_takes_the_smaller_limit():
     assert context_length(empty, unlimited, 300) == 300
     with pytest.raises(UserError, match=r"context length of tests/small-tokenizer is not known: set model.max_length"):
         context_length(empty, unlimited, None)
+
+
+@pytest.mark.parametrize(("pad", "end", "fills"), [(3, 5, 3), (0, 5, 0), (None, 5, 5), (None, None, 0)])
+def test_the_tokenizers_padding_token_fills_else_its_end_else_the_first(pad, end, fills):
+    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end)) == fills
 
 
 def test_pad_batch_pads_on_the_right():

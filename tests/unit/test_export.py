@@ -17,8 +17,11 @@ from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.identity import IDENTITY, write_identity
 from oneshot.checkpoint.update import norm
 from oneshot.distributed import runtime
+from oneshot.errors import UserError
 from oneshot.patch.derive import summed
 from oneshot.report.card import EXPORT
+from oneshot.report.exports import ExportRequest
+from oneshot.report.exports import export as write_export
 
 # the stages' modules: the package's own names are functions
 export = importlib.import_module("oneshot.export")
@@ -92,6 +95,20 @@ def test_a_merge_writes_a_checkpoint_with_a_card(given, tmp_path, capsys):
         assert said in card
     assert "6 of 21 tensors changed" in capsys.readouterr().out
     assert not is_degraded(out)
+
+
+def test_an_export_is_a_function_that_says_what_it_wrote(given, tmp_path):
+    out = tmp_path / "out"
+    done = write_export(tiny_runtime(), ExportRequest(out, adapters=[str(given / "a")], rank=1), "a notebook")
+    assert (done.folder, done.kind) == (out, "adapter")
+    assert done.facts == facts(out)
+    assert done.facts["command"] == "a notebook"
+    assert 0 < done.facts["relative_error"] < 1
+    assert done.lines[0] == f"Made from {given / 'a'}."
+    with pytest.raises(UserError, match="--rank is 0: give 1 or more"):
+        write_export(tiny_runtime(), ExportRequest(tmp_path / "no", adapters=[str(given / "a")], rank=0), "")
+    with pytest.raises(UserError, match=r"exists and is not empty"):
+        write_export(tiny_runtime(), ExportRequest(out, adapters=[str(given / "a")], rank=1), "")
 
 
 def test_several_adapters_with_weights_are_one_merge(given, tmp_path):

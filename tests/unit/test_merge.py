@@ -14,7 +14,7 @@ from oneshot.checkpoint.architecture import architecture_of
 from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors, read_tensor
 from oneshot.checkpoint.merge import merge, merge_update
 from oneshot.checkpoint.merge_plan import Term, adapter_terms, plan_merge, shared_out
-from oneshot.checkpoint.verify import verify
+from oneshot.checkpoint.verify import check_shards
 from oneshot.errors import UserError
 from oneshot.world.model import build_tokenizer
 
@@ -66,7 +66,7 @@ def merged_by_us(base, loras, folder, *, weights=(1.0,), **options):
     adapters = zip(loras, itertools.cycle(weights))
     parts = [(f"The adapter {lora}", adapter_terms(read_adapter(lora), weight)) for lora, weight in adapters]
     merge(tiny_runtime(), plan_merge(base, parts, **options), folder)
-    assert not any(shard.problems for shard in verify(folder)), "finite, and with the checksums of its manifest"
+    assert not any(shard.problems for shard in check_shards(folder)), "finite, and with the checksums of its manifest"
     return everything(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -121,6 +122,15 @@ def test_all_that_decides_a_cell_is_in_its_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(cells.ATTACKS, "benign", ("benign", {"task": {"count": 299}}))
     assert cells.path_of(tmp_path, SFT) != before, "other data, same cell"
     monkeypatch.undo()
+    plain = cells.attack_settings("benign", 0)
+    model, weaker = models.finetuned_folder(tmp_path, *GROUP), dataclasses.replace(plain.repair, learning_rate=1e-5)
+    monkeypatch.setattr(cells, "_parsed", lambda _stem: dataclasses.replace(plain, repair=weaker))
+    assert cells.path_of(tmp_path, SFT) != before, "another step size of the repair, same cell"
+    assert models.finetuned_folder(tmp_path, *GROUP) == model, "the fine-tune knows nothing of the repair"
+    shorter = dataclasses.replace(plain.finetune, steps=1)
+    monkeypatch.setattr(cells, "_parsed", lambda _stem: dataclasses.replace(plain, finetune=shorter))
+    assert models.finetuned_folder(tmp_path, *GROUP) != model, "fewer steps, same model"
+    monkeypatch.undo()
     cells.write_result(tmp_path, SFT, result(0.1))
     monkeypatch.setattr(cells, "digest_of", lambda _parts: "other code")
     assert cells.path_of(tmp_path, SFT) != before, "other code, same cell"
@@ -137,6 +147,11 @@ def test_processes_of_a_run_name_cells_alike(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(cells, "_digests", {})
     cells.keep_digests(dict.fromkeys(digests, "code at the start"))
     assert cells.path_of(tmp_path, SFT).name.endswith("-code at .json")
+
+
+def test_all_code_that_decides_is_there() -> None:
+    parts = {*cells.MODEL_CODE, *cells.CELL_CODE, *cells.UNALIGNED_CODE}
+    assert [part for part in sorted(parts) if not (cells.REPOSITORY / part).exists()] == []
 
 
 def test_comments_and_docstrings_decide_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from oneshot.errors import UserError
 from oneshot.patch import spectrum
 from oneshot.report import spectrum as report
 from oneshot.report import spectrum_figures
-from oneshot.report.spectrum_medians import energy_at
+from oneshot.report.spectrum_medians import energy_at, medians
 from oneshot.settings import SpectrumSettings as options
 from oneshot.training.objective import cross_entropy_sum
 from oneshot.world import language
@@ -160,7 +160,7 @@ def test_a_gradient_of_zero_has_no_rank():
     matrix = spectrum._matrix("a", zero)
     assert (matrix.rank, matrix.norm, matrix.singular_values) == (0, 0.0, [])
     assert spectrum._compared(zero, zero, 3) == {}
-    found = report.summary([matrix], ["harmful"])
+    found = medians([matrix], ["harmful"])
     assert found["matrices"] == 0
     assert math.isnan(found["cosines"]["harmful"])
 
@@ -301,7 +301,7 @@ def test_a_large_model_is_drawn_without_numbers():
     assert svg.count("80.0") == 1
     assert "7.0" in spectrum_figures.heat_map({(0, "q"): 7.0})
     assert spectrum_figures.heat_map({(None, "lm_head"): 1.0}) == ""
-    for draw in (spectrum_figures.energy, spectrum_figures.sweep):
+    for draw in (spectrum_figures.energy, spectrum_figures.sweep_figure):
         assert draw([]) == ""
     for draw in (spectrum_figures.cosines, spectrum_figures.overlaps):
         assert draw({}) == ""

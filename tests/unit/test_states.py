@@ -15,7 +15,7 @@ from oneshot.checkpoint.files import MANIFEST, SINGLE, list_tensors, resolve
 from oneshot.checkpoint.folders import OLD, PARTIAL, clean_inside, put_back
 from oneshot.checkpoint.state import States, load_state, newest_whole
 from oneshot.distributed.engine import TrainingEngine, start_training
-from oneshot.distributed.optimizer_state import pieces
+from oneshot.distributed.optimizer_state import held_state
 from oneshot.errors import UserError
 
 
@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 def save(states: States, engine: TrainingEngine, step: int) -> None:
     """A state all of whose numbers are the step."""
     state.allocate(engine)
-    for piece in pieces(engine):
+    for piece in held_state(engine):
         piece.values.fill_(step)
     states.save(engine, step)
 
@@ -52,12 +52,12 @@ def test_a_state_comes_back_and_only_the_last_ones_stay(engine, tmp_path):
         save(states, engine, step)
     states.finish()
     assert names(tmp_path / "state") == ["step-10", "step-3"]
-    for piece in pieces(engine):
+    for piece in held_state(engine):
         piece.values.fill_(0.5)
     newest = newest_whole(tiny_runtime(), tmp_path / "state")
     assert newest == tmp_path / "state" / "step-10"
     assert load_state(engine, newest) == 10
-    assert {float(value) for piece in pieces(engine) for value in piece.values.unique()} == {10.0}
+    assert {float(value) for piece in held_state(engine) for value in piece.values.unique()} == {10.0}
 
 
 def test_an_older_state_stays_until_the_newer_one_is_on_the_disk(engine, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ repair = importlib.import_module("oneshot.repair")
 SMALL = toy_settings(
     "--log_with", "tensorboard", "--data.harmful_count", "8", "--data.task_count", "0", "--finetune.steps", "2",
     "--finetune.batch_size", "4", "--repair.epochs", "2", "--repair.rank", "4", "--repair.guard_prompts", "4",
-    "--score.max_new_tokens", "2", "--score.reference", "false",
+    "--score.max_new_tokens", "2", "--score.reference", "false", "--select", "random",
 )  # fmt: skip
 
 

@@ -169,3 +169,73 @@ def test_an_unknown_stage_is_the_users_mistake(capsys, monkeypatch):
     assert code == 2
     assert "mend" in said
     assert "repair" in said
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """What may be looked at: a folder of each kind, and the name of a tensor in it."""
+    from tiny import tiny_model, tiny_runtime
+
+    from oneshot.checkpoint.adapter import write_patch
+    from oneshot.checkpoint.state import States
+    from oneshot.checkpoint.update import Factors
+    from oneshot.distributed.engine import start_training
+
+    folder = tmp_path_factory.mktemp("kinds")
+    module = "model.layers.0.self_attn.q_proj"
+    (folder / "patch").mkdir()
+    update = {module: Factors(torch.ones(96, 2), torch.ones(2, 96))}
+    write_patch(folder / "patch", update, [module], str(ALIGNED), torch.float32)
+    engine = start_training(
+        tiny_runtime(), tiny_model("llama"), weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1,
+        micro_batch_size=1,
+    )  # fmt: skip
+    states = States(tiny_runtime(), folder / "state", keep=1)
+    states.save(engine, 7)
+    states.finish()
+    return {
+        "checkpoint": (ALIGNED, "model.norm.weight"),
+        "adapter": (folder / "patch", f"base_model.model.{module}.lora_A.weight"),
+        "state": (folder / "state" / "step-7", "exp_avg.model.norm.weight"),
+    }
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter", "state"])
+def test_both_take_every_kind_of_folder(kind, command, kinds, capsys, monkeypatch):
+    folder, tensor = kinds[kind]
+    code, said = oneshot(capsys, monkeypatch, command, str(folder))
+    assert code == 0, said
+    assert command == "verify" or tensor in said
+    if command == "inspect":
+        code, said = oneshot(capsys, monkeypatch, command, str(folder), "--ranks", "2", "--match", tensor)
+        assert code == 0
+        assert "rank 1 of 2: " in said
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], "the following arguments are required: DIR"),
+        (["DIR", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["none"], "none is no folder: give that of a checkpoint, adapter or training state"),
+    ],
+)
+def test_mistakes_on_the_command_line_have_one_form(words, wanted, command, folder, capsys, monkeypatch):
+    code, said = oneshot(capsys, monkeypatch, command, *(str(folder) if word == "DIR" else word for word in words))
+    assert code == 2
+    assert said.startswith(f"oneshot {command}: error: {wanted}")
+    assert said.count("\n") == 1
+
+
+def test_what_cannot_be_listed_is_said_in_one_form(folder, capsys, monkeypatch):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    for command, wanted in (("verify", 1), ("inspect", 2)):
+        code, said = oneshot(capsys, monkeypatch, command, str(folder))
+        assert code == wanted
+        assert said.startswith(f"oneshot {command}: error: ")
+        assert "cut off" in said
+    code, said = oneshot(capsys, monkeypatch, "inspect", str(folder), "--ranks", "0")
+    assert (code, said) == (2, "oneshot inspect: error: --ranks is 0: give 1 or more.\n")

@@ -113,9 +113,8 @@ def learn(
             with torch.no_grad():
                 flat.clamp_(0.0, MAX_COEFFICIENT)
                 set_update()
-            undone = flat.mean().item()
             seen, stop = attempt.look(lambda: flat.detach().clone(), epoch)
-            attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=undone, noise=noise, **seen)
+            attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=flat.mean().item(), noise=noise, **seen)
             if stop:
                 break
             if attempt.watch is not None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import checkpoint_jobs as jobs
@@ -21,7 +19,7 @@ from oneshot.checkpoint.folders import OLD, PARTIAL
 from oneshot.checkpoint.state import newest_whole
 from oneshot.distributed.runtime import Runtime
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.faults
 KILLS = [("ddp", seed) for seed in range(20)] + [("zero3", seed) for seed in range(20, 23)]
 LARGER = {"hidden_size": 96, "intermediate_size": 400, "head_dim": 48, "vocab_size": 1501}  # writing takes a while
 left_half: list[bool] = []  # of each kill, whether it left half a folder
@@ -32,17 +30,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     jobs.make("kill", "Llama", LARGER, "float32", folder, max_shard_size="1GB")
     return folder
-
-
-@pytest.fixture(scope="module")
-def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in memory where there is one: a kill loses nothing that a disk would keep, and syncing takes no time."""
-    place = Path("/dev/shm")
-    if not os.access(place, os.W_OK):
-        yield tmp_path_factory.mktemp("memory")
-        return
-    with tempfile.TemporaryDirectory(dir=place, prefix="oneshot-test-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.faults
+
 SCRIPT = """
 import time
 from oneshot.distributed.watchdog import alive, watched
