@@ -101,12 +101,12 @@ def close(found: Any, wanted: Any, scale: float = 0.0) -> None:
 @pytest.mark.parametrize(("name", "sharding"), CASES)
 def test_the_same_spectrum_and_sweep(name: str, sharding: str, run: Any) -> None:
     measured = {"rank": 3, "sweep": True, "ranks": [1, 4], "alphas": [0.5, 1.0]}
-    (one,) = run(jobs.measure, name, "none", measured=measured)
+    (one,) = run(jobs.measure, name, "none", asked=measured)
     assert len(one["spectrum"]["matrices"]) == 21
     assert set(one["spectrum"]["cosines"]) == {"safety", "harmful", "guard"}
     assert all(len(each) == 5 for each in one["spectrum"]["each"].values())
     assert len(one["sweep"]) == 4
-    for found in run(jobs.measure, name, sharding, measured=measured):
+    for found in run(jobs.measure, name, sharding, asked=measured):
         close(found, one, scale=1e-2)
 
 
@@ -122,12 +122,12 @@ def test_the_same_projected_step(name: str, sharding: str, run: Any) -> None:
 
 
 def test_checkpointing_changes_nothing(run: Any) -> None:
-    plain, again = (run(jobs.measure, name, "none", measured={})[0] for name in ("full", "checkpointed"))
+    plain, again = (run(jobs.measure, name, "none", asked={})[0] for name in ("full", "checkpointed"))
     close(again, plain, scale=1e-2)
 
 
 def test_a_rank_that_is_too_high_is_refused_on_every_rank(run: Any) -> None:
-    for said in run(jobs.measure, "full", "zero3", measured={"rank": 30}):
+    for said in run(jobs.measure, "full", "zero3", asked={"rank": 30}):
         assert said == (
             "Setting spectrum.rank asks for 30 directions of the example's gradient, whose rank is at most 17 (the "
             "example has 17 tokens): give 17 or less."
