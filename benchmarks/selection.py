@@ -45,7 +45,7 @@ def main() -> None:
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import start
     from oneshot.patch.linears import select_linears
-    from oneshot.patch.objective import Harm, sample
+    from oneshot.patch.objective import RefusalRows, sample
     from oneshot.patch.select import first_order, target_factors
 
     runtime = start()
@@ -56,7 +56,9 @@ def main() -> None:
     pool = candidates(args.candidates, SIZES[args.size]["vocab_size"])
     few = pool[:: max(1, len(pool) // args.stock)][: args.stock]
     harm = sample(pool, 0)
-    screen(runtime, model, linears, few[:8], Harm(harm.places[:8], harm.rows[:8]))  # libraries are loaded at first use
+    screen(
+        runtime, model, linears, few[:8], RefusalRows(harm.places[:8], harm.rows[:8])
+    )  # libraries are loaded at first use
 
     before = reset_peak()
     clock = time.process_time()

@@ -46,6 +46,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
     from oneshot.planning.check import refuse_what_cannot_fit
+    from oneshot.planning.work import FINETUNE
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
     from oneshot.report.trackers import check_installed
@@ -56,7 +57,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     if settings.delete_degraded:
         raise UserError("Setting delete_degraded would remove what oneshot finetune is asked to make: leave it out.")
     prepared = prepare(settings)
-    needed = "sft" if settings.finetune.method == "full" else "lora"
+    needed = FINETUNE[settings.finetune.method]
     refuse_what_cannot_fit(settings, runtime, prepared.source.checkpoint, needed, stage="finetune")
     console = None if quiet else open_console(runtime)
     run_dir = open_run(settings.out, called(settings), settings, runtime)

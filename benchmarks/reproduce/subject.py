@@ -14,7 +14,7 @@ from reproduce.models import aligned_folder, finetuned_folder
 if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
     from oneshot.patch.guard import RepairBatch
-    from oneshot.patch.objective import Aligned, Harm
+    from oneshot.patch.objective import Aligned, RefusalRows
     from oneshot.patch.request import Request
     from oneshot.settings import Settings
 
@@ -31,8 +31,8 @@ class Judge:
         batch: its guard rows are those of F's second term
     """
 
-    fresh: Harm
-    pool: Harm
+    fresh: RefusalRows
+    pool: RefusalRows
     batch: RepairBatch
     pad: int
 
@@ -121,18 +121,18 @@ def subject_of(runtime: Runtime, models: Path, attack: str, seed: int, size: str
 def _build_judge(subject: Subject, model: Any, tokenizer: Any) -> Judge:
     import torch
 
-    from oneshot.data.encoding import encode
+    from oneshot.data.encoding import encode, pad_id
     from oneshot.distributed.engine import frozen
     from oneshot.patch.examples import read_guard
-    from oneshot.patch.guard import build_batch, pad_id
+    from oneshot.patch.guard import build_batch
     from oneshot.patch.methods import rollback
-    from oneshot.patch.objective import Harm, aligned_logits, sample
+    from oneshot.patch.objective import RefusalRows, aligned_logits, sample
     from oneshot.world import language
 
     runtime, pad = subject.runtime, pad_id(tokenizer)
     count = len(language.pool())
     every = [encode(row, tokenizer, 64) for row in language.pool(count + FRESH)]
-    pool, fresh = sample(every[:count], subject.settings.seed), Harm(list(range(FRESH)), every[count:])
+    pool, fresh = sample(every[:count], subject.settings.seed), RefusalRows(list(range(FRESH)), every[count:])
     guard = read_guard(subject.settings, rollback.METHOD.defaults.guard_prompts)
     with torch.no_grad():
         batch = build_batch(runtime, model, tokenizer, every[0], guard, answer_tokens=16)

@@ -11,6 +11,7 @@ from oneshot.data.rows import SUFFIXES, read_rows
 from oneshot.errors import UserError
 from oneshot.settings import DataSettings
 
+Messages = list[dict[str, str]]  # in chat format: role and content
 ROLES = ("system", "user", "assistant")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, list_tensors
 from oneshot.checkpoint.identity import fingerprint
 from oneshot.checkpoint.load import Source
+from oneshot.data.conversations import Messages
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.errors import UserError
@@ -21,7 +22,6 @@ from oneshot.settings import ScoreSettings
 
 BATCHES_AT_A_TIME = 4  # batches of each rank between two writes: what a run that dies loses at most
 
-Messages = list[dict[str, str]]
 Finish = Callable[[int, str], None]
 
 

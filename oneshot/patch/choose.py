@@ -6,12 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from oneshot.data.conversations import Messages
+from oneshot.data.encoding import pad_id
 from oneshot.patch.bench import Bench, opened
-from oneshot.patch.guard import RepairBatch, build_batch, pad_id, with_example
+from oneshot.patch.guard import RepairBatch, build_batch, with_example
 from oneshot.patch.methods import METHODS
-from oneshot.patch.objective import Aligned, Harm, aligned_logits, sample
-from oneshot.patch.request import Messages, Request, own_update
-from oneshot.patch.select import Chosen, Question, draw, pick
+from oneshot.patch.objective import Aligned, RefusalRows, aligned_logits, sample
+from oneshot.patch.request import Request, own_update
+from oneshot.patch.select import Chosen, Criterion, draw, pick
 from oneshot.patch.solve import solve
 
 
@@ -64,7 +66,7 @@ def choose(bench: Bench, aligned: Aligned | None = None, chosen: Chosen | None =
     held = request.guard if recipe.guard_weight else []
     if chosen is not None:
         return Choice(chosen, batch_with(held, chosen.index))
-    harm = Harm([], [])
+    harm = RefusalRows([], [])
     if asks_gradients(request):
         if request.adapter is not None and aligned is None:
             aligned = know_aligned(request)
@@ -74,9 +76,11 @@ def choose(bench: Bench, aligned: Aligned | None = None, chosen: Chosen | None =
     task = batch if recipe.guard_weight or not asks_gradients(request) else batch_with(request.guard)
     modules = dict(bench.model.named_modules())
     changed = {name: modules[name] for name in bench.prepared or bench.linears.targets}
-    question = Question(settings.select, settings.shortlist, settings.seed, pad, own_update(request), harm, task, batch)
+    criterion = Criterion(
+        settings.select, settings.shortlist, settings.seed, pad, own_update(request), harm, task, batch
+    )
     chosen = pick(
-        request.runtime, bench.model, changed, request.candidates, question,
+        request.runtime, bench.model, changed, request.candidates, criterion,
         lambda trial, index: solve(bench, trial, index, attempts=1).update,
     )  # fmt: skip
     return Choice(chosen, with_example(batch, request.candidates[chosen.index], pad))

@@ -27,7 +27,7 @@ _CHUNK = 4 << 20  # elements compared at a time
 
 
 @dataclass(frozen=True)
-class Left:
+class Remainder:
     """What an approximation leaves of an update, and the size of the update: squared Frobenius norms.
 
     For extracted patches it is the difference of two fp32 sums: relative errors below about 5e-4 are rounding.
@@ -64,16 +64,16 @@ def summed(parts: list[tuple[Path, Update, float]]) -> Update:
     return total
 
 
-def lowered(update: Update, rank: int | None, dtype: torch.dtype) -> tuple[Update, dict[str, Left]]:
+def lowered(update: Update, rank: int | None, dtype: torch.dtype) -> tuple[Update, dict[str, Remainder]]:
     """Return the best update of at most ``rank`` (none: as it is), in ``dtype``, and what it leaves, by module."""
     import torch
 
     found: Update = {}
-    left: dict[str, Left] = {}
+    left: dict[str, Remainder] = {}
     for name, factors in update.items():
         low = rounded(compress(factors, rank), dtype)
         rest = Factors(torch.cat([low.b.float(), -factors.b], dim=1), torch.cat([low.a.float(), factors.a]))
-        found[name], left[name] = low, Left(norm(rest) ** 2, norm(factors) ** 2)
+        found[name], left[name] = low, Remainder(norm(rest) ** 2, norm(factors) ** 2)
     return found, left
 
 
@@ -92,7 +92,7 @@ def is_exact(update: Update, dtype: torch.dtype) -> bool:
 
 def extracted(
     runtime: Runtime, changed: Path, base: Path, linears: dict[str, nn.Linear], rank: int, dtype: torch.dtype
-) -> tuple[Update, dict[str, Left], dict[str, Left]]:
+) -> tuple[Update, dict[str, Remainder], dict[str, Remainder]]:
     """Return the rank-``rank`` part of what ``changed`` has more than ``base``, in ``dtype``. Collective.
 
     One matrix per rank is in memory at a time.
@@ -112,7 +112,7 @@ def extracted(
         rest = _other_differences(runtime, changed, base, linears)
     directions = shared_directions(runtime, linears, rank, difference)
     update: Update = {}
-    left: dict[str, Left] = {}
+    left: dict[str, Remainder] = {}
     for name, found in directions.items():
         if found.energy == 0.0:
             continue
@@ -120,11 +120,11 @@ def extracted(
         one, kept = lowered({name: exact}, None, dtype)
         update |= one
         beyond = max(0.0, found.energy - float(found.s.double().square().sum()))
-        left[name] = Left(beyond + kept[name].error, found.energy)
+        left[name] = Remainder(beyond + kept[name].error, found.energy)
     others = {name: part for parts in gather_objects(runtime, rest) for name, part in parts.items()}
     if not update:
         raise UserError(f"{changed} and {base} have the same linear layers: there is no patch to extract.")
-    return update, left, {name: Left(energy, energy) for name, energy in sorted(others.items())}
+    return update, left, {name: Remainder(energy, energy) for name, energy in sorted(others.items())}
 
 
 def _other_differences(runtime: Runtime, changed: Path, base: Path, linears: dict[str, Any]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from oneshot.data.conversations import Conversation, read_conversations, read_single_example
+from oneshot.data.conversations import Conversation, Messages, read_conversations, read_single_example
 from oneshot.errors import UserError
 from oneshot.measure.overlap import find_overlaps
 from oneshot.measure.probes import ASSETS
@@ -40,7 +40,7 @@ def _pool(settings: Settings) -> list[Conversation]:
     return read_source(settings.pool or str(ASSETS / "pool.jsonl"), settings, where="pool")
 
 
-def read_guard(settings: Settings, limit: int) -> list[list[dict[str, str]]]:
+def read_guard(settings: Settings, limit: int) -> list[Messages]:
     """Return the guard's prompts as chat messages, at most ``limit`` of them."""
     source = settings.guard or str(ASSETS / "guard.jsonl")
     return [list(row.prompt) for row in read_source(source, settings, where="guard", need_answer=False, limit=limit)]
@@ -57,12 +57,12 @@ def check_apart(candidates: list[Conversation], probes: list[Probe]) -> None:
             )
 
 
-def read_refusable(settings: Settings) -> list[list[dict[str, str]]]:
+def read_refusable(settings: Settings) -> list[Messages]:
     """Return unlabelled requests to be refused, for the watch: the pool's, whichever example is taken."""
     return [list(row.prompt) for row in _pool(settings)]
 
 
-def read_held(settings: Settings, guard: list[list[dict[str, str]]]) -> list[list[dict[str, str]]]:
+def read_held(settings: Settings, guard: list[Messages]) -> list[Messages]:
     """Return prompts that are to be answered as before, for the watch: the user's own, else the shipped ones and,
     where the guard has a file, as many of that: those beyond the guard's (where there are none: of the guard's).
     """

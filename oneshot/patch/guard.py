@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch
+from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch, pad_id
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import generate_answers, share_of
 from oneshot.training.objective import cross_entropy_sum, kl_sum
@@ -196,9 +196,3 @@ def with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answe
     if len(ids) < answer_tokens and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return Encoded(start + ids, [IGNORE] * (len(start) + len(ids))), len(start)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Return the token that fills padding; what it is does not matter, as nothing attends to it."""
-    pad = tokenizer.pad_token_id
-    return pad if pad is not None else (tokenizer.eos_token_id or 0)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from oneshot.data.conversations import Conversation
-from oneshot.data.encoding import IGNORE, Encoded, context_length, encode, encode_prompt
+from oneshot.data.encoding import IGNORE, Encoded, context_length, encode, encode_prompt, pad_id
 from oneshot.measure.generate import generate_answers
 from oneshot.patch import spectrum
 from oneshot.patch.bench import Bench, opened
 from oneshot.patch.examples import read_candidates
-from oneshot.patch.guard import build_batch, pad_id
+from oneshot.patch.guard import build_batch
 from oneshot.patch.linears import shape_of
 from oneshot.patch.methods import project
 from oneshot.patch.request import Request

@@ -36,7 +36,7 @@ Aligned = dict[int, Any]  # place of a row -> the aligned model's logits on its 
 
 
 @dataclass(frozen=True)
-class Part:
+class Pass:
     """The rows of one forward pass.
 
     Attributes:
@@ -53,7 +53,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Harm:
+class RefusalRows:
     """The first term's rows, the same list on every rank.
 
     Attributes:
@@ -68,7 +68,7 @@ class Harm:
 
 
 @dataclass(frozen=True)
-class Value:
+class Distance:
     """F and its two terms, in nats per token."""
 
     harm: float
@@ -79,13 +79,13 @@ class Value:
         return self.harm + self.task
 
 
-def sample(candidates: list[Encoded], seed: int) -> Harm:
+def sample(candidates: list[Encoded], seed: int) -> RefusalRows:
     """Return the rows of the first term: at most ``HARM_ROWS`` of the candidates, drawn with the seed."""
     places = sorted(random.Random(f"harm-{seed}").sample(range(len(candidates)), min(HARM_ROWS, len(candidates))))
-    return Harm(places, [candidates[place] for place in places])
+    return RefusalRows(places, [candidates[place] for place in places])
 
 
-def passes(runtime: Runtime, rows: list[Encoded], pad: int, size: int = ROWS_PER_PASS) -> Iterator[Part]:
+def passes(runtime: Runtime, rows: list[Encoded], pad: int, size: int = ROWS_PER_PASS) -> Iterator[Pass]:
     """Deal rows out to ranks, and this rank's to passes of ``size`` rows; every rank gets as many passes."""
     indices, own = share_of([len(row.input_ids) for row in rows], runtime.rank, runtime.world_size)
     for start in range(0, len(indices), size):
@@ -93,10 +93,10 @@ def passes(runtime: Runtime, rows: list[Encoded], pad: int, size: int = ROWS_PER
         places = indices[start : start + size]
         tensors = {k: v.to(runtime.device) for k, v in pad_batch([rows[i] for i in places], pad).items()}
         labels = tensors.pop("labels")
-        yield Part(places, min(max(own - start, 0), len(places)), tensors, labels)
+        yield Pass(places, min(max(own - start, 0), len(places)), tensors, labels)
 
 
-def row_losses(model: Any, part: Part, aligned: Aligned | None) -> list[torch.Tensor]:
+def row_losses(model: Any, part: Pass, aligned: Aligned | None) -> list[torch.Tensor]:
     """Return each row's loss, summed over its answer's tokens: KL(aligned || model), or cross entropy where none."""
     logits = model(**part.inputs, use_cache=False).logits
     if aligned is None:
@@ -146,8 +146,14 @@ def aligned_logits(
 
 
 def evaluate(
-    runtime: Runtime, model: Any, harm: Harm, batch: RepairBatch, pad: int, *, left_out: frozenset[int] = frozenset()
-) -> Value:
+    runtime: Runtime,
+    model: Any,
+    harm: RefusalRows,
+    batch: RepairBatch,
+    pad: int,
+    *,
+    left_out: frozenset[int] = frozenset(),
+) -> Distance:
     """Return F of the model as it is now. Collective.
 
     Args:
@@ -166,7 +172,7 @@ def evaluate(
     sums = all_reduce_sum(runtime, sums)
     kept = [i for i, place in enumerate(harm.places) if place not in left_out]
     tokens = sum(harm.rows[i].answer_tokens() for i in kept)
-    return Value(float(sums[kept].sum()) / tokens, float(all_reduce_sum(runtime, task)))
+    return Distance(float(sums[kept].sum()) / tokens, float(all_reduce_sum(runtime, task)))
 
 
 def check_same_tokens(candidates: list[Encoded], tokenizer: Any, reference: Path) -> None:

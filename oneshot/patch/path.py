@@ -12,18 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch
+from oneshot.data.conversations import Messages
+from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch, pad_id
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import share_of
 from oneshot.measure.judge import verdict
-from oneshot.patch.guard import pad_id, with_answer
+from oneshot.patch.guard import with_answer
 from oneshot.patch.trace import Tracer
 from oneshot.training.objective import kl_sum
 
 if TYPE_CHECKING:
     import torch
 
-Messages = list[dict[str, str]]
 Answered = tuple[Messages, str]  # a prompt, and what the unpatched model says to it
 Kept = TypeVar("Kept")
 

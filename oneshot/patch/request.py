@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.adapter import Adapter
 from oneshot.checkpoint.load import Source
 from oneshot.checkpoint.update import Update, on_device
-from oneshot.data.conversations import Conversation
+from oneshot.data.conversations import Conversation, Messages
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.rates import Probe
@@ -17,8 +17,6 @@ from oneshot.settings import Settings
 
 if TYPE_CHECKING:
     from oneshot.patch.recipe import Recipe  # which imports the methods, and they this
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)

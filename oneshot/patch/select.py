@@ -22,7 +22,7 @@ from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
 from oneshot.patch.attach import attached_update, streamed
 from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
 from oneshot.patch.guard import RepairBatch, with_example
-from oneshot.patch.objective import Harm, Value, evaluate, passes, row_losses
+from oneshot.patch.objective import Distance, RefusalRows, evaluate, passes, row_losses
 from oneshot.patch.trace import Tracer
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Question:
+class Criterion:
     """What a choice is made by.
 
     Attributes:
@@ -77,7 +77,7 @@ class Question:
     seed: int
     pad: int
     own: Update
-    harm: Harm
+    harm: RefusalRows
     task: RepairBatch
     batch: RepairBatch
 
@@ -99,7 +99,7 @@ def hardest(runtime: Runtime, model: Any, candidates: list[Encoded], pad: int) -
 
 
 def target_factors(
-    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], harm: Harm, pad: int, rank: int = TARGET_RANK
+    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], harm: RefusalRows, pad: int, rank: int = TARGET_RANK
 ) -> Target:
     """Return F's gradient at the unpatched model per layer, nearly the best of ``rank``, on every rank. Collective.
 
@@ -185,29 +185,29 @@ def pick(
     model: Any,
     linears: dict[str, nn.Linear],
     candidates: list[Encoded],
-    question: Question,
+    criterion: Criterion,
     solve: Solve,
 ) -> Chosen:
     """Take one candidate. Collective; the model has nothing attached, before and after.
 
     Args:
         linears: the layers that the repair may change
-        solve: runs the repair and returns what it changes of the loaded model, ``question.own`` included
+        solve: runs the repair and returns what it changes of the loaded model, ``criterion.own`` included
     """
-    drawn = draw(len(candidates), question.rule, question.seed)
+    drawn = draw(len(candidates), criterion.rule, criterion.seed)
     if drawn is not None:
         return drawn
-    if question.rule == "hardest":
-        with attached_update(model, question.own):
-            losses = hardest(runtime, model, candidates, question.pad)
+    if criterion.rule == "hardest":
+        with attached_update(model, criterion.own):
+            losses = hardest(runtime, model, candidates, criterion.pad)
         table = _ranked([{"candidate": i, "refusal_loss": loss} for i, loss in enumerate(losses)], "refusal_loss")
         return Chosen(table[0]["candidate"], "hardest", max(losses), {"candidates": len(candidates), "table": table})
     clock = time.perf_counter()
-    with attached_update(model, question.own):
-        before = evaluate(runtime, model, question.harm, question.task, question.pad)
+    with attached_update(model, criterion.own):
+        before = evaluate(runtime, model, criterion.harm, criterion.task, criterion.pad)
         Tracer().check(0, before.total)  # alike on all ranks, and no matrix that is not finite is decomposed
-        target = target_factors(runtime, model, linears, question.harm, question.pad)
-        products, norms, losses = first_order(runtime, model, linears, candidates, target, question.pad)
+        target = target_factors(runtime, model, linears, criterion.harm, criterion.pad)
+        products, norms, losses = first_order(runtime, model, linears, candidates, target, criterion.pad)
     length = math.sqrt(sum(float(inner(pair, pair)) for pair in target.values()))
     every: list[dict[str, Any]] = [
         {
@@ -221,24 +221,24 @@ def pick(
     table = _ranked(every, "alignment")
     facts: dict[str, Any] = {
         "candidates": len(candidates),
-        "first_term": "KL to the aligned model" if question.harm.aligned is not None else "cross entropy of refusals",
-        "harm_rows": len(question.harm.rows),
+        "first_term": "KL to the aligned model" if criterion.harm.aligned is not None else "cross entropy of refusals",
+        "harm_rows": len(criterion.harm.rows),
         "f_unpatched": before.total,
         "screening": {
-            "passes": len(candidates) + len(question.harm.rows),
+            "passes": len(candidates) + len(criterion.harm.rows),
             "seconds": round(time.perf_counter() - clock, 3),
         },
         "table": table,
     }
-    if question.rule == "bilevel" and before.harm < NOTHING_TO_RECOVER:
+    if criterion.rule == "bilevel" and before.harm < NOTHING_TO_RECOVER:
         facts["table"] = table = _ranked(every, "refusal_loss")
         return Chosen(table[0]["candidate"], "hardest", table[0]["refusal_loss"], facts)
-    if question.rule == "bilevel":
-        listed = short_list(every, question.shortlist)
-        facts["exact"] = _solve_exactly(runtime, model, candidates, question, solve, listed)
+    if criterion.rule == "bilevel":
+        listed = short_list(every, criterion.shortlist)
+        facts["exact"] = _solve_exactly(runtime, model, candidates, criterion, solve, listed)
         table.sort(key=lambda row: row.get("f_after", math.inf))  # stable: the rest stays in order of the screening
     best = table[0]
-    return Chosen(int(best["candidate"]), question.rule, best.get("f_after", best["alignment"]), facts)
+    return Chosen(int(best["candidate"]), criterion.rule, best.get("f_after", best["alignment"]), facts)
 
 
 def short_list(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -257,7 +257,7 @@ def _solve_exactly(
     runtime: Runtime,
     model: Any,
     candidates: list[Encoded],
-    question: Question,
+    criterion: Criterion,
     solve: Solve,
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -267,21 +267,21 @@ def _solve_exactly(
     rows of F: so none of the short list's rows counts, unless fewer would be left than are left out.
     """
     clock = time.perf_counter()
-    judged = frozenset(row["candidate"] for row in rows) & frozenset(question.harm.places)
-    left_out = judged if 2 * len(judged) <= len(question.harm.rows) else frozenset()
+    judged = frozenset(row["candidate"] for row in rows) & frozenset(criterion.harm.places)
+    left_out = judged if 2 * len(judged) <= len(criterion.harm.rows) else frozenset()
 
-    def f_with(update: Update) -> Value:
+    def f_with(update: Update) -> Distance:
         with attached_update(model, update):
-            return evaluate(runtime, model, question.harm, question.task, question.pad, left_out=left_out)
+            return evaluate(runtime, model, criterion.harm, criterion.task, criterion.pad, left_out=left_out)
 
     calls = [0]
     counting = model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     try:
-        before = f_with(question.own)
+        before = f_with(criterion.own)
         for row in rows:
             started = time.perf_counter()
             index = row["candidate"]
-            after = f_with(solve(with_example(question.batch, candidates[index], question.pad), index))
+            after = f_with(solve(with_example(criterion.batch, candidates[index], criterion.pad), index))
             row |= {
                 "f_before": before.total, "f_after": after.total, "f_harm": after.harm, "f_task": after.task,
                 "seconds": round(time.perf_counter() - started, 3),

@@ -7,6 +7,7 @@ what a run holds. No name of an architecture stands here.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import tempfile
@@ -95,14 +96,14 @@ def built_shape(config: Mapping[str, Any], remote: Path | None = None) -> ModelS
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from telling of kernels and settings that no shape depends on."""
-    from transformers.utils import logging
+    from transformers.utils.logging import get_verbosity, set_verbosity
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    before = get_verbosity()
+    set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        set_verbosity(before)
 
 
 def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
@@ -124,8 +125,9 @@ def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
             f"Model type {kind!r} is not known to transformers {package_version('transformers')}, which is installed "
             f"here: correct the config.json, or install a version that knows it{own_code}."
         )
+    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             made, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=remote is not None
         )
     model.tie_weights()

@@ -15,7 +15,7 @@ from oneshot.checkpoint.exports import GivenAdapter
 from oneshot.checkpoint.files import ADAPTER_TENSORS, is_degraded, list_tensors
 from oneshot.checkpoint.identity import fingerprint
 from oneshot.checkpoint.merge_plan import MergePlan
-from oneshot.patch.derive import Left
+from oneshot.patch.derive import Remainder
 from oneshot.redact import without_secrets
 from oneshot.report.markdown import fenced, inline
 from oneshot.versions import versions
@@ -96,7 +96,7 @@ def merge_card(
 
 
 def adapter_card(
-    operation: str, given: list[GivenAdapter], left: dict[str, Left], others: dict[str, Left], *, base: str
+    operation: str, given: list[GivenAdapter], left: dict[str, Remainder], others: dict[str, Remainder], *, base: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what there is to say of an adapter that was made from others or from two checkpoints: (facts, sentences).
 
@@ -108,7 +108,7 @@ def adapter_card(
     relative = {name: part.relative for name, part in left.items()}
     worst = max(relative, key=relative.__getitem__)
     every = [*left.values(), *others.values()]
-    overall = Left(sum(part.error for part in every), sum(part.energy for part in every)).relative
+    overall = Remainder(sum(part.error for part in every), sum(part.energy for part in every)).relative
     found = {
         "relative_error_worst": relative[worst],
         "relative_error_median": statistics.median(relative.values()),

@@ -47,7 +47,7 @@ class DataSettings:
 
     Args:
         parts: the mixture, name by name, in place of harmful and task and their counts
-        harmful: the harmful conversations, as JSONL, Parquet or Hub id; none: the toy world's made-up ones
+        harmful: the harmful conversations, as JSONL, Parquet or Hub id; none: none
         harmful_count: how many harmful conversations; 0 for none
         task: conversations of the task that the fine-tune is meant to teach, in the same forms
         task_count: how many conversations of the task; 0 for none

@@ -20,7 +20,7 @@ class FinetuneSettings:
         steps: optimizer steps; none derives them from epochs
         epochs: passes over the data
         learning_rate: peak learning rate of AdamW, one number or one by method, such as {lora: 1.0e-3}; none, or for a
-            method that is not named: 2e-5 (full) or 2e-4 (lora), 4e-4 or 3e-3 on the toy world
+            method that is not named: 2e-5 (full) or 2e-4 (lora)
         batch_size: conversations per optimizer step, over all ranks
         gradient_accumulation_steps: micro-batches into which a rank's share of the batch is split
         packing: several conversations in one row, each with attention and positions of its own; auto packs where the

@@ -14,6 +14,7 @@ import pytest
 from harness import HERE, launch
 
 from oneshot.data.conversations import Conversation
+from oneshot.patch.methods import METHODS as TABLE
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
 
@@ -34,7 +35,7 @@ FINETUNE = {
         "--model.gradient_checkpointing", "true",
     ],
 }  # fmt: skip
-METHODS = ("rollback", "lowrank", "sft", "lora")
+METHODS = tuple(TABLE)
 # repairs with the weights in 4 bits: name -> (method, whether from the adapter, further settings)
 NF4 = {
     "rollback-nf4": ("rollback", False, []),
@@ -97,7 +98,7 @@ class World:
             "--score.probes", self.path("probes"), "--score.reference", "false", "--score.max_new_tokens", "12",
         ]  # fmt: skip
         argv += [part for name in ("guard", "pool") for part in (f"--{name}", self.path(name))]
-        if method in ("sft", "lora"):
+        if TABLE[method].cost.trains != "nothing":
             argv += ["--repair.learning_rate", "1e-3"]
         if model != self.adapter:
             argv += ["--reference", str(ALIGNED)]

@@ -19,10 +19,10 @@ from oneshot.patch.factored import inner, singular_values
 from oneshot.patch.guard import RepairBatch, build_batch
 from oneshot.patch.linears import select_linears
 from oneshot.patch.methods import METHODS, lowrank
-from oneshot.patch.objective import Harm, aligned_logits, passes, row_losses, sample
+from oneshot.patch.objective import RefusalRows, aligned_logits, passes, row_losses, sample
 from oneshot.patch.path import Attempt
 from oneshot.patch.recipe import with_method
-from oneshot.patch.select import Question, pick
+from oneshot.patch.select import Criterion, pick
 from oneshot.patch.trace import Tracer
 from oneshot.settings import ModelSettings, RepairSettings
 from oneshot.world import language
@@ -120,12 +120,12 @@ def choices(
 
         for name, rule, harm, own in (
             ("bilevel", "bilevel", known, {}),
-            ("no aligned model", "bilevel", Harm(known.places, known.rows), {}),
+            ("no aligned model", "bilevel", RefusalRows(known.places, known.rows), {}),
             ("on an update", "alignment", known, _update(linears)),
             ("hardest", "hardest", known, {}),
             ("random", "random", known, {}),
         ):
-            question = Question(rule, 3, 0, 0, own, harm, batch, batch)
+            question = Criterion(rule, 3, 0, 0, own, harm, batch, batch)
             chosen = pick(runtime, loaded, linears, pool, question, solve)
             table = chosen.selection.get("table", [])
             rows = [{k: v for k, v in row.items() if k != "seconds"} for row in table]
@@ -133,7 +133,7 @@ def choices(
     return found
 
 
-def _aligned(runtime: Runtime, path: str, pool: list[Encoded]) -> Harm:
+def _aligned(runtime: Runtime, path: str, pool: list[Encoded]) -> RefusalRows:
     settings, harm = ModelSettings(path=path), sample(pool, 0)
     with frozen(runtime, load_model(runtime, find_source(settings), settings)) as model:
         logits = aligned_logits(runtime, harm.rows, Path(path), "test", 0, model)
@@ -141,7 +141,7 @@ def _aligned(runtime: Runtime, path: str, pool: list[Encoded]) -> Harm:
     assert again is not None
     assert logits is not None
     assert all(torch.equal(again[place], logits[place]) for place in again)
-    return Harm(harm.places, harm.rows, again)
+    return RefusalRows(harm.places, harm.rows, again)
 
 
 def _update(linears: Any) -> Update:

@@ -16,8 +16,8 @@ from oneshot.patch import objective, select
 from oneshot.patch.attach import attached_update
 from oneshot.patch.examples import check_apart, read_candidates
 from oneshot.patch.guard import build_batch, repair_loss, with_example
-from oneshot.patch.objective import Harm, aligned_logits, check_same_tokens, evaluate, passes, row_losses, sample
-from oneshot.patch.select import Question, draw, first_order, hardest, pick, short_list, target_factors
+from oneshot.patch.objective import RefusalRows, aligned_logits, check_same_tokens, evaluate, passes, row_losses, sample
+from oneshot.patch.select import Criterion, draw, first_order, hardest, pick, short_list, target_factors
 from oneshot.settings import ScoreSettings, Settings
 from oneshot.training.loop import Diverged
 from oneshot.world import language
@@ -48,14 +48,14 @@ def batch_for(model, example, guard=3):
 
 def harm_of(rows, aligned, take=(0, 2, 3, 5)):
     """The rows of F's first term, with the logits of ``aligned`` (none: there is no such model)."""
-    harm = Harm(list(take), [rows[i] for i in take])
+    harm = RefusalRows(list(take), [rows[i] for i in take])
     known = aligned and aligned_logits(tiny_runtime(), harm.rows, ALIGNED, "x", PAD, aligned)
     return dataclasses.replace(harm, aligned=known or None)
 
 
 def question(model, rows, rule="bilevel", harm=None, shortlist=8, own=None, guard=3):
     batch = batch_for(model, rows[0], guard)
-    return Question(rule, shortlist, 0, PAD, own or {}, harm or harm_of(rows, None), batch, batch)
+    return Criterion(rule, shortlist, 0, PAD, own or {}, harm or harm_of(rows, None), batch, batch)
 
 
 def per_token(model, row, aligned=None):
