@@ -210,9 +210,12 @@ def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dic
 
 def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict[str, Any]) -> Settings:
     """The settings with a model in memory as the one that they name, a copy of it having been written."""
+    from transformers.utils import logging
+
     from oneshot.distributed.runtime import start
     from oneshot.report.runfolder import new_folder
 
+    logging.disable_progress_bar()
     if tokenizer is None:
         raise UserError("A model in memory needs its tokenizer: give tokenizer=..., too.")
     if start().world_size > 1:

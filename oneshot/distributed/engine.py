@@ -162,10 +162,14 @@ def frozen(runtime: Runtime, model: Model) -> Iterator[Model]:
         yield model.to(runtime.device)
         return
     import deepspeed
+    import torch
 
     _give_back_freed_memory(runtime)
-    config = deepspeed_config(runtime, dtype=next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    config = deepspeed_config(runtime, dtype=dtype)
     _keep_what_may_live(config["zero_optimization"], model)
+    if dtype.itemsize > 4:  # partitioned like any other, but on CPUs that have fp16 DeepSpeed itself refuses to begin
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
     engine = deepspeed.initialize(model=model, config=config)[0]
     try:
         yield engine.module

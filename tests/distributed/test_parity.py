@@ -61,7 +61,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 def test_same_finetuned_weights(name: str, topology: str, outputs: Outputs) -> None:
     one, two = outputs("single") / name / "finetuned", outputs(topology) / name / "finetuned"
     if name.startswith("lora"):
-        assert off(product(two), product(one)) < RTOL
+        assert off(product(two), product(one)) < 3 * RTOL  # all of it is change, as below
     else:
         start, ours, wanted = weights(ALIGNED), weights(two), weights(one)
         for tensor, want in wanted.items():

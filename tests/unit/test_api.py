@@ -98,6 +98,7 @@ def test_a_model_in_memory_is_repaired_and_left_alone(
         model.lm_head.weight += 0.01 * torch.randn_like(model.lm_head.weight)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     threads, needed = torch.get_num_threads(), [p.requires_grad for p in model.parameters()]
+    capsys.readouterr()
     found = oneshot.repair(model=model, tokenizer=tokenizer, **QUICK)
     assert "".join(capsys.readouterr()) == "", "quiet"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
