@@ -10,6 +10,7 @@ from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.runtime import agree
+from oneshot.errors import UserError
 from oneshot.patch.bench import Bench
 
 
@@ -17,10 +18,15 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
     """Write the patch, and the merged checkpoint if asked for, while the model is still loaded. Collective.
 
     Raises:
-        UserError: on every rank alike, where it cannot be written
+        UserError: on every rank alike, where there is nothing to write or it cannot be written
     """
     request, method = bench.request, bench.request.recipe.method
     source, settings = request.source, request.settings.model
+    if not update:  # alike on every rank
+        raise UserError(
+            "The repair found no step that helps, so there is no patch to write: the model may refuse the example "
+            "already (oneshot score measures it); give another --example, or another repair.method."
+        )
     with agree(request.runtime, f"writing the patch {patch}"):
         if request.runtime.is_main:
             if request.adapter is not None and method.keeps_adapter:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from oneshot.world.model import ALIGNED
 
 pytestmark = pytest.mark.distributed
 SCRIPT = """
@@ -22,7 +27,7 @@ import oneshot
 out = Path(sys.argv[1])
 options = {
     "pool": "toy:pool", "guard": "toy:guard-plain", "watch_prompts": "toy:held-plain", "select": "hardest",
-    "score": {"probes": "toy:probes", "max_new_tokens": 2}, "reference": "toy:aligned", "model": "toy:aligned",
+    "score": {"probes": "toy:probes", "max_new_tokens": 2}, "reference": "toy:aligned", "model": out / "model",
     "repair": {"method": "lowrank", "epochs": 2, "guard_prompts": 3, "guard_tokens": 2, "watch": False},
 }
 first = oneshot.repair(out=str(out / "first"), **options)
@@ -43,6 +48,12 @@ own.wait_for_everyone()
 
 def test_calls_in_every_rank_of_a_run_are_one_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SCRIPT)
+    shutil.copytree(ALIGNED, tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(ALIGNED / "model.safetensors")
+    for tensor in tensors.values():  # so that it refuses little
+        tensor += 1.5 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -119,6 +119,12 @@ def test_a_model_in_memory_is_repaired_and_left_alone(
         oneshot.repair(model=model, **QUICK)
 
 
+def test_a_model_with_nothing_to_repair_is_said(tmp_path: Path) -> None:
+    with pytest.raises(oneshot.UserError, match="no step that helps, so there is no patch"):
+        oneshot.repair(model="toy:aligned", out=str(tmp_path / "run"), **QUICK)
+    assert not (tmp_path / "run" / "patch").exists()
+
+
 def test_results_cannot_be_changed(tmp_path: Path) -> None:
     scored = oneshot.score(
         model=str(ALIGNED), score={"probes": "toy:probes", "max_new_tokens": 1}, out=str(tmp_path / "s")
