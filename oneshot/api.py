@@ -40,6 +40,8 @@ def settings_for(
         UserError: an unknown setting, a wrong value, or a file that cannot be read
     """
     from oneshot.commandline import layered
+    from oneshot.settings.checks import unknown
+    from oneshot.settings.names import close_names, kind_at
     from oneshot.stages import STAGES
 
     if stage not in STAGES:
@@ -50,6 +52,9 @@ def settings_for(
         return _changed(settings, values)
     files = [] if settings is None else [str(settings)]
     flat = {name: value for section, given in values.items() for name, value in _named(section, given)}
+    for name in flat:
+        if kind_at(name) is None:
+            raise unknown(name, close_names(name), lambda _: f" ({_PLACE})")
     return layered(stage, files, flat, _PLACE)
 
 

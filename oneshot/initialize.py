@@ -28,7 +28,8 @@ def run(argv: list[str]) -> None:
         here = [path for path in written if path.parts[0] == name]
         print(f"{name}/: {f'files written: {len(here)}' if here else 'as shipped already'}")
     change = "" if options.folder.resolve() == Path.cwd() else f"cd {options.folder} && "
-    print(f"Next: {change}accelerate launch --config_file launch/zero3.yaml -m oneshot.repair --config FILE")
+    print(f"Next: {change}oneshot repair --launch launch/ddp_cpu.yaml --config launch/runs/tiny.yaml")
+    print(f"   or {change}accelerate launch --config_file launch/zero3.yaml -m oneshot.repair --config FILE")
     print(f"   or {change}sbatch slurm/patch_70b.sh --model.path DIR")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +51,11 @@ class Repair:
     outcome: str
     method: str
     example: dict[str, Any]
-    scores: dict[str, StageScores]
-    trace: list[dict[str, Any]]
+    scores: dict[str, StageScores] = field(repr=False)
+    trace: list[dict[str, Any]] = field(repr=False)
     watch: Watched | None
-    patch: Update
-    report: dict[str, Any]
+    patch: Update = field(repr=False)
+    report: dict[str, Any] = field(repr=False)
     folder: Path
     patch_folder: Path
     merged_folder: Path | None
@@ -85,7 +85,7 @@ class Scores:
 
     rates: dict[str, Rate]
     others: dict[str, Rate]
-    answers: list[dict[str, Any]]
+    answers: list[dict[str, Any]] = field(repr=False)
     warnings: list[str]
-    report: dict[str, Any]
+    report: dict[str, Any] = field(repr=False)
     folder: Path

@@ -17,7 +17,7 @@ from oneshot.planning.work import FINETUNE, planned_methods, steps_of, work_of
 from oneshot.settings import Settings
 
 _PREFIXES = ((prefix, power) for power, prefix in enumerate("KMGT", 1))
-_UNITS = {"": 1, "B": 1}
+_UNITS = {"B": 1}
 _UNITS |= {name: size for p, i in _PREFIXES for name, size in ((f"{p}B", 1000**i), (f"{p}IB", 1024**i))}
 _COUNTS = (*range(1, 9), *range(16, 129, 8), *range(160, 513, 32), 1024)
 

@@ -32,10 +32,12 @@ def attempts_of(trace: Sequence[Record]) -> list[Attempt]:
     runs: list[list[Record]] = []
     for record in (row for row in trace if _finite(row.get("epoch"))):
         last = runs[-1][-1] if runs else None
-        if last is None or record["epoch"] <= last["epoch"] or record.get("guard_weight") != last.get("guard_weight"):
+        # a step that was taken back is of the same attempt, and was not looked at
+        weights = {row["guard_weight"] for row in (*(runs[-1] if runs else ()), record) if "guard_weight" in row}
+        if last is None or record["epoch"] <= last["epoch"] or len(weights) > 1:
             runs.append([])
         runs[-1].append(record)
-    labels = [_label(run[0], number) for number, run in enumerate(runs, 1)]
+    labels = [_label(next((row for row in run if "guard_weight" in row), run[0]), n) for n, run in enumerate(runs, 1)]
     repeated = {label for label in labels if labels.count(label) > 1}
     named = [f"{label}, attempt {n}" if label in repeated else label for n, label in enumerate(labels, 1)]
     return [Attempt(label, run) for label, run in zip(named, runs)]

@@ -181,7 +181,7 @@ def test_sizes(text, size):
     assert bytes_of(text, "plan.gpu_memory") == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "80XB", "-1GB", "0GB", "1.2.3GB"])
+@pytest.mark.parametrize("text", ["80", "", "much", "80XB", "-1GB", "0GB", "1.2.3GB"])
 def test_no_size(text):
     with pytest.raises(UserError, match=r"plan\.gpu_memory"):
         bytes_of(text, "plan.gpu_memory")

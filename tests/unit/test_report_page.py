@@ -357,6 +357,10 @@ def test_attempts_begin_where_the_weight_changes_or_epochs_start_anew():
     assert [len(attempt.records) for attempt in found] == [2, 1, 2]
     assert [a.label for a in found] == ["guard weight 1, attempt 1", "guard weight 1, attempt 2", "guard weight 0.25"]
     assert path_figures.attempts_of([{"loss": 1.0}]) == []
+    taken_back = [{"epoch": 1}, {"epoch": 2, "guard_weight": 0.3}, {"epoch": 3}, {"epoch": 4, "guard_weight": 0.3}]
+    (whole,) = path_figures.attempts_of(taken_back)  # lowrank's steps that are taken back are not looked at
+    assert (whole.label, len(whole.records)) == ("guard weight 0.3", 4)
+    assert len(path_figures.attempts_of([*taken_back, {"epoch": 1}, {"epoch": 2, "guard_weight": 1.2}])) == 2
     assert [a.label for a in path_figures.attempts_of([{"epoch": 1}])] == ["attempt 1"]
 
 
