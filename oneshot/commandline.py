@@ -89,7 +89,7 @@ def layered(
         if toy is not None:
             given = _laid(files, values, place, settings_file(str(toy)), _replaced(given))
     settings = built(Settings, given.values, "", given.where)
-    _check_methods(settings, given)
+    check_methods(settings, given)
     return settings
 
 
@@ -209,7 +209,7 @@ def _laid(
 
 def _without_model(given: Given, stage: str) -> bool:
     """Whether a stage is to run the toy world: no model is named, and for score no server."""
-    served = stage == "score" and given.section("score").get("endpoint", {}).get("url") is not None
+    served = stage == "score" and given.section("score.endpoint").get("url") is not None
     return given.section("model").get("path") is None and not served
 
 
@@ -231,7 +231,8 @@ def _replaced(given: Given) -> Sequence[str]:
     return ("parts",) if any(data.get(name) is not None for name in REPLACED) else ()
 
 
-def _check_methods(settings: Settings, given: Given) -> None:
+def check_methods(settings: Settings, given: Given) -> None:
+    """Raise UserError where the settings name a repair method that there is not."""
     from oneshot.patch.methods import METHODS
     from oneshot.patch.recipe import AUTO
 
