@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PLACE = "in the call"
 _IN_MEMORY = "given"  # folder of a run for a model that came as an object
+_BASE_IN_MEMORY = "given_base"  # for what such a PEFT model stands on
 
 
 def settings_for(
@@ -232,8 +233,19 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
         raise UserError(f"{folder} is there already: give another out.")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    given = dataclasses.replace(asked.model, path=str(folder))
+    base = _write_base(model, out / _BASE_IN_MEMORY) or asked.model.base
+    given = dataclasses.replace(asked.model, path=str(folder), base=base)
     return dataclasses.replace(asked, model=given, name=asked.name or name, out=str(out))
+
+
+def _write_base(model: Any, folder: Path) -> str | None:
+    """Write what a PEFT model stands on, whose weights in memory need not be those of the folder that it names."""
+    if not hasattr(model, "peft_config") or getattr(model.get_base_model(), "is_quantized", False):
+        return None
+    base = model.get_base_model()
+    plain = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if ".lora_" not in k}
+    base.save_pretrained(folder, state_dict=plain)
+    return str(folder)
 
 
 def _complete(stage: str, settings: Settings) -> Settings:

@@ -173,3 +173,19 @@ def test_a_model_in_memory_is_written_where_the_settings_say_and_only_once_they_
 def test_one_adapter_of_an_export_may_be_given_without_a_list(tmp_path: Path) -> None:
     with pytest.raises(oneshot.UserError, match="nowhere"):
         oneshot.export(tmp_path / "out", model=str(ALIGNED), adapters=str(tmp_path / "nowhere"))
+
+
+def test_a_peft_model_in_memory_stands_on_the_weights_that_it_has_not_on_those_of_the_folder_it_names(
+    tmp_path: Path,
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    score = {"probes": "toy:probes", "max_new_tokens": 2}
+    scores = oneshot.score(model=wrapped, tokenizer=tokenizer, score=score, out=tmp_path / "run")
+    assert scores.rates["asr"].value == 1.0  # the folder that it names holds the aligned model, which refuses
