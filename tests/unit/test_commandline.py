@@ -355,9 +355,13 @@ def test_names_that_users_give_stand_for_themselves() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "topic", "flag"),
-    [("repair", "data.parts.mine", "--data.parts.NAME.source"), ("score", "score.sets.mine.path", "--score.sets.NAME.path"),
-     ("plan", "gpus", "--gpus"), ("plan", "plan.gpus", "--gpus")],
-)  # fmt: skip
+    [
+        ("repair", "data.parts.mine", "--data.parts.NAME.source"),
+        ("score", "score.sets.mine.path", "--score.sets.NAME.path"),
+        ("plan", "gpus", "--gpus"),
+        ("plan", "plan.gpus", "--gpus"),
+    ],
+)
 def test_help_takes_the_names_that_a_command_line_takes(stage: str, topic: str, flag: str) -> None:
     from oneshot.stages import help_page
 
@@ -370,3 +374,11 @@ def test_the_list_of_commands_is_as_wide_as_a_page_at_most(capsys: pytest.Captur
 
     _help()
     assert max(map(len, capsys.readouterr().out.splitlines())) <= WIDTH
+
+
+def test_init_below_a_file_is_the_users_mistake(tmp_path: Path) -> None:
+    from oneshot.initialize import copy_shipped
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        copy_shipped(tmp_path / "file" / "folder")
