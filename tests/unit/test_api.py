@@ -186,6 +186,6 @@ def test_a_peft_model_in_memory_stands_on_the_weights_that_it_has_not_on_those_o
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
     wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    score = {"probes": "toy:probes", "max_new_tokens": 2}
+    score = {"probes": "toy:probes", "max_new_tokens": 8}
     scores = oneshot.score(model=wrapped, tokenizer=tokenizer, score=score, out=tmp_path / "run")
     assert scores.rates["asr"].value == 1.0  # the folder that it names holds the aligned model, which refuses
