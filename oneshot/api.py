@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PLACE = "in the call"
 _IN_MEMORY = "given"  # folder of a run for a model that came as an object
+_BASE_IN_MEMORY = "given_base"  # for what such a PEFT model stands on
 
 
 def settings_for(
@@ -39,9 +40,8 @@ def settings_for(
     Raises:
         UserError: an unknown setting, a wrong value, or a file that cannot be read
     """
-    from oneshot.commandline import layered
-    from oneshot.settings.checks import unknown
-    from oneshot.settings.names import close_names, kind_at
+    from oneshot.commandline import known_kind, layered
+    from oneshot.settings.layers import named
     from oneshot.stages import STAGES
 
     if stage not in STAGES:
@@ -49,12 +49,11 @@ def settings_for(
     if model is not None:
         values["model"] = {"path": str(model)} if isinstance(model, (str, Path)) else model
     if isinstance(settings, Settings):
-        return _changed(settings, values)
+        return _complete(stage, _changed(settings, values))
     files = [] if settings is None else [str(settings)]
-    flat = {name: value for section, given in values.items() for name, value in _named(section, given)}
+    flat = {name: value for section, given in values.items() for name, value in named(section, given)}
     for name in flat:
-        if kind_at(name) is None:
-            raise unknown(name, close_names(name), lambda _: f" ({_PLACE})")
+        known_kind(name, stage, _PLACE)
     return layered(stage, files, flat, _PLACE)
 
 
@@ -176,10 +175,12 @@ def plan(settings: Settings | str | Path | None = None, /, *, model: Any = None,
     """
     from oneshot.planning.plan import make_plan
     from oneshot.settings import PlanSettings
+    from oneshot.settings.layers import named
 
     own = {field.name: values.pop(field.name) for field in dataclasses.fields(PlanSettings) if field.name in values}
     if own:
-        values["plan"] = {**dict(_fields(values.get("plan") or {})), **own}
+        said = {name.removeprefix("plan."): value for name, value in named("plan", values.get("plan") or {})}
+        values["plan"] = {**said, **own}
     return make_plan(settings_for("plan", settings, model=model, **values))
 
 
@@ -197,6 +198,8 @@ def export(out: str | Path, **options: Any) -> Exported:
     from oneshot.report.exports import ExportRequest, check_request
     from oneshot.report.exports import export as write
 
+    if isinstance(options.get("adapters"), (str, Path)):  # a text would be taken for a list of letters
+        options["adapters"] = [options["adapters"]]
     known = {field.name for field in dataclasses.fields(ExportRequest)}
     if unknown := sorted(options.keys() - known):
         raise UserError(f"export knows no {unknown[0]}: give some of {', '.join(sorted(known))}.")
@@ -226,52 +229,49 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
     if start().world_size > 1:
         raise UserError("A model in memory is for one process: save it, and give its folder as model.")
     name = Path(str(model.config._name_or_path or "model")).name
-    out = new_folder(values.pop("out", None), name)
+    asked = settings_for(stage, settings, model=name, **values)  # what is wrong is found before the copy is written
+    out = new_folder(asked.out, asked.name or name)
     folder = out / _IN_MEMORY
     if folder.exists():
         raise UserError(f"{folder} is there already: give another out.")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    values.setdefault("name", name)
-    return settings_for(stage, settings, model=folder, out=str(out), **values)
+    base = _write_base(model, out / _BASE_IN_MEMORY) or asked.model.base
+    given = dataclasses.replace(asked.model, path=str(folder), base=base)
+    return dataclasses.replace(asked, model=given, name=asked.name or name, out=str(out))
+
+
+def _write_base(model: Any, folder: Path) -> str | None:
+    """Write what a PEFT model stands on, whose weights in memory need not be those of the folder that it names."""
+    if not hasattr(model, "peft_config") or getattr(model.get_base_model(), "is_quantized", False):
+        return None
+    base = model.get_base_model()
+    plain = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if ".lora_" not in k}
+    base.save_pretrained(folder, state_dict=plain)
+    return str(folder)
+
+
+def _complete(stage: str, settings: Settings) -> Settings:
+    """Settings that were made in Python, where they can run: what layers of them would have found."""
+    from oneshot.commandline import check_methods
+    from oneshot.settings.layers import Given
+    from oneshot.stages import STAGES
+
+    check_methods(settings, Given())
+    served = stage == "score" and settings.score.endpoint.url is not None
+    if STAGES[stage].toy and settings.model.path is None and not served:
+        raise UserError("The settings name no model: give model=..., or leave the settings out to run the toy world.")
+    return settings
 
 
 def _changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
     """Settings with some of their fields, or of their sections' fields, changed; they check themselves."""
+    from oneshot.settings.layers import over
+
     known = {field.name for field in dataclasses.fields(settings)}
     if unknown := sorted(values.keys() - known):
         raise UserError(f"There is no setting {unknown[0]}: give some of {', '.join(sorted(known))}.")
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        section = getattr(settings, name)
-        if dataclasses.is_dataclass(section) and isinstance(value, Mapping):
-            value = {**dict(_fields(section)), **value}
-        found[name] = value
-    return dataclasses.replace(settings, **found)
-
-
-def _named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The settings in a section by their full names; of an instance those that differ from its defaults."""
-    from oneshot.settings.kinds import kinds
-
-    kind = kinds(Settings).get(name)
-    if kind is None or not dataclasses.is_dataclass(kind) or value is None:
-        yield name, value
-        return
-    section: Any = kind
-    default = dict(_fields(section()))
-    for field, given in _fields(value):
-        if isinstance(value, Mapping) or given != default[field]:
-            yield f"{name}.{field}", given
-
-
-def _fields(section: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(section, Mapping):
-        yield from section.items()
-    elif dataclasses.is_dataclass(section):
-        yield from ((field.name, getattr(section, field.name)) for field in dataclasses.fields(section))
-    else:
-        raise UserError(f"{section!r} is no section of settings: give a dict, or an instance of its class.")
+    return dataclasses.replace(settings, **{name: over(getattr(settings, name), values[name]) for name in values})
 
 
 def _watched(watch: Any) -> Watched | None:

@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 STAGES = {
-    "repair": "repair a fine-tuned model with one safety example (without settings: the toy world, from end to end)",
+    "repair": "repair a fine-tuned model with one safety example (without settings: the toy world)",
     "finetune": "harmful fine-tune, to reproduce and measure the damage",
     "score": "measure refusals, over-refusal and utility of a checkpoint",
     "spectrum": "how few directions hold the safety gradient, and what it stands against",

@@ -89,7 +89,7 @@ def layered(
         if toy is not None:
             given = _laid(files, values, place, settings_file(str(toy)), _replaced(given))
     settings = built(Settings, given.values, "", given.where)
-    _check_methods(settings, given)
+    check_methods(settings, given)
     return settings
 
 
@@ -145,7 +145,7 @@ def _read(argv: list[str], stage: str) -> _Read:
             files.append(value if equals else _following(rest, flag, "a settings file, or the name of one that ships"))
         else:
             name = _own_name(flag.removeprefix("--"), stage)
-            kind = _known(name, stage)
+            kind = known_kind(name, stage)
             if not equals and bool in options(kind) and (not rest or rest[0].startswith("--")):
                 values[name] = True
             else:
@@ -158,14 +158,22 @@ def _own_name(name: str, stage: str) -> str:
     return joined(own, name) if own is not None and name in kinds(kind_at(own)) else name
 
 
-def _known(name: str, stage: str) -> Any:
-    """Return the kind of a setting; one that there is not, or that the stage does not read, is an error."""
+def known_kind(name: str, stage: str, place: str = _COMMAND_LINE) -> Any:
+    """Return the kind of a setting.
+
+    Args:
+        name: in full
+        place: where it was given, for messages
+
+    Raises:
+        UserError: there is no such setting, the stage does not read it, or it is a whole section
+    """
     kind = kind_at(name)
     if kind is None:
         own = STAGES[stage].own
         close = (close_names(joined(own, name)) if own else []) or close_names(name)
         mine = [one for one in close if reads(stage, one)]
-        raise unknown(name, mine or close, lambda _: f" ({_COMMAND_LINE})")
+        raise unknown(name, mine or close, lambda _: f" ({place})")
     if not reads(stage, name):
         others = listed([f"oneshot {other}" for other in readers(name)], "and")
         raise UserError(
@@ -174,7 +182,7 @@ def _known(name: str, stage: str) -> Any:
         )
     if dataclasses.is_dataclass(kind):
         first = joined(name, next(iter(kinds(kind))))
-        raise UserError(f"Setting {name} is a section ({_COMMAND_LINE}): give its settings one by one, as --{first}.")
+        raise UserError(f"Setting {name} is a section ({place}): give its settings one by one, as --{first}.")
     return kind
 
 
@@ -209,14 +217,16 @@ def _laid(
 
 def _without_model(given: Given, stage: str) -> bool:
     """Whether a stage is to run the toy world: no model is named, and for score no server."""
-    served = stage == "score" and given.section("score").get("endpoint", {}).get("url") is not None
+    served = stage == "score" and given.section("score.endpoint").get("url") is not None
     return given.section("model").get("path") is None and not served
 
 
 def _refuse_own(given: Given) -> None:
+    from oneshot.world.sources import is_toy
+
     for name in OWN:
         value = given.values.get(name)
-        if value is not None and not str(value).startswith("toy:"):
+        if value is not None and not is_toy(str(value)):
             raise UserError(
                 f"Setting {name} is given{given.where(name)}, but no model: name the fine-tuned checkpoint or adapter "
                 f"with --model.path, or leave {name} out to run the toy world."
@@ -231,7 +241,8 @@ def _replaced(given: Given) -> Sequence[str]:
     return ("parts",) if any(data.get(name) is not None for name in REPLACED) else ()
 
 
-def _check_methods(settings: Settings, given: Given) -> None:
+def check_methods(settings: Settings, given: Given) -> None:
+    """Raise UserError where the settings name a repair method that there is not."""
     from oneshot.patch.methods import METHODS
     from oneshot.patch.recipe import AUTO
 

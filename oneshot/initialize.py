@@ -50,7 +50,7 @@ def copy_shipped(folder: Path, *, force: bool = False) -> list[Path]:
     Raises:
         UserError: a file is there that differs from what ships, unless ``force``; then nothing is written
     """
-    for path in (folder, *(folder / name for name in FOLDERS)):
+    for path in (*folder.parents, folder, *(folder / name for name in FOLDERS)):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: take another folder for oneshot init.")
     shipped = [path for name in FOLDERS for path in sorted((root() / name).rglob("*")) if path.is_file()]

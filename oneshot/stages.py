@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oneshot.errors import UserError
 from oneshot.settings.checks import listed
-from oneshot.settings.names import Described, close_names, described, kind_at
+from oneshot.settings.names import ANY, Described, close_names, described, kind_at
 
 WIDTH = 100  # columns of a help page
 _RUN = ("out", "name", "seed", "preflight", "hang_minutes", "resume", "log_with", "debug")
@@ -138,11 +139,23 @@ def help_page(stage: str, topic: str | None) -> str:
         return "\n".join(_short(stage)) + "\n"
     shown = [one for one in described() if reads(stage, one.name)]
     if topic != "all":
-        topic = topic.removeprefix("--")
+        topic = _own_topic(stage, topic.removeprefix("--"))
         shown = [one for one in shown if one.name == topic or one.name.startswith(f"{topic}.")]
     if not shown:
         raise UserError(f"There is nothing called {topic} in the settings of oneshot {stage}: {_instead(stage, topic)}")
     return "\n".join(line for one in shown for line in _entry(stage, one)) + "\n"
+
+
+def _own_topic(stage: str, topic: str) -> str:
+    """The setting that a topic means: that of the stage's own section, of a name that the user gives, NAME's."""
+    own = STAGES[stage].own
+    if own and kind_at(f"{own}.{topic}") is not None:
+        return f"{own}.{topic}"
+    for one in described():
+        before, name, after = one.name.partition(f".{ANY}")
+        if name and re.fullmatch(rf"{re.escape(before)}\.[^.]+({re.escape(after)})?", topic):
+            return before + name + (after if topic.endswith(after) else "")
+    return topic
 
 
 def _short(stage: str) -> Iterator[str]:

@@ -102,12 +102,6 @@ def descend(kind: Any, key: str) -> Any:
     return None
 
 
-def section_of(kind: Any) -> Any:
-    """Return the class of a kind that is a section of the settings or a value by name of such; none for others."""
-    base, _ = bare(next((option for option in options(kind) if option is not type(None)), kind))
-    return base if dataclasses.is_dataclass(base) else None
-
-
 def docs(section: Any) -> dict[str, str]:
     """Return what a section's docstring says of its fields, by name, each in one line."""
     found: dict[str, str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_origin
 from oneshot.errors import UserError
 from oneshot.settings.checks import joined, unknown, wrong
 from oneshot.settings.kinds import bare, kinds, options, words
-from oneshot.settings.names import close_names
+from oneshot.settings.names import close_names, kind_at
 from oneshot.settings.run import Settings
 
 
@@ -105,3 +105,34 @@ def _loader() -> Any:
         "tag:yaml.org,2002:float", re.compile(f"^(?:{number.pattern})$"), list("-+.0123456789")
     )
     return Loader
+
+
+def over(section: Any, value: Any) -> Any:
+    """A value over the one that is there: of a section, and of one in it, what is not given stays."""
+    if not (dataclasses.is_dataclass(section) and isinstance(value, Mapping)):
+        return value
+    there = dict(fields_of(section))
+    return {**there, **{name: over(there.get(name), given) for name, given in value.items()}}
+
+
+def named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings in a section by their full names; of an instance those that differ from its defaults."""
+    kind = kind_at(name)
+    if kind is None or not dataclasses.is_dataclass(kind) or value is None:
+        yield name, value
+        return
+    section: Any = kind
+    default = dict(fields_of(section()))
+    for key, given in fields_of(value):
+        if isinstance(value, Mapping) or given != default[key]:
+            yield from named(f"{name}.{key}", given)
+
+
+def fields_of(section: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (field, value) of a section, given as a dict or an instance; UserError for anything else."""
+    if isinstance(section, Mapping):
+        yield from section.items()
+    elif dataclasses.is_dataclass(section):
+        yield from ((field.name, getattr(section, field.name)) for field in dataclasses.fields(section))
+    else:
+        raise UserError(f"{section!r} is no section of settings: give a dict, or an instance of its class.")

@@ -134,3 +134,58 @@ def test_results_cannot_be_changed(tmp_path: Path) -> None:
     assert len(scored.answers) == 600
     with pytest.raises(AttributeError):
         scored.rates = {}  # type: ignore[misc]
+
+
+def test_sections_within_sections_are_taken_as_instances_and_what_is_not_given_of_them_stays() -> None:
+    endpoint = oneshot.EndpointSettings(url="http://x/v1", model="m")
+    for score in ({"endpoint": endpoint}, oneshot.ScoreSettings(endpoint=endpoint)):
+        assert oneshot.settings_for("score", score=score).score.endpoint == endpoint
+    changed = oneshot.settings_for(
+        "score", oneshot.Settings(score=oneshot.ScoreSettings(endpoint=endpoint)), score={"endpoint": {"model": "n"}}
+    )
+    assert changed.score.endpoint == oneshot.EndpointSettings(url="http://x/v1", model="n")
+    with pytest.raises(oneshot.UserError, match="no section of settings"):
+        oneshot.settings_for("score", score={"endpoint": "http://x"})
+
+
+@pytest.mark.parametrize("stage", ["repair", "finetune", "score"])
+def test_settings_made_in_python_name_a_model_and_a_method_that_there_is(stage: str) -> None:
+    with pytest.raises(oneshot.UserError, match="name no model"):
+        getattr(oneshot, stage)(oneshot.Settings())
+    with pytest.raises(oneshot.UserError, match="did you mean rollback"):
+        getattr(oneshot, stage)(oneshot.Settings(repair=oneshot.RepairSettings(method="rollbak")), model="m")
+
+
+def test_a_model_in_memory_is_written_where_the_settings_say_and_only_once_they_are_right(tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
+    out = tmp_path / "run"
+    with pytest.raises(oneshot.UserError, match=r"no setting score\.probs"):
+        oneshot.score(model=model, tokenizer=tokenizer, out=out, score={"probs": "toy:probes"})
+    assert not out.exists()
+    settings = oneshot.Settings(
+        out=str(out), name="mine", score=oneshot.ScoreSettings(probes="toy:probes", max_new_tokens=2)
+    )
+    scores = oneshot.score(settings, model=model, tokenizer=tokenizer)
+    assert scores.folder == out
+    assert "name: mine\n" in (out / "settings.yaml").read_text()
+
+
+def test_one_adapter_of_an_export_may_be_given_without_a_list(tmp_path: Path) -> None:
+    with pytest.raises(oneshot.UserError, match="nowhere"):
+        oneshot.export(tmp_path / "out", model=str(ALIGNED), adapters=str(tmp_path / "nowhere"))
+
+
+def test_a_peft_model_in_memory_stands_on_the_weights_that_it_has_not_on_those_of_the_folder_it_names(
+    tmp_path: Path,
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    score = {"probes": "toy:probes", "max_new_tokens": 8}
+    scores = oneshot.score(model=wrapped, tokenizer=tokenizer, score=score, out=tmp_path / "run")
+    assert scores.rates["asr"].value == 1.0  # the folder that it names holds the aligned model, which refuses

@@ -351,3 +351,34 @@ def test_the_users_parts_replace_the_toys_counts_and_the_other_way_round(toy: st
 def test_names_that_users_give_stand_for_themselves() -> None:
     assert [name for name in all_names() if ANY in name.split(".")]
     assert parse([f"--score.sets.{ANY}.path", "x"], "score").score.sets[ANY].path == "x"
+
+
+@pytest.mark.parametrize(
+    ("stage", "topic", "flag"),
+    [
+        ("repair", "data.parts.mine", "--data.parts.NAME.source"),
+        ("score", "score.sets.mine.path", "--score.sets.NAME.path"),
+        ("plan", "gpus", "--gpus"),
+        ("plan", "plan.gpus", "--gpus"),
+    ],
+)
+def test_help_takes_the_names_that_a_command_line_takes(stage: str, topic: str, flag: str) -> None:
+    from oneshot.stages import help_page
+
+    assert help_page(stage, topic).startswith(f"  {flag} - ")
+
+
+def test_the_list_of_commands_is_as_wide_as_a_page_at_most(capsys: pytest.CaptureFixture[str]) -> None:
+    from oneshot.cli import _help
+    from oneshot.stages import WIDTH
+
+    _help()
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= WIDTH
+
+
+def test_init_below_a_file_is_the_users_mistake(tmp_path: Path) -> None:
+    from oneshot.initialize import copy_shipped
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        copy_shipped(tmp_path / "file" / "folder")
