@@ -210,7 +210,7 @@ def _documented(section: Any) -> dict[str, str]:
         ("score.endpoint.urll", "score.endpoint.url"),
         ("data.parts.mine.cuont", "data.parts.mine.count"),
         ("sede", "seed"),
-        ("refernce", "reference"),
+        ("watch_promts", "watch_prompts"),
     ],
 )
 def test_a_misspelt_name_is_understood(name: str, meant: str) -> None:
