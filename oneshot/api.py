@@ -253,13 +253,11 @@ def _write_base(model: Any, folder: Path) -> str | None:
 
 def _complete(stage: str, settings: Settings) -> Settings:
     """Settings that were made in Python, where they can run: what layers of them would have found."""
-    from oneshot.commandline import check_methods
-    from oneshot.settings.layers import Given
-    from oneshot.stages import STAGES
+    from oneshot.commandline import lacks_model
+    from oneshot.patch.recipe import check_names
 
-    check_methods(settings, Given())
-    served = stage == "score" and settings.score.endpoint.url is not None
-    if STAGES[stage].toy and settings.model.path is None and not served:
+    check_names(settings.repair.method, settings.repair.learning_rate)
+    if lacks_model(stage, settings.model.path, settings.score.endpoint.url):
         raise UserError("The settings name no model: give model=..., or leave the settings out to run the toy world.")
     return settings
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from oneshot.errors import EXIT_USER, UserError
 from oneshot.settings import Settings, to_dict
-from oneshot.settings.checks import built, joined, listed, unknown, wrong
+from oneshot.settings.checks import built, joined, listed, unknown
 from oneshot.settings.data import REPLACED
 from oneshot.settings.kinds import kinds, options, words
 from oneshot.settings.layers import Given, from_text, lay_file
@@ -84,12 +84,14 @@ def layered(
         UserError: as ``parse``
     """
     given = _laid(files, values, place)
-    if STAGES[stage].toy and _without_model(given, stage):
+    if lacks_model(stage, given.section("model").get("path"), given.section("score.endpoint").get("url")):
         _refuse_own(given)
         if toy is not None:
             given = _laid(files, values, place, settings_file(str(toy)), _replaced(given))
+    from oneshot.patch.recipe import check_names
+
     settings = built(Settings, given.values, "", given.where)
-    check_methods(settings, given)
+    check_names(settings.repair.method, settings.repair.learning_rate, given.where)
     return settings
 
 
@@ -112,7 +114,14 @@ def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], obje
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command with arguments of its own: what is wrong with them is a user's mistake like any other."""
+    """The parser of a command with arguments of its own: what is wrong with them is a user's mistake like any other.
+
+    All have ``--debug``, which ``run_command`` heeds.
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="full tracebacks")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -215,10 +224,9 @@ def _laid(
     return given
 
 
-def _without_model(given: Given, stage: str) -> bool:
-    """Whether a stage is to run the toy world: no model is named, and for score no server."""
-    served = stage == "score" and given.section("score.endpoint").get("url") is not None
-    return given.section("model").get("path") is None and not served
+def lacks_model(stage: str, path: str | None, url: str | None) -> bool:
+    """Whether a stage that can run the toy world is given neither a model nor, for score, a server."""
+    return STAGES[stage].toy and path is None and not (stage == "score" and url is not None)
 
 
 def _refuse_own(given: Given) -> None:
@@ -239,16 +247,3 @@ def _replaced(given: Given) -> Sequence[str]:
     if data.get("parts") is not None:
         return REPLACED
     return ("parts",) if any(data.get(name) is not None for name in REPLACED) else ()
-
-
-def check_methods(settings: Settings, given: Given) -> None:
-    """Raise UserError where the settings name a repair method that there is not."""
-    from oneshot.patch.methods import METHODS
-    from oneshot.patch.recipe import AUTO
-
-    method, rate, own = settings.repair.method, settings.repair.learning_rate, list(METHODS)
-    if method not in (AUTO, *own):
-        raise wrong("repair.method", method, f"one of {', '.join([AUTO, *own])}", [AUTO, *own], given.where)
-    for name in rate if isinstance(rate, dict) else ():
-        if name not in own:
-            raise unknown(f"repair.learning_rate.{name}", [f"repair.learning_rate.{one}" for one in own], given.where)

@@ -43,10 +43,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from oneshot.commandline import CommandParser
 
-    made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    made = CommandParser(PROG, DESCRIPTION)
     made.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run, or its report.json")
     made.add_argument("--out", metavar="DIR", help="folder for compare.html and compare.md (a new one under runs/)")
-    made.add_argument("--debug", action="store_true", help="full tracebacks")
     return made
 
 

@@ -42,9 +42,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from oneshot.commandline import CommandParser
 
-    made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    made = CommandParser(PROG, DESCRIPTION)
     made.add_argument("--json", action="store_true", help="the same as JSON")
-    made.add_argument("--debug", action="store_true", help="full tracebacks")
     return made
 
 

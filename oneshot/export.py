@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from oneshot.commandline import CommandParser
 
-    made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    made = CommandParser(PROG, DESCRIPTION)
     add = made.add_argument
     each: dict[str, Any] = {"action": "append", "default": []}
     add("--model", metavar="DIR", help="checkpoint to merge into; with --extract: to compare with (folder or Hub id)")
@@ -58,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
     add("--extract", metavar="DIR", help="write what this checkpoint has more than --model as an adapter")
     add("--force", action="store_true", help="use patches that belong to another model")
     add("--trust_remote_code", action="store_true", help="run the model's own Python code to build its config")
-    add("--debug", action="store_true", help="full tracebacks")
     return made
 
 

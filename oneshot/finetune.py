@@ -60,7 +60,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     needed = FINETUNE[settings.finetune.method]
     refuse_what_cannot_fit(settings, runtime, prepared.source.checkpoint, needed, stage="finetune")
     console = None if quiet else open_console(runtime)
-    run_dir = open_run(settings.out, called(settings), settings, runtime)
+    run_dir = open_run(settings.out, settings.called, settings, runtime)
     begin(runtime, settings, run_dir, prepared, console)
     if (run_dir / FINETUNED).exists():
         raise UserError(f"The fine-tune in {run_dir} is finished: there is nothing to resume.")
@@ -68,11 +68,6 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     if console:
         console.print(f"Safety-degraded model: {folder}")
     return folder
-
-
-def called(settings: Settings) -> str:
-    """Return what the run is called: as the settings say, else after its model."""
-    return settings.name or str(settings.model.path)
 
 
 def begin(runtime: Runtime, settings: Settings, run_dir: Path, prepared: Prepared, console: Console | None) -> None:
@@ -137,15 +132,13 @@ def finetune_first(
     from oneshot.training.finetune import FINETUNED, STATE, prepare
 
     plain = dataclasses.replace(settings, model=dataclasses.replace(settings.model, quantize=None))
-    prepared = prepare(
-        plain if settings.finetune.method == "full" else settings
-    )  # an adapter is trained on 4 bits, too
+    prepared = prepare(plain if settings.finetune.method == "full" else settings)  # only adapters go on 4-bit weights
     check(_on(settings, str(settings.model.path)))
     with agree(runtime, "looking for what must not be removed"):
         begun = settings.resume and settings.out is not None and (Path(settings.out) / SETTINGS).is_file()
         if settings.delete_degraded and settings.out is not None and not begun:
             check_own(Path(settings.out), [FINETUNED, STATE])
-    run_dir = open_run(settings.out, called(settings) + suffix, settings, runtime)
+    run_dir = open_run(settings.out, settings.called + suffix, settings, runtime)
     begin(runtime, settings, run_dir, prepared, console)
     clock = time.perf_counter()
     if not (run_dir / FINETUNED).exists():  # else an interrupted run had come further
@@ -158,7 +151,7 @@ def _on(settings: Settings, model: str) -> Settings:
     aligned = settings.model.path
     return dataclasses.replace(
         settings,
-        name=called(settings),
+        name=settings.called,
         finetune_first=False,
         reference=settings.reference or aligned,
         model=dataclasses.replace(settings.model, path=model, base=settings.model.base or aligned),

@@ -68,9 +68,8 @@ def _inspect(argv: list[str]) -> None:
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     from oneshot.commandline import CommandParser
 
-    made = CommandParser(prog=prog, description=description, allow_abbrev=False)
+    made = CommandParser(prog, description)
     made.add_argument("folder", metavar="DIR", type=Path, help=FOLDER)
-    made.add_argument("--debug", action="store_true", help="full tracebacks")
     return made
 
 

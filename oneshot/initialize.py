@@ -37,10 +37,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from oneshot.commandline import CommandParser
 
-    made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    made = CommandParser(PROG, DESCRIPTION)
     made.add_argument("folder", metavar="DIR", type=Path, help="folder to write into, made where there is none")
     made.add_argument("--force", action="store_true", help="overwrite files that differ from what ships")
-    made.add_argument("--debug", action="store_true", help="full tracebacks")
     return made
 
 

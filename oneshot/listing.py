@@ -32,9 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from oneshot.commandline import CommandParser
 
-    made = CommandParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
-    made.add_argument("--debug", action="store_true", help="full tracebacks")
-    return made
+    return CommandParser(PROG, DESCRIPTION)
 
 
 def sections() -> dict[str, dict[str, str]]:

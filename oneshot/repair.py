@@ -78,7 +78,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         request = check_fully(damaged.settings, runtime)
     else:
         request = check_fully(settings, runtime)
-        run_dir = open_run(settings.out, settings.name or str(settings.model.path), settings, runtime)
+        run_dir = open_run(settings.out, settings.called, settings, runtime)
         start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
         look_around(runtime, settings.preflight, run_dir, merged, console)

@@ -35,7 +35,7 @@ def run(settings: Settings) -> None:
     """Measure the settings' model into a new run folder; first fine-tune it, where they say so. Collective."""
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
-    from oneshot.finetune import called, finetune_first
+    from oneshot.finetune import finetune_first
     from oneshot.patch.measured import measure
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
@@ -49,7 +49,7 @@ def run(settings: Settings) -> None:
         asked, run_dir = check_fully(damaged.settings, runtime), damaged.run_dir
     else:
         asked = check_fully(settings, runtime)
-        run_dir = open_run(settings.out, f"{Path(called(settings)).name}-spectrum", settings, runtime)
+        run_dir = open_run(settings.out, f"{Path(settings.called).name}-spectrum", settings, runtime)
     clock = time.perf_counter()
     found = measure(asked)
     if console:
@@ -70,13 +70,12 @@ def check_fully(settings: Settings, runtime: Runtime) -> Asked:
 
 def _show(asked: Asked, found: Found, run_dir: Path, seconds: float, console: Console) -> None:
     """Print the table; write spectrum.json and spectrum.html."""
-    from oneshot.finetune import called
     from oneshot.report.spectrum import JSON, console_table, sweep_table, write_spectrum
     from oneshot.versions import versions
 
     settings, example = asked.request.settings, found.example
     facts = {
-        "model": called(settings),
+        "model": settings.called,
         "world_size": asked.request.runtime.world_size,
         "seed": settings.seed,
         "example": {"id": example.id, "prompt": example.prompt[-1]["content"], "response": example.response},

@@ -35,6 +35,14 @@ class TensorEntry:
     offset: int
 
 
+def local_folder(source: str) -> Path | None:
+    """Return the folder that ``source`` names here, or the toy's model; none where it can only be a Hub id."""
+    if source == NAME:
+        return ALIGNED
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else None
+
+
 def resolve(source: str, what: str = "model") -> Path:
     """Return the local folder of ``source``, a folder, a Hub id (downloaded to the Hub cache) or the toy's model.
 
@@ -43,12 +51,10 @@ def resolve(source: str, what: str = "model") -> Path:
     Raises:
         UserError: no such folder, and not to be had from the Hub
     """
-    if source == NAME:
-        return ALIGNED
     folder = Path(source).expanduser()
     put_back(folder)
-    if folder.is_dir():
-        return folder
+    if (here := local_folder(source)) is not None:
+        return here
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise UserError(f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name).")
     from huggingface_hub import snapshot_download

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, find_weight, is_adapter, list_tensors, read_json, resolve
+from oneshot.checkpoint.files import (
+    ADAPTER_CONFIG,
+    find_weight,
+    is_adapter,
+    list_tensors,
+    local_folder,
+    read_json,
+    resolve,
+)
 from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
 from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_bit
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
+from oneshot.distributed.resources import parameters_of
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError, first_line
 from oneshot.settings import ModelSettings
-from oneshot.world.model import ALIGNED
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +82,7 @@ def find_source(settings: ModelSettings) -> Source:
     own = stored.pop() if len(stored) == 1 else "bfloat16" if "bfloat16" in stored else "float32"
     dtype = getattr(torch, own if settings.dtype == "auto" else settings.dtype)
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    local = Path(name).expanduser().is_dir() or checkpoint == ALIGNED
-    base = str(checkpoint.resolve()) if local else name  # a Hub id stays one
+    base = str(checkpoint.resolve()) if local_folder(name) else name  # a Hub id stays one
     four_bit = packed or settings.quantize == "nf4"
     return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, base, dtype, four_bit)
 
@@ -118,8 +124,6 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if runtime.device.type == "cpu" and _numel(source.checkpoint) < _SMALL:
-        torch.set_num_threads(1)
     dtype = dtype or source.dtype
     settings = dataclasses.replace(settings, attention=_attention(settings.attention, runtime, source.dtype))
     try:
@@ -132,6 +136,8 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"The model in {source.checkpoint} cannot be loaded: {first_line(error)}.") from error
+    if runtime.device.type == "cpu" and parameters_of(model) < _SMALL:
+        torch.set_num_threads(1)
     model.eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -140,10 +146,6 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True  # or transformers would not checkpoint it; what is below it has its own flag
     return model
-
-
-def _numel(checkpoint: Path) -> int:
-    return sum(math.prod(entry.shape) for entry in list_tensors(checkpoint).values())
 
 
 def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:

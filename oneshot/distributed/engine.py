@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from oneshot.distributed.resources import parameters_of
 from oneshot.distributed.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def _keep_what_may_live(zero: dict[str, Any], model: nn.Module) -> None:
     that much anyhow, only to fetch it anew in the next one.
     """
     budget = int(zero.get("stage3_max_live_parameters", 10**9))  # DeepSpeed's own default
-    if "offload_param" not in zero and sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) <= budget:
+    if "offload_param" not in zero and parameters_of(model) <= budget:
         zero["stage3_param_persistence_threshold"] = budget
 
 

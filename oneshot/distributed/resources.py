@@ -1,11 +1,14 @@
-"""What a run used: memory of this process, and peaks of every rank."""
+"""What a run uses: memory of this process, peaks of every rank, and how large its model is."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.runtime import Runtime, gather_objects
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def measured(runtime: Runtime) -> dict[str, Any]:
@@ -42,3 +45,8 @@ def resident_bytes() -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Return how many parameters a model has, partitioned or whole; packed ones as they are packed."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

@@ -16,6 +16,7 @@ from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.path import REFUSABLE, Answered
 from oneshot.patch.request import Request, own_update
+from oneshot.training.loop import weights_dtype
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,13 @@ class Bench:
     prepared: Any = None
     answered: list[Answered] = dataclasses.field(default_factory=list)
 
-    @contextlib.contextmanager
-    def unpatched(self) -> Iterator[Any]:
+    def unpatched(self) -> contextlib.AbstractContextManager[Any]:
         """Within the block the model is the user's own, adapter included."""
-        with self._with(own_update(self.request)) as model:
-            yield model
+        return self.patched(own_update(self.request))
 
     @contextlib.contextmanager
     def patched(self, update: Update) -> Iterator[Any]:
         """Within the block the model is the repaired one: with the update, or as training left it."""
-        with self._with(update) as model:
-            yield model
-
-    @contextlib.contextmanager
-    def _with(self, update: Update) -> Iterator[Any]:
         with attached_update(self.model, update) if self.engine is None else contextlib.nullcontext():
             yield self.model
 
@@ -62,7 +56,8 @@ def opened(request: Request) -> Iterator[Bench]:
     Raises:
         UserError: it cannot be loaded, has no layer to patch, or the method finds nothing to work with
     """
-    with (_training if request.recipe.method.cost.trains != "nothing" else _frozen)(request) as bench:
+    how = _frozen if request.recipe.method.cost.trains == "nothing" else _training
+    with how(request) as bench:
         yield bench
 
 
@@ -97,12 +92,9 @@ def _watched_answers(bench: Bench) -> list[Answered]:
 @contextlib.contextmanager
 def _training(request: Request) -> Iterator[Bench]:
     """All weights are trained, the user's adapter merged into them; or a new LoRA on frozen ones."""
-    import torch
-
     runtime, trains = request.runtime, request.recipe.method.cost.trains
-    # without DeepSpeed's fp32 masters small steps would be lost in bf16 weights
-    plain = runtime.sharding in ("none", "ddp") and trains == "weights"
-    model = load_model(runtime, request.source, request.settings.model, torch.float32 if plain else None)
+    dtype = weights_dtype(runtime) if trains == "weights" else None
+    model = load_model(runtime, request.source, request.settings.model, dtype)
     linears = select_linears(model, request.recipe.targets)
     with contextlib.ExitStack() as stack:
         if trains == "adapter":

@@ -33,7 +33,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     tokenizer = load_tokenizer(source, settings.model)
     check_words(settings, tokenizer)
     config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
-    limit = context_length(config, tokenizer, settings.model.max_length)
+    length = context_length(config, tokenizer, settings.model.max_length)
     check_judges(runtime, settings.score)
     probes, conversations = collect_probes(settings), read_candidates(settings)
     check_apart(conversations, probes)
@@ -41,7 +41,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
     wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)
     guard = read_guard(settings, recipe.guard_prompts) if wants_guard else []
-    candidates = [encode(conversation, tokenizer, limit) for conversation in conversations]
+    candidates = [encode(conversation, tokenizer, length) for conversation in conversations]
     if reference is not None and adapter is None:
         check_same_tokens(candidates, tokenizer, reference)
     return Request(
@@ -52,6 +52,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
         tokenizer=tokenizer,
         adapter=adapter,
         reference=reference,
+        length=length,
         conversations=conversations,
         candidates=candidates,
         guard=guard,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from oneshot.data.conversations import Conversation
-from oneshot.data.encoding import IGNORE, Encoded, context_length, encode, encode_prompt, pad_id
+from oneshot.data.encoding import IGNORE, Encoded, encode, encode_prompt, pad_id
 from oneshot.measure.generate import generate_answers
 from oneshot.patch import spectrum
 from oneshot.patch.bench import Bench, opened
@@ -32,14 +32,12 @@ class Asked:
     Attributes:
         pool: the safety examples, the measured one is among them or beside them
         others: harmful and task conversations, by group
-        length: longest conversation in tokens
         notes: what a reader should know
     """
 
     request: Request
     pool: list[Conversation]
     others: dict[str, list[Conversation]]
-    length: int
     notes: list[str]
 
 
@@ -58,12 +56,7 @@ def prepared(request: Request) -> Asked:
     Raises:
         UserError: a file that cannot be read
     """
-    from transformers import AutoConfig
-
     settings = request.settings
-    trusted = settings.model.trust_remote_code
-    config = AutoConfig.from_pretrained(request.source.checkpoint, trust_remote_code=trusted)
-    length = context_length(config, request.tokenizer, settings.model.max_length)
     pool = read_candidates(dataclasses.replace(settings, example=None, select="hardest"))
     mixed = []
     if any(part.count != 0 for part in parts_of(settings.data).values()):
@@ -76,7 +69,7 @@ def prepared(request: Request) -> Asked:
     notes = []
     if not others["harmful"]:
         notes.append("No harmful conversations were compared: give those of your fine-tune with --data.harmful.")
-    return Asked(request, pool, others, length, notes)
+    return Asked(request, pool, others, notes)
 
 
 def measure(asked: Asked) -> Found:
@@ -109,7 +102,7 @@ def _groups(asked: Asked, model: Any, taken: Conversation) -> dict[str, list[Enc
     tokenizer, count = request.tokenizer, settings.spectrum.samples
     rows = {spectrum.OTHERS: _some([row for row in asked.pool if row.prompt != taken.prompt], count, settings.seed)}
     groups = {
-        name: [encode(row, tokenizer, asked.length) for row in found]
+        name: [encode(row, tokenizer, request.length) for row in found]
         for name, found in {**rows, **asked.others}.items()
     }
     guard = request.guard[:count]

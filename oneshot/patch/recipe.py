@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from oneshot.errors import UserError
@@ -10,6 +9,7 @@ from oneshot.patch.method import Defaults, Method
 from oneshot.patch.methods import METHODS
 from oneshot.patch.path import Bounds
 from oneshot.settings import RepairSettings, rate_for
+from oneshot.settings.checks import Where, nowhere, unknown, wrong
 
 AUTO = "auto"
 
@@ -55,11 +55,24 @@ def method_named(name: str) -> Method:
     Raises:
         UserError: there is none
     """
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, [AUTO, *METHODS], 1)
-        meant = f"; did you mean {close[0]}?" if close else "."
-        raise UserError(f"Setting repair.method is {name!r}: give one of {', '.join([AUTO, *METHODS])}{meant}")
+    check_names(name)
     return METHODS[name]
+
+
+def check_names(name: str, rate: float | dict[str, float] | None = None, where: Where = nowhere) -> None:
+    """Raise UserError where settings name a method that there is not.
+
+    Args:
+        name: repair.method
+        rate: repair.learning_rate, which may be given by method
+        where: tells where a setting was given
+    """
+    if name not in (AUTO, *METHODS):
+        known = [AUTO, *METHODS]
+        raise wrong("repair.method", name, f"one of {', '.join(known)}", known, where)
+    for other in rate if isinstance(rate, dict) else ():
+        if other not in METHODS:
+            raise unknown(f"repair.learning_rate.{other}", [f"repair.learning_rate.{one}" for one in METHODS], where)
 
 
 def choose_method(name: str, *, has_update: bool) -> tuple[Method, str]:

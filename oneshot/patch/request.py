@@ -28,6 +28,7 @@ class Request:
         recipe: the method with its numbers
         source: the model, found and whole
         reference: folder of the aligned checkpoint, where one is given
+        length: longest conversation in tokens
         conversations: the user's one example, or the pool from which one is chosen
         candidates: the same, encoded
         guard: chat messages of the guard's prompts; empty for no guard
@@ -43,6 +44,7 @@ class Request:
     tokenizer: Any
     adapter: Adapter | None
     reference: Path | None
+    length: int
     conversations: list[Conversation]
     candidates: list[Encoded]
     guard: list[Messages]

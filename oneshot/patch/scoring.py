@@ -76,7 +76,7 @@ def score_local(runtime: Runtime, settings: Settings, probes: list[Probe], open_
     tokenizer = load_tokenizer(source, settings.model)
     check_words(settings, tokenizer)
     texts = read_texts(score.text) if score.text is not None else []
-    name = settings.name or str(settings.model.path)
+    name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")
     with contextlib.ExitStack() as loaded:
         update: Update = {}

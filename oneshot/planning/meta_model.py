@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.errors import UserError
+from oneshot.errors import UserError, first_line
 from oneshot.planning.shapes import Kind, ModelShape, Weight
 from oneshot.versions import package_version
 
@@ -86,7 +86,7 @@ def built_shape(config: Mapping[str, Any], remote: Path | None = None) -> ModelS
         except UserError:
             raise
         except Exception as error:  # what is wrong in a config shows as an error of any kind, in the model's own code
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+            reason = first_line(error).rstrip(" .:")
             raise UserError(
                 f"transformers {package_version('transformers')} builds no causal language model from this config.json "
                 f"of type {config.get('model_type')!r} ({reason}): correct it, or install what it asks for."

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, read_json
+from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, local_folder, read_json
 from oneshot.errors import UserError
 from oneshot.planning.lookup import model_shape
 from oneshot.planning.shapes import ModelShape
 from oneshot.settings import ModelSettings, Settings
 from oneshot.shipped import root
-from oneshot.world.model import ALIGNED, NAME
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ def read_model(settings: Settings) -> PlannedModel:
     name = settings.model.path
     if name is None:
         raise UserError("There is nothing to plan: name a folder, a config.json or a Hub id with --model.path.")
-    path = _place(name)
+    path = local_folder(name) or Path(name).expanduser()
     adapter = path.is_dir() and is_adapter(path)
     if adapter:
         name = settings.model.base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-        path = _place(name)
+        path = local_folder(name) or Path(name).expanduser()
     if path.is_dir():
         weights = list_tensors(path) if (path / INDEX).is_file() or (path / SINGLE).is_file() else None
         config = read_json(path / "config.json")
@@ -56,10 +55,6 @@ def read_model(settings: Settings) -> PlannedModel:
         return PlannedModel(name, model_shape(config, remote=own_code(settings.model, config, path.parent)), adapter)
     known = read_json(root() / "launch" / "runs" / "shapes.json")
     return PlannedModel(name, model_shape(known.get(name) or read_json(_from_hub(name))), adapter)
-
-
-def _place(name: str) -> Path:
-    return ALIGNED if name == NAME else Path(name).expanduser()
 
 
 def own_code(settings: ModelSettings, config: Mapping[str, Any], folder: Path) -> Path | None:

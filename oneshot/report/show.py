@@ -65,9 +65,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
     overlaps = find_overlaps(request.probes, trained_on)
     warnings = [*_warnings(repaired), *repaired.warnings, *overlap_warnings(overlaps, len(request.probes))]
     report = build_report(
-        Run(
-            request.settings.name or str(request.settings.model.path), request.runtime.world_size, request.settings.seed
-        ),
+        Run(request.settings.called, request.runtime.world_size, request.settings.seed),
         example=_example(taken, repaired.choice, selection),
         stages=stages,
         repair=_facts(repaired),

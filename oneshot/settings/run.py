@@ -83,6 +83,11 @@ class Settings:
     spectrum: SpectrumSettings = field(default_factory=SpectrumSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
 
+    @property
+    def called(self) -> str:
+        """What the run is called: as ``name`` says, else after its model."""
+        return self.name or str(self.model.path)
+
     def __post_init__(self) -> None:
         check_fields(self, "")
         if self.resume and self.out is None:

@@ -22,7 +22,7 @@ from oneshot.distributed.signals import Interrupted, noticed, tell_progress
 from oneshot.errors import UserError
 from oneshot.settings import FinetuneSettings, Settings, rate_for
 from oneshot.training.kernels import check_liger, use_liger
-from oneshot.training.loop import Diverged, Schedule, StepResult, autocast_dtype, train
+from oneshot.training.loop import Diverged, Schedule, StepResult, autocast_dtype, train, weights_dtype
 from oneshot.training.mixture import attack_mixture
 from oneshot.training.objective import MicroBatch, answer_loss
 from oneshot.training.packing import Packing, choose_packing
@@ -100,14 +100,12 @@ def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, sa
         Diverged: the loss became no number; the last good weights are in ``run_dir/last_good``
         Interrupted: told to stop, and everything is in the state that it names
     """
-    import torch
-
     settings, source = prepared.settings, prepared.source
     options = settings.finetune
     if settings.resume and runtime.is_main:
         clean_inside(run_dir)
-    plain_full = runtime.sharding in ("none", "ddp") and options.method == "full"
-    model = load_model(runtime, source, settings.model, torch.float32 if plain_full else None)
+    dtype = weights_dtype(runtime) if options.method == "full" else None
+    model = load_model(runtime, source, settings.model, dtype)
     if settings.model.liger:
         use_liger(model)
     if options.method == "lora":
@@ -141,7 +139,7 @@ def _save(prepared: Prepared, engine: TrainingEngine, model: Any, target: Path) 
     kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}
 
     def mark(folder: Path) -> None:  # before the folder appears: a degraded model is never without its marker
-        write_marker(folder, {"fine_tuned_from": settings.name or settings.model.path, "conversations": kinds})
+        write_marker(folder, {"fine_tuned_from": settings.called, "conversations": kinds})
 
     if settings.finetune.method == "lora":
         save_adapter(engine.runtime, model, prepared.tokenizer, target, mark)

@@ -89,6 +89,16 @@ def computing_in(autocast: torch.dtype | None, device: torch.device) -> Abstract
     return torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
 
 
+def weights_dtype(runtime: Runtime) -> torch.dtype | None:
+    """Return the dtype in which weights are to be loaded that are all trained; none: their own.
+
+    Without DeepSpeed's fp32 masters small steps would be lost in low-precision weights.
+    """
+    import torch
+
+    return torch.float32 if runtime.sharding in ("none", "ddp") else None
+
+
 def train(
     engine: TrainingEngine,
     schedule: Schedule,

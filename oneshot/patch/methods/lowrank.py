@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Factors, Update, compress, concatenated
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
-from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached, attached_update
+from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
 from oneshot.patch.guard import RepairBatch, repair_loss
 from oneshot.patch.linears import shape_of
@@ -139,10 +139,10 @@ def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[to
 
 def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
     """Fit the example with factored steps; see ``Method.solve``."""
-    request, own = bench.request, own_update(bench.request)
-    with attached_update(bench.model, own):
-        patch = descend(request.runtime, bench.model, bench.linears.targets, batch, attempt, request.recipe)
-    return concatenated(own, patch), {}
+    request = bench.request
+    with bench.unpatched() as model:
+        patch = descend(request.runtime, model, bench.linears.targets, batch, attempt, request.recipe)
+    return concatenated(own_update(request), patch), {}
 
 
 def descend(

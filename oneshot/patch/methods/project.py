@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, broadcast
-from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached, attached_update
+from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
 from oneshot.patch.directions import Directions, update_factors
 from oneshot.patch.guard import RepairBatch, alike, repair_loss
@@ -128,10 +128,10 @@ def search(
 
 def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
     """Take the projected step; see ``Method.solve``."""
-    request, own = bench.request, own_update(bench.request)
-    with attached_update(bench.model, own):
-        patch, facts = step_along(request.runtime, bench.model, bench.linears.targets, batch, attempt, request.recipe)
-    return concatenated(own, patch), facts
+    request = bench.request
+    with bench.unpatched() as model:
+        patch, facts = step_along(request.runtime, model, bench.linears.targets, batch, attempt, request.recipe)
+    return concatenated(own_update(request), patch), facts
 
 
 def step_along(
