@@ -8,18 +8,20 @@ best epoch, and is tried once more with another weight of the guard where no epo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from oneshot.data.conversations import Messages
-from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch, pad_id
+from oneshot.data.encoding import encode_prompt, pad_id
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import share_of
 from oneshot.measure.judge import verdict
 from oneshot.patch.guard import with_answer
+from oneshot.patch.rows import lay, sharing_of
 from oneshot.patch.trace import Tracer
-from oneshot.training.objective import kl_sum
+from oneshot.training.objective import kl_sum, log_likelihoods, logits_at
 
 if TYPE_CHECKING:
     import torch
@@ -102,22 +104,31 @@ class Reading:
         return ours <= theirs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probes:
     """This rank's share of the prompts, each with two continuations: a refusal, then the unpatched model's answer.
 
+    Places are those of tokens in the rows of ``inputs`` laid end to end.
+
     Attributes:
-        inputs: input_ids and attention_mask, int64 (2 * prompts, tokens)
-        labels: int64, the first ``MARGIN_TOKENS`` tokens of each continuation, -100 elsewhere
+        inputs: what the model takes: input_ids int64 (rows, tokens) with attention_mask, and position_ids where rows
+            are shared (``oneshot.patch.rows``)
+        kept: int64, the places whose logits are needed, each once
+        scored: int64, of the first ``MARGIN_TOKENS`` tokens of every continuation: which of ``kept`` predicts it
+        targets: int64, those tokens
+        whose: int64, which continuation each is of (2 * prompt, and 2 * prompt + 1 for the answer)
         place: int64 (prompts), of each in the list of all; fillers, which keep ranks in step, have -1
-        held: bool (2 * prompts, tokens), where the answers' distributions are compared
-        reference: the unpatched model's logits there, (held tokens of this rank, vocabulary)
+        held: int64, where the answers' distributions are compared: which of ``kept``
+        reference: the unpatched model's logits there, (held, vocabulary)
         refusable: how many of all prompts, the first ones, are to be refused
         total: prompts over all ranks
     """
 
     inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
+    kept: torch.Tensor
+    scored: torch.Tensor
+    targets: torch.Tensor
+    whose: torch.Tensor
     place: torch.Tensor
     held: torch.Tensor
     reference: torch.Tensor
@@ -147,26 +158,45 @@ def build_probes(
     import torch
 
     refusable = [(prompt, answer) for prompt, answer in refusable if verdict(answer) != "refused"]
-    to_recover = len(refusable)
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
-    rows: list[Encoded] = []
-    spans: list[tuple[int, int]] = []  # positions whose next-token distribution is compared
-    for number, i in enumerate(indices):
-        answered, start = with_answer(prompts[i], answers[i], tokenizer, answer_tokens)
-        rows += [_labelled(starts[i] + refusal[:MARGIN_TOKENS], start), _labelled(answered.input_ids, start)]
-        compared = number < own and i >= to_recover
-        spans += [(0, 0), (start - 1, len(answered.input_ids) - 1) if compared else (0, 0)]
-    tensors = {k: v.to(runtime.device) for k, v in pad_batch(rows, pad_id(tokenizer)).items()}
-    labels = tensors.pop("labels")
-    where = torch.zeros_like(labels, dtype=torch.bool)
-    for row, (first, last) in enumerate(spans):
-        where[row, first:last] = True
+    pairs = [
+        [
+            starts[i] + refusal[:MARGIN_TOKENS],
+            with_answer(prompts[i], answers[i], tokenizer, answer_tokens)[0].input_ids,
+        ]
+        for i in indices
+    ]
+    pad = pad_id(tokenizer)
+    rows = lay(pairs, pad, runtime.device, sharing_of(runtime, model, pairs, pad))
+    predicting: list[torch.Tensor] = []
+    targets: list[int] = []
+    whose: list[int] = []
+    compared: list[torch.Tensor] = []
+    for number, (places, ids) in enumerate(zip(rows.places, itertools.chain.from_iterable(pairs))):
+        i, start = indices[number // 2], len(starts[indices[number // 2]])
+        stop = min(start + MARGIN_TOKENS, len(ids))
+        predicting.append(places[start - 1 : stop - 1])
+        targets += ids[start:stop]
+        whose += [number] * (stop - start)
+        if number % 2 and number // 2 < own and i >= len(refusable):
+            compared.append(places[start - 1 : -1])
+    kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
     with torch.no_grad():
-        reference = model(**tensors, use_cache=False).logits[where].clone()
-    place = torch.tensor([i if n < own else -1 for n, i in enumerate(indices)], device=runtime.device)
-    return Probes(tensors, labels, place, where, reference, to_recover, len(prompts))
+        reference = logits_at(model, rows.inputs, kept)[which[len(targets) :]]
+    return Probes(
+        inputs=rows.inputs,
+        kept=kept,
+        scored=which[: len(targets)],
+        targets=torch.tensor(targets, device=runtime.device),
+        whose=torch.tensor(whose, device=runtime.device),
+        place=torch.tensor([i if n < own else -1 for n, i in enumerate(indices)], device=runtime.device),
+        held=which[len(targets) :],
+        reference=reference,
+        refusable=len(refusable),
+        total=len(prompts),
+    )
 
 
 def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
@@ -174,14 +204,15 @@ def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
     import torch
 
     with torch.no_grad():
-        logits = model(**probes.inputs, use_cache=False).logits
-        likelihood = _log_likelihood(logits, probes.labels)
+        logits = logits_at(model, probes.inputs, probes.kept)
+        found = log_likelihoods(logits[probes.scored], probes.targets)
         divergence = kl_sum(logits[probes.held], probes.reference)
+    sums = found.new_zeros(2 * len(probes.place)).index_add(0, probes.whose, found)
     # one sum over ranks: each prompt's margin at its place, then the divergence and the tokens that it is of
     shared = torch.zeros(probes.total + 2, device=runtime.device)
     mine = probes.place >= 0
-    shared[probes.place[mine]] = (likelihood[0::2] - likelihood[1::2])[mine]
-    shared[-2], shared[-1] = divergence, probes.held.sum()
+    shared[probes.place[mine]] = (sums[0::2] - sums[1::2])[mine]
+    shared[-2], shared[-1] = divergence, len(probes.held)
     shared = all_reduce_sum(runtime, shared)
     margins, others = shared[: probes.refusable], shared[probes.refusable : -2]
     return Reading(
@@ -269,17 +300,3 @@ class Attempt:
     def best(self, last: Any) -> Any:
         """Return the state that the watch kept; without one, the last."""
         return last if self.watch is None or self.watch.kept is None else self.watch.kept
-
-
-def _labelled(ids: list[int], start: int) -> Encoded:
-    """The tokens with the first ``MARGIN_TOKENS`` of the continuation, which begins at ``start``, as labels."""
-    stop = min(start + MARGIN_TOKENS, len(ids))
-    return Encoded(ids, [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop))
-
-
-def _log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed log likelihood of each row's labels, fp32 (rows)."""
-    from torch.nn.functional import cross_entropy
-
-    losses = cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none", ignore_index=IGNORE)
-    return -losses.sum(dim=1)
