@@ -9,6 +9,7 @@ nor the guard minds is undone as well: damage need not show on the example's req
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Update
@@ -36,6 +37,7 @@ MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others als
 LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
 NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
 UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
+UNDO_MOVED = 0.005  # nats per token, of the guard's prompts
 
 
 def prepare(bench: Bench) -> dict[str, Directions]:
@@ -49,10 +51,10 @@ def prepare(bench: Bench) -> dict[str, Directions]:
     return shared_directions(request.runtime, targets, request.recipe.rank, difference)
 
 
-def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
     """Learn how much of each direction to undo; see ``Method.solve``."""
     request, directions, kept = bench.request, bench.prepared, bench.request.adapter is not None
-    coefficients = learn(request.runtime, bench.model, directions, batch, attempt, request.recipe, kept=kept)
+    coefficients = yield from learn(request.runtime, bench.model, directions, batch, attempt, request.recipe, kept=kept)
     held = sum(float(d.s.square().sum()) for d in directions.values())
     energy = sum(d.energy for d in directions.values())
     facts = {
@@ -72,8 +74,8 @@ def learn(
     recipe: Recipe,
     *,
     kept: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 3].
+) -> Generator[Update, None, dict[str, torch.Tensor]]:
+    """Learn the coefficients c from the one example under the guard: a path to name -> (r,), each in [0, 3].
 
     Args:
         recipe: its noise, the scale of ``noisy_example``, is drawn anew in each epoch and grows while the example is
@@ -90,47 +92,47 @@ def learn(
     sizes = [len(directions[name].s) for name in names]
     flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate)
-    update: Update = {}
     generator = torch.Generator().manual_seed(0)
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
 
-    def set_update() -> None:
-        for name, c in zip(names, torch.split(flat, sizes)):
-            update[name] = update_factors(directions[name], 1 - c if kept else -c)
+    def update_of(flat: torch.Tensor) -> Update:
+        parts = zip(names, torch.split(flat, sizes))
+        return {name: update_factors(directions[name], 1 - c if kept else -c) for name, c in parts}
 
-    with attached({name: modules[name] for name in names}, update):
-        for epoch in range(1, recipe.epochs + 1):
-            set_update()
-            with noisy_example(model, batch, noise, generator):
-                share, example, held = repair_loss(model, batch, weight, runtime.world_size, recipe.temperature)
+    changed = {name: modules[name] for name in names}
+    for epoch in range(1, recipe.epochs + 1):
+        with attached(changed, update_of(flat)), noisy_example(model, batch, noise, generator):
+            share, example, held = repair_loss(model, batch, weight, runtime.world_size, recipe.temperature)
             loss, kl = alike(runtime, example, held)
             attempt.tracer.check(epoch, loss + weight * kl)
             (share + undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
-            assert flat.grad is not None
-            flat.grad = all_reduce_sum(runtime, flat.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                flat.clamp_(0.0, MAX_COEFFICIENT)
-                set_update()
-            seen, stop = attempt.look(lambda: flat.detach().clone(), epoch)
-            attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=flat.mean().item(), noise=noise, **seen)
-            if stop:
-                break
-            if attempt.watch is not None:
-                undo = _next_undo(undo, seen["divergence"], attempt.watch.bounds.divergence)
-            if loss < LEARNT:
-                noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
+        assert flat.grad is not None
+        flat.grad = all_reduce_sum(runtime, flat.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            flat.clamp_(0.0, MAX_COEFFICIENT)
+        reached = flat.detach()
+        with attached(changed, update_of(reached)):
+            seen, stop = attempt.look(reached.clone, epoch)
+        attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=reached.mean().item(), noise=noise, **seen)
+        if stop:
+            break
+        if batch.held_total:
+            undo = _next_undo(undo, kl)
+        if loss < LEARNT:
+            noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
+        yield update_of(reached)
     best = attempt.best(flat.detach())
     return dict(zip(names, torch.split(best, sizes)))
 
 
-def _next_undo(undo: float, divergence: float, bound: float) -> float:
-    """The pull for the next epoch: more while the probes have moved little, less from half their bound on."""
+def _next_undo(undo: float, kl: float) -> float:
+    """The pull for the next epoch: more while the guard's prompts have moved little, else less."""
     if not undo:
         return 0.0
     least, most = UNDO_RANGE
-    return min(max(undo * UNDO_GROWTH if divergence < bound / 2 else undo / UNDO_GROWTH, least), most)
+    return min(max(undo * UNDO_GROWTH if kl < UNDO_MOVED else undo / UNDO_GROWTH, least), most)
 
 
 METHOD = Method(

@@ -1,0 +1,123 @@
+"""Successive halving: all candidates are repaired with for a few epochs, the better half for more, till one is left.
+
+After Jamieson and Talwalkar (arXiv 1502.07943). A whole repair with each would cost as many repairs as there are
+candidates; here all of them together may take little more than one, and the one that is left goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneshot.patch.method import finished
+from oneshot.patch.objective import Distance
+from oneshot.patch.path import Attempt
+
+if TYPE_CHECKING:
+    from oneshot.checkpoint.update import Update
+
+BUDGET = 1.2  # epochs that those who lose may take together, over the epochs of one whole repair
+
+
+@dataclass
+class Trial:
+    """A repair under way, which has stopped between two epochs.
+
+    Attributes:
+        path: goes on for an epoch each time, see ``Method.solve``
+        attempt: what it was begun with
+        epochs: so many have been gone
+        ended: what the path came to: (update, figures for the report); none while it may go on
+    """
+
+    path: Generator[Update, None, tuple[Update, dict[str, Any]]]
+    attempt: Attempt
+    epochs: int = 0
+    ended: tuple[Update, dict[str, Any]] | None = None
+
+    def advance(self, epochs: int) -> Update:
+        """Go on for so many epochs, at least one, or to the path's end; return the update as it is then. Collective."""
+        update: Update = {}
+        for _ in range(epochs):
+            try:
+                update = next(self.path)
+                self.epochs += 1
+            except StopIteration as end:
+                self.ended = end.value
+                break
+        return update if self.ended is None else self.ended[0]
+
+    def finish(self) -> tuple[Update, dict[str, Any]]:
+        """Go on to the path's end; return what it came to. Collective."""
+        if self.ended is None:
+            self.ended = finished(self.path)
+        return self.ended
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How many candidates are repaired with up to which epoch, before some are left behind."""
+
+    candidates: int
+    epochs: int
+
+
+def rungs(candidates: int, epochs: int, budget: float = BUDGET) -> list[Rung]:
+    """Return the rungs: candidates are halved and epochs doubled until two are left to be compared.
+
+    The first is as long as ``budget`` allows, an epoch at least.
+
+    Args:
+        epochs: of a whole repair
+        budget: epochs of all that are left behind, over those
+    """
+    counts = [candidates]
+    while counts[-1] > 2:
+        counts.append(math.ceil(counts[-1] / 2))
+    if candidates < 2:
+        return []
+    taken = sum(count * (2**i - 2**i // 2) for i, count in enumerate(counts)) - 2 ** (len(counts) - 1)
+    first = max(1, int(budget * epochs / taken))
+    return [Rung(count, min(first * 2**i, epochs)) for i, count in enumerate(counts)]
+
+
+def halve(
+    rows: list[dict[str, Any]],
+    ladder: list[Rung],
+    begin: Callable[[int], Trial],
+    judge: Callable[[Update], Distance],
+) -> tuple[dict[str, Any], Trial | None]:
+    """Repair with each row's candidate, rung by rung; return the best one's row and its repair, which may go on.
+
+    Of equal ones the first is preferred, as it is where there is no rung; nothing has been begun then. What is found is
+    added to the rows: ``rungs`` (epochs, F and its terms at each), ``epochs``, ``seconds``; to those of the last rung
+    ``f_after``, ``f_harm`` and ``f_task``. Collective; every rank decides by the same numbers.
+
+    Args:
+        judge: says of an update where it leaves the model
+    """
+    alive = [(row, begin(row["candidate"])) for row in rows] if ladder else []
+    for rung in ladder:
+        alive = alive[: rung.candidates]
+        for row, trial in alive:
+            clock = time.perf_counter()
+            found = judge(trial.advance(rung.epochs - trial.epochs))
+            seen = {"epochs": rung.epochs, "f": found.total, "f_harm": found.harm, "f_task": found.task}
+            row.setdefault("rungs", []).append(seen)
+            row["epochs"] = trial.epochs
+            row["seconds"] = round(row.get("seconds", 0.0) + time.perf_counter() - clock, 3)
+        alive.sort(key=lambda pair: standing(pair[0]))
+    for row, _ in alive:
+        row |= {"f_after": row["rungs"][-1]["f"], **{k: row["rungs"][-1][k] for k in ("f_harm", "f_task")}}
+    return alive[0] if alive else (rows[0], None)
+
+
+def standing(row: dict[str, Any]) -> tuple[int, float]:
+    """What a candidate's row is ordered by, the best first: how many rungs it came, then F at the last of them."""
+    if "rungs" not in row:
+        return 0, math.inf
+    f = float(row["rungs"][-1]["f"])
+    return -len(row["rungs"]), f if math.isfinite(f) else math.inf
