@@ -9,18 +9,17 @@ The short list is then repaired with by the method itself, by halves (``oneshot.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
-from oneshot.patch.attach import attached_update, streamed
+from oneshot.patch.attach import attached_update, counted, streamed
 from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
 from oneshot.patch.guard import RepairBatch, with_example
 from oneshot.patch.halving import Trial, halve, rungs, standing
@@ -297,24 +296,3 @@ def _try_out(
         "seconds": round(time.perf_counter() - clock, 3),
     }
     return best, trial, took
-
-
-@contextlib.contextmanager
-def counted(model: Any) -> Iterator[dict[str, int]]:
-    """Within the block count this rank's forward_passes, and token_passes: tokens, padding included, forward and back.
-
-    A forward pass with gradients is taken to be followed by a backward pass.
-    """
-    import torch
-
-    found = {"forward_passes": 0, "token_passes": 0}
-
-    def count(_module: Any, args: tuple[torch.Tensor, ...], _output: Any) -> None:
-        found["forward_passes"] += 1
-        found["token_passes"] += args[0].numel() * (1 + torch.is_grad_enabled())
-
-    counting = model.get_input_embeddings().register_forward_hook(count)
-    try:
-        yield found
-    finally:
-        counting.remove()

@@ -1,6 +1,7 @@
 """Successive halving alone, on repairs that are made up; and real ones, stopped and gone on with."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -22,9 +23,11 @@ def test_those_left_behind_take_no_more_than_the_budget(candidates, epochs):
     ladder = rungs(candidates, epochs)
     assert ladder[0].candidates == candidates
     assert ladder[-1].candidates == 2
-    for before, after in zip(ladder, ladder[1:]):
+    for before, after in itertools.pairwise(ladder):
         assert after.candidates == math.ceil(before.candidates / 2)
-    left = [rung.candidates - following for rung, following in zip(ladder, [r.candidates for r in ladder[1:]] + [1])]
+        assert after.epochs in (2 * before.epochs, epochs)
+    counts = [rung.candidates for rung in ladder] + [1]
+    left = [before - after for before, after in itertools.pairwise(counts)]
     spent = sum(count * rung.epochs for count, rung in zip(left, ladder))
     assert spent <= BUDGET * epochs or ladder[0].epochs == 1, "an epoch is the least"
     assert spent > BUDGET * epochs / 2 or ladder[-1].epochs == epochs
@@ -80,7 +83,7 @@ def test_what_is_no_number_loses():
 
 
 def test_a_repair_that_ends_early_is_judged_by_what_it_came_to():
-    gone, begin, judge = made_up(lambda i, epoch: epoch + i, length=3)
+    _, begin, judge = made_up(lambda i, epoch: epoch + i, length=3)
     best, trial = halve([{"candidate": i} for i in range(2)], [Rung(2, 8)], begin, judge)
     assert (best["candidate"], best["epochs"], best["f_harm"]) == (0, 2, 3)
     assert trial.finish() == ({"at": (0, 3)}, {"of": 0})

@@ -13,7 +13,7 @@ from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import encode
 from oneshot.errors import UserError
 from oneshot.patch import objective, select
-from oneshot.patch.attach import attached_update
+from oneshot.patch.attach import attached_update, counted
 from oneshot.patch.examples import check_apart, read_candidates
 from oneshot.patch.guard import build_batch, repair_loss, with_example
 from oneshot.patch.halving import Trial
@@ -265,7 +265,7 @@ def test_a_short_list_of_one_is_taken_untried():
 def test_passes_and_their_tokens_are_counted_forward_and_back():
     model, rows = tiny_model("llama"), candidates()
     ids = torch.tensor([rows[0].input_ids])
-    with select.counted(model) as found:
+    with counted(model) as found:
         model(input_ids=ids)
         with torch.no_grad():
             model(input_ids=ids.repeat(3, 1))

@@ -194,7 +194,8 @@ def descend(
             if nuclear == 0.0:
                 break  # no gradient: the model refuses already
             radius = radius or FIRST_DECREASE * loss / nuclear
-        del seen, trial  # what is held while a path has stopped is held for every candidate
+        del seen
+        trial = update  # no more than this is held while a path has stopped: others may have, too
         if epoch:
             yield update
         trial = step_update(runtime, linears, update, pairs, radius, rank)

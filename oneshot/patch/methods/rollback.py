@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from oneshot.patch.recipe import Recipe
 
 MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
+BETAS = (0.7, 0.999)  # of Adam; its usual 0.9 averages steps over more epochs than there are
 LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
 NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
 UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
-UNDO_MOVED = 0.005  # nats per token, of the guard's prompts
+UNDO_MOVED = 0.01  # nats per token, of the guard's prompts
 
 
 def prepare(bench: Bench) -> dict[str, Directions]:
@@ -91,7 +92,7 @@ def learn(
     modules, names = dict(model.named_modules()), list(directions)
     sizes = [len(directions[name].s) for name in names]
     flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
-    optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate)
+    optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=BETAS)
     generator = torch.Generator().manual_seed(0)
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
 
@@ -142,7 +143,7 @@ METHOD = Method(
     solve=solve,
     cost=Cost(decomposes=True),
     prepare=prepare,
-    defaults=Defaults(epochs=30, learning_rate=0.2, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
+    defaults=Defaults(epochs=30, learning_rate=0.4, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
     # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there
     # the refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
     four_bit=Defaults(
