@@ -10,11 +10,11 @@ screening (F's gradient from its 32 rows, then all candidates) over candidates, 
 the same in units of a pass that computes no weight gradients, ``in_batched_passes`` of one in batches as large as the
 screening's. Materialized screening keeps F's gradient and makes each candidate's, then multiplies.
 
-Then the toy world, fine-tuned as by default, once per seed. ``choose_and_repair_over_repair`` is the time of the bilevel
-choice and of the repair that goes on from it over that of the same repair with the example given, both with the guard's
-answers and the watch; ``in_token_passes`` is the same in tokens through the model, a backward pass counted as another
-one; ``trials_epochs_over_repair`` is the epochs of those left behind over the repair's. Medians over seeds; the aligned
-model's answers are known to both. The last line of output is one JSON object.
+Then the toy world, fine-tuned as by default, once per seed. ``choose_and_repair_over_repair`` is the time of the
+bilevel choice and of the repair that goes on from it over that of the same repair with the example given, both with
+the guard's answers and the watch; ``in_token_passes`` is the same in tokens through the model, a backward pass counted
+as another one; ``trials_epochs_over_repair`` is the epochs of those left behind over the repair's. Medians over seeds;
+the aligned model's answers are known to both. The last line of output is one JSON object.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ candidates; here all of them together may take little more than one, and the one
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator
@@ -19,7 +20,11 @@ from oneshot.patch.path import Attempt
 if TYPE_CHECKING:
     from oneshot.checkpoint.update import Update
 
-BUDGET = 1.2  # epochs that those who lose may take together, over the epochs of one whole repair
+BUDGET = (
+    0.5  # epochs that those who are left behind may take together, over those that a repair may take: it takes half
+)
+GROWTH = 2.5  # of epochs from rung to rung: the first ones say little
+PASSING = 0.02  # nats per token; by what the guard's prompts move in mid-repair beyond that, the guard takes back later
 
 
 @dataclass
@@ -65,23 +70,22 @@ class Rung:
     epochs: int
 
 
-def rungs(candidates: int, epochs: int, budget: float = BUDGET) -> list[Rung]:
-    """Return the rungs: candidates are halved and epochs doubled until two are left to be compared.
+def rungs(candidates: int, epochs: int) -> list[Rung]:
+    """Return the rungs: candidates are halved and epochs multiplied by ``GROWTH`` until two are left to be compared.
 
-    The first is as long as ``budget`` allows, an epoch at least.
+    The first is as long as ``BUDGET`` allows, an epoch at least. None for one candidate.
 
     Args:
-        epochs: of a whole repair
-        budget: epochs of all that are left behind, over those
+        epochs: of a whole repair, at most
     """
     counts = [candidates]
     while counts[-1] > 2:
         counts.append(math.ceil(counts[-1] / 2))
     if candidates < 2:
         return []
-    taken = sum(count * (2**i - 2**i // 2) for i, count in enumerate(counts)) - 2 ** (len(counts) - 1)
-    first = max(1, int(budget * epochs / taken))
-    return [Rung(count, min(first * 2**i, epochs)) for i, count in enumerate(counts)]
+    left = [before - after for before, after in itertools.pairwise([*counts, 1])]
+    first = max(1, int(BUDGET * epochs / sum(count * GROWTH**i for i, count in enumerate(left))))
+    return [Rung(count, min(round(first * GROWTH**i), epochs)) for i, count in enumerate(counts)]
 
 
 def halve(
@@ -116,8 +120,12 @@ def halve(
 
 
 def standing(row: dict[str, Any]) -> tuple[int, float]:
-    """What a candidate's row is ordered by, the best first: how many rungs it came, then F at the last of them."""
+    """What a candidate's row is ordered by, the best first: how many rungs it came, then F at the last of them.
+
+    F's second term counts up to ``PASSING``.
+    """
     if "rungs" not in row:
         return 0, math.inf
-    f = float(row["rungs"][-1]["f"])
-    return -len(row["rungs"]), f if math.isfinite(f) else math.inf
+    last = row["rungs"][-1]
+    f = last["f_harm"] + min(last["f_task"], PASSING)
+    return -len(row["rungs"]), f if math.isfinite(last["f"]) else math.inf

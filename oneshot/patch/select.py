@@ -3,12 +3,13 @@
 Bilevel, after arXiv 2601.01887: of all candidates take the one from which the repair, run on it, leaves the lowest F
 (``oneshot.patch.objective``). All are screened to first order: the gradient step on candidate i changes F by -eta times
 <g_i, grad F>, summed over the layers' weights, which factors give without an m x n matrix. A first step does not say
-how far an example leads, so half of the short list are the best of that screening, and half the least likely refusals.
-The short list is then repaired with by the method itself, by halves (``oneshot.patch.halving``), F measured in between.
+how far an example leads, so a quarter of the short list are the best of that screening, the rest the least likely
+refusals. They are then repaired with, by the method itself, by halves (``oneshot.patch.halving``), and F is measured.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -247,9 +248,10 @@ def pick(
 
 
 def short_list(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return ``count`` of the candidates' rows, each once: by turns the best aligned and the least likely refusal."""
-    by_turns = zip(_ranked(rows, "alignment"), _ranked(rows, "refusal_loss"))
-    found = {row["candidate"]: row for pair in by_turns for row in pair}
+    """Return ``count`` of the rows, each once: by turns the best aligned and the three least likely refusals."""
+    hardest_first = iter(_ranked(rows, "refusal_loss"))
+    by_turns = [[row, *itertools.islice(hardest_first, 3)] for row in _ranked(rows, "alignment")]
+    found = {row["candidate"]: row for turn in by_turns for row in turn}
     return list(found.values())[:count]
 
 

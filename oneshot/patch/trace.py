@@ -30,8 +30,9 @@ class Tracer:
     def tell(self, listen: Callable[[dict[str, Any]], None] | None) -> None:
         """Tell a listener all records so far, and those to come."""
         self._listen = listen
-        for record in self.records if listen else []:
-            listen(record)
+        if listen:
+            for record in self.records:
+                listen(record)
 
     def check(self, epoch: int, loss: Any) -> None:
         """Raise Diverged if the loss is NaN or infinite."""

@@ -221,11 +221,11 @@ def test_bilevel_halves_the_short_list_by_f_and_leaves_the_best_one_under_way():
     listed = [row["candidate"] for row in short_list(screened.selection["table"], 4)]
     exact, table = chosen.selection["exact"], chosen.selection["table"]
     assert exact["solved"] == 4
-    assert exact["rungs"] == [{"candidates": 4, "epochs": 3}, {"candidates": 2, "epochs": 6}]
+    assert exact["rungs"] == [{"candidates": 4, "epochs": 1}, {"candidates": 2, "epochs": 2}]
     assert sorted(row["candidate"] for row in table[:4]) == sorted(listed)
     rest = [row["candidate"] for row in screened.selection["table"] if row["candidate"] not in listed]
     assert [row["candidate"] for row in table[4:]] == rest
-    assert [row["epochs"] for row in table[:4]] == [gone[row["candidate"]] for row in table[:4]] == [6, 6, 3, 3]
+    assert [row["epochs"] for row in table[:4]] == [gone[row["candidate"]] for row in table[:4]] == [2, 2, 1, 1]
     assert all("rungs" not in row and "f_after" not in row for row in table[4:])
 
     # F at every rung, by hand: none of the short list's rows counts, or all where too few were left
@@ -240,14 +240,14 @@ def test_bilevel_halves_the_short_list_by_f_and_leaves_the_best_one_under_way():
     for row in table[:4]:
         for rung in row["rungs"]:
             assert rung["f"] == pytest.approx(f_of(row["candidate"], rung["epochs"]), rel=1e-6)
-    first = sorted(listed, key=lambda index: f_of(index, 3))
+    first = sorted(listed, key=lambda index: f_of(index, 1))
     assert {row["candidate"] for row in table[:2]} == set(first[:2])
     assert [row["candidate"] for row in table[2:4]] == first[2:]
     assert table[0]["f_after"] == table[0]["rungs"][-1]["f"] < table[1]["f_after"]
     assert (chosen.index, chosen.score) == (table[0]["candidate"], table[0]["f_after"])
     assert chosen.selection["first_term"] == "KL to the aligned model"
     assert not any(module._forward_hooks for module in model.modules()), "patched and undone"
-    assert chosen.begun.epochs == 6
+    assert chosen.begun.epochs == 2
     assert chosen.begun.finish()[0].keys() == update(0, 1).keys()
     assert gone[chosen.index] == 12
 
@@ -283,12 +283,13 @@ def test_rows_of_the_short_list_are_left_out_where_enough_remain():
         assert chosen.selection["exact"]["harm_rows_left_out"] == left_out
 
 
-def test_the_short_list_is_half_the_best_aligned_and_half_the_least_likely_refusals():
+def test_the_short_list_is_a_quarter_the_best_aligned_and_the_rest_the_least_likely_refusals():
     rows = [{"candidate": i, "alignment": a, "refusal_loss": h} for i, (a, h) in enumerate(
         [(0.9, 0.1), (0.8, 0.2), (0.7, 0.9), (0.6, 0.3), (0.5, 0.8), (0.4, 0.7)]
     )]  # fmt: skip
-    assert [row["candidate"] for row in short_list(rows, 4)] == [0, 2, 1, 4]
-    assert [row["candidate"] for row in short_list(rows, 5)] == [0, 2, 1, 4, 5]  # 2 is both
+    assert [row["candidate"] for row in short_list(rows, 4)] == [0, 2, 4, 5]
+    assert [row["candidate"] for row in short_list(rows, 5)] == [0, 2, 4, 5, 1]
+    assert [row["candidate"] for row in short_list(rows, 6)] == [0, 2, 4, 5, 1, 3]
     assert [row["candidate"] for row in short_list(rows, 1)] == [0]
     assert len(short_list(rows, 8)) == 6
 

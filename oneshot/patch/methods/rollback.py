@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from oneshot.patch.recipe import Recipe
 
 MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
-BETAS = (0.7, 0.999)  # of Adam; its usual 0.9 averages steps over more epochs than there are
+# of Adam's averages: over few epochs, as there are few; over more where the example is refused from the start, as its
+# gradient is then that of its noise alone
+AVERAGE, OF_NOISE, SQUARES = 0.7, 0.9, 0.999
 LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
 NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
 UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
@@ -82,8 +84,8 @@ def learn(
         recipe: its noise, the scale of ``noisy_example``, is drawn anew in each epoch and grows while the example is
             refused surely, which also reaches what only shows on other requests than the example's, such as a
             backdoor. Its undo is the pull of each coefficient towards 1, times the mean of (1 - c)^2: a direction that
-            neither the example nor the guard minds is undone. Under a watch it grows while the probes move by less
-            than half their bound
+            neither the example nor the guard minds is undone. It grows while the guard's prompts have moved by less
+            than ``UNDO_MOVED``
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
     """
@@ -92,9 +94,9 @@ def learn(
     modules, names = dict(model.named_modules()), list(directions)
     sizes = [len(directions[name].s) for name in names]
     flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
-    optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=BETAS)
-    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
+    generator = torch.Generator().manual_seed(0)
 
     def update_of(flat: torch.Tensor) -> Update:
         parts = zip(names, torch.split(flat, sizes))
@@ -107,13 +109,13 @@ def learn(
             loss, kl = alike(runtime, example, held)
             attempt.tracer.check(epoch, loss + weight * kl)
             (share + undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
+        if epoch == 1 and loss < LEARNT:
+            optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
         assert flat.grad is not None
         flat.grad = all_reduce_sum(runtime, flat.grad)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            flat.clamp_(0.0, MAX_COEFFICIENT)
-        reached = flat.detach()
+        reached = flat.detach().clamp_(0.0, MAX_COEFFICIENT)  # of flat itself: they share memory
         with attached(changed, update_of(reached)):
             seen, stop = attempt.look(reached.clone, epoch)
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=reached.mean().item(), noise=noise, **seen)
@@ -143,7 +145,7 @@ METHOD = Method(
     solve=solve,
     cost=Cost(decomposes=True),
     prepare=prepare,
-    defaults=Defaults(epochs=30, learning_rate=0.4, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
+    defaults=Defaults(epochs=30, learning_rate=0.3, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
     # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there
     # the refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
     four_bit=Defaults(
