@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from oneshot.data.conversations import Messages
@@ -81,7 +82,7 @@ def choose(bench: Bench, aligned: Aligned | None = None, chosen: Chosen | None =
     )
     chosen = pick(
         request.runtime, bench.model, changed, request.candidates, criterion,
-        lambda trial, _index: begin(bench, trial),
+        partial(begin, bench),
     )  # fmt: skip
     return Choice(chosen, with_example(batch, request.candidates[chosen.index], pad))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.patch.method import finished
 from oneshot.patch.objective import Distance
-from oneshot.patch.path import Attempt
+from oneshot.patch.path import Attempt, Watch
 
 if TYPE_CHECKING:
     from oneshot.checkpoint.update import Update
@@ -34,12 +34,14 @@ class Trial:
     Attributes:
         path: goes on for an epoch each time, see ``Method.solve``
         attempt: what it was begun with
+        make_watch: makes what looks at it after every epoch; none where nothing is to
         epochs: so many have been gone
         ended: what the path came to: (update, figures for the report); none while it may go on
     """
 
     path: Generator[Update, None, tuple[Update, dict[str, Any]]]
     attempt: Attempt
+    make_watch: Callable[[], Watch[Any] | None] = lambda: None
     epochs: int = 0
     ended: tuple[Update, dict[str, Any]] | None = None
 
@@ -54,6 +56,12 @@ class Trial:
                 self.ended = end.value
                 break
         return update if self.ended is None else self.ended[0]
+
+    def watched(self) -> Watch[Any] | None:
+        """From now on let the watch, which is returned, look at every epoch. Collective."""
+        if self.attempt.watch is None:
+            self.attempt.watch = self.make_watch()
+        return self.attempt.watch
 
     def finish(self) -> tuple[Update, dict[str, Any]]:
         """Go on to the path's end; return what it came to. Collective."""
@@ -108,6 +116,8 @@ def halve(
         alive = alive[: rung.candidates]
         for row, trial in alive:
             clock = time.perf_counter()
+            if rung is ladder[-1]:
+                trial.watched()  # one of these is the repair
             found = judge(trial.advance(rung.epochs - trial.epochs))
             seen = {"epochs": rung.epochs, "f": found.total, "f_harm": found.harm, "f_task": found.task}
             row.setdefault("rungs", []).append(seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from oneshot.checkpoint.update import Update
@@ -50,11 +51,10 @@ def solve(
         listen: told of every epoch
         begun: the repair with it, if it has been tried out: it goes on from there
     """
-    trial, watch = begun or begin(bench, batch), _watch(bench, index)
-    tracer = trial.attempt.tracer
+    recipe, trial = bench.request.recipe, begun or begin(bench, batch, index)
+    watch, tracer = trial.watched(), trial.attempt.tracer
     tracer.tell(listen)
     for number in range(ATTEMPTS if watch else 1):
-        trial.attempt.watch = watch
         update, facts = trial.finish()
         if watch is None:
             break
@@ -64,22 +64,23 @@ def solve(
         weight = watch.next_weight(trial.attempt.guard_weight)
         if not weight or number + 1 == ATTEMPTS:
             break
-        trial = begin(bench, batch, Attempt(tracer, weight))
+        attempt = Attempt(tracer, weight, watch)
+        trial = Trial(recipe.method.solve(bench, batch, attempt), attempt)
     if watch is None:
         return Solution(update, trace=tracer.records, facts=facts)
     return Solution(update, watch.reason(), tracer.records, {**facts, "kept": watch.at}, watch)
 
 
-def begin(bench: Bench, batch: RepairBatch, attempt: Attempt | None = None) -> Trial:
-    """Begin a repair, unwatched, with the recipe's weight of the guard; it has not gone an epoch yet.
+def begin(bench: Bench, batch: RepairBatch, index: int) -> Trial:
+    """Begin a repair, unwatched so far, with the recipe's weight of the guard; it has not gone an epoch yet.
 
     Args:
         batch: with the candidate in row 0
-        attempt: another weight, for the same tracer
+        index: of the candidate
     """
     recipe = bench.request.recipe
-    attempt = attempt or Attempt(Tracer(), recipe.guard_weight)
-    return Trial(recipe.method.solve(bench, batch, attempt), attempt)
+    attempt = Attempt(Tracer(), recipe.guard_weight)
+    return Trial(recipe.method.solve(bench, batch, attempt), attempt, partial(_watch, bench, index))
 
 
 def _watch(bench: Bench, index: int) -> Watch[Any] | None:

@@ -70,6 +70,29 @@ def test_the_worse_half_is_left_behind_and_the_best_goes_on():
     assert gone[2] == 20
 
 
+def test_only_those_that_are_compared_last_are_watched():
+    looked = []
+
+    class Watching:
+        pass
+
+    def path(i, attempt):
+        for epoch in range(1, 9):
+            if attempt.watch is not None:
+                looked.append((i, epoch))
+            yield {"at": i}
+        return {"at": i}, {}
+
+    def begin(i):
+        attempt = Attempt(Tracer())
+        return Trial(path(i, attempt), attempt, Watching)
+
+    rows = [{"candidate": i} for i in range(3)]
+    _, trial = halve(rows, [Rung(3, 1), Rung(2, 4)], begin, lambda update: Distance(update["at"], 0.0))
+    assert looked == [(0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4)]
+    assert trial.watched() is trial.attempt.watch
+
+
 def test_of_equal_ones_the_first_of_the_list_is_taken():
     _, begin, judge = made_up(lambda i, epoch: 1.0)
     rows = [{"candidate": i} for i in (3, 0, 2)]

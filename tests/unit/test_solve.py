@@ -51,7 +51,7 @@ def test_a_repair_that_was_tried_out_goes_on_and_tells_its_whole_path(opened):
     with opened("--repair.watch", "false") as bench:
         batch, told = first_of(bench), []
         whole = solve(bench, batch, 0)
-        begun = begin(bench, batch)
+        begun = begin(bench, batch, 0)
         begun.advance(2)
         found = solve(bench, batch, 0, told.append, begun)
     assert [record["epoch"] for record in whole.trace] == list(range(1, EPOCHS + 1))
@@ -63,7 +63,7 @@ def test_the_watch_looks_at_what_is_left_of_a_repair_and_a_second_attempt_begins
     monkeypatch.setattr(solving, "read_probes", lambda *_: UNSAFE)
     with opened() as bench:
         batch = first_of(bench)
-        begun = begin(bench, batch)
+        begun = begin(bench, batch, 0)
         begun.advance(2)
         found = solve(bench, batch, 0, begun=begun)
         alone = solve(bench, batch, 0)
@@ -83,7 +83,7 @@ def test_a_repair_that_ended_before_it_was_watched_is_looked_at_as_it_is(opened,
     monkeypatch.setattr(solving, "read_probes", lambda *_: GOOD)
     with opened() as bench:
         batch = first_of(bench)
-        begun = begin(bench, batch)
+        begun = begin(bench, batch, 0)
         update = begun.advance(2 * EPOCHS)
         assert begun.ended is not None
         found = solve(bench, batch, 0, begun=begun)
@@ -101,7 +101,7 @@ def test_an_update_on_an_adapter_has_the_adapter_in_it(opened):
         own = {name: Factors(torch.full((module.out_features, 1), 0.01), torch.ones(1, module.in_features))}
         adapter = type("Adapter", (), {"update": own})()
         bench = dataclasses.replace(bench, request=dataclasses.replace(bench.request, adapter=adapter))
-        begun = begin(bench, batch)
+        begun = begin(bench, batch, 0)
         for update in (begun.advance(1), begun.finish()[0]):
             assert torch.equal(update[name].a[:1], own[name].a)
             assert torch.equal(update[name].b[:, :1], own[name].b)
