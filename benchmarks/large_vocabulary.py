@@ -84,6 +84,7 @@ def work(variant: str, size: str, steps: int) -> dict[str, Any]:
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import start
     from oneshot.patch.linears import select_linears
+    from oneshot.patch.method import finished
     from oneshot.patch.methods import rollback
     from oneshot.patch.path import Attempt
     from oneshot.patch.recipe import recipe_for
@@ -110,7 +111,8 @@ def work(variant: str, size: str, steps: int) -> dict[str, Any]:
         losses.append(record["loss"] + record["guard_kl"])
 
     options = RepairSettings(method="rollback", epochs=steps, learning_rate=0.1, noise=0.0, undo=0.0)
-    rollback.learn(runtime, model, directions, batch, Attempt(Tracer(tick), 1.0), recipe_for(options, has_update=True))
+    attempt, recipe = Attempt(Tracer(tick), 1.0), recipe_for(options, has_update=True)
+    finished(rollback.learn(runtime, model, directions, batch, attempt, recipe))
     seconds = [after - before for before, after in itertools.pairwise(clock)]
     peak = peak_bytes()
     return {

@@ -176,6 +176,7 @@ def run_stock(checkpoint: Path, steps: int, seen: Observer, fused: bool = False)
 def run_lowrank(checkpoint: Path, steps: int, seen: Observer) -> None:
     """Factored gradient steps, with the step sizes that the method finds itself."""
     from oneshot.distributed.engine import frozen
+    from oneshot.patch.method import finished
     from oneshot.patch.methods import lowrank
     from oneshot.patch.path import Attempt
     from oneshot.patch.recipe import recipe_for
@@ -186,7 +187,7 @@ def run_lowrank(checkpoint: Path, steps: int, seen: Observer) -> None:
     recipe = recipe_for(RepairSettings(method="lowrank", epochs=steps, rank=RANK), has_update=False)
     with frozen(runtime, model) as ready:
         seen.tick()
-        lowrank.descend(runtime, ready, linears, batch, Attempt(Tracer(seen.tick)), recipe)
+        finished(lowrank.descend(runtime, ready, linears, batch, Attempt(Tracer(seen.tick)), recipe))
 
 
 def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
@@ -194,6 +195,7 @@ def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
     import torch
 
     from oneshot.distributed.engine import frozen
+    from oneshot.patch.method import finished
     from oneshot.patch.methods import rollback
     from oneshot.patch.path import Attempt
     from oneshot.patch.recipe import recipe_for
@@ -207,7 +209,7 @@ def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
     directions = random_directions(linears, RANK)
     with frozen(runtime, model) as ready:
         seen.tick()
-        rollback.learn(runtime, ready, directions, batch, Attempt(Tracer(seen.tick)), recipe)
+        finished(rollback.learn(runtime, ready, directions, batch, Attempt(Tracer(seen.tick)), recipe))
 
 
 def prepared(checkpoint: Path, seen: Observer) -> tuple[Any, Any, Any, Any]:

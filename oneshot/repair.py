@@ -174,7 +174,7 @@ def _patch(request: Request, aligned: Aligned | None, run_dir: Path, console: Co
             with bench.unpatched() as model:
                 stages["finetuned"] = _score(request, model)
             choice = choose(bench, aligned, chosen)
-            solution = solve(bench, choice.batch, choice.chosen.index, listen)
+            solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
             with bench.patched(solution.update) as model:
                 stages["repaired"] = _score(request, model)
             merged = run_dir / REPAIRED if request.settings.repair.merge else None

@@ -143,14 +143,15 @@ class Watch(Generic[Kept]):
         return f"no point on the path was good enough; at the best ({at}) {', '.join(said)}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
     """One run of a method on one example.
 
     Attributes:
         tracer: told of every epoch
         guard_weight: weight of the guard; 0 for none
-        watch: looks at every epoch, may end the path, and keeps its best state; none: all epochs, and the last
+        watch: looks at every epoch, may end the path, and keeps its best state; none: all epochs, and the last. It may
+            come while the path has stopped, to look at what is left of it
     """
 
     tracer: Tracer

@@ -63,7 +63,7 @@ class Settings:
     example: str | None = None
     pool: str | None = None
     select: str = "bilevel"
-    shortlist: PositiveInt = 8
+    shortlist: PositiveInt = 4
     guard: str | None = None
     watch_prompts: str | None = None
     reference: str | None = None
