@@ -154,7 +154,7 @@ def work(folder: Path, case: Case) -> None:
 
     runtime = start()
     settings = ModelSettings(path=str(folder))
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     barrier(runtime)
     reset_peak()
     before = resident_bytes()

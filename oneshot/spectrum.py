@@ -37,7 +37,7 @@ def run(settings: Settings) -> None:
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
     from oneshot.patch.measured import measure
-    from oneshot.report.progress import open_console
+    from oneshot.report.progress import open_console, say_dtype
     from oneshot.report.runfolder import open_run
 
     if settings.delete_degraded:
@@ -50,6 +50,7 @@ def run(settings: Settings) -> None:
     else:
         asked = check_fully(settings, runtime)
         run_dir = open_run(settings.out, f"{Path(settings.called).name}-spectrum", settings, runtime)
+        say_dtype(console, asked.request.source)
     clock = time.perf_counter()
     found = measure(asked)
     if console:
