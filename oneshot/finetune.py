@@ -58,7 +58,14 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
         raise UserError("Setting delete_degraded would remove what oneshot finetune is asked to make: leave it out.")
     prepared = prepare(settings, runtime)
     needed = FINETUNE[settings.finetune.method]
-    refuse_what_cannot_fit(settings, runtime, prepared.source.checkpoint, needed, stage="finetune")
+    refuse_what_cannot_fit(
+        settings,
+        runtime,
+        prepared.source.checkpoint,
+        needed,
+        stage="finetune",
+        item=prepared.source.dtype.itemsize,
+    )
     console = None if quiet else open_console(runtime)
     run_dir = open_run(settings.out, settings.called, settings, runtime)
     begin(runtime, settings, run_dir, prepared, console)

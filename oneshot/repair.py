@@ -98,7 +98,9 @@ def check_fully(settings: Settings, runtime: Runtime) -> Request:
     from oneshot.planning.check import refuse_what_cannot_fit
 
     request = check(settings, runtime)
-    refuse_what_cannot_fit(settings, runtime, request.source.checkpoint, request.recipe.method.name)
+    refuse_what_cannot_fit(
+        settings, runtime, request.source.checkpoint, request.recipe.method.name, item=request.source.dtype.itemsize
+    )
     return request
 
 

@@ -65,7 +65,9 @@ def check_fully(settings: Settings, runtime: Runtime) -> Asked:
 
     options = dataclasses.replace(settings.repair, method="project", guard_weight=1.0, watch=False)
     request = check(dataclasses.replace(settings, repair=options), runtime)
-    refuse_what_cannot_fit(settings, runtime, request.source.checkpoint, request.recipe.method.name)
+    refuse_what_cannot_fit(
+        settings, runtime, request.source.checkpoint, request.recipe.method.name, item=request.source.dtype.itemsize
+    )
     return prepared(request)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped and unmapped one by one
 _SMALL = 10_000_000  # weights
 
+
 def measured(runtime: Runtime) -> dict[str, Any]:
     """Return peak_rss_bytes and peak_gpu_bytes, one value per rank (GPU: empty without one). Collective."""
     import resource
