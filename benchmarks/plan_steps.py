@@ -36,7 +36,7 @@ class Case:
 
 
 def make_steps(runtime: Any, model: Any, linears: Any, case: Case) -> None:
-    """Make three or four steps."""
+    """Make as many steps as it takes until everything that is held is there."""
     if case.method == "full":
         step_finetune(runtime, model, case)
     elif case.method in ("lowrank", "rollback"):
@@ -88,11 +88,11 @@ def step_frozen(runtime: Any, model: Any, linears: Any, case: Case) -> None:
                 reference = logits_at(ready, batch.inputs, batch.kept[len(batch.targets) :])
             batch = dataclasses.replace(batch, reference=reference)
         if case.method == "lowrank":
-            recipe = recipe_for(RepairSettings(method="lowrank", epochs=3, rank=RANK), has_update=False)
+            recipe = recipe_for(RepairSettings(method="lowrank", epochs=2, rank=RANK), has_update=False)
             lowrank.descend(runtime, ready, linears.targets, batch, attempt, recipe)
             return
         directions = random_directions(linears.targets, RANK)
-        options = RepairSettings(method="rollback", epochs=4, learning_rate=0.1, noise=0.0, undo=0.0)
+        options = RepairSettings(method="rollback", epochs=2, learning_rate=0.1, noise=0.0, undo=0.0)
         rollback.learn(runtime, ready, directions, batch, attempt, recipe_for(options, has_update=True))
 
 
@@ -110,7 +110,7 @@ def step_trained(runtime: Any, model: Any, linears: Any, case: Case) -> None:
     )
     train(
         engine,
-        Schedule(3, 2e-5, decay=False),
+        Schedule(2, 2e-5, decay=False),
         lambda _step: [batch],
         lambda forward, rows: repair_loss(forward, rows, 0.0, runtime.world_size)[0],
         lambda _result: None,
@@ -135,4 +135,4 @@ def step_finetune(runtime: Any, model: Any, case: Case) -> None:
     def batches(_step: int) -> Any:
         return micro_batches(encoded, list(range(case.rows)), runtime, pad_id=0, accumulation=1)
 
-    train(engine, Schedule(3, 2e-5, decay=False), batches, answer_loss, lambda _result: None)
+    train(engine, Schedule(2, 2e-5, decay=False), batches, answer_loss, lambda _result: None)
