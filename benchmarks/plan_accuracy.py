@@ -170,7 +170,8 @@ def work(folder: Path, case: Case) -> None:
     found = {"load": load, "step": peak_bytes() - before, "item": source.dtype.itemsize}
     (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
     barrier(runtime)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def accuracy_table(found: list[dict[str, Any]]) -> str:
