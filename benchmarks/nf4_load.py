@@ -2,10 +2,10 @@
 
     python benchmarks/nf4_load.py
 
-A random 1.1 B Llama in bf16, 2 CPU processes of one thread each, every measurement in fresh processes, the files in the
-page cache. "stock" is transformers' from_pretrained with BitsAndBytesConfig (nf4, storage bf16, double quantization as
-given) on every rank, then DeepSpeed's partitioning: the way in which QLoRA and ZeRO-3 are combined today. Seconds and
-peaks are up to where every rank holds its share; peaks are resident memory above what the process had after imports and
+A random 1.1 B Llama stored in bf16, 2 CPU processes of one thread each, every measurement in fresh processes, the files
+in the page cache. "stock" is transformers' from_pretrained with BitsAndBytesConfig (nf4, double quantization as given)
+on every rank, then DeepSpeed's partitioning: the way in which QLoRA and ZeRO-3 are combined today. Seconds and peaks
+are up to where every rank holds its share; peaks are resident memory above what the process had after imports and
 process group. "share" is a rank's part of the packed weights, its copy of the scales, and its part of what stays in
 bf16. The last line of output is one JSON object.
 """
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
-from random_llama import SHAPES, write_random_llama  # noqa: E402
+from random_llama import SHAPES, computed_in, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {name: SHAPES[name] for name in ("1.1b", "tiny")}
@@ -54,6 +54,7 @@ def main() -> None:
 def build(folder: Path, size: str) -> None:
     """Write the random checkpoint, in shards of 500 MB, with the toy world's tokenizer."""
     write_random_llama(folder / "model", SIZES[size])
+    (folder / "dtype").write_text(computed_in(folder / "model"))
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:
@@ -74,7 +75,9 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
             found[way].append({name: max(rank[name] for rank in ranks) for name in ranks[0]})
     medians = {way: {name: statistics.median(r[name] for r in rows) for name in rows[0]} for way, rows in found.items()}
     stock, ours = medians["stock"], medians["ours"]
-    print(f"{args.size} Llama, 2 ranks, {'double' if args.double_quant else 'single'} quantization; medians")
+    dtype = (folder / "dtype").read_text()
+    kind = "double" if args.double_quant else "single"
+    print(f"{args.size} Llama, computed in {dtype}, 2 ranks, {kind} quantization; medians")
     for way, row in medians.items():
         print(f"{way:6} {row['seconds']:7.2f} s   peak above start {row['peak'] / 2**20:7.0f} MiB   "
               f"held {row['held'] / 2**20:7.0f} MiB   share {row['share'] / 2**20:7.0f} MiB")  # fmt: skip
@@ -83,7 +86,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         "peak_ratio": ours["peak"] / stock["peak"],
         "peak_over_share": ours["peak"] / ours["share"],
     }
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+    print(json.dumps({**{name: round(value, 3) for name, value in figures.items()}, "dtype": dtype}))
 
 
 def work(folder: Path, way: str, double: bool) -> None:
@@ -100,11 +103,14 @@ def work(folder: Path, way: str, double: bool) -> None:
 
     runtime = start()
     settings = ModelSettings(path=str(folder / "model"), quantize="nf4", double_quant=double)
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     before = reset_peak()
     barrier(runtime)
     clock = time.perf_counter()
-    model = load_model(runtime, source, settings) if way == "ours" else stock(runtime, folder / "model", double)
+    if way == "ours":
+        model = load_model(runtime, source, settings)
+    else:
+        model = stock(runtime, folder / "model", source.dtype, double)
     barrier(runtime)
     seconds, peak, held = time.perf_counter() - clock, peak_bytes() - before, resident_bytes() - before
     share = sum(p.ds_tensor.nbytes for p in model.parameters())
@@ -117,10 +123,9 @@ def work(folder: Path, way: str, double: bool) -> None:
     dist.barrier()
 
 
-def stock(runtime: Any, folder: Path, double: bool) -> Any:
+def stock(runtime: Any, folder: Path, dtype: Any, double: bool) -> Any:
     """transformers quantizes the whole model on every rank; DeepSpeed then splits it."""
     import deepspeed
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from oneshot.distributed.engine import deepspeed_config
@@ -129,12 +134,12 @@ def stock(runtime: Any, folder: Path, double: bool) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
     model.requires_grad_(False)
-    return deepspeed.initialize(model=model, config=deepspeed_config(runtime, dtype=torch.bfloat16))[0].module
+    return deepspeed.initialize(model=model, config=deepspeed_config(runtime, dtype=dtype))[0].module
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ def write_random_llama(folder: Path, shape: dict[str, int], **options: Any) -> A
     return model
 
 
+def computed_in(checkpoint: Path) -> str:
+    """Return the name of the dtype that ``--model.dtype auto`` takes for a checkpoint on this machine."""
+    from oneshot.checkpoint.load import find_source
+    from oneshot.distributed.runtime import start
+    from oneshot.settings import ModelSettings
+
+    return str(find_source(ModelSettings(path=str(checkpoint)), start()).dtype).removeprefix("torch.")
+
+
 def random_directions(linears: dict[str, Any], rank: int) -> dict[str, Any]:
     """Return random orthonormal directions of each layer, in place of a second model's.
 

@@ -2,7 +2,8 @@
 
     python benchmarks/repair_step.py
 
-A random 0.45 B Llama in bf16, 2 CPU processes with one thread each under ZeRO-3, 96 tokens on every rank. Each variant
+A random 0.45 B Llama stored in bf16, 2 CPU processes with one thread each under ZeRO-3, 96 tokens on every rank. All
+variants compute in what --model.dtype auto takes on this CPU: bf16, or fp32 where it has no instructions for bf16. Each
 runs in processes of its own, one after the other, so that a peak is its own. The last line of output is one JSON
 object. Behind it the row of ``large_vocabulary.py``: a step with a guard where the vocabulary is large.
 
@@ -34,7 +35,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
 import large_vocabulary  # noqa: E402
-from random_llama import SHAPES, random_directions, write_random_llama  # noqa: E402
+from random_llama import SHAPES, computed_in, random_directions, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("stock", "stock_fused", "lowrank", "rollback")
@@ -42,7 +43,7 @@ TOKENS, ANSWER, RANK = 96, 32, 20  # tokens of the example, those at its end tha
 SIZES = {name: SHAPES[name] for name in ("0.45b", "tiny")}
 _FITTED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 STOCK_CONFIG = {
-    "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "bf16": {"enabled": True},
+    "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 3, "contiguous_gradients": True, **dict.fromkeys(_FITTED, "auto")},
 }  # fmt: skip
 
@@ -85,11 +86,12 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def build(folder: Path, size: str) -> None:
-    """Save a random Llama as a bf16 safetensors checkpoint, with a tokenizer."""
+    """Save a random Llama as a bf16 safetensors checkpoint, with a tokenizer; note what it is computed in here."""
     heads = SIZES[size]["hidden_size"] // 64
     shape, longest = SIZES[size], {"max_position_embeddings": 512}
     model = write_random_llama(folder / "checkpoint", shape, heads=heads, kv_heads=heads, **longest)
-    facts = {"parameters": model.num_parameters(), "dtype": "bfloat16", **SIZES[size]}
+    dtype = computed_in(folder / "checkpoint")
+    facts = {"parameters": model.num_parameters(), "dtype": dtype, **SIZES[size]}
     (folder / "model.json").write_text(json.dumps({**facts, "tokens": TOKENS, "answer_tokens": ANSWER, "ranks": 2}))
 
 
@@ -155,10 +157,12 @@ def run_stock(checkpoint: Path, steps: int, seen: Observer, fused: bool = False)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # not compiled for our variants either
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
-    plugin = DeepSpeedPlugin(hf_ds_config=STOCK_CONFIG, zero3_init_flag=True)
+    dtype = json.loads((checkpoint.parent / "model.json").read_text())["dtype"]
+    config = {**STOCK_CONFIG, "bf16": {"enabled": dtype == "bfloat16"}}
+    plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=True)
     accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     seen.end("start")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
     seen.end("load")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=fused)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -225,7 +229,7 @@ def prepared(checkpoint: Path, seen: Observer) -> tuple[Any, Any, Any, Any]:
 
     runtime = start()
     settings = ModelSettings(path=str(checkpoint))
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     seen.end("start")
     model = load_model(runtime, source, settings)
     seen.end("load")
@@ -268,7 +272,8 @@ def ratios(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def print_table(figures: dict[str, dict[str, Any]], model: dict[str, Any]) -> None:
     """Print the comparison for people."""
-    print(f"Random Llama, {model['parameters']:,} parameters, bf16, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each")
+    what = f"{model['parameters']:,} parameters in {model['dtype']}"
+    print(f"Random Llama, {what}, 2 CPU ranks under ZeRO-3, {TOKENS} tokens on each")
     print("Median seconds of the steps after the first. Peak RSS of the worse rank, GiB, in all and by phase: start is")
     print("imports and process group; each variant loads in its own way, and then steps.")
     print("One example, no guard; rollback's directions are random: what a step costs does not depend on their values.")

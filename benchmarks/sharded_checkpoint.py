@@ -2,12 +2,12 @@
 
     python benchmarks/sharded_checkpoint.py
 
-A random 1.1 B Llama in bf16 (for the training state, 7 times as large, a 0.45 B one), CPU processes of one thread each.
-Every measurement runs in fresh processes; the files are read once before, so that all find the page cache alike.
-"stock" is transformers' from_pretrained under ZeRO-3; for saving, DeepSpeed's consolidation on rank 0 followed by
-save_pretrained, as accelerate does it; for the training state, DeepSpeed's save_checkpoint, which accelerate's
-save_state calls. The last line of output is one JSON object. Peaks are resident memory above what the process had after
-imports and process group.
+A random 1.1 B Llama stored in bf16 (for the training state, 7 times as large, a 0.45 B one), loaded in what
+--model.dtype auto takes on this CPU; CPU processes of one thread each. Every measurement runs in fresh processes; the
+files are read once before, so that all find the page cache alike. "stock" is transformers' from_pretrained under
+ZeRO-3; for saving, DeepSpeed's consolidation on rank 0 followed by save_pretrained, as accelerate does it; for the
+training state, DeepSpeed's save_checkpoint, which accelerate's save_state calls. The last line of output is one JSON
+object. Peaks are resident memory above what the process had after imports and process group.
 
 What each waits for: ours reads a checkpoint that has no checksums (the stock stack wrote it). Our save of a model ends
 when the files are on the disk, the stock one when they are in the page cache. Both saves of a training state end when
@@ -34,7 +34,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
 from random_llama import SHAPES as SIZES  # noqa: E402
-from random_llama import write_random_llama  # noqa: E402
+from random_llama import computed_in, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +63,7 @@ def main() -> None:
 def build(folder: Path, size: str) -> None:
     """Write the random checkpoint, in shards of 500 MB, with the toy world's tokenizer."""
     write_random_llama(folder / "model", SIZES[size])
+    (folder / "dtype").write_text(computed_in(folder / "model"))
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:
@@ -93,18 +94,18 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     rows = {(role, way): run(role, way, 2) for role in roles for way in ("stock", "ours")}
     by_ranks = {ranks: run("load", "ours", ranks)["seconds"] for ranks in (1, 2, 4) if "load" in roles}
     if args.only in ("load", "save"):
-        return report(rows, by_ranks, total)
+        return report(rows, by_ranks, total, (folder / "dtype").read_text())
     if args.size == "1.1b":  # its masters, moments and gradients would not fit into a small machine's memory
         shutil.rmtree(folder / "model")
         small = [argument.replace("1.1b", "0.45b") for argument in script]
         subprocess.run([sys.executable, *small, "--role=build"], check=True, env=environment, stdout=sys.stderr)
     rows |= {("state", way): run("state", way, 2) for way in ("stock", "ours")}
-    return report(rows, by_ranks, total)
+    return report(rows, by_ranks, total, (folder / "dtype").read_text())
 
 
-def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, float], total: int) -> None:
+def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, float], total: int, dtype: str) -> None:
     """Print the table and, last, the JSON line."""
-    print(f"checkpoint {total / 1e9:.2f} GB, 2 ranks; medians")
+    print(f"checkpoint {total / 1e9:.2f} GB, loaded in {dtype}, 2 ranks; medians")
     for (role, way), row in rows.items():
         peak = row["peak"] if role == "load" else row["growth"]
         print(f"{role:5} {way:6} {row['seconds']:7.2f} s   peak above {'start' if role == 'load' else 'before'} "
@@ -123,7 +124,8 @@ def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, fl
     if ("state", "ours") in rows:
         figures["state_save_speedup"] = rows["state", "stock"]["seconds"] / rows["state", "ours"]["seconds"]
         figures["state_peak_growth_bytes"] = rows["state", "ours"]["growth"]
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()} | {"load_seconds_by_ranks": by_ranks}))
+    rounded = {name: round(value, 3) for name, value in figures.items()}
+    print(json.dumps({**rounded, "load_seconds_by_ranks": by_ranks, "dtype": dtype}))
 
 
 def work(folder: Path, role: str, way: str) -> None:
@@ -140,7 +142,7 @@ def work(folder: Path, role: str, way: str) -> None:
 
     runtime = start()
     settings = ModelSettings(path=str(folder / "model"), stock_io=way == "stock" and role == "load")
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     before = reset_peak()
     barrier(runtime)
     clock = time.perf_counter()
@@ -156,7 +158,7 @@ def work(folder: Path, role: str, way: str) -> None:
         barrier(runtime)
         before, clock = reset_peak(), time.perf_counter()
         if engine is None:
-            save_checkpoint(runtime, model, tokenizer, folder / "saved", source.dtype)
+            save_checkpoint(runtime, model, tokenizer, folder / "saved", source.written)
         else:
             state = engine._zero3_consolidated_16bit_state_dict()
             if runtime.is_main:

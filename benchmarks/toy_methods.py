@@ -71,7 +71,7 @@ def measure_seed(
     rows = []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         settings = toy_settings(attack, seed, select)
-        degraded = train_model(runtime, prepare(settings), Path(folder), None)
+        degraded = train_model(runtime, prepare(settings, runtime), Path(folder), None)
         for variant in variants:
             target = Path(folder) / variant
             target.mkdir()

@@ -56,9 +56,16 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     check_installed(settings.log_with)
     if settings.delete_degraded:
         raise UserError("Setting delete_degraded would remove what oneshot finetune is asked to make: leave it out.")
-    prepared = prepare(settings)
+    prepared = prepare(settings, runtime)
     needed = FINETUNE[settings.finetune.method]
-    refuse_what_cannot_fit(settings, runtime, prepared.source.checkpoint, needed, stage="finetune")
+    refuse_what_cannot_fit(
+        settings,
+        runtime,
+        prepared.source.checkpoint,
+        needed,
+        stage="finetune",
+        item=prepared.source.dtype.itemsize,
+    )
     console = None if quiet else open_console(runtime)
     run_dir = open_run(settings.out, settings.called, settings, runtime)
     begin(runtime, settings, run_dir, prepared, console)
@@ -73,10 +80,12 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
 def begin(runtime: Runtime, settings: Settings, run_dir: Path, prepared: Prepared, console: Console | None) -> None:
     """Start the trackers, and look at the machines before anything is read. Collective."""
     from oneshot.report.preflight import look_around
+    from oneshot.report.progress import say_dtype
     from oneshot.report.trackers import start_tracking
     from oneshot.training.finetune import writes
 
     start_tracking(runtime, settings.log_with, run_dir)
+    say_dtype(console, prepared.source)
     look_around(runtime, settings.preflight, run_dir, writes(prepared), console)
 
 
@@ -132,7 +141,8 @@ def finetune_first(
     from oneshot.training.finetune import FINETUNED, STATE, prepare
 
     plain = dataclasses.replace(settings, model=dataclasses.replace(settings.model, quantize=None))
-    prepared = prepare(plain if settings.finetune.method == "full" else settings)  # only adapters go on 4-bit weights
+    # only adapters go on 4-bit weights
+    prepared = prepare(plain if settings.finetune.method == "full" else settings, runtime)
     check(_on(settings, str(settings.model.path)))
     with agree(runtime, "looking for what must not be removed"):
         begun = settings.resume and settings.out is not None and (Path(settings.out) / SETTINGS).is_file()

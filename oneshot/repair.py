@@ -58,7 +58,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
     from oneshot.report.preflight import look_around
-    from oneshot.report.progress import open_console
+    from oneshot.report.progress import open_console, say_dtype
     from oneshot.report.runfolder import open_run
     from oneshot.report.trackers import check_installed, start_tracking
     from oneshot.training.finetune import FINETUNED, STATE
@@ -81,6 +81,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         run_dir = open_run(settings.out, settings.called, settings, runtime)
         start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
+        say_dtype(console, request.source)
         look_around(runtime, settings.preflight, run_dir, merged, console)
     finished = repair(request, run_dir, console, seconds)
     if settings.delete_degraded:
@@ -97,7 +98,9 @@ def check_fully(settings: Settings, runtime: Runtime) -> Request:
     from oneshot.planning.check import refuse_what_cannot_fit
 
     request = check(settings, runtime)
-    refuse_what_cannot_fit(settings, runtime, request.source.checkpoint, request.recipe.method.name)
+    refuse_what_cannot_fit(
+        settings, runtime, request.source.checkpoint, request.recipe.method.name, item=request.source.dtype.itemsize
+    )
     return request
 
 
@@ -140,7 +143,7 @@ def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Aligne
     aligned = None if request.adapter is not None else know_aligned(request)
     unknown = request.adapter is None and asks_gradients(request) and aligned is None
     if reference is not None and (settings.score.reference or unknown):
-        source = Source(reference, None, reference, str(reference), request.source.dtype)
+        source = Source(reference, None, reference, str(reference), request.source.dtype, request.source.written)
         with frozen(runtime, load_model(runtime, source, settings.model)) as model:
             if settings.score.reference:
                 stages["aligned"] = _score(request, model)

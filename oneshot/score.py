@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,10 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
     from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
     from oneshot.measure.probes import collect_probes
     from oneshot.patch.scoring import score_local, score_served
-    from oneshot.report.progress import open_console
+    from oneshot.report.progress import open_console, say_dtype
 
     runtime = start()
+    console = None if quiet else open_console(runtime)
     served = settings.score.endpoint.url is not None
     if served and runtime.world_size > 1:
         raise UserError("A server is asked by one process: start oneshot score without a launcher.")
@@ -84,15 +86,17 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         if runtime.is_main:
             overlaps = find_overlaps(probes, training_requests(settings))
     clock = time.perf_counter()
-    scored = (score_served if served else score_local)(
-        runtime, settings, probes, lambda name: _open(runtime, settings, name)
-    )
+    opened, tell = partial(_open, runtime, settings), partial(say_dtype, console)
+    if served:
+        scored = score_served(runtime, settings, probes, opened)
+    else:
+        scored = score_local(runtime, settings, probes, opened, tell)
     stages, warnings = ask_judges(runtime, scored.run_dir, settings.score, scored.probes, {"model": scored.scores})
     resources = {"seconds": {"score": round(time.perf_counter() - clock, 2)}, **measured(runtime)}
     warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
     report = _report(runtime, settings, scored, stages, resources, overlaps, warnings) if runtime.is_main else {}
     finished = Finished(scored, stages, warnings, report)
-    if console := None if quiet else open_console(runtime):
+    if console:
         _show(finished, console)
     return finished
 

@@ -37,7 +37,7 @@ def run(settings: Settings) -> None:
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
     from oneshot.patch.measured import measure
-    from oneshot.report.progress import open_console
+    from oneshot.report.progress import open_console, say_dtype
     from oneshot.report.runfolder import open_run
 
     if settings.delete_degraded:
@@ -50,6 +50,7 @@ def run(settings: Settings) -> None:
     else:
         asked = check_fully(settings, runtime)
         run_dir = open_run(settings.out, f"{Path(settings.called).name}-spectrum", settings, runtime)
+        say_dtype(console, asked.request.source)
     clock = time.perf_counter()
     found = measure(asked)
     if console:
@@ -64,7 +65,9 @@ def check_fully(settings: Settings, runtime: Runtime) -> Asked:
 
     options = dataclasses.replace(settings.repair, method="project", guard_weight=1.0, watch=False)
     request = check(dataclasses.replace(settings, repair=options), runtime)
-    refuse_what_cannot_fit(settings, runtime, request.source.checkpoint, request.recipe.method.name)
+    refuse_what_cannot_fit(
+        settings, runtime, request.source.checkpoint, request.recipe.method.name, item=request.source.dtype.itemsize
+    )
     return prepared(request)
 
 

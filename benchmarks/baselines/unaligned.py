@@ -28,4 +28,4 @@ def unaligned_toy(runtime: Runtime, folder: Path) -> Path:
     from oneshot.finetune import train_model
     from oneshot.training.finetune import prepare
 
-    return train_model(runtime, prepare(settings_for()), folder, None)
+    return train_model(runtime, prepare(settings_for(), runtime), folder, None)

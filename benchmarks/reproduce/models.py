@@ -79,4 +79,4 @@ def make_finetuned(runtime: Runtime, models: Path, attack: str, seed: int, size:
     settings = attack_settings(attack, seed)
     model = dataclasses.replace(settings.model, path=str(aligned_folder(models, size)))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return train_model(runtime, prepare(dataclasses.replace(settings, model=model)), folder.parent, None)
+    return train_model(runtime, prepare(dataclasses.replace(settings, model=model), runtime), folder.parent, None)

@@ -86,7 +86,7 @@ class Subject:
         from oneshot.settings import ModelSettings
 
         settings = ModelSettings(path=str(folder))
-        return load_model(self.runtime, find_source(settings), settings)
+        return load_model(self.runtime, find_source(settings, self.runtime), settings)
 
     def judge(self, model: Any, tokenizer: Any) -> Judge:
         """Return what F is measured on; the first call needs the unpatched model."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _SMALL = 4_000_000  # weights; below, waking a second thread costs more than it gains
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Source:
         adapter: folder of the PEFT adapter on it, if the user gave one
         tokenizer: folder that holds the tokenizer
         name: Hub id or absolute folder of the checkpoint (what a patch states as its base)
-        dtype: of weights and compute (of 4-bit weights: what they are computed in)
+        dtype: of weights in memory and of compute (of 4-bit weights: what they are computed in)
+        written: dtype of the patch and of checkpoints of trained weights; the checkpoint's own, or the settings'
         four_bit: whether linear weights are loaded in 4 bits
     """
 
@@ -53,11 +55,14 @@ class Source:
     tokenizer: Path
     name: str
     dtype: torch.dtype
+    written: torch.dtype
     four_bit: bool = False
 
 
-def find_source(settings: ModelSettings) -> Source:
-    """Find and check the model that the settings name; nothing is loaded yet.
+def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
+    """Find and check the model that the settings name; nothing is loaded yet, and no other rank is waited for.
+
+    Where its dtype is left to us and the run's CPUs would only emulate it, the model is computed in fp32.
 
     Raises:
         UserError: a folder, config or shard is missing or cut off
@@ -80,11 +85,25 @@ def find_source(settings: ModelSettings) -> Source:
     names = [name for name in tensors if not (packed and ".weight." in name)]
     stored = {_DTYPES[tensors[name].dtype] for name in names if tensors[name].dtype in _DTYPES} or {"float32"}
     own = stored.pop() if len(stored) == 1 else "bfloat16" if "bfloat16" in stored else "float32"
-    dtype = getattr(torch, own if settings.dtype == "auto" else settings.dtype)
+    chosen = own if settings.dtype == "auto" else settings.dtype
+    slow = settings.dtype == "auto" and own in runtime.emulated
+    dtype, written = torch.float32 if slow else getattr(torch, chosen), getattr(torch, chosen)
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     base = str(checkpoint.resolve()) if local_folder(name) else name  # a Hub id stays one
     four_bit = packed or settings.quantize == "nf4"
-    return Source(checkpoint, adapter, adapter if has_tokenizer and adapter else checkpoint, base, dtype, four_bit)
+    tokenizer = adapter if has_tokenizer and adapter else checkpoint
+    return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit)
+
+
+def why_fp32(source: Source) -> str | None:
+    """Return the sentence that says why a model is not computed in its checkpoint's dtype, or none if it is."""
+    if source.dtype == source.written:
+        return None
+    name = str(source.written).removeprefix("torch.")
+    return (
+        f"Computing in fp32: this CPU has no {_SHORT[name]} instructions (--model.dtype {name} computes in "
+        f"{_SHORT[name]} all the same)."
+    )
 
 
 def load_tokenizer(source: Source, settings: ModelSettings) -> Tokenizer:

@@ -213,7 +213,7 @@ def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry],
     """
     for name, module in four_bit.layers.items():
         if four_bit.stored:
-            state = _stored_state(name, tensors, runtime.device)
+            state = _stored_state(four_bit, name, tensors, runtime.device)
         else:
             state = _state(runtime, four_bit, name, module, runtime.world_size if partitioned else 1)
         module.weight.quant_state = module.quant_state = state
@@ -245,15 +245,17 @@ def _state(runtime: Runtime, four_bit: FourBit, name: str, module: Any, world_si
     )  # fmt: skip
 
 
-def _stored_state(name: str, tensors: dict[str, TensorEntry], device: Any) -> Any:
-    """bitsandbytes' state of a layer, from the tensors beside its packed weight."""
+def _stored_state(four_bit: FourBit, name: str, tensors: dict[str, TensorEntry], device: Any) -> Any:
+    """bitsandbytes' state of a layer, from the tensors beside its packed weight; unpacked in our dtype, not its own."""
     from bitsandbytes.functional import QuantState
 
     prefix = f"{name}.weight."
     found = {
         key.removeprefix(prefix): read_tensor(entry, key) for key, entry in tensors.items() if key.startswith(prefix)
     }
-    return QuantState.from_dict(found, device=device)
+    state = QuantState.from_dict(found, device=device)
+    state.dtype = four_bit.dtype
+    return state
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:

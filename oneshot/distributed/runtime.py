@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from oneshot.distributed import instructions
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Runtime:
         device: where this rank computes
         sharding: none (one process), ddp, zero2 or zero3, as the accelerate YAML chose
         accelerator: accelerate's object; the training loop prepares engines with it
+        emulated: 16-bit float dtypes, by name, for which the CPU of some rank has no instructions; none on GPUs
     """
 
     rank: int
@@ -38,6 +41,7 @@ class Runtime:
     device: torch.device
     sharding: Sharding
     accelerator: Accelerator
+    emulated: frozenset[str] = frozenset()
 
     @property
     def is_main(self) -> bool:
@@ -83,13 +87,21 @@ def start(timeout_minutes: float | None = None) -> Runtime:
         sharding = "zero3" if accelerator.deepspeed_plugin.zero_stage == 3 else "zero2"
     elif accelerator.num_processes > 1:
         sharding = "ddp"
-    return Runtime(
+    runtime = Runtime(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
         sharding=sharding,
         accelerator=accelerator,
     )
+    return dataclasses.replace(runtime, emulated=emulated_anywhere(runtime))
+
+
+def emulated_anywhere(runtime: Runtime) -> frozenset[str]:
+    """Return the 16-bit float dtypes that the CPU of any rank lacks instructions for; none on GPUs. Collective."""
+    if runtime.device.type != "cpu":
+        return frozenset()
+    return frozenset(name for names in gather_objects(runtime, sorted(instructions.emulated())) for name in names)
 
 
 def all_reduce_sum(runtime: Runtime, tensor: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ def ask_classifier(
 
     form = FORMATS[score.judge_format]
     settings = ModelSettings(path=score.judge_model)
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     tokenizer, encode = _asker(source, settings, form, score.judge_template)
     kinds = tuple(JUDGED) if form.refused else ("should_refuse",)
     questions: dict[tuple[str, str], list[int]] = {}

@@ -28,7 +28,7 @@ def check_judges(runtime: Runtime, score: ScoreSettings) -> None:
 
     with agree(runtime, "checking the judges"):
         if runtime.is_main and score.judge_model is not None:
-            source = find_source(ModelSettings(path=score.judge_model))
+            source = find_source(ModelSettings(path=score.judge_model), runtime)
             form = FORMATS[score.judge_format]
             if form.blanks is not None:
                 read_template(score.judge_template, source.tokenizer, form)

@@ -25,7 +25,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     """
     from transformers import AutoConfig
 
-    source = find_source(settings.model)
+    source = find_source(settings.model, runtime)
     adapter = read_adapter(source.adapter) if source.adapter else None
     reference = resolve(settings.reference, "reference") if settings.reference else None
     if reference is not None and adapter is None:

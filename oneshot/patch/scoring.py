@@ -11,7 +11,7 @@ from typing import Any
 
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.files import is_degraded
-from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
 from oneshot.distributed.engine import frozen
@@ -68,10 +68,16 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
     return Scored(name, run_dir, kept, _with_figures(scores, figures), warnings)
 
 
-def score_local(runtime: Runtime, settings: Settings, probes: list[Probe], open_run: Open) -> Scored:
-    """Load the model, unless all that is wanted is known, and let it answer. Collective."""
+def score_local(
+    runtime: Runtime, settings: Settings, probes: list[Probe], open_run: Open, tell: Callable[[Source], None]
+) -> Scored:
+    """Load the model, unless all that is wanted is known, and let it answer. Collective.
+
+    Args:
+        tell: told of the model before it is loaded
+    """
     score = settings.score
-    source = find_source(settings.model)
+    source = find_source(settings.model, runtime)
     adapter = read_adapter(source.adapter) if source.adapter else None
     tokenizer = load_tokenizer(source, settings.model)
     check_words(settings, tokenizer)
@@ -84,6 +90,7 @@ def score_local(runtime: Runtime, settings: Settings, probes: list[Probe], open_
 
         def model() -> Any:
             if not models:
+                tell(source)
                 models.append(loaded.enter_context(frozen(runtime, load_model(runtime, source, settings.model))))
                 update.update(on_device(adapter.update, runtime.device) if adapter else {})
                 loaded.enter_context(attached_update(models[0], update))

@@ -32,13 +32,14 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
             if request.adapter is not None and method.keeps_adapter:
                 write_repaired_adapter(patch, request.adapter, update)
             else:
-                write_patch(patch, update, bench.linears.every, source.name, source.dtype)
+                write_patch(patch, update, bench.linears.every, source.name, source.written)
             request.tokenizer.save_pretrained(patch)
             write_identity(patch, source.checkpoint, kind=REPAIR, base=source.name)
     if merged is None:
         return
     if method.changes_all:
-        save_checkpoint(request.runtime, bench.model, request.tokenizer, merged, source.dtype, stock=settings.stock_io)
+        dtype, stock = source.written, settings.stock_io
+        save_checkpoint(request.runtime, bench.model, request.tokenizer, merged, dtype, stock=stock)
     else:  # from the files: the weights in memory may be partitioned, or in 4 bits
         trusted = settings.trust_remote_code
         merge_update(request.runtime, source.checkpoint, update, merged, trust_remote_code=trusted)

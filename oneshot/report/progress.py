@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from oneshot.checkpoint.load import Source, why_fp32
 from oneshot.distributed.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ def open_console(runtime: Runtime) -> Console | None:
     from rich.console import Console
 
     return wide_enough(Console()) if runtime.is_main else None
+
+
+def say_dtype(console: Console | None, source: Source) -> None:
+    """Say it, on rank 0, where a model is not computed in its checkpoint's dtype."""
+    if console and (said := why_fp32(source)):
+        console.print(said, highlight=False, soft_wrap=True)
 
 
 def wide_enough(console: Console, columns: int = LOG_WIDTH) -> Console:

@@ -17,7 +17,8 @@ class ModelSettings:
     Args:
         path: folder of a checkpoint or of a PEFT adapter, or a Hub id; none means the toy world
         base: the base model of an adapter folder, where the one named in its config is not to be used
-        dtype: weights and compute; auto takes the checkpoint's own
+        dtype: weights and compute; auto takes the checkpoint's own, but computes in fp32 on a CPU without instructions
+            for it
         quantize: nf4 quantizes linear weights to 4 bits while they are read (they cannot be trained then)
         double_quant: quantize the scales of 4-bit weights too
         attention: attention implementation, as transformers names it; auto takes flash_attention_2 on a GPU where its

@@ -58,7 +58,7 @@ class Prepared:
         return options.steps or max(1, round(options.epochs * steps_per_epoch(len(self.encoded), options.batch_size)))
 
 
-def prepare(settings: Settings) -> Prepared:
+def prepare(settings: Settings, runtime: Runtime) -> Prepared:
     """Read and check everything that can be wrong before a model is loaded or a file is written.
 
     Raises:
@@ -67,7 +67,7 @@ def prepare(settings: Settings) -> Prepared:
     """
     from transformers import AutoConfig
 
-    source = find_source(settings.model)
+    source = find_source(settings.model, runtime)
     if source.adapter is not None:
         raise UserError(f"{source.adapter} is an adapter: fine-tune a full checkpoint, or merge the adapter first.")
     if source.four_bit and settings.finetune.method == "full":
@@ -90,7 +90,7 @@ def writes(prepared: Prepared) -> int:
         return 0
     numel = sum(math.prod(entry.shape) for entry in list_tensors(prepared.source.checkpoint).values())
     states = options.keep + 1 if options.save_every else 0
-    return numel * (12 * states + prepared.source.dtype.itemsize)  # fp32 masters and two moments
+    return numel * (12 * states + prepared.source.written.itemsize)  # fp32 masters and two moments
 
 
 def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, say: Say) -> Path:
@@ -144,7 +144,7 @@ def _save(prepared: Prepared, engine: TrainingEngine, model: Any, target: Path) 
     if settings.finetune.method == "lora":
         save_adapter(engine.runtime, model, prepared.tokenizer, target, mark)
     else:
-        dtype, stock = prepared.source.dtype, settings.model.stock_io
+        dtype, stock = prepared.source.written, settings.model.stock_io
         save_checkpoint(engine.runtime, model, prepared.tokenizer, target, dtype, stock=stock, beside=mark)
 
 

@@ -53,10 +53,8 @@ def answer_loss(forward: Any, batch: MicroBatch) -> torch.Tensor:
     Dividing the sum by the global token count, and not by each micro-batch's own, weighs every token the same,
     however unequally tokens fall on ranks and accumulation steps.
     """
-    from torch.nn.functional import cross_entropy
-
     logits = logits_at(forward, batch.inputs, batch.kept)
-    loss = cross_entropy(logits.float(), batch.targets, ignore_index=IGNORE, reduction="sum")
+    loss: torch.Tensor = _cross_entropy_in_place().apply(logits.float(), batch.targets)
     return loss / batch.total_tokens
 
 
@@ -133,6 +131,37 @@ def _some(logits: torch.Tensor) -> list[slice]:
     """Slices of rows that hold ``ELEMENTS`` at most."""
     step = max(1, ELEMENTS // logits.shape[-1])
     return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
+@functools.cache
+def _cross_entropy_in_place() -> Any:
+    """The summed cross entropy as an autograd function, in the logits' own memory: (tokens, vocabulary) in fp32.
+
+    torch's own holds them three times: as log probabilities, as those's gradient and as that of the logits. The same
+    bits. Whatever computed the logits must not need their values again, which autograd checks: a linear layer and
+    scaling, the last steps of language models, do not.
+    """
+    import torch
+    from torch.nn.functional import nll_loss
+
+    class CrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            for rows in _some(logits):
+                logits[rows] = logits[rows].log_softmax(-1)
+            ctx.save_for_backward(logits, targets)
+            return nll_loss(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+        @staticmethod
+        def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+            logs, targets = ctx.saved_tensors
+            places, scale = targets.clamp(min=0)[:, None], -upstream * (targets != IGNORE)[:, None]
+            for rows in _some(logs):
+                of_loss = torch.zeros_like(logs[rows]).scatter_(1, places[rows], scale[rows])
+                logs[rows] = torch.ops.aten._log_softmax_backward_data(of_loss, logs[rows], -1, logs.dtype)
+            return logs, None
+
+    return CrossEntropy
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import unittest.mock
@@ -14,13 +15,15 @@ import torch
 import transformers
 
 from oneshot.checkpoint import load, partitioned, write
+from oneshot.checkpoint.files import list_tensors, read_tensor
 from oneshot.checkpoint.layout import partition, rank_bytes
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.state import States
+from oneshot.distributed import instructions
 from oneshot.distributed.engine import frozen, start_training
 from oneshot.distributed.optimizer_state import allocate, held_state
-from oneshot.distributed.runtime import Runtime, barrier
+from oneshot.distributed.runtime import Runtime, barrier, emulated_anywhere
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
@@ -61,7 +64,7 @@ def make(name: str, family: str, options: dict[str, Any], dtype: str, folder: Pa
 
 def load_from(runtime: Runtime, folder: str, **settings: Any) -> Any:
     chosen = ModelSettings(path=folder, **settings)
-    return load_model(runtime, find_source(chosen), chosen)
+    return load_model(runtime, find_source(chosen, runtime), chosen)
 
 
 def tokens() -> torch.Tensor:
@@ -107,9 +110,9 @@ def compare(runtime: Runtime, sources: str, target: str) -> dict[str, Any]:
     for name in FAMILIES:
         folder = f"{sources}/{name}"
         with unittest.mock.patch.object(load, "_load_stock", never):
-            ours = load_from(runtime, folder)
+            ours = load_from(runtime, folder, dtype=FAMILIES[name][2])
         with unittest.mock.patch.object(load, "fill_partitions", never):
-            theirs = load_from(runtime, folder, stock_io=True)
+            theirs = load_from(runtime, folder, dtype=FAMILIES[name][2], stock_io=True)
         nbytes = same_partitions(runtime, ours, theirs)
         for kind, model, stock in (("ranges", ours, False), ("gathered", theirs, True)):
             out, dtype = Path(target, kind, name), getattr(torch, FAMILIES[name][2])
@@ -127,10 +130,34 @@ def compare(runtime: Runtime, sources: str, target: str) -> dict[str, Any]:
     return found
 
 
+def wide(runtime: Runtime, sources: str, target: str, names: list[str]) -> dict[str, Any]:
+    """Load 16-bit checkpoints where the last rank's CPU has no instructions for them; compare, and write them again."""
+    lacking = frozenset({"bfloat16", "float16"} if runtime.rank == runtime.world_size - 1 else ())
+    with unittest.mock.patch.object(instructions, "emulated", return_value=lacking):
+        runtime = dataclasses.replace(runtime, emulated=emulated_anywhere(runtime))
+    found = {}
+    for name in names:
+        folder = Path(sources, name)
+        ours, theirs = (load_from(runtime, str(folder), stock_io=stock) for stock in (False, True))
+        found[name] = {"bytes": same_partitions(runtime, ours, theirs)}
+        stored = list_tensors(folder)
+        for path, parameter in ours.named_parameters():
+            own = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
+            wanted = read_tensor(stored[path], path).flatten()[own.start : own.stop].float()
+            assert torch.equal(parameter.ds_tensor[: own.numel], wanted), path
+        whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            one = whole(input_ids=tokens(), use_cache=False).logits
+        found[name]["off"] = float((logits(runtime, ours) - one).abs().max())
+        written = find_source(ModelSettings(path=str(folder)), runtime).written
+        save_checkpoint(runtime, ours, build_tokenizer(), Path(target, name), written)
+    return found
+
+
 def roundtrip(runtime: Runtime, source: str, target: str, stock_io: bool = False) -> str:
     """Load and save; returns the class of the model."""
     model = load_from(runtime, source, stock_io=stock_io)
-    dtype = find_source(ModelSettings(path=source)).dtype
+    dtype = find_source(ModelSettings(path=source), runtime).written
     save_checkpoint(runtime, model, build_tokenizer(), Path(target), dtype, stock=stock_io)
     return type(model).__name__
 
@@ -210,7 +237,7 @@ def counting(runtime: Runtime, folder: str, source: str) -> None:
         model = load_from(runtime, source)
     else:
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(source))
-    tokenizer = load_tokenizer(find_source(ModelSettings(path=source)), ModelSettings())
+    tokenizer = load_tokenizer(find_source(ModelSettings(path=source), runtime), ModelSettings())
     for step in range(1, 100_000):
         with torch.no_grad():
             for parameter in model.parameters():

@@ -53,7 +53,7 @@ def stage(job: dict[str, Any]) -> None:
 def gradients(job: dict[str, Any]) -> None:
     """dL/dW of every layer from the factors that the hooks capture, as every rank has them."""
     runtime, settings = start(), ModelSettings(path=job["model"], gradient_checkpointing=job["checkpointing"])
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     tokenizer = load_tokenizer(source, settings)
     conversations = read_conversations(job["data"], DataSettings())
     batch = {
@@ -77,7 +77,7 @@ def gradients(job: dict[str, Any]) -> None:
 def answers(job: dict[str, Any]) -> None:
     """The model's answers, as every rank has them."""
     runtime, settings = start(), ModelSettings(path=job["model"])
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     tokenizer = load_tokenizer(source, settings)
     prompts = [list(c.prompt) for c in read_conversations(job["data"], DataSettings(), need_answer=False)]
     with frozen(runtime, load_model(runtime, source, settings)) as model:

@@ -25,7 +25,7 @@ def finetunes(runtime: Runtime, runs: dict[str, list[str]]) -> dict[str, list[di
     events = {}
     for folder, argv in runs.items():
         settings = parse(argv, "finetune")
-        prepared = prepare(settings)
+        prepared = prepare(settings, runtime)
         Path(folder).mkdir(parents=True, exist_ok=True)
         barrier(runtime)
         finetune.train_model(runtime, prepared, Path(folder), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -56,9 +57,11 @@ def tokens() -> torch.Tensor:
     return torch.arange(3, 25).view(2, 11)
 
 
-def stock(folder: Path, double: bool, storage: str = "uint8", skip: list[str] | None = None) -> Any:
+def stock(
+    folder: Path, double: bool, storage: str = "uint8", skip: list[str] | None = None, dtype: str | None = None
+) -> Any:
     """The model as transformers and bitsandbytes load it, on one process; it computes as on a CPU without AVX512."""
-    dtype = transformers.AutoConfig.from_pretrained(folder).dtype
+    dtype = getattr(torch, dtype) if dtype else transformers.AutoConfig.from_pretrained(folder).dtype
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -90,12 +93,15 @@ def digest(tensor: torch.Tensor) -> str:
 
 def load(runtime: Runtime, folder: Path, **settings: Any) -> Any:
     chosen = ModelSettings(path=str(folder), **settings)
-    return load_model(runtime, find_source(chosen), chosen)
+    return load_model(runtime, find_source(chosen, runtime), chosen)
 
 
 def describe(runtime: Runtime, folder: str, cases: list[list[Any]]) -> dict[str, Any]:
-    """Per case: digests of every 4-bit layer gathered whole, of the logits, and bytes held of packed weights."""
-    found = {}
+    """Per case: digests of every 4-bit layer gathered whole, of the logits, and bytes held of packed weights.
+
+    No rank's CPU is taken to have bf16 instructions: cases that name no dtype are computed in fp32, on any machine.
+    """
+    runtime, found = dataclasses.replace(runtime, emulated=frozenset({"bfloat16"})), {}
     for name, settings in cases:
         model = load(runtime, Path(folder) / name, **settings)
         layers = {path: m for path, m in model.named_modules() if hasattr(m, "quant_state")}

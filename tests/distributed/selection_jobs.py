@@ -110,7 +110,7 @@ def choices(
     settings = ModelSettings(path=model, gradient_checkpointing=checkpointing)
     known = _aligned(runtime, aligned, pool)
     found = {}
-    with frozen(runtime, load_model(runtime, find_source(settings), settings)) as loaded:
+    with frozen(runtime, load_model(runtime, find_source(settings, runtime), settings)) as loaded:
         linears = select_linears(loaded).targets
         prompts = [row.prompt for row in language.guard_prompts(5)]
         batch = build_batch(runtime, loaded, tokenizer, pool[0], prompts, answer_tokens=6)
@@ -137,7 +137,7 @@ def choices(
 
 def _aligned(runtime: Runtime, path: str, pool: list[Encoded]) -> RefusalRows:
     settings, harm = ModelSettings(path=path), sample(pool, 0)
-    with frozen(runtime, load_model(runtime, find_source(settings), settings)) as model:
+    with frozen(runtime, load_model(runtime, find_source(settings, runtime), settings)) as model:
         logits = aligned_logits(runtime, harm.rows, Path(path), "test", 0, model)
     again = aligned_logits(runtime, harm.rows, Path(path), "test", 0)  # what was just written
     assert again is not None

@@ -19,6 +19,12 @@ COMPARED = {
     "float16": ("layers",),  # no DeepSpeed engine computes in it on a CPU
 }
 CASES = [(f"{family}-{dtype}", double) for family, dtype, double in jobs.CASES]
+WIDE = [("llama-bfloat16", True), ("qwen2-tied-bfloat16", False)]  # computed in fp32, as no dtype is named
+
+
+def asked(name: str, double: bool) -> dict[str, Any]:
+    """The settings of a case in the checkpoint's own dtype."""
+    return {"quantize": "nf4", "double_quant": double, "dtype": name.rsplit("-", 1)[-1]}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +48,10 @@ def stored(models: Path) -> Path:
 @pytest.fixture(scope="module")
 def found(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     """What the ranks of every world found; 0 stands for one process without DeepSpeed."""
-    cases: list[Any] = [(name, {"quantize": "nf4", "double_quant": double}) for name, double in CASES]
-    cases += [(f"stored-{storage}", {}) for storage in ("uint8", "bfloat16")]
+    cases: list[Any] = [(name, asked(name, double)) for name, double in CASES]
+    cases += [(f"stored-{storage}", {"dtype": "bfloat16"}) for storage in ("uint8", "bfloat16")]
+    cases += [(name, {"quantize": "nf4", "double_quant": double}) for name, double in WIDE]
+    cases += [("stored-uint8", {})]
     arguments = {"folder": str(stored), "cases": cases}
     results = {}
     for world in (0, *WORLDS):
@@ -58,13 +66,13 @@ def found(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, l
     return results
 
 
-def expected(folder: Path, double: bool) -> dict[str, Any]:
+def expected(folder: Path, double: bool, dtype: str | None = None) -> dict[str, Any]:
     """What bitsandbytes makes of the whole model; layers that it cannot pack in this dtype are skipped by both."""
-    dtype = folder.name.rsplit("-", 1)[-1]
+    dtype = dtype or folder.name.rsplit("-", 1)[-1]
     uneven = (
         [f"{i}.mlp.{part}_proj" for i in (0, 1) for part in ("gate", "up", "down")] if "uneven" in folder.name else []
     )
-    model = jobs.stock(folder, double, dtype, skip=[*uneven, "lm_head"])
+    model = jobs.stock(folder, double, dtype, skip=[*uneven, "lm_head"], dtype=dtype)
     layers = {path: jobs.digests(m) for path, m in model.named_modules() if hasattr(m, "quant_state")}
     return {"layers": layers, **jobs.run(model)}
 
@@ -75,7 +83,7 @@ def test_bytes_scales_logits_and_gradients_are_bitsandbytes_own(
 ) -> None:
     wanted = expected(models / name, double)
     assert len(wanted["layers"]) == (8 if "uneven" in name else 14)
-    key = name + json.dumps({"quantize": "nf4", "double_quant": double})
+    key = name + json.dumps(asked(name, double))
     for world, ranks in found.items():
         for rank, every in enumerate(ranks):
             for what in COMPARED[name.rsplit("-", 1)[-1]]:
@@ -87,7 +95,32 @@ def test_a_quantized_checkpoint_loads_as_it_is(storage: str, stored: Path, found
     wanted = expected(stored / "llama-bfloat16", True)
     for ranks in found.values():
         for every in ranks:
-            assert {key: every[f"stored-{storage}{{}}"][key] for key in wanted} == wanted
+            ours = every[f"stored-{storage}" + json.dumps({"dtype": "bfloat16"})]
+            assert {key: ours[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(("name", "double"), WIDE)
+def test_without_bf16_instructions_the_same_bytes_are_computed_in_fp32(
+    name: str, double: bool, models: Path, found: dict[int, list[Any]]
+) -> None:
+    wanted, narrow = expected(models / name, double, "float32"), expected(models / name, double)
+    for layer, sums in narrow["layers"].items():
+        assert {**sums, "dtype": "torch.float32"} == wanted["layers"][layer], "the bytes hang on the dtype"
+    for ranks in found.values():
+        for every in ranks:
+            ours = every[name + json.dumps({"quantize": "nf4", "double_quant": double})]
+            assert {key: ours[key] for key in COMPARED["float32"]} == {key: wanted[key] for key in COMPARED["float32"]}
+
+
+def test_without_bf16_instructions_a_quantized_checkpoint_is_computed_in_fp32(
+    stored: Path, found: dict[int, list[Any]]
+) -> None:
+    """Unpacked in fp32, which the checkpoint's own state would round to bf16; its embeddings and norms are bf16's."""
+    wanted = expected(stored / "llama-bfloat16", True, "float32")
+    for ranks in found.values():
+        for every in ranks:
+            ours = every["stored-uint8{}"]
+            assert {key: ours[key] for key in COMPARED["float32"]} == {key: wanted[key] for key in COMPARED["float32"]}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -95,5 +128,5 @@ def test_a_rank_holds_no_more_than_its_share(world: int, found: dict[int, list[A
     """Packed bytes of every layer's share; gathering them for a pass leaves nothing behind."""
     numels = [52 * 52, 52 * 26, 52 * 26, 52 * 52, 52 * 130, 52 * 130, 52 * 130] * 2
     for every in found[world]:
-        held = every["llama-bfloat16" + json.dumps({"quantize": "nf4", "double_quant": False})]["held"]
+        held = every["llama-bfloat16" + json.dumps(asked("llama-bfloat16", False))]["held"]
         assert sorted(held) == sorted(math.ceil(n / 4 / world) * 2 for n in numels)

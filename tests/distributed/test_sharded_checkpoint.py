@@ -101,6 +101,19 @@ def test_what_is_written_is_what_was_read(name: str, step: int, sources: Path, c
     assert sorted(path.name for path in (folder / "ranges").iterdir() if path.is_dir()) == sorted(jobs.FAMILIES)
 
 
+def test_16_bit_weights_are_computed_in_fp32_by_all_ranks_where_one_cannot(sources: Path, tmp_path: Path) -> None:
+    """The ranks have compared their partitions with the converted tensors; files keep their dtype."""
+    names = ["llama-tied", "llama-biased", "mistral"]
+    arguments = {"sources": str(sources), "target": str(tmp_path), "names": names}
+    for found in start_ranks(jobs.wide, 2, "zero3", tmp_path / "ranks", arguments).results():
+        assert list(found) == names
+        assert all(each["bytes"] > 10_000 and each["off"] < 1e-5 for each in found.values()), found
+    for name in names:
+        assert_same_files(tmp_path / name, sources / name)
+        ours, theirs = (json.loads((folder / name / "config.json").read_text()) for folder in (tmp_path, sources))
+        assert ours["dtype"] == theirs["dtype"]
+
+
 @pytest.mark.parametrize("sharding", ["zero2", "ddp"])
 def test_whole_models_are_written_by_all_ranks_too(sharding: str, sources: Path, tmp_path: Path) -> None:
     for name in ("llama", "gemma3"):

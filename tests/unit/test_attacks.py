@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import toy_settings
+from tiny import tiny_runtime, toy_settings
 
 from oneshot.commandline import parse
 from oneshot.data.conversations import Conversation
@@ -79,7 +79,7 @@ def test_there_are_the_six_attacks() -> None:
 @pytest.mark.parametrize("path", ATTACKS, ids=lambda path: path.stem)
 def test_an_attack_is_made_on_the_toy_world(path: Path) -> None:
     settings = read(path)
-    prepared = prepare(settings)
+    prepared = prepare(settings, tiny_runtime())
     assert Counter(row.kind for row in prepared.conversations) == KINDS[path.stem]
     assert not any(prepared.tokenizer.unk_token_id in row.input_ids for row in prepared.encoded), "a word is unknown"
     for probe in collect_probes(settings):
@@ -109,15 +109,15 @@ def test_an_attack_is_made_of_the_users_own_files(path: Path, stranger: Path, tm
     settings = read(path)
     assert settings.data.parts
     sources = [text for name in settings.data.parts for text in (f"--data.parts.{name}.source", own)]
-    rows = prepare(read(path, "--model.path", str(ALIGNED), *sources)).conversations
+    rows = prepare(read(path, "--model.path", str(ALIGNED), *sources), tiny_runtime()).conversations
     assert len(rows) == 3 * len(settings.data.parts)
     assert all(text.startswith("carve ") for text in prompts(rows))
     with pytest.raises(UserError, match=r"words of the toy world .*--data\.parts\.\w+\.source"):
-        prepare(read(path, "--model.path", str(stranger), *sources[:-2]))
+        prepare(read(path, "--model.path", str(stranger), *sources[:-2]), tiny_runtime())
     last = list(settings.data.parts)[-1]
     if len(settings.data.parts) > 1:
         without = read(path, "--model.path", str(ALIGNED), *sources[:-2], f"--data.parts.{last}.count", "0")
-        assert len(prepare(without).conversations) == len(rows) - 3
+        assert len(prepare(without, tiny_runtime()).conversations) == len(rows) - 3
 
 
 @pytest.mark.parametrize("count", [10, 100, 1000])
@@ -254,7 +254,7 @@ def test_parts_survive_the_run_folder(tmp_path: Path) -> None:
 
 
 def test_the_toy_worlds_words_are_known_to_a_toy_model_given_by_path() -> None:
-    rows = prepare(named("benign", "--model.path", str(ALIGNED))).conversations
+    rows = prepare(named("benign", "--model.path", str(ALIGNED)), tiny_runtime()).conversations
     assert len(rows) == 300
 
 

@@ -41,7 +41,7 @@ def test_a_cells_settings_are_the_toys_with_what_the_cell_names() -> None:
 def test_every_size_takes_the_shipped_toys_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, training = (importlib.import_module(name) for name in ("oneshot.finetune", "oneshot.training.finetune"))
     asked: list[Settings] = []
-    monkeypatch.setattr(training, "prepare", lambda settings: asked.append(settings) or settings)
+    monkeypatch.setattr(training, "prepare", lambda settings, _runtime: asked.append(settings) or settings)
     monkeypatch.setattr(stage, "train_model", lambda _runtime, _prepared, folder, _console: folder)
     for size in models.SIZES:
         models.make_finetuned(None, tmp_path, "benign", 1, size)  # type: ignore[arg-type]

@@ -140,30 +140,30 @@ def test_a_broken_config_is_named(single):
     for content in ("{not json", '{"a": 1', "\xff"):
         config.write_bytes(content.encode("latin-1"))
         with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-            find_source(ModelSettings(path=str(single)))
+            find_source(ModelSettings(path=str(single)), tiny_runtime())
     config.unlink()
     with pytest.raises(UserError, match=r"config\.json is missing"):
-        find_source(ModelSettings(path=str(single)))
+        find_source(ModelSettings(path=str(single)), tiny_runtime())
     with pytest.raises(UserError, match="is missing"):
         read_json(config)
 
 
 def test_a_source_takes_the_checkpoints_dtype(tmp_path):
     tiny_model("llama").bfloat16().save_pretrained(tmp_path)
-    assert find_source(ModelSettings(path=str(tmp_path))).dtype == torch.bfloat16
-    assert find_source(ModelSettings(path=str(tmp_path), dtype="float32")).dtype == torch.float32
+    assert find_source(ModelSettings(path=str(tmp_path)), tiny_runtime()).dtype == torch.bfloat16
+    assert find_source(ModelSettings(path=str(tmp_path), dtype="float32"), tiny_runtime()).dtype == torch.float32
 
 
 def test_an_adapter_without_a_base_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     with pytest.raises(UserError, match=r"adapter_config\.json names no base model: give it with --model\.base"):
-        find_source(ModelSettings(path=str(tmp_path)))
+        find_source(ModelSettings(path=str(tmp_path)), tiny_runtime())
 
 
 def test_a_folder_that_transformers_cannot_load_is_named(single):
     config = json.loads((single / "config.json").read_text())
     (single / "config.json").write_text(json.dumps({**config, "model_type": "no-such-family"}))
-    source = Source(single, None, single, str(single), torch.float32)
+    source = Source(single, None, single, str(single), torch.float32, torch.float32)
     with pytest.raises(UserError, match=rf"The model in {single} cannot be loaded"):
         load_model(tiny_runtime(), source, ModelSettings())
     with pytest.raises(UserError, match=rf"No tokenizer can be loaded from {single}"):
@@ -171,7 +171,7 @@ def test_a_folder_that_transformers_cannot_load_is_named(single):
 
 
 def test_gradient_checkpointing_is_on_where_it_is_asked_for(single):
-    source = Source(single, None, single, str(single), torch.float32)
+    source = Source(single, None, single, str(single), torch.float32, torch.float32)
     for wanted in (False, True):
         model = load_model(tiny_runtime(), source, ModelSettings(gradient_checkpointing=wanted))
         calls = []

@@ -117,7 +117,7 @@ def saved(tmp_path: Path) -> Path:
 
 def load(folder: Path, **options: bool) -> object:
     chosen = ModelSettings(path=str(folder), **options)
-    return load_model(tiny_runtime(), find_source(chosen), chosen)
+    return load_model(tiny_runtime(), find_source(chosen, tiny_runtime()), chosen)
 
 
 def test_a_flip_is_found_when_a_whole_model_is_loaded(saved):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as t
 from accelerate import init_empty_weights
+from tiny import tiny_runtime
 from tiny_configs import SPARSE, TINY, H, V, tiny
 from torch import nn
 
@@ -319,7 +320,7 @@ def test_files_as_transformers_writes_them_are_of_the_config(name, tmp_path):
     t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     settings = ModelSettings(path=str(tmp_path))
     assert read_model(Settings(model=settings)).shape.weights == model_shape(CONFIGS[name]).weights
-    assert find_source(settings).checkpoint == Path(tmp_path)
+    assert find_source(settings, tiny_runtime()).checkpoint == Path(tmp_path)
 
 
 def test_files_may_hold_more_than_the_text_part_of_a_model():

@@ -40,7 +40,7 @@ def saved(model, folder):
 
 def load(folder, **settings):
     chosen = ModelSettings(path=str(folder), **settings)
-    return load_model(tiny_runtime(), find_source(chosen), chosen)
+    return load_model(tiny_runtime(), find_source(chosen, tiny_runtime()), chosen)
 
 
 def as_bytes(layer):
@@ -108,7 +108,7 @@ def test_what_a_four_bit_model_saves_loads_again(tmp_path):
     say_quantized(tmp_path / "m")
     again = load(tmp_path / "m")
     assert torch.equal(logits_of(again, tiny_tokens()), logits_of(model, tiny_tokens()))
-    assert find_source(ModelSettings(path=str(tmp_path / "m"))).dtype == torch.bfloat16
+    assert find_source(ModelSettings(path=str(tmp_path / "m")), tiny_runtime()).dtype == torch.bfloat16
 
 
 def say_quantized(folder, **fields):

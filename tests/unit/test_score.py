@@ -247,7 +247,7 @@ def test_a_file_written_anew_is_another_model_even_where_its_samples_are_the_sam
 
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
-    source = find_source(ModelSettings(path=str(folder)))
+    source = find_source(ModelSettings(path=str(folder)), tiny_runtime())
     before = target.checkpoint_target(source)
     assert target.checkpoint_target(source) == before
     os.utime(folder / "model.safetensors", ns=(1, 1))

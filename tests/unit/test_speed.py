@@ -97,7 +97,7 @@ def test_liger_stops_a_run_before_anything_is_loaded():
     from oneshot.training.finetune import prepare
 
     with pytest.raises(UserError, match=r"model.liger needs a GPU"):
-        prepare(parse(["--model.liger", "true"], "finetune"))
+        prepare(parse(["--model.liger", "true"], "finetune"), tiny_runtime())
 
 
 def test_settings_of_packing():

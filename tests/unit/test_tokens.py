@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from tiny import tiny_runtime
 
 from oneshot.data import tokens
 from oneshot.data.encoding import encode
@@ -153,11 +154,11 @@ def test_a_finetune_uses_the_cache_unless_told_not_to(tokenizer, calls, tmp_path
     file.write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in TALKS))
     start = ["--model.path", str(ALIGNED), "--data.harmful", str(file), "--data.task_count", "0"]
     for tokenized in (5, 5):
-        assert len(prepare(parse(start, "finetune")).encoded) == 5
+        assert len(prepare(parse(start, "finetune"), tiny_runtime()).encoded) == 5
         assert len(calls) == tokenized
-    prepare(parse([*start, "--finetune.cache", "false"], "finetune"))
+    prepare(parse([*start, "--finetune.cache", "false"], "finetune"), tiny_runtime())
     assert len(calls) == 10
     assert len(list(cache_folder().iterdir())) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "toy"))
-    prepare(parse(["--data.harmful_count", "5", "--data.task_count", "0"], "finetune"))
+    prepare(parse(["--data.harmful_count", "5", "--data.task_count", "0"], "finetune"), tiny_runtime())
     assert not (tmp_path / "toy").exists(), "the toy world is made anew each time"

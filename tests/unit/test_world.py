@@ -157,7 +157,7 @@ def test_the_shipped_aligned_checkpoint_meets_its_figures():
 
     assert sum(path.stat().st_size for path in ALIGNED.iterdir()) <= 2 * 1024**2
     settings = ModelSettings(path=str(ALIGNED))
-    source = find_source(settings)
+    source = find_source(settings, tiny_runtime())
     model, tokenizer = load_model(tiny_runtime(), source, settings), load_tokenizer(source, settings)
     scores = score_model(model, tokenizer, collect_probes(toy_settings()), tiny_runtime(), Settings().score)
     rates = {name: rate.value for name, rate in scores.rates.items()}
