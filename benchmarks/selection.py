@@ -124,11 +124,11 @@ def choice_figures(runtime: Any, seed: int, method: str) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         settings = toy_settings("100 + new task", seed, "bilevel")
-        degraded = train_model(runtime, prepare(settings), Path(folder), None)
+        degraded = train_model(runtime, prepare(settings, runtime), Path(folder), None)
         request = check(repair_settings(settings, degraded, method), runtime)
         path = request.reference
         assert path is not None
-        source = Source(path, None, path, str(path), request.source.dtype)
+        source = Source(path, None, path, str(path), request.source.dtype, request.source.written)
         aligned = know_aligned(request, load_model(runtime, source, settings.model).requires_grad_(False))
         repaired(request, aligned, Chosen(0, "user", 0.0))  # libraries are loaded at first use
         choice, both, tokens, _ = repaired(request, aligned, None)

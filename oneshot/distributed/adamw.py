@@ -31,6 +31,7 @@ class AdamWInPieces(torch.optim.AdamW):
 
     def _step_one(self, group: dict[str, Any], parameter: torch.Tensor) -> None:
         state, (beta1, beta2) = moments(self, parameter), group["betas"]
+        assert parameter.grad is not None
         whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         dense = all(tensor.is_contiguous() for tensor in whole)
         for piece in zip(*(tensor.view(-1).split(PIECE) if dense else [tensor] for tensor in whole)):
