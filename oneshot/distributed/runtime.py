@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from oneshot.distributed.phases import phase
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Runtime:
 
 
 @functools.cache
+@phase("start")
 def start(timeout_minutes: float | None = None) -> Runtime:
     """Join the run that accelerate or torchrun started; with no launcher, be the only process.
 

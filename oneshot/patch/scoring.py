@@ -15,6 +15,7 @@ from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
 from oneshot.distributed.engine import frozen
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.endpoint import open_endpoint
@@ -63,7 +64,8 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
         )
     kept = [probe for probe, _ in answered]
     scores = score_answers(kept, [answer for _, answer in answered], rouge=score.rouge)
-    figures = run_on_endpoint(endpoint, score) if score.lm_eval is not None else {}
+    with phase("figures"):
+        figures = run_on_endpoint(endpoint, score) if score.lm_eval is not None else {}
     name = f"{endpoint.model} at {endpoint.url}"
     return Scored(name, run_dir, kept, _with_figures(scores, figures), warnings)
 
@@ -107,6 +109,7 @@ def score_local(runtime: Runtime, settings: Settings, probes: list[Probe], open_
     return Scored(name, run_dir, probes, scores, warnings)
 
 
+@phase("figures")
 def _on_weights(
     runtime: Runtime, settings: Settings, model: Any, tokenizer: Any, update: Update, texts: list[str]
 ) -> dict[str, Rate]:
