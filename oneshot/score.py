@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.distributed.phases import timed
+from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -78,13 +78,14 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         raise UserError("A server is asked by one process: start oneshot score without a launcher.")
     if served and settings.score.text is not None:
         raise UserError("Setting score.text needs the model's weights, which a server does not give: leave it out.")
-    probes = collect_probes(settings)
-    check_tasks(settings.score, runtime)
-    check_judges(runtime, settings.score)
     overlaps: list[Overlap] = []
-    with agree(runtime, "reading the training data"):
-        if runtime.is_main:
-            overlaps = find_overlaps(probes, training_requests(settings))
+    with phase("check"):
+        probes = collect_probes(settings)
+        check_tasks(settings.score, runtime)
+        check_judges(runtime, settings.score)
+        with agree(runtime, "reading the training data"):
+            if runtime.is_main:
+                overlaps = find_overlaps(probes, training_requests(settings))
     clock = time.perf_counter()
     scored = (score_served if served else score_local)(
         runtime, settings, probes, lambda name: _open(runtime, settings, name)

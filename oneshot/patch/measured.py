@@ -80,7 +80,8 @@ def measure(asked: Asked) -> Found:
     with opened(request) as bench, bench.unpatched() as model:
         drawn = draw(len(request.candidates), settings.select, settings.seed)
         if drawn is None:
-            losses = hardest(runtime, model, request.candidates, pad)
+            with phase("choose"):
+                losses = hardest(runtime, model, request.candidates, pad)
             index = losses.index(max(losses))
         else:
             index = drawn.index

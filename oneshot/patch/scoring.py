@@ -73,11 +73,12 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
 def score_local(runtime: Runtime, settings: Settings, probes: list[Probe], open_run: Open) -> Scored:
     """Load the model, unless all that is wanted is known, and let it answer. Collective."""
     score = settings.score
-    source = find_source(settings.model)
-    adapter = read_adapter(source.adapter) if source.adapter else None
-    tokenizer = load_tokenizer(source, settings.model)
-    check_words(settings, tokenizer)
-    texts = read_texts(score.text) if score.text is not None else []
+    with phase("check"):
+        source = find_source(settings.model)
+        adapter = read_adapter(source.adapter) if source.adapter else None
+        tokenizer = load_tokenizer(source, settings.model)
+        check_words(settings, tokenizer)
+        texts = read_texts(score.text) if score.text is not None else []
     name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")
     with contextlib.ExitStack() as loaded:

@@ -22,8 +22,7 @@ from oneshot.report.table import (
     ordered_rates,
     rate_cell,
 )
-from oneshot.report.times import CAPTION as TIMES
-from oneshot.report.times import SHOWN, time_rows
+from oneshot.report.times import SHOWN, time_rows, times_caption
 
 MARKDOWN = "report.md"
 _CANDIDATES = 10  # shown at most
@@ -126,7 +125,7 @@ def _resources(resources: Mapping[str, Any]) -> list[str]:
     heads, rows = time_rows(resources)
     cells = [[inline(name), *(shown for shown, _ in each)] for name, each in rows]
     others = pairs_lines(facts.resource_rows({name: one for name, one in resources.items() if name not in SHOWN}))
-    return [*table_lines(heads, cells), "", inline(TIMES), "", *others] if rows else others
+    return [*table_lines(heads, cells), "", inline(times_caption(resources)), "", *others] if rows else others
 
 
 def _listed(heading: str, items: Sequence[str]) -> list[str]:

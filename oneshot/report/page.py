@@ -35,8 +35,7 @@ from oneshot.report.table import (
     ordered_rates,
     rate_texts,
 )
-from oneshot.report.times import CAPTION as TIMES
-from oneshot.report.times import SHOWN, time_rows
+from oneshot.report.times import SHOWN, time_rows, times_caption
 
 _TONES = {"repaired": "good", "was not broken": "open", "not shown": "open"}
 _SETTINGS_CHARACTERS = 100_000
@@ -179,7 +178,7 @@ def _resources(resources: Mapping[str, Any]) -> str:
     cells: list[list[Cell | str]] = [
         [escaped(name), *(Cell(shown, "-" if by is None else by) for shown, by in each)] for name, each in rows
     ]
-    times = f'{table(heads, cells)}\n<p class="soft">{escaped(TIMES)}</p>\n' if rows else ""
+    times = f'{table(heads, cells)}\n<p class="soft">{escaped(times_caption(resources))}</p>\n' if rows else ""
     return times + pairs(facts.resource_rows({name: one for name, one in resources.items() if name not in SHOWN}))
 
 

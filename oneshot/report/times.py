@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.report.progress import wide_enough
+from oneshot.report.progress import LOG_WIDTH, wide_enough
 from oneshot.report.runfolder import write_json
 
 if TYPE_CHECKING:
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 PROFILE = "profile.json"
 SHOWN = ("phases", "profile")  # of the resources
-CAPTION = (
-    "Seconds are those of rank 0, without the ones of other phases within. Tokens (with padding) and bytes of weights "
-    "are of all ranks together; a peak is that of the rank that held most, where it was more than ever before."
+_SECONDS = "Seconds are those of rank 0, without the ones of other phases within."
+_COUNTS = (
+    "Tokens (with padding) and bytes of weights are of all ranks together; a peak is that of the rank that held most, "
+    "where it was more than ever before."
 )
 _LEAST = 0.01  # share of the time that a phase must have to be named in the line
 Rows = list[tuple[str, list[tuple[str, float | None]]]]  # phase -> each cell as shown, and what to sort it by
@@ -50,6 +51,11 @@ def time_rows(resources: Mapping[str, Any]) -> tuple[list[str], Rows]:
     return ["phase", *heads], [(row["phase"], [cells[head][i] for head in heads]) for i, row in enumerate(rows)]
 
 
+def times_caption(resources: Mapping[str, Any]) -> str:
+    """Return what the table's columns mean."""
+    return f"{_SECONDS} {_COUNTS}" if resources.get("profile") else _SECONDS
+
+
 def time_line(resources: Mapping[str, Any]) -> str:
     """Return "Time: 52 s (train 31 s, ...)", the longest first; "" where nothing was measured."""
     phases = resources.get("phases") or {}
@@ -68,12 +74,14 @@ def print_times(resources: Mapping[str, Any], console: Console) -> None:
         from rich.table import Table
 
         heads, rows = time_rows(resources)
-        table = Table(box=SIMPLE_HEAD, caption=CAPTION, caption_justify="left")
+        console = wide_enough(console)
+        padding = (0, 1 if console.width >= LOG_WIDTH else 0)  # in a narrow terminal digits count, not room
+        table = Table(box=SIMPLE_HEAD, padding=padding, caption=times_caption(resources), caption_justify="left")
         for place, head in enumerate(heads):
-            table.add_column(head, justify="right" if place else "left")
+            table.add_column(head, justify="right" if place else "left", overflow="fold")
         for name, cells in rows:
             table.add_row(name, *(shown for shown, _ in cells))
-        wide_enough(console).print(table)
+        console.print(table)
     if line := time_line(resources):
         console.print(line, highlight=False, soft_wrap=True)
 
