@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from oneshot.distributed.phases import count
+from oneshot.distributed.phases import count, counting
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 
@@ -46,7 +46,8 @@ def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[
             if runtime.is_main:
                 if sync:
                     sync_folder(temporary)
-                count(written=bytes_in(temporary))
+                if counting():
+                    count(written=bytes_in(temporary))
                 _take_place(temporary, folder, sync)
     except BaseException:
         if runtime.is_main:

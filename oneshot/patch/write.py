@@ -10,7 +10,7 @@ from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.update import Update
-from oneshot.distributed.phases import count, phase
+from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError
 from oneshot.patch.bench import Bench
@@ -38,7 +38,8 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 write_patch(patch, update, bench.linears.every, source.name, source.dtype)
             request.tokenizer.save_pretrained(patch)
             write_identity(patch, source.checkpoint, kind=REPAIR, base=source.name)
-            count(written=bytes_in(patch))
+            if counting():
+                count(written=bytes_in(patch))
     if merged is None:
         return
     if method.changes_all:

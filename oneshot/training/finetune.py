@@ -17,7 +17,7 @@ from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import context_length, model_context, pad_id
 from oneshot.data.tokens import Tokens, cache_folder, encode_all
 from oneshot.distributed.engine import TrainingEngine, start_training
-from oneshot.distributed.phases import count, phase
+from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.signals import Interrupted, noticed, tell_progress
 from oneshot.errors import UserError
@@ -180,7 +180,8 @@ def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: 
         with phase("read"):
             state = newest_whole(engine.runtime, run_dir / STATE)
             done = load_state(engine, state) if state else 0
-            count(read=bytes_in(state) if state and engine.runtime.is_main else 0)
+            if state and engine.runtime.is_main and counting():
+                count(read=bytes_in(state))
         say(f"Resumed at step {done} from {state}." if state else "No saved state: starting anew.")
 
     def report(result: StepResult) -> None:

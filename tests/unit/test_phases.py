@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ import oneshot
 from oneshot.distributed import phases, resources
 from oneshot.distributed.phases import OTHER, Spent, clock, count, count_passes, phase, timed
 from oneshot.distributed.resources import where_time_went
+from oneshot.report.facts import resource_rows
 from oneshot.report.markdown import write_markdown
 from oneshot.report.page import write_page
 from oneshot.report.times import PROFILE, print_times, time_line, time_rows, write_profile
@@ -278,6 +280,20 @@ def test_terminals_and_log_files_show_all_of_it(terminal: bool, width: int) -> N
     assert max(len(line) for line in printed.splitlines()) <= max(width, 0 if terminal else 100)
     print_times({}, console)
     assert console.file.getvalue() == printed
+
+
+def test_a_terminal_too_narrow_for_it_loses_no_digit() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=50, color_system=None)
+    print_times(TIMES, console)
+    assert isinstance(console.file, io.StringIO)
+    table = console.file.getvalue().partition("Seconds")[0]
+    assert sorted(re.sub(r"[^0-9]", "", table)) == sorted(
+        re.sub(r"[^0-9]", "", "".join(text for _, cells in time_rows(TIMES)[1] for text, _ in cells))
+    )
+
+
+def test_runs_are_compared_by_phase() -> None:
+    assert resource_rows(TIMES) == [("phases, read", "120"), ("phases, solve", "30.25"), ("phases, other", "0.75")]
 
 
 def test_the_reports_show_the_table_and_only_once(tmp_path: Path) -> None:
