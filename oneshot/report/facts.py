@@ -60,6 +60,8 @@ def resource_rows(resources: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the resources, a row per stage or rank."""
     rows = []
     for name, value in resources.items():
+        if name == "profile":  # a table of its own
+            continue
         show = _gib if name.endswith("_bytes") else number
         label = name.removesuffix("_bytes").replace("_", " ").replace("rss", "RSS").replace("gpu", "GPU")
         if isinstance(value, Mapping):
