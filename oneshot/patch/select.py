@@ -223,7 +223,7 @@ def pick(
             "alignment": product / (norm * length) if norm and length else 0.0,
             "gradient_norm": norm,
             "refusal_loss": loss,
-        }
+        }  # fmt: skip
         for i, (product, norm, loss) in enumerate(zip(products, norms, losses))
     ]
     table = _ranked(every, "alignment")
