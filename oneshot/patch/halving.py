@@ -96,6 +96,19 @@ def rungs(candidates: int, epochs: int) -> list[Rung]:
     return [Rung(count, min(round(first * GROWTH**i), epochs)) for i, count in enumerate(counts)]
 
 
+def short_list(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return ``count`` of the rows, each once: by turns the best aligned and the three least likely refusals."""
+    hardest_first = iter(ranked(rows, "refusal_loss"))
+    by_turns = [[row, *itertools.islice(hardest_first, 3)] for row in ranked(rows, "alignment")]
+    found = {row["candidate"]: row for turn in by_turns for row in turn}
+    return list(found.values())[:count]
+
+
+def ranked(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """Return the rows, the highest first, and the first of equal ones."""
+    return sorted(rows, key=lambda row: (-row[by], row["candidate"]))
+
+
 def halve(
     rows: list[dict[str, Any]],
     ladder: list[Rung],

@@ -9,7 +9,6 @@ refusals. They are then repaired with, by the method itself, by halves (``onesho
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
@@ -23,7 +22,7 @@ from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
 from oneshot.patch.attach import attached_update, counted, streamed
 from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
 from oneshot.patch.guard import RepairBatch, with_example
-from oneshot.patch.halving import Trial, halve, rungs, standing
+from oneshot.patch.halving import Trial, halve, ranked, rungs, short_list, standing
 from oneshot.patch.linears import takes_head
 from oneshot.patch.objective import Distance, RefusalRows, evaluate, passes, row_losses
 from oneshot.patch.trace import Tracer
@@ -208,7 +207,7 @@ def pick(
     if criterion.rule == "hardest":
         with attached_update(model, criterion.own):
             losses = hardest(runtime, model, candidates, criterion.pad)
-        table = _ranked([{"candidate": i, "refusal_loss": loss} for i, loss in enumerate(losses)], "refusal_loss")
+        table = ranked([{"candidate": i, "refusal_loss": loss} for i, loss in enumerate(losses)], "refusal_loss")
         return Chosen(table[0]["candidate"], "hardest", max(losses), {"candidates": len(candidates), "table": table})
     clock = time.perf_counter()
     with attached_update(model, criterion.own):
@@ -223,10 +222,10 @@ def pick(
             "alignment": product / (norm * length) if norm and length else 0.0,
             "gradient_norm": norm,
             "refusal_loss": loss,
-        }  # fmt: skip
+        }
         for i, (product, norm, loss) in enumerate(zip(products, norms, losses))
     ]
-    table = _ranked(every, "alignment")
+    table = ranked(every, "alignment")
     facts: dict[str, Any] = {
         "candidates": len(candidates),
         "first_term": "KL to the aligned model" if criterion.harm.aligned is not None else "cross entropy of refusals",
@@ -239,7 +238,7 @@ def pick(
         "table": table,
     }
     if criterion.rule == "bilevel" and before.harm < NOTHING_TO_RECOVER:
-        facts["table"] = table = _ranked(every, "refusal_loss")
+        facts["table"] = table = ranked(every, "refusal_loss")
         return Chosen(table[0]["candidate"], "hardest", table[0]["refusal_loss"], facts)
     if criterion.rule == "bilevel":
         listed = short_list(every, criterion.shortlist)
@@ -247,19 +246,6 @@ def pick(
         table.sort(key=lambda row: (row is not best, *standing(row)))  # the rest stays in order of the screening
         return Chosen(best["candidate"], "bilevel", best.get("f_after", best["alignment"]), facts, begun)
     return Chosen(table[0]["candidate"], criterion.rule, table[0]["alignment"], facts)
-
-
-def short_list(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return ``count`` of the rows, each once: by turns the best aligned and the three least likely refusals."""
-    hardest_first = iter(_ranked(rows, "refusal_loss"))
-    by_turns = [[row, *itertools.islice(hardest_first, 3)] for row in _ranked(rows, "alignment")]
-    found = {row["candidate"]: row for turn in by_turns for row in turn}
-    return list(found.values())[:count]
-
-
-def _ranked(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """The rows, the highest first, and the first of equal ones."""
-    return sorted(rows, key=lambda row: (-row[by], row["candidate"]))
 
 
 def _try_out(

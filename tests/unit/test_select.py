@@ -16,10 +16,10 @@ from oneshot.patch import objective, select
 from oneshot.patch.attach import attached_update, counted
 from oneshot.patch.examples import check_apart, read_candidates
 from oneshot.patch.guard import build_batch, repair_loss, with_example
-from oneshot.patch.halving import Trial
+from oneshot.patch.halving import Trial, short_list
 from oneshot.patch.objective import RefusalRows, aligned_logits, check_same_tokens, evaluate, passes, row_losses, sample
 from oneshot.patch.path import Attempt
-from oneshot.patch.select import Criterion, draw, first_order, hardest, pick, short_list, target_factors
+from oneshot.patch.select import Criterion, draw, first_order, hardest, pick, target_factors
 from oneshot.patch.trace import Tracer
 from oneshot.settings import ScoreSettings, Settings
 from oneshot.training.loop import Diverged
