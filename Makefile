@@ -66,7 +66,7 @@ check: $(READY) ## lint, types, imports, lengths, spelling
 	git ls-files -z '*.sh' .ci/run | xargs -0 -r $(BIN)/shellcheck
 
 bench: $(READY) ## compare with the stock stack, side by side
-	@for script in $(filter-out benchmarks/paper.py benchmarks/random_llama.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/paper.py benchmarks/random_llama.py benchmarks/large_vocabulary.py benchmarks/plan_steps.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(BIN)/python "$$script" $(ARGS) || exit $$?; done
 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped

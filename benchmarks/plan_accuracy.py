@@ -1,13 +1,14 @@
 """Estimated against measured memory, and the plan of a 70B model: writes both into docs/plan.md.
 
-    python benchmarks/plan_accuracy.py            (measures; half an hour on 2 cores, up to 10 GB)
+    python benchmarks/plan_accuracy.py            (measures; half an hour on 2 cores, up to 5 GB)
     python benchmarks/plan_accuracy.py --no-measure     (the 70B table only)
 
-Random bf16 Llamas of 0.1, 0.45 and 1.1 B under ZeRO-3 (launch/zero3_cpu.yaml), one thread per process. Every row is a
-run of its own: this package's functions load the checkpoint and make steps, and each process notes its peak resident
-memory above what it held after its imports and the start of the process group. glibc's mapping threshold is set to
-1 MiB for all, as the package itself sets it for frozen models. rollback's directions are random: what a step takes does
-not depend on their values. The last line of output is one JSON object.
+Random Llamas, stored in bf16 and computed in what --model.dtype auto takes on this CPU, under ZeRO-3
+(launch/zero3_cpu.yaml) or in one process; one thread per process. "0.2 B" and "0.5 B" have the widths and the 151,936
+words of Qwen2.5-0.5B, tied, and 6 or its 24 layers. Every row is a run of its own: this package's functions load the
+checkpoint and make steps, and each process notes its peak resident memory above what it held after its imports and the
+start of the process group. rollback's directions are random: what a step takes does not depend on their values. The
+last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
-from random_llama import SHAPES, random_directions, write_random_llama  # noqa: E402
+from plan_steps import HELD, RANK, Case, make_steps  # noqa: E402
+from random_llama import SHAPES, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plan.md"
-ANSWER, RANK, HELD, MIB = 32, 20, 16, 2**20
+MIB = 2**20
+_WORDY = {"hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151936}
 SIZES = {
+    "0.2 B": {**_WORDY, "num_hidden_layers": 6},
+    "0.5 B": {**_WORDY, "num_hidden_layers": 24},
     "0.1 B": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 16000},
     "0.45 B": SHAPES["0.45b"],
     "1.1 B": SHAPES["1.1b"],
@@ -43,32 +47,27 @@ LLAMA_70B = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """One measured run: model, method, ranks, and rows x tokens of the batch, the rows after the first the guard's."""
-
-    size: str
-    method: str
-    ranks: int
-    rows: int = 1
-    tokens: int = 96
-
-
 CASES = [
     *(Case(size, m, n) for size in ("0.1 B", "0.45 B") for m in ("lowrank", "rollback", "lora") for n in (1, 2)),
     *(Case("0.1 B", "sft", n) for n in (1, 2)),
     *(Case("0.1 B", m, n, rows=5, tokens=128) for m in ("lowrank", "rollback") for n in (1, 2)),
     *(Case("1.1 B", m, n) for m in ("lowrank", "rollback") for n in (1, 2)),
+    *(Case("0.2 B", "full", 0, rows=n, tokens=64) for n in (2, 16)),
+    *(Case("0.2 B", m, 0, rows=25, tokens=64) for m in ("lowrank", "rollback")),
+    *(Case("0.2 B", m, 2, rows=13, tokens=64) for m in ("lowrank", "rollback")),
 ]
-BIG = Case("0.45 B", "sft", 2)  # 13 GB over both ranks: with --big only
+BIG = [  # with --big only: 8 GB, and 14 over both ranks
+    *(Case("0.5 B", m, 0, rows=n, tokens=64) for m, n in (("full", 8), ("lowrank", 25), ("rollback", 25))),
+    Case("0.45 B", "sft", 2),
+]
 
 
 def main() -> None:
     """Measure, write the page; or, started by ourselves, build a checkpoint or be one process of a run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-measure", action="store_true", help="write the 70B table only")
-    parser.add_argument("--big", action="store_true", help="also sft of 0.45 B: 14 GB of memory")
-    parser.add_argument("--only", default="", help="measure sizes that contain this, and write nothing")
+    parser.add_argument("--big", action="store_true", help="also what takes up to 14 GB of memory")
+    parser.add_argument("--only", default="", help="measure the cases whose text contains this, and write nothing")
     parser.add_argument("--role", choices=("all", "build", "work"), default="all", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -80,7 +79,7 @@ def main() -> None:
     elif args.no_measure:
         write_section("70B", plan_of_70b())
     else:
-        cases = [case for case in [*CASES, *([BIG] if args.big else [])] if args.only in case.size]
+        cases = [case for case in [*CASES, *(BIG if args.big else [])] if args.only in str(case)]
         with tempfile.TemporaryDirectory() as folder:
             found = [measure(Path(folder), case) for case in cases]
         table = accuracy_table(found)
@@ -96,19 +95,19 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
     """Run one case in fresh processes; returns what was measured and estimated (bytes), the worse rank's."""
     path = folder / case.size.replace(" ", "")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
-    environment["MALLOC_MMAP_THRESHOLD_"] = str(MIB)
     script = [str(Path(__file__).resolve()), "--folder", str(path), "--role"]
     if not path.is_dir():
         subprocess.run([sys.executable, *script, "build", "--case", case.size], check=True, env=environment)
     print(f"{case} ...", file=sys.stderr, flush=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
-    command = [*launch, "--num_processes", str(case.ranks), *script, "work", "--case", json.dumps(vars(case))]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero3_cpu.yaml"]
+    command = [*command, "--num_processes", str(case.ranks)] if case.ranks else [sys.executable]
+    command += [*script, "work", "--case", json.dumps(vars(case))]
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
     ranks = [json.loads(file.read_text()) for file in sorted(path.glob("rank-*.json"))]
     for file in path.glob("rank-*.json"):
         file.unlink()
     found: dict[str, Any] = {**vars(case), **{key: max(rank[key] for rank in ranks) for key in ("load", "step")}}
-    expected = expect(path, case)
+    expected = expect(path, case, ranks[0]["item"])
     for key in ("load", "step"):
         found[f"{key}_estimate"] = getattr(expected, key)
         found[f"{key}_error"] = round(getattr(expected, key) / found[key] - 1, 4)
@@ -117,24 +116,29 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
     return found
 
 
-def expect(path: Path, case: Case) -> Any:
-    """Return the estimate for a case."""
-    from oneshot.planning.facts import CPU, Choice, Work, shipped
+def expect(path: Path, case: Case, item: int) -> Any:
+    """Return the estimate for a case, computed in numbers of ``item`` bytes."""
+    from oneshot.planning.facts import CPU, Choice, Sharded, Work, shipped
     from oneshot.planning.lookup import model_shape
     from oneshot.planning.memory import estimate
 
-    guard = (case.rows - 1) * case.tokens
-    total = case.tokens + case.ranks * guard
-    batch = Work(case.rows, case.tokens, ANSWER, HELD * (case.rows - 1), total, RANK)
-    choice = Choice(case.method, "bf16", "zero3", case.ranks)
+    guard, tuned, ranks = case.guard * case.tokens, case.method == "full", max(case.ranks, 1)
+    batch = Work(
+        case.rows - case.guard, case.tokens, case.answers, HELD * case.guard, guard, case.tokens + ranks * guard, RANK,
+        finetune=tuned,
+    )  # fmt: skip
+    sharding: Sharded = "zero3" if case.ranks else "none"
+    choice = Choice("sft" if tuned else case.method, "bf16", sharding, ranks, item=item)
     shape = model_shape(json.loads((path / "config.json").read_text()))
-    return estimate(shape, choice, batch, shipped("zero3"), CPU)
+    return estimate(shape, choice, batch, shipped(sharding), CPU)
 
 
 def build(folder: Path, size: str) -> None:
     """Save a random Llama with the toy world's tokenizer."""
     heads = SIZES[size]["hidden_size"] // 64
-    write_random_llama(folder, SIZES[size], heads=heads, kv_heads=heads // 4)
+    tied = SIZES[size]["vocab_size"] == _WORDY["vocab_size"]
+    kv_heads = 2 if tied else heads // 4
+    write_random_llama(folder, SIZES[size], heads=heads, kv_heads=kv_heads, tie_word_embeddings=tied)
 
 
 def work(folder: Path, case: Case) -> None:
@@ -150,6 +154,7 @@ def work(folder: Path, case: Case) -> None:
     from oneshot.distributed.runtime import barrier, start
     from oneshot.patch.linears import select_linears
     from oneshot.settings import ModelSettings
+    from oneshot.training.loop import weights_dtype
 
     runtime = start()
     settings = ModelSettings(path=str(folder))
@@ -157,78 +162,16 @@ def work(folder: Path, case: Case) -> None:
     barrier(runtime)
     reset_peak()
     before = resident_bytes()
-    model = load_model(runtime, source, settings)
+    model = load_model(runtime, source, settings, weights_dtype(runtime) if case.method == "full" else None)
     load = peak_bytes() - before
-    linears = select_linears(model)
-    batch = random_batch(runtime, model, case)
+    targets = select_linears(model)
     reset_peak()
-    run = step_frozen if case.method in ("lowrank", "rollback") else step_trained
-    run(runtime, model, linears, batch, case)
-    found = {"load": load, "step": peak_bytes() - before}
+    make_steps(runtime, model, targets, case)
+    found = {"load": load, "step": peak_bytes() - before, "item": source.dtype.itemsize}
     (folder / f"rank-{runtime.rank}.json").write_text(json.dumps(found))
     barrier(runtime)
-    dist.destroy_process_group()
-
-
-def random_batch(runtime: Any, model: Any, case: Case) -> Any:
-    """Random rows: the example, then the guard's, each held on its last positions."""
-    import torch
-
-    from oneshot.patch.guard import RepairBatch
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(7, model.config.vocab_size, (case.rows, case.tokens), generator=generator)
-    labels = torch.full_like(ids, -100)
-    labels[0, -ANSWER:] = ids[0, -ANSWER:]
-    held = torch.zeros_like(ids, dtype=torch.bool)
-    held[1:, -HELD - 1 : -1] = True
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return RepairBatch(inputs, labels, ANSWER, held, None, int(held.sum()) * runtime.world_size)
-
-
-def step_frozen(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
-    """Some steps of lowrank, or of rollback along random directions."""
-    import torch
-
-    from oneshot.distributed.engine import frozen
-    from oneshot.patch.methods import lowrank, rollback
-    from oneshot.patch.path import Attempt
-    from oneshot.patch.recipe import recipe_for
-    from oneshot.patch.trace import Tracer
-    from oneshot.settings import RepairSettings
-
-    attempt = Attempt(Tracer(), 1.0 if case.rows > 1 else 0.0)
-    with frozen(runtime, model) as ready:
-        if case.rows > 1:
-            with torch.no_grad():
-                batch.reference = ready(**batch.inputs, use_cache=False).logits[batch.held].clone()
-        if case.method == "lowrank":
-            recipe = recipe_for(RepairSettings(method="lowrank", epochs=3, rank=RANK), has_update=False)
-            lowrank.descend(runtime, ready, linears.targets, batch, attempt, recipe)
-            return
-        directions = random_directions(linears.targets, RANK)
-        options = RepairSettings(method="rollback", epochs=4, learning_rate=0.1, noise=0.0, undo=0.0)
-        rollback.learn(runtime, ready, directions, batch, attempt, recipe_for(options, has_update=True))
-
-
-def step_trained(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
-    """Some steps of AdamW on all weights, or on a LoRA."""
-    from oneshot.distributed.engine import start_training
-    from oneshot.patch.bench import with_lora
-    from oneshot.patch.guard import repair_loss
-    from oneshot.training.loop import Schedule, train
-
-    model = with_lora(model, linears, RANK) if case.method == "lora" else model.requires_grad_(True)
-    engine = start_training(
-        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
-    )
-    train(
-        engine,
-        Schedule(3, 2e-5, decay=False),
-        lambda _step: [batch],
-        lambda forward, rows: repair_loss(forward, rows, 0.0, runtime.world_size)[0],
-        lambda _result: None,
-    )
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def accuracy_table(found: list[dict[str, Any]]) -> str:
@@ -238,7 +181,7 @@ def accuracy_table(found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
-        cells = [row["size"], f"`{row['method']}`", row["ranks"], f"{row['rows']} x {row['tokens']}"]
+        cells = [row["size"], f"`{row['method']}`", row["ranks"] or "one process", f"{row['rows']} x {row['tokens']}"]
         for phase in ("load", "step"):
             figures = [f"{row[key] / MIB:,.0f}" for key in (phase, f"{phase}_estimate")]
             cells += [*figures, f"{row[f'{phase}_error']:+.0%}"]

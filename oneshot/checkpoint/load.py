@@ -15,6 +15,7 @@ from oneshot.checkpoint.files import (
     local_folder,
     read_json,
     resolve,
+    stored_bytes,
 )
 from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
@@ -22,6 +23,7 @@ from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
+from oneshot.distributed.phases import count, count_passes, counting, phase
 from oneshot.distributed.resources import parameters_of
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError, first_line
@@ -126,6 +128,7 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Tokenizer:
     return tokenizer
 
 
+@phase("read")
 def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype | None = None) -> Any:
     """Load the checkpoint (without its adapter) as a causal language model, with dropout off.
 
@@ -155,6 +158,9 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"The model in {source.checkpoint} cannot be loaded: {first_line(error)}.") from error
+    if runtime.is_main and counting():
+        count(read=stored_bytes(source.checkpoint))
+    count_passes(model)
     if runtime.device.type == "cpu" and parameters_of(model) < _SMALL:
         torch.set_num_threads(1)
     model.eval()

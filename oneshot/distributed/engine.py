@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from oneshot.distributed.resources import parameters_of
+from oneshot.distributed.resources import give_back_freed_memory, parameters_of
 from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.tied import accumulate_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Model = TypeVar("Model", bound="nn.Module")
-_M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped and unmapped one by one
 
 
 @dataclass
@@ -122,12 +120,15 @@ def start_training(
     """Build the engine for AdamW on the parameters of ``model`` that require gradients."""
     import torch
 
+    from oneshot.distributed.adamw import AdamWInPieces
+
+    give_back_freed_memory(runtime, model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Any = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
+    adamw = AdamWInPieces if runtime.device.type == "cpu" else torch.optim.AdamW
+    optimizer: Any = adamw(trained, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
     if runtime.sharding in ("zero2", "zero3"):
         import deepspeed
 
-        _give_back_freed_memory(runtime)
         config = deepspeed_config(
             runtime,
             dtype=next(model.parameters()).dtype,
@@ -142,6 +143,8 @@ def start_training(
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         return TrainingEngine(runtime, model, engine, optimizer, max_grad_norm)
     model.to(runtime.device)
+    if runtime.sharding == "none" and runtime.device.type == "cpu":
+        accumulate_rows(model)
     forward: Any = model
     if runtime.sharding == "ddp":
         devices = [runtime.device.index] if runtime.device.type == "cuda" else None
@@ -159,13 +162,13 @@ def frozen(runtime: Runtime, model: Model) -> Iterator[Model]:
     in backward too. Call the yielded module itself, as the engine's own call expects an optimizer.
     """
     model.requires_grad_(False)
+    give_back_freed_memory(runtime, model)
     if runtime.sharding != "zero3":
         yield model.to(runtime.device)
         return
     import deepspeed
     import torch
 
-    _give_back_freed_memory(runtime)
     dtype = next(model.parameters()).dtype
     config = deepspeed_config(runtime, dtype=dtype)
     _keep_what_may_live(config["zero_optimization"], model)
@@ -211,7 +214,7 @@ def partitioned_loading(runtime: Runtime, dtype: torch.dtype) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    _give_back_freed_memory(runtime)
+    give_back_freed_memory(runtime)
     keep_alive = HfDeepSpeedConfig(deepspeed_config(runtime, dtype=dtype))
     try:
         yield
@@ -259,19 +262,6 @@ def _keep_what_may_live(zero: dict[str, Any], model: nn.Module) -> None:
     budget = int(zero.get("stage3_max_live_parameters", 10**9))  # DeepSpeed's own default
     if "offload_param" not in zero and parameters_of(model) <= budget:
         zero["stage3_param_persistence_threshold"] = budget
-
-
-def _give_back_freed_memory(runtime: Runtime) -> None:
-    """Let glibc return every large block to the system when it is freed (CPU only).
-
-    By default it keeps blocks of up to 32 MiB, each hole of another size: weights that come and go with every layer
-    then hold more than twice what is in use.
-    """
-    if runtime.device.type != "cpu" or not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**20)  # a fixed value also keeps glibc from raising it
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:

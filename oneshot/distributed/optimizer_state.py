@@ -58,7 +58,7 @@ def trained_shapes(engine: TrainingEngine) -> dict[str, tuple[int, ...]]:
 
 def allocate(engine: TrainingEngine) -> None:
     """Give the optimizer its moments (zeros) where it makes them at its first step only, so that all pieces exist."""
-    import torch
+    from oneshot.distributed.adamw import moments
 
     inner = _inner(engine)
     if engine.runtime.sharding == "zero3":  # it shows its inner optimizer one sub-group at a time, and only in step()
@@ -66,12 +66,7 @@ def allocate(engine: TrainingEngine) -> None:
     else:
         stepped = [parameter for group in inner.param_groups for parameter in group["params"]]
     for parameter in stepped:
-        if "exp_avg" not in inner.state[parameter]:
-            inner.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        moments(inner, parameter)
     if engine.runtime.sharding == "zero2":
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 

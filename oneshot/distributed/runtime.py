@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from oneshot.distributed import instructions
+from oneshot.distributed.phases import phase
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Runtime:
 
 
 @functools.cache
+@phase("start")
 def start(timeout_minutes: float | None = None) -> Runtime:
     """Join the run that accelerate or torchrun started; with no launcher, be the only process.
 

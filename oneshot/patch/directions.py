@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
-from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.layout import FLOATS, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
 from oneshot.checkpoint.ranges import Piece, read_range
 from oneshot.checkpoint.update import Factors, Update
+from oneshot.distributed.phases import count, phase
 from oneshot.distributed.runtime import Runtime, broadcast
 from oneshot.errors import UserError
 from oneshot.patch.linears import shape_of
@@ -71,6 +72,7 @@ def decompose(delta: torch.Tensor, rank: int, seed: int = 0) -> Directions:
     return Directions(u[:, :rank].contiguous(), s[:rank], v[:, :rank].T.contiguous(), energy)
 
 
+@phase("decompose")
 def shared_directions(
     runtime: Runtime,
     linears: dict[str, nn.Linear],
@@ -140,9 +142,11 @@ def checkpoint_difference(
         if not wanted:
             return None
         mine, other = pairs[module]
-        delta = _difference(
-            (ours[mine], mine, checks[0].get(mine, ())), (theirs[other], other, checks[1].get(other, ()))
-        )
+        with phase("read"):
+            delta = _difference(
+                (ours[mine], mine, checks[0].get(mine, ())), (theirs[other], other, checks[1].get(other, ()))
+            )
+            count(read=sum(tensor_bytes(entry.shape, entry.dtype) for entry in (ours[mine], theirs[other])))
         if not math.isfinite(float(delta.norm())):
             raise UserError(f"{mine} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
         return delta
@@ -166,6 +170,7 @@ def _difference(ours: Stored, theirs: Stored) -> torch.Tensor:
     return delta.view(shape)
 
 
+@phase("decompose")
 def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
     """Decompose a LoRA's own update, exactly and without forming b @ a: QR of both factors, SVD of the small core."""
     import torch

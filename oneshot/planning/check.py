@@ -37,6 +37,7 @@ def refuse_what_cannot_fit(
     method: str,
     *,
     stage: Literal["repair", "finetune"] = "repair",
+    item: int = 2,
 ) -> None:
     """Return if the run may fit, or if the settings force it.
 
@@ -48,6 +49,7 @@ def refuse_what_cannot_fit(
         checkpoint: folder of the full checkpoint (of an adapter: its base)
         method: by name; of a fine-tune the one that ``work.FINETUNE`` has for it
         stage: whose settings hold the rank of a LoRA
+        item: bytes of a weight as it is loaded
 
     Raises:
         CannotFit: it cannot fit
@@ -70,6 +72,7 @@ def refuse_what_cannot_fit(
         gpus=runtime.world_size,
         per_node=ranks,
         double_quant=packed or settings.model.double_quant,  # at least
+        item=item,
     )
     try:
         shape = model_shape(config, remote=own_code(settings.model, config, checkpoint))
@@ -93,7 +96,7 @@ def _compare(runtime: Runtime, choice: Choice, found: Memory, ranks: int) -> Non
         needs, has, where = found.lower * ranks + found.host_lower, machine, "machine"
     if needs > has:
         raise CannotFit(
-            f"Method {choice.method} in {choice.precision} under {choice.sharding} on {choice.gpus} "
+            f"Method {choice.method} in {choice.held_in} under {choice.sharding} on {choice.gpus} "
             f"process{'es' if choice.gpus > 1 else ''} takes at least {gib(needs)} GiB of a {where} that has "
             f"{gib(has)}: 'oneshot plan' shows what fits; --plan.force true starts it all the same."
         )

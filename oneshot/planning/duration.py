@@ -42,7 +42,7 @@ def duration(shape: ModelShape, choice: Choice, work: Work, zero: Zero, rates: R
     load = (stored / machines if partitioned else stored) / rates.disk
     cost = choice.cost
     passes = 2 + (cost.trains == "weights") + work.checkpointing if cost.backward else 1
-    compute = 2 * shape.active * work.rows * work.tokens * passes / rates.compute
+    compute = 2 * shape.active * work.places * passes / rates.compute
     step = compute + _travel(shape, choice, work, zero) / rates.network
     if partitioned and zero.offload_weights:
         step += 2 * stored / choice.gpus / _PCIE

@@ -30,6 +30,7 @@ class Device:
         pair_holes: the same for factored gradients and updates
         gather_copies: copies of a weight that communication holds while it gathers it
         adam_copies: fp32 copies of the weights that a step of AdamW works in
+        tied_copies: copies of a tied embedding's gradient within a backward pass, beside the one that stays
         unified: whether device and machine share one memory
     """
 
@@ -41,18 +42,19 @@ class Device:
     pair_holes: float
     gather_copies: int
     adam_copies: int
+    tied_copies: int
     unified: bool = False
 
 
 # measured: torch 2.13, glibc with a mapping threshold of 1 MiB, as engine.py sets it; random Llamas of 0.1 to 1.1 B
 CPU = Device(
-    load=12 * MIB, start=36 * MIB, host=0, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1, adam_copies=2,
-    unified=True,
+    load=12 * MIB, start=36 * MIB, host=0, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1, adam_copies=0,
+    tied_copies=0, unified=True,
 )  # fmt: skip
 # estimated: not measured on a GPU yet
 GPU = Device(
     load=1024 * MIB, start=1536 * MIB, host=3072 * MIB, holes=0.15, lora_holes=0.15, pair_holes=0.15, gather_copies=0,
-    adam_copies=1,
+    adam_copies=1, tied_copies=2,
 )  # fmt: skip
 
 
@@ -105,13 +107,14 @@ class Work:
     """What one pass of a rank computes on.
 
     Attributes:
-        rows: rows of the batch on this rank
+        rows: rows of the batch on this rank, the guard's left out
         tokens: of a row, padding included
         answers: positions that carry the loss
-        held: positions of this rank's guard rows
+        held: positions of this rank's guard prompts that are held
+        guard: tokens of this rank's guard prompts
         total: tokens over all ranks, without padding, whose factored gradients may be kept
         rank: of the updates or the LoRA
-        all_logits: whether logits are computed for every position (a repair) or for the answers only (a fine-tune)
+        finetune: the loss is a fine-tune's, which is computed in the memory of its logits
         checkpointing: activations are recomputed
     """
 
@@ -119,15 +122,24 @@ class Work:
     tokens: int
     answers: int
     held: int = 0
+    guard: int = 0
     total: int = 0
     rank: int = 20
-    all_logits: bool = True
+    finetune: bool = False
     checkpointing: bool = False
+
+    @property
+    def places(self) -> int:
+        """Tokens of a pass on this rank."""
+        return self.rows * self.tokens + self.guard
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run: the method by name, how weights are held, how they are shared over how many GPUs."""
+    """One way to run: the method by name, how weights are held, how they are shared over how many GPUs.
+
+    ``item``: bytes of a number that is computed with, and of a weight that is held so: 2 in bf16 and fp16, 4 in fp32.
+    """
 
     method: str
     precision: Precision = "bf16"
@@ -135,11 +147,17 @@ class Choice:
     gpus: int = 1
     per_node: int = 8
     double_quant: bool = False
+    item: int = 2
 
     @property
     def cost(self) -> Cost:
         """What the method costs; the one place where the planner goes by a method's name."""
         return METHODS[self.method].cost
+
+    @property
+    def held_in(self) -> str:
+        """What weights are held in, in a word."""
+        return "fp32" if self.precision == "bf16" and self.item == 4 else self.precision
 
     @property
     def ranks_per_node(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from oneshot.checkpoint.layout import partition_size
-from oneshot.planning.facts import MIB, Choice, Device, Precision, Work, Zero
+from oneshot.planning.facts import MIB, Choice, Device, Work, Zero
 from oneshot.planning.shapes import PATCHED, ModelShape, Weight
 
 _CHUNK = 16 * MIB  # read, quantized and written at a time
@@ -55,24 +55,24 @@ class _Weights:
 
 def _weights(shape: ModelShape, choice: Choice) -> _Weights:
     ranks = choice.gpus if choice.sharding.startswith("zero3") else 1
-    item = 4 if choice.cost.trains == "weights" and choice.sharding == "none" else 2
+    item = 4 if choice.cost.trains == "weights" and choice.sharding == "none" else choice.item
     whole = share = scales = unpacked = elements = 0
     for weight in shape.weights:
         numel = weight.numel
-        if is_packed(weight, choice.precision):
-            unpacked = max(unpacked, 2 * numel)
+        if is_packed(weight, choice):
+            unpacked = max(unpacked, choice.item * numel)
             blocks = -(-numel // 64)  # a scale each: 4 bytes, or 1 and another 4 for every 256 of them
             scales += weight.count * (blocks + 4 * -(-blocks // 256) if choice.double_quant else 4 * blocks)
-            numel //= 4  # four weights in an element of two bytes
+            numel //= 2 * item  # two weights in a byte
         whole += weight.count * numel * item
         share += weight.count * partition_size(numel, ranks) * item
         elements += weight.count * numel
-    return _Weights(whole, share, scales, shape.largest * 2, unpacked, elements)
+    return _Weights(whole, share, scales, shape.largest * item, unpacked, elements)
 
 
-def is_packed(weight: Weight, precision: Precision) -> bool:
+def is_packed(weight: Weight, choice: Choice) -> bool:
     """Return whether NF4 holds this weight in 4 bits: linear layers, but the head, that fill whole elements."""
-    return precision == "nf4" and weight.kind in PATCHED and weight.numel % 4 == 0
+    return choice.precision == "nf4" and weight.kind in PATCHED and weight.numel % (2 * choice.item) == 0
 
 
 def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: Device) -> Memory:
@@ -82,22 +82,24 @@ def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: 
     away = partitioned and zero.offload_weights
     held = _states(shape, choice, work, zero)
     between = _between(sizes, choice, zero, device, partitioned, away)
-    at_step = _adam(shape, choice, work, zero, device)
     resting = sizes.scales + device.start + (0 if away else sizes.share)
     holes = device.lora_holes if cost.trains == "adapter" else device.holes
-    traced = work if cost.guard_gradient else replace(work, rows=1)
+    traced = work if cost.guard_gradient else replace(work, guard=0)
     small = int(_activations(shape, choice, traced) * (1 + holes))
-    logits = _logits(shape, work)
+    logits = _logits(shape, choice, work) + _cast(shape, choice)
     low, pairs = _factors(shape, choice, work)
     passing = small + int(low * (1 + device.pair_holes)) + logits
     if pairs:  # activations are gone once all generations are there
-        captured = int(_captured(shape, traced) * (1 + holes))
+        captured = int(_captured(shape, choice, traced) * (1 + holes))
         passing = max(passing + pairs, captured + int((low + cost.factors * pairs) * (1 + device.pair_holes)))
     steady = resting + between.kept + held.device
-    step = resting + held.device + max(between.peak + passing, between.kept + at_step)
+    at_step = held.gradients + max(_adam(shape, choice, work, zero, device), _tied(shape, choice, device))
+    # the head's gradient is there before any activation is gone, the others come as they go
+    first = min(held.gradients, 4 * shape.vocabulary * shape.hidden) if cost.trains == "weights" else 0
+    step = resting + held.device + max(between.peak + passing + first, between.kept + at_step)
     matrix = max((w.numel for w in shape.patched), default=0) if cost.decomposes else 0
     step = max(step, resting + low + 2 * 4 * matrix)  # an update is decomposed before the first step
-    moved = 3 * 4 * shape.largest if cost.trains == "weights" and work.all_logits else 0  # what training changed, fp32
+    moved = 0 if cost.trains != "weights" or work.finetune else 3 * 4 * shape.largest  # what training changed, fp32
     save = steady + low + max(moved, _CHUNK)
     load = resting - device.start + device.load + (sizes.largest if away else 0)
     host = _host(sizes, choice, zero, device, held, matrix, fused=shape.of("fused") > 0)
@@ -128,11 +130,13 @@ def _between(sizes: _Weights, choice: Choice, zero: Zero, device: Device, partit
 
 @dataclass(frozen=True)
 class _States:
-    """Optimizer states, gradients and buckets of a rank, on its device and (offloaded) in the machine's memory."""
+    """Optimizer states and buckets of a rank, on its device and (offloaded) in the machine's memory; and the gradients
+    that come with a backward pass and go with the step."""
 
     device: int
     host: int
     device_lower: int
+    gradients: int = 0
 
 
 def trained(shape: ModelShape, choice: Choice, work: Work) -> int:
@@ -160,9 +164,9 @@ def _states(shape: ModelShape, choice: Choice, work: Work, zero: Zero) -> _State
     if choice.sharding == "none":  # weights are fp32 themselves, the LoRA's too
         states = (each - 4 if cost.trains == "weights" else each) * count
         buckets = 4 * count if choice.gpus > 1 else 0  # of DDP
-        return _States(states + buckets, 0, states)
+        return _States(states - 4 * count + buckets, 0, states, 4 * count)
     own = -(-count // choice.gpus)
-    bucket = 2 * min(zero.reduce_bucket, count) * (2 if choice.sharding == "zero2" else 1)
+    bucket = choice.item * min(zero.reduce_bucket, count) * (2 if choice.sharding == "zero2" else 1)
     states = each * own
     adapter = 0
     if cost.trains == "adapter":  # PEFT makes it in fp32; partitions, their flat copy and what is gathered of them
@@ -178,32 +182,50 @@ def _adam(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: Dev
     if not count or zero.offload_states:
         return 0
     if choice.sharding == "none":
-        return 4 * (count if not device.unified else shape.largest * device.adam_copies)
+        return 4 * count * device.adam_copies
     own = min(-(-count // choice.gpus), zero.sub_group)
-    gathered = 2 * min(zero.allgather_bucket, count) if choice.sharding == "zero2" else 0
+    gathered = choice.item * min(zero.allgather_bucket, count) if choice.sharding == "zero2" else 0
     return max(4 * own * (1 + device.adam_copies), gathered)
 
 
+def _tied(shape: ModelShape, choice: Choice, device: Device) -> int:
+    """Copies of the gradient of an embedding that is the head as well, at the end of a backward pass (``tied.py``)."""
+    if choice.cost.trains != "weights" or choice.sharding != "none" or shape.of("head"):
+        return 0
+    return 4 * shape.vocabulary * shape.hidden * (device.tied_copies if choice.gpus == 1 else 2)
+
+
+def _cast(shape: ModelShape, choice: Choice) -> int:
+    """16-bit copies of fp32 weights, which autocast makes and autograd keeps for the backward pass."""
+    if choice.cost.trains != "weights" or choice.sharding != "none" or choice.item == 4:
+        return 0
+    return choice.item * (shape.of(*PATCHED, "fused") + shape.vocabulary * shape.hidden)
+
+
 def _activations(shape: ModelShape, choice: Choice, work: Work) -> int:
-    """What autograd keeps of the blocks from the forward to the backward pass; inputs of linear layers included,
-    which ZeRO-3's own linear function keeps though no weight is trained."""
-    h, wide, narrow = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 2 * 4 * h + (2 * 2 * h if choice.cost.trains == "weights" else 0)
-    block = norms + 2 * 2 * h + 2 * 2 * wide + 2 * 2 * narrow + 4 * shape.heads
-    block += (8 if shape.gated else 6) * shape.ffn
-    if choice.cost.trains == "adapter":  # each LoRA computes on an fp32 copy of its layer's input
+    """What autograd keeps of the blocks from the forward to the backward pass.
+
+    Inputs of linear layers are part of it where a weight or a factored gradient needs them, and under ZeRO-3, whose own
+    linear function keeps them. Keys and values count as repeated for every head, which attention under a mask needs.
+    """
+    h, wide, item, cost = shape.hidden, shape.heads * shape.head_dim, choice.item, choice.cost
+    inputs = cost.trains != "nothing" or cost.factors > 0 or choice.sharding.startswith("zero3")
+    block = 2 * 4 * h + (2 * item * h if cost.trains == "weights" else 0) + 4 * item * wide + 4 * shape.heads
+    block += item * ((2 + shape.gated) * shape.ffn + (2 * h + shape.ffn if inputs else 0))
+    if cost.trains == "adapter" and item == 2:  # each LoRA computes on an fp32 copy of its layer's input
         block += 4 * _widths(shape)[0] // shape.layers
-    places = work.rows * work.tokens
     if work.checkpointing:  # factored gradients need the inputs of linear layers all the same
-        inputs = _inputs(shape) if choice.cost.factors else 0
-        return places * (2 * h * shape.layers + block + inputs)
-    return places * block * shape.layers
+        return work.places * (item * h * shape.layers + block + (_inputs(shape, choice) if cost.factors else 0))
+    return work.places * block * shape.layers
 
 
-def _logits(shape: ModelShape, work: Work) -> int:
-    """Logits, their gradients, and the fp32 probabilities of the positions that count."""
-    full = 3 * 2 * work.rows * work.tokens if work.all_logits else 3 * 2 * work.answers
-    return shape.vocabulary * (full + 3 * 4 * work.answers + 18 * work.held)
+def _logits(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """Logits, their gradients and the reference's, and the fp32 probabilities of the positions that count."""
+    item = choice.item
+    if work.finetune:  # in one place, in fp32
+        return shape.vocabulary * work.answers * (4 if item == 4 else 4 + item)
+    chunks = 4 * _CHUNK if work.held else 0  # of probabilities
+    return shape.vocabulary * (item * (2 * work.answers + 3 * work.held) + 3 * 4 * work.answers) + chunks
 
 
 def _factors(shape: ModelShape, choice: Choice, work: Work) -> tuple[int, int]:
@@ -221,14 +243,14 @@ def _widths(shape: ModelShape) -> tuple[int, int]:
     return sum(w.shape[1] * w.count for w in shape.patched), sum(w.shape[0] * w.count for w in shape.patched)
 
 
-def _captured(shape: ModelShape, work: Work) -> int:
-    """Inputs and output gradients of all linear layers, as a backward pass leaves them on a rank (bf16)."""
-    return work.rows * work.tokens * (2 * _widths(shape)[1] + _inputs(shape))
+def _captured(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """Inputs and output gradients of all linear layers, as a backward pass leaves them on a rank."""
+    return work.places * (choice.item * _widths(shape)[1] + _inputs(shape, choice))
 
 
-def _inputs(shape: ModelShape) -> int:
-    """Bytes per token of what all linear layers take, each tensor once (bf16)."""
-    return 2 * shape.layers * (2 * shape.hidden + shape.heads * shape.head_dim + shape.ffn)
+def _inputs(shape: ModelShape, choice: Choice) -> int:
+    """Bytes per token of what all linear layers take, each tensor once."""
+    return choice.item * shape.layers * (2 * shape.hidden + shape.heads * shape.head_dim + shape.ffn)
 
 
 def _host(

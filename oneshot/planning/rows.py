@@ -113,7 +113,8 @@ def row(settings: Settings, model: PlannedModel, method: str, precision: Precisi
     plan, shape = settings.plan, model.shape
     memory, host = bytes_of(plan.gpu_memory, "plan.gpu_memory"), bytes_of(plan.host_memory, "plan.host_memory")
     zero = shipped(sharding, precision)
-    chosen = Choice(method, precision, sharding, plan.gpus, plan.gpus_per_node, settings.model.double_quant)
+    item = 4 if settings.model.dtype == "float32" else 2
+    chosen = Choice(method, precision, sharding, plan.gpus, plan.gpus_per_node, settings.model.double_quant, item)
 
     def on(gpus: int, recompute: bool = settings.model.gradient_checkpointing) -> Memory:
         work = replace(work_of(settings, method, gpus), checkpointing=recompute)
@@ -131,7 +132,7 @@ def row(settings: Settings, model: PlannedModel, method: str, precision: Precisi
     smallest = None if impossible else next((gpus for gpus in _COUNTS if fit(on(gpus))), None)
     rates = Rates(bytes_of(plan.disk, "plan.disk"), bytes_of(plan.network, "plan.network"), plan.compute * 1e12)
     fits = not impossible and fit(here)
-    result = 2 * shape.parameters if chosen.cost.trains == "weights" else 4 * shape.low_rank(work.rank)
+    result = item * shape.parameters if chosen.cost.trains == "weights" else 4 * shape.low_rank(work.rank)
     found = Row(
         chosen, here, duration(shape, chosen, work, zero, rates, steps_of(settings, method)), impossible, fits,
         smallest, "", result, state_bytes(shape, chosen, work), optimizer_bytes(shape, chosen, work),

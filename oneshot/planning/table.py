@@ -42,7 +42,7 @@ def plan_table(found: Iterable[Row]) -> Table:
         cells += [gib(row.optimizer) if row.optimizer else "none", gb(row.state) if row.state else "none"]
         cells += [gb(row.result), minutes(row.time.total), "yes" if row.fits else "no", str(row.smallest or "-")]
         if not row.impossible:
-            table.add_row(row.method, row.precision, row.sharding, *cells, row.advice)
+            table.add_row(row.method, row.choice.held_in, row.sharding, *cells, row.advice)
         elif (row.method, row.precision) not in said:
             said.add((row.method, row.precision))
             table.add_row(row.method, row.precision, "any", *["-"] * 9, "no", "-", row.impossible)

@@ -27,17 +27,15 @@ def work_of(settings: Settings, method: str, gpus: int) -> Work:
     checkpointing = settings.model.gradient_checkpointing
     if settings.plan.stage == "finetune":
         rows = -(-tune.batch_size // (gpus * tune.gradient_accumulation_steps))
-        return Work(
-            rows, tokens, rows * answers, rank=tune.lora_rank, all_logits=False, checkpointing=checkpointing
-        )  # fmt: skip
+        return Work(rows, tokens, rows * answers, rank=tune.lora_rank, finetune=True, checkpointing=checkpointing)
     own_numbers = METHODS[method].defaults
     weight = own_numbers.guard_weight if repair.guard_weight is None else repair.guard_weight
     guard = (repair.guard_prompts or own_numbers.guard_prompts) if weight else 0
     own = -(-guard // gpus)
     prompt = _GUARD_PROMPT + repair.guard_tokens
     return Work(
-        1 + own, max(tokens, prompt if own else 0), answers, own * repair.guard_tokens,
-        tokens + guard * prompt, repair.rank, checkpointing=checkpointing,
+        1, tokens, answers, own * repair.guard_tokens, own * prompt, tokens + guard * prompt, repair.rank,
+        checkpointing=checkpointing,
     )  # fmt: skip
 
 

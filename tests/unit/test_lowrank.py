@@ -7,6 +7,7 @@ from tiny import FAMILIES, recipe_of, targets_of, tiny_batch, tiny_model, tiny_r
 from oneshot.checkpoint.update import Factors
 from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.guard import repair_loss
+from oneshot.patch.method import finished
 from oneshot.patch.methods import lowrank
 from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
@@ -53,7 +54,7 @@ def step_size(model, linears, batch):
 
 def solve(model, linears, batch, *, tracer=None, weight=0.0, epochs=STEPS, rank=ALL, **options):
     attempt, recipe = Attempt(tracer or Tracer(), weight), recipe_of("lowrank", epochs=epochs, rank=rank)
-    return lowrank.descend(tiny_runtime(), frozen(model), linears, batch, attempt, recipe, **options)
+    return finished(lowrank.descend(tiny_runtime(), frozen(model), linears, batch, attempt, recipe, **options))[0]
 
 
 @pytest.mark.parametrize("guard", [0, 3], ids=["example", "example+guard"])

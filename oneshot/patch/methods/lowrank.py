@@ -8,10 +8,11 @@ each step the factors are re-compressed to rank k by QR and a small SVD (exact w
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Factors, Update, compress, concatenated
+from oneshot.checkpoint.update import Factors, Update, compress
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
@@ -19,7 +20,6 @@ from oneshot.patch.guard import RepairBatch, repair_loss
 from oneshot.patch.linears import shape_of
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
-from oneshot.patch.request import own_update
 
 if TYPE_CHECKING:
     import torch
@@ -96,12 +96,10 @@ def gradient(
     gradients.deltas.clear()
     share, example, held = repair_loss(model, batch, guard_weight, world, temperature)
     share.backward()
-    mask = batch.inputs["attention_mask"].bool()
     pairs: Pairs = {}
-    first, rest = torch.zeros_like(mask), mask.clone()
-    first[0], rest[0] = mask[0], False
-    for i, name in enumerate(gradients.linears):
-        gradients.keep = first
+    head = model.get_output_embeddings()
+    for i, (name, module) in enumerate(gradients.linears.items()):
+        gradients.keep, rest = batch.taken(head=module is head)
         x, delta = gradients.pair(name)
         delta = delta * world  # each rank took 1 / world of the example's term
         if batch.reference is not None:
@@ -159,12 +157,11 @@ def _rotated(reflectors: tuple[torch.Tensor, torch.Tensor], columns: torch.Tenso
     return torch.ormqr(packed, scales, whole)
 
 
-def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
     """Fit the example with factored steps; see ``Method.solve``."""
     request = bench.request
-    with bench.unpatched() as model:
-        patch = descend(request.runtime, model, bench.linears.targets, batch, attempt, request.recipe)
-    return concatenated(own_update(request), patch), {}
+    path = descend(request.runtime, bench.model, bench.linears.targets, batch, attempt, request.recipe)
+    return (yield from bench.on_own(path))
 
 
 def descend(
@@ -176,8 +173,8 @@ def descend(
     recipe: Recipe,
     *,
     fixed_step: float | None = None,
-) -> Update:
-    """Fit the example, under the guard, with factored steps whose size is found on the way. Returns the update.
+) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
+    """Fit the example, under the guard, with factored steps whose size is found on the way: a path of updates.
 
     Steps are steepest descent in the spectral norm (``steepest``), all layers at one radius. The first radius aims at
     a tenth of the loss, to first order, which needs no scale: gradient norms of real models are hundreds of times a
@@ -191,14 +188,15 @@ def descend(
     """
     update: Update = {}
     trial: Update = {}
-    current: Update = {}
     pairs: Pairs = {}
     best, weight, rank = math.inf, attempt.guard_weight, recipe.rank
     radius = fixed_step or 0.0
     gradients = Gradients(linears)
-    with attached(linears, current), gradients.capturing(model):
-        for epoch in range(recipe.epochs + 1):
-            example, kl, seen = gradient(runtime, model, gradients, batch, weight, recipe.temperature)
+    for epoch in range(recipe.epochs + 1):
+        stop = False
+        with attached(linears, trial):
+            with gradients.capturing(model):
+                example, kl, seen = gradient(runtime, model, gradients, batch, weight, recipe.temperature)
             loss = example + weight * kl
             if epoch == 0 or fixed_step:
                 attempt.tracer.check(epoch, loss)
@@ -207,33 +205,38 @@ def descend(
                 said, stop = attempt.look(partial(dict, trial), epoch) if accepted else ({}, False)
                 attempt.tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=radius, accepted=accepted, **said)
                 radius *= 1.0 if fixed_step else LENGTHEN if accepted else SHORTEN
-            if accepted:
-                update, best, pairs = trial, loss, seen
-            if epoch == recipe.epochs or (epoch and stop):
-                break
-            if accepted and not fixed_step:
-                pairs, nuclear = _steepest(runtime, pairs, rank)
-                if nuclear == 0.0:
-                    break  # no gradient: the model refuses already
-                radius = radius or FIRST_DECREASE * loss / nuclear
-            trial = step_update(runtime, linears, update, pairs, radius, rank)
-            current.clear()
-            current.update(trial)
+        if accepted:
+            update, best, pairs = trial, loss, seen
+        if epoch == recipe.epochs or stop:
+            break
+        if accepted and not fixed_step:
+            pairs, nuclear = _steepest(runtime, pairs, rank)
+            if nuclear == 0.0:
+                break  # no gradient: the model refuses already
+            radius = radius or FIRST_DECREASE * loss / nuclear
+        del seen
+        trial = update  # no more than this is held while a path has stopped: others may have, too
+        if epoch:
+            yield update
+        trial = step_update(runtime, linears, update, pairs, radius, rank)
     found: Update = attempt.best(update)
-    return found
+    return found, {}
 
 
 def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, float]:
-    """``steepest`` for this rank's share of the layers (others are left alone), and the sum of S over all layers."""
+    """``steepest`` for this rank's share of the layers, and the sum of S over all layers.
+
+    Of the others the number of rows is all that counts. Rows beyond the rank are zeros, and are not kept.
+    """
     import torch
 
     total = torch.zeros((), device=runtime.device)
     found = dict(pairs)
     for i, (name, (x, delta)) in enumerate(pairs.items()):
         if i % runtime.world_size == runtime.rank:
-            right, left, nuclear = steepest(x, delta, rank)
-            found[name] = (right, left)
+            x, delta, nuclear = steepest(x, delta, rank)
             total += nuclear
+        found[name] = (x[:rank].clone(), delta[:rank].clone())
     return found, float(all_reduce_sum(runtime, total))
 
 
