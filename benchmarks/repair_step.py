@@ -40,7 +40,7 @@ from random_llama import SHAPES, computed_in, random_directions, write_random_ll
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("stock", "stock_fused", "lowrank", "rollback")
 TOKENS, ANSWER, RANK = 96, 32, 20  # tokens of the example, those at its end that carry loss; rank of our updates
-SIZES = {name: SHAPES[name] for name in ("0.45b", "tiny")}
+SIZES = {name: SHAPES[name] for name in ("0.45b", "0.1b", "tiny")}
 _FITTED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 STOCK_CONFIG = {
     "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0,

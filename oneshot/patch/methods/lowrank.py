@@ -119,20 +119,42 @@ def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[to
     """Return factors of U V^T, where delta^T X = U S V^T (its top ``rank`` directions), and the sum of their S.
 
     Among all steps of one spectral norm this one lowers the loss most (to first order): it moves every direction of
-    the gradient alike, where the plain gradient of one example moves little but its first few. Rows stay as many as
-    there were, padded with zeros, so that shapes do not depend on the values. The cut to ``rank`` is made here, where
-    the singular values tell the directions apart: afterwards they are all equally long, and rounding would decide.
+    the gradient alike, where the plain gradient of one example moves little but its first few. Rows are as many as
+    there were, at most ``rank``, zeros among them where there is less to move: shapes do not depend on the values. The
+    cut is made here, where the singular values tell the directions apart: afterwards they are all equally long, and
+    rounding would decide. No Q is formed, of which only the kept directions' share is wanted.
     """
     import torch
 
-    qx, rx = torch.linalg.qr(x.T)
-    qd, rd = torch.linalg.qr(delta.T)
+    reflectors_x, rx = _reflectors(x.T)
+    reflectors_d, rd = _reflectors(delta.T)
     u, s, vt = torch.linalg.svd(rd @ rx.T, full_matrices=False)
-    kept = s / (s + 1e-3 * s.max()) if len(s) and s.max() > 0 else torch.zeros_like(s)  # nothing for noise
-    kept[len(kept) if rank is None else rank :] = 0
-    missing = (0, 0, 0, len(x) - len(s))
-    pad = torch.nn.functional.pad
-    return pad(vt @ qx.T, missing), pad((qd @ (u * kept)).T, missing), float((s * kept).sum())
+    size = len(s) if rank is None else min(rank, len(s))
+    u, s, vt = u[:, :size], s[:size], vt[:size]
+    kept = s / (s + 1e-3 * s.max()) if size and s.max() > 0 else torch.zeros_like(s)  # nothing for noise
+    missing = (0, 0, 0, (len(x) if rank is None else min(rank, len(x))) - size)
+    right, left = (torch.nn.functional.pad(q.T, missing) for q in (
+        _rotated(reflectors_x, vt.T), _rotated(reflectors_d, u * kept)
+    ))  # fmt: skip
+    return right, left, float((s * kept).sum())
+
+
+def _reflectors(tall: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The QR decomposition of a matrix (n, T): its Q (n, k), as Householder reflectors, and R (k, T)."""
+    import torch
+
+    packed, scales = torch.geqrf(tall)
+    k = len(scales)
+    return (packed[:, :k], scales), packed[:k].triu()
+
+
+def _rotated(reflectors: tuple[torch.Tensor, torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
+    """Q @ columns, (n, c), of the Q that the reflectors stand for."""
+    import torch
+
+    packed, scales = reflectors
+    whole = torch.nn.functional.pad(columns, (0, 0, 0, len(packed) - len(columns)))
+    return torch.ormqr(packed, scales, whole)
 
 
 def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
