@@ -1,0 +1,72 @@
+"""Whole runs on a GPU: the fine-tune, the repair, and one rank under ZeRO-3, all on the toy model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gpu_checks
+import pytest
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gpu_checks.damaged("cuda", tmp_path_factory.mktemp("damaged") / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["rollback", "lowrank"])
+def test_repair(damaged: Path, tmp_path: Path, method: str, dtype: str) -> None:
+    gpu_checks.repairs("cuda", damaged, tmp_path / "run", dtype, method=method)
+
+
+@pytest.mark.parametrize("method", ["rollback", "lowrank"])
+def test_repair_in_four_bits(damaged: Path, tmp_path: Path, method: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    gpu_checks.repairs("cuda", damaged, tmp_path / "run", "bfloat16", method=method, quantize="nf4")
+
+
+def test_repair_with_the_watch(damaged: Path, tmp_path: Path) -> None:
+    gpu_checks.repairs("cuda", damaged, tmp_path / "run", "bfloat16", method="rollback", watch=True)
+
+
+def test_repair_is_the_cpus(damaged: Path, tmp_path: Path) -> None:
+    gpu_checks.repairs_as_a_cpu_does("cuda", damaged, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_finetune_and_its_mfu(tmp_path: Path, method: str, dtype: str) -> None:
+    found = gpu_checks.finetunes("cuda", tmp_path / "run", method, dtype)
+    gpu_checks.tells_mfu("cuda", found)
+
+
+def test_finetune_with_flash_attention_packs_flat(tmp_path: Path) -> None:
+    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    gpu_checks.finetunes("cuda", tmp_path / "run", "lora", "bfloat16", attention="auto")
+
+
+def test_finetune_with_liger(tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    plain = gpu_checks.finetunes("cuda", tmp_path / "plain", "full", "bfloat16")
+    liger = gpu_checks.finetunes("cuda", tmp_path / "liger", "full", "bfloat16", liger=True)
+    assert all(abs(a["loss"] - b["loss"]) < 0.05 * a["loss"] for a, b in zip(plain, liger))
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "nf4"])
+def test_zero3_reads_what_the_file_holds(tmp_path: Path, four_bit: bool) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    if four_bit:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    gpu_checks.zero3_tensors_arrive("cuda", tmp_path, four_bit=four_bit)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offload"])
+def test_zero3_repairs_alike(damaged: Path, tmp_path: Path, offload: bool) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    gpu_checks.zero3_repairs_alike("cuda", damaged, tmp_path, offload=offload)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offload"])
+def test_zero3_finetunes(tmp_path: Path, offload: bool) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    gpu_checks.zero3_finetunes("cuda", tmp_path, offload=offload)
