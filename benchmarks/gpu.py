@@ -35,7 +35,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TESTS = "tests"
+# parts that are files of tests/gpu, so that the slow ones come late
+TESTS = {"tests": ("test_kernels.py", "test_runs.py"), "tests-launched": ("test_launched.py",)}
 LEAST = 15.0  # seconds; with less left no part is begun
 _PROBE = (
     "import json, torch; card = torch.cuda.is_available() and torch.cuda.get_device_properties(0); "
@@ -58,12 +59,13 @@ PLAN = (
     Part("build", 110, None),
     Part("rollback-bf16", 75),
     Part("stock-adamw-bf16", 60),
-    Part(TESTS, 150, None),
+    Part("tests", 110, None),
     Part("rollback-nf4", 60),
     Part("stock-qlora-nf4", 60),
     Part("finetune-lora", 60),
     Part("trl-lora", 60),
     Part("slices-70b", 110),
+    Part("tests-launched", 150, None),
     Part("lowrank-bf16", 60),
     Part("load", 120),
     Part("rollback-bf16-guarded", 75),
@@ -154,6 +156,7 @@ class Run:
         self.environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(scratch / "cache"),
+            "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),  # TRL would take all there are
             # DeepSpeed looks for ninja on the path when it builds an operator
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }  # fmt: skip
@@ -197,7 +200,7 @@ class Run:
         code, said = self._process(self._command(part, answer), min(left, part.seconds * self.pace))
         figures: dict[str, Any] = {"wall_seconds": round(time.monotonic() - clock, 1)}
         if answer.is_file():
-            figures |= tests_of(answer) if part.name == TESTS else json.loads(answer.read_text())
+            figures |= tests_of(answer) if part.name in TESTS else json.loads(answer.read_text())
         if "not_here" in figures:
             status = "not here"
         elif answer.is_file() and code in (0, None):  # one that was too slow to leave has done its work all the same
@@ -208,8 +211,9 @@ class Run:
         return self.record(part.name, status, figures)
 
     def _command(self, part: Part, answer: Path) -> list[str]:
-        if part.name == TESTS:
-            return ["-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", f"--junitxml={answer}", "tests/gpu"]
+        if part.name in TESTS:
+            files = [f"tests/gpu/{name}" for name in TESTS[part.name]]
+            return ["-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", f"--junitxml={answer}", *files]
         scale = "full" if self.device == "cuda" else "tiny"
         options = {"device": self.device, "scale": scale, "folder": self.scratch, "answer": answer}
         return [str(HERE / "gpu_parts.py"), part.name, *(w for k, v in options.items() for w in (f"--{k}", str(v)))]

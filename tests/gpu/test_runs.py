@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: the fine-tune, the repair, and one rank under ZeRO-3, all on the toy model."""
+"""Whole runs on a GPU, in one process: the fine-tune and the repair of the toy model."""
 
 from __future__ import annotations
 
@@ -50,23 +50,3 @@ def test_finetune_with_liger(tmp_path: Path) -> None:
     plain = gpu_checks.finetunes("cuda", tmp_path / "plain", "full", "bfloat16")
     liger = gpu_checks.finetunes("cuda", tmp_path / "liger", "full", "bfloat16", liger=True)
     assert all(abs(a["loss"] - b["loss"]) < 0.05 * a["loss"] for a, b in zip(plain, liger))
-
-
-@pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "nf4"])
-def test_zero3_reads_what_the_file_holds(tmp_path: Path, four_bit: bool) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    if four_bit:
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    gpu_checks.zero3_tensors_arrive("cuda", tmp_path, four_bit=four_bit)
-
-
-@pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offload"])
-def test_zero3_repairs_alike(damaged: Path, tmp_path: Path, offload: bool) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    gpu_checks.zero3_repairs_alike("cuda", damaged, tmp_path, offload=offload)
-
-
-@pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offload"])
-def test_zero3_finetunes(tmp_path: Path, offload: bool) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    gpu_checks.zero3_finetunes("cuda", tmp_path, offload=offload)

@@ -74,7 +74,9 @@ def test_no_part_is_begun_at_the_very_end_nor_goes_beyond_it(run: Tried, monkeyp
 
 def test_every_part_that_is_planned_is_there_and_every_ratio_is_of_two_of_them() -> None:
     planned = [part.name for part in gpu.PLAN]
-    assert sorted(planned) == sorted([*gpu_parts.PARTS, gpu.TESTS])
+    assert sorted(planned) == sorted([*gpu_parts.PARTS, *gpu.TESTS])
+    folder = Path(__file__).parents[1] / "gpu"
+    assert {path.name for path in folder.glob("test_*.py")} == {name for files in gpu.TESTS.values() for name in files}
     for place, part in enumerate(gpu.PLAN):
         assert part.needs is None or part.needs in planned[:place]
     assert {name for ratio in gpu.RATIOS.values() for name in (ratio[0], ratio[2])} <= set(planned)
