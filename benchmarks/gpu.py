@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="oneshot-gpu-") as scratch:
         run = Run(args.out.resolve(), Path(scratch), ends, args.minutes / 10)
-        run.start(args.wheels, dry=args.dry_run)
+        if args.wheels is not None:
+            run.install(args.wheels)
+        run.look(dry=args.dry_run)
         wanted = needed(args.only or names)
         for part in PLAN:
             if part.name in wanted:
@@ -153,6 +155,8 @@ class Run:
         self.device = self.card = "cpu"
         self.figures: dict[str, dict[str, Any]] = {}
         self.statuses: dict[str, str] = {}
+        for name in ("results.jsonl", "log.txt"):
+            (self.out / name).write_text("")
         self.environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(scratch / "cache"),
@@ -161,17 +165,18 @@ class Run:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }  # fmt: skip
 
-    def start(self, wheels: Path | None, *, dry: bool) -> None:
-        """Install the wheels for this run alone, and note what machine this is."""
-        for name in ("results.jsonl", "log.txt"):
-            (self.out / name).write_text("")
-        if wheels is not None:
-            site = str(self.scratch / "site")
-            files = map(str, sorted(wheels.glob("*.whl")))
-            install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site]
-            with (self.out / "log.txt").open("a") as log:
-                subprocess.run([sys.executable, *install, *files], check=True, stdout=log, stderr=log)
-            self.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), site])
+    def install(self, wheels: Path) -> None:
+        """Install a folder's wheels for this run alone; they come before what the machine has."""
+        site = str(self.scratch / "site")
+        files = map(str, sorted(wheels.glob("*.whl")))
+        pip = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site, *files]
+        code, said = self._process(pip, self.ends - time.monotonic())
+        if code != 0:
+            sys.exit(f"The wheels in {wheels} cannot be installed, so nothing can be measured:\n{said}")
+        self.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), site])
+
+    def look(self, *, dry: bool) -> None:
+        """Note what machine this is."""
         if dry:
             self.environment["CUDA_VISIBLE_DEVICES"] = ""
         probe = subprocess.run(

@@ -19,6 +19,12 @@ def test_repair(damaged: Path, tmp_path: Path, method: str, dtype: str) -> None:
     gpu_checks.repairs("cuda", damaged, tmp_path / "run", dtype, method=method)
 
 
+@pytest.mark.parametrize("method", ["sft", "lora", "project"])
+def test_repair_with_the_other_methods(damaged: Path, tmp_path: Path, method: str) -> None:
+    rates = {"sft": 1e-3, "lora": 1e-2}
+    gpu_checks.repairs("cuda", damaged, tmp_path / "run", "bfloat16", method=method, learning_rate=rates)
+
+
 @pytest.mark.parametrize("method", ["rollback", "lowrank"])
 def test_repair_in_four_bits(damaged: Path, tmp_path: Path, method: str) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

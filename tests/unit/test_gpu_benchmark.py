@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ SCRIPTS = {
     "breaks": "raise ValueError('of no use')",
     "hangs": "import time; time.sleep(60)",
     "away": "open(ANSWER, 'w').write('{\"not_here\": \"no such package\"}')",
+    "takes along": "import carried; open(ANSWER, 'w').write('{\"x\": %d}' % carried.X)",
     "slow to leave": "open(ANSWER, 'w').write('{\"x\": 4}'); import time; time.sleep(60)",
 }
 
@@ -34,8 +36,6 @@ class Tried(Run):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Tried:
-    for name in ("results.jsonl", "log.txt"):
-        (tmp_path / name).write_text("")
     return Tried(tmp_path, tmp_path, time.monotonic() + 600, 1.0)
 
 
@@ -70,6 +70,22 @@ def test_no_part_is_begun_at_the_very_end_nor_goes_beyond_it(run: Tried, monkeyp
     assert run.figures["hangs"]["wall_seconds"] < 30
     run.do(Part("works", 5.0, None))
     assert run.statuses == {"hangs": "out of time", "works": "no time left"}
+
+
+def test_wheels_are_installed_for_the_parts_and_from_nowhere_else(run: Tried, tmp_path: Path) -> None:
+    info = "carried-1.0.dist-info"
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "X = 5\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", f"carried.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    run.install(tmp_path / "wheels")
+    run.do(Part("takes along", 20.0, None))
+    assert run.figures["takes along"]["x"] == 5
+    (tmp_path / "wheels" / "broken-1.0-py3-none-any.whl").write_text("no wheel")
+    with pytest.raises(SystemExit, match="cannot be installed"):
+        run.install(tmp_path / "wheels")
 
 
 def test_every_part_that_is_planned_is_there_and_every_ratio_is_of_two_of_them() -> None:

@@ -34,9 +34,9 @@ def test_kernels(tmp_path: Path, dtype: str) -> None:
     gpu_checks.attention_is_alike("cpu", tmp_path / "a", dtype, wanted="sdpa")
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("rollback", "float16"), ("lowrank", "bfloat16")])
+@pytest.mark.parametrize(("method", "dtype"), [("rollback", "float16"), ("lowrank", "bfloat16"), ("lora", "float32")])
 def test_repair(damaged: Path, tmp_path: Path, method: str, dtype: str) -> None:
-    gpu_checks.repairs("cpu", damaged, tmp_path / "run", dtype, method=method)
+    gpu_checks.repairs("cpu", damaged, tmp_path / "run", dtype, method=method, learning_rate={"lora": 1e-2})
 
 
 def test_repair_in_four_bits_under_the_watch(damaged: Path, tmp_path: Path) -> None:
