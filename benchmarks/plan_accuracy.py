@@ -13,6 +13,7 @@ not depend on their values. The last line of output is one JSON object.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -174,16 +175,16 @@ def random_batch(runtime: Any, model: Any, case: Case) -> Any:
     """Random rows: the example, then the guard's, each held on its last positions."""
     import torch
 
-    from oneshot.patch.guard import RepairBatch
+    from oneshot.data.encoding import IGNORE, Encoded
+    from oneshot.patch.guard import laid
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(7, model.config.vocab_size, (case.rows, case.tokens), generator=generator)
-    labels = torch.full_like(ids, -100)
-    labels[0, -ANSWER:] = ids[0, -ANSWER:]
-    held = torch.zeros_like(ids, dtype=torch.bool)
-    held[1:, -HELD - 1 : -1] = True
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return RepairBatch(inputs, labels, ANSWER, held, None, int(held.sum()) * runtime.world_size)
+    rows = torch.randint(7, model.config.vocab_size, (case.rows, case.tokens), generator=generator).tolist()
+    prompt = case.tokens - ANSWER
+    example = Encoded(rows[0], [IGNORE] * prompt + rows[0][prompt:])
+    guard = [(Encoded(ids, [IGNORE] * len(ids)), case.tokens - HELD) for ids in rows[1:]]
+    batch = laid(example, guard, None, 0, runtime.device)
+    return dataclasses.replace(batch, held_total=HELD * len(guard) * runtime.world_size)
 
 
 def step_frozen(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) -> None:
@@ -196,12 +197,14 @@ def step_frozen(runtime: Any, model: Any, linears: Any, batch: Any, case: Case) 
     from oneshot.patch.recipe import recipe_for
     from oneshot.patch.trace import Tracer
     from oneshot.settings import RepairSettings
+    from oneshot.training.objective import logits_at
 
     attempt = Attempt(Tracer(), 1.0 if case.rows > 1 else 0.0)
     with frozen(runtime, model) as ready:
         if case.rows > 1:
             with torch.no_grad():
-                batch.reference = ready(**batch.inputs, use_cache=False).logits[batch.held].clone()
+                reference = logits_at(ready, batch.inputs, batch.kept[len(batch.targets) :])
+            batch = dataclasses.replace(batch, reference=reference)
         if case.method == "lowrank":
             recipe = recipe_for(RepairSettings(method="lowrank", epochs=3, rank=RANK), has_update=False)
             lowrank.descend(runtime, ready, linears.targets, batch, attempt, recipe)

@@ -4,7 +4,7 @@
 
 A random 0.45 B Llama in bf16, 2 CPU processes with one thread each under ZeRO-3, 96 tokens on every rank. Each variant
 runs in processes of its own, one after the other, so that a peak is its own. The last line of output is one JSON
-object.
+object. Behind it the row of ``large_vocabulary.py``: a step with a guard where the vocabulary is large.
 
 stock: accelerate and DeepSpeed ZeRO-3 as a careful user writes them: AdamW on all weights, fp32 master weights, no
 offload, communication buckets that accelerate fits to the model. lowrank, rollback: this package's own functions on
@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
+import large_vocabulary  # noqa: E402
 from random_llama import SHAPES, random_directions, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         figures[variant] = merged([json.loads(file.read_text()) for file in sorted(folder.glob(f"{variant}-*.json"))])
     model = json.loads((folder / "model.json").read_text())
     print_table(figures, model)
-    print(json.dumps({**ratios(figures), "model": model, "variants": figures, "versions": versions()}))
+    words = large_vocabulary.measure("tiny" if args.size == "tiny" else "0.5b", args.steps // 2 + 1)
+    print(json.dumps({**ratios(figures), **words, "model": model, "variants": figures, "versions": versions()}))
 
 
 def build(folder: Path, size: str) -> None:

@@ -14,7 +14,8 @@ from oneshot.distributed.engine import TrainingEngine, frozen, start_training
 from oneshot.measure.generate import generate_answers
 from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
-from oneshot.patch.path import REFUSABLE, Answered
+from oneshot.patch.path import REFUSABLE
+from oneshot.patch.probes import Answered
 from oneshot.patch.request import Request, own_update
 from oneshot.training.loop import weights_dtype
 

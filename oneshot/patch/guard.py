@@ -7,48 +7,65 @@ divergence from its distributions over those answers' tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch, pad_id
+from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_id
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import generate_answers, share_of
-from oneshot.training.objective import cross_entropy_sum, kl_sum
+from oneshot.patch.rows import Sharing, lay, sharing_of
+from oneshot.training.objective import kl_sum, logits_at
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass
+@dataclass(frozen=True)
 class RepairBatch:
-    """What one repair step sees on this rank, in one forward pass: row 0 is the example, then this rank's guard rows.
+    """What one repair step sees on this rank, in one forward pass: the example, and this rank's share of the guard.
+
+    Places are those of tokens in the rows of ``inputs`` laid end to end.
 
     Attributes:
-        inputs: input_ids and attention_mask, int64 (1 + guard rows, tokens)
-        labels: int64, the example's refusal tokens; -100 in the guard's rows
-        example_tokens: refusal tokens of the example
-        held: bool (1 + guard rows, tokens), positions whose next-token distribution the guard holds
-        reference: the unpatched model's logits there, (held positions of this rank, vocabulary)
-        held_total: held positions over all ranks
+        inputs: what the model takes: input_ids int64 (rows, tokens) with attention_mask, and position_ids where rows
+            are shared (``oneshot.patch.rows``)
+        real: bool (rows * tokens), false at padding
+        example: the example; the same on every rank
+        own: places of its tokens, int64; nothing else is at them
+        kept: int64, places of the logits that are needed: those that predict the refusal, then those that are held
+        targets: int64, the example's refusal tokens
+        guard: this rank's prompts with the unpatched model's answers, and where each answer starts
+        sharing: how rows are shared
+        reference: the unpatched model's logits at the places that are held, (held of this rank, vocabulary)
+        held_total: held places over all ranks
     """
 
     inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
-    example_tokens: int
-    held: torch.Tensor
-    reference: torch.Tensor | None
-    held_total: int
+    real: torch.Tensor
+    example: Encoded
+    own: torch.Tensor
+    kept: torch.Tensor
+    targets: torch.Tensor
+    guard: list[tuple[Encoded, int]]
+    sharing: Sharing | None
+    reference: torch.Tensor | None = None
+    held_total: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of this rank's rows, padding left out."""
-        return int(self.inputs["attention_mask"].sum())
+    def taken(self, *, head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which rows of a layer's input are the example's, and which the guard's, as bool.
 
-    def example(self) -> Encoded:
-        """Return the example of row 0, without its padding."""
-        row = self.inputs["attention_mask"][0].bool()
-        return Encoded(self.inputs["input_ids"][0][row].tolist(), self.labels[0][row].tolist())
+        Args:
+            head: of the output head, which is given only what is kept
+        """
+        import torch
+
+        if head:
+            first = torch.arange(len(self.kept), device=self.kept.device) < len(self.targets)
+            return first, ~first
+        first = torch.zeros_like(self.real).index_fill(0, self.own, True)
+        return first, self.real & ~first
 
 
 def build_batch(
@@ -69,58 +86,62 @@ def build_batch(
         guard: chat messages per prompt, the same on all ranks; may be empty
         answer_tokens: how much of the model's answer is held
     """
-    rows = [example]
-    held_from = [len(example.input_ids)]  # nothing is held in the example's row
-    total = 0
-    if guard:
-        answers = generate_answers(
-            model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=generation_batch
-        )
-        encoded = [with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)]
-        total = sum(len(row.input_ids) - start for row, start in encoded)
-        indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
-        rows += [encoded[i][0] for i in indices[:own]]
-        held_from += [encoded[i][1] for i in indices[:own]]
-    tensors = {k: v.to(runtime.device) for k, v in pad_batch(rows, pad_id(tokenizer)).items()}
-    labels = tensors.pop("labels")
-    held = tensors["attention_mask"].bool().clone()
-    for row, start in enumerate(held_from):
-        held[row, : max(start - 1, 0)] = False  # position t predicts token t + 1
-        held[row, len(rows[row].input_ids) - 1 :] = False
-    held[0] = False
-    batch = RepairBatch(tensors, labels, example.answer_tokens(), held, None, total)
-    if guard:
-        import torch
+    import torch
 
-        with torch.no_grad():
-            batch.reference = model(**batch.inputs, use_cache=False).logits[held].clone()
-    return batch
+    pad = pad_id(tokenizer)
+    if not guard:
+        return laid(example, [], None, pad, runtime.device)
+    answers = generate_answers(
+        model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=generation_batch
+    )
+    encoded = [with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)]
+    total = sum(len(row.input_ids) - start for row, start in encoded)
+    indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
+    mine = [encoded[i] for i in indices[:own]]
+    # whether rows are shared must not depend on the example, which may be exchanged
+    sharing = sharing_of(runtime, model, [[row.input_ids] for row, _ in mine or encoded[:1]], pad)
+    batch = laid(example, mine, sharing, pad, runtime.device)
+    with torch.no_grad():
+        reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :])
+    return dataclasses.replace(batch, reference=reference.clone(), held_total=total)
 
 
 def with_example(batch: RepairBatch, example: Encoded, pad: int) -> RepairBatch:
-    """Return the batch with another example in row 0, and the same guard rows: their answers and logits stay."""
+    """Return the batch with another example, and the same guard: its answers and their logits stay."""
+    fresh = laid(example, batch.guard, batch.sharing, pad, batch.own.device)
+    return dataclasses.replace(fresh, reference=batch.reference, held_total=batch.held_total)
+
+
+def _groups(example: Encoded, guard: list[tuple[Encoded, int]]) -> list[list[list[int]]]:
+    return [[example.input_ids], *([row.input_ids] for row, _ in guard)]
+
+
+def laid(
+    example: Encoded, guard: list[tuple[Encoded, int]], sharing: Sharing | None, pad: int, device: torch.device
+) -> RepairBatch:
+    """Return the batch of an example and this rank's guard, without a reference.
+
+    The example shares no token with the guard: its request is blurred, and ranks differ in the guard's rows only.
+
+    Args:
+        guard: prompts with the unpatched model's answers, and where each answer starts
+    """
     import torch
 
-    first = {k: v.to(batch.labels.device) for k, v in pad_batch([example], pad).items()}
-    rest = int(batch.inputs["attention_mask"][1:].sum(dim=1).max()) if len(batch.labels) > 1 else 0
-    width = max(len(example.input_ids), rest)
-
-    def joined(row: torch.Tensor, others: torch.Tensor, fill: int) -> torch.Tensor:
-        grow = torch.nn.functional.pad
-        parts = [grow(part, (0, width - part.shape[1]), value=fill) for part in (row, others[:, :width])]
-        return torch.cat(parts)
-
-    held = batch.held[1:].to(torch.int64)
+    rows = lay(_groups(example, guard), pad, device, sharing, apart=True)
+    own, *others = rows.places
+    refusal = [place for place, label in enumerate(example.labels) if label != IGNORE and place]
+    # position t predicts token t + 1
+    held = [places[start - 1 : -1] for places, (_, start) in zip(others, guard)]
     return RepairBatch(
-        inputs={
-            "input_ids": joined(first["input_ids"], batch.inputs["input_ids"][1:], pad),
-            "attention_mask": joined(first["attention_mask"], batch.inputs["attention_mask"][1:], 0),
-        },
-        labels=joined(first["labels"], batch.labels[1:], IGNORE),
-        example_tokens=example.answer_tokens(),
-        held=joined(torch.zeros_like(first["input_ids"]), held, 0).bool(),
-        reference=batch.reference,
-        held_total=batch.held_total,
+        inputs=rows.inputs,
+        real=rows.real,
+        example=example,
+        own=own,
+        kept=torch.cat([own[torch.tensor(refusal, device=device) - 1], *held]),
+        targets=torch.tensor([example.labels[place] for place in refusal], device=device),
+        guard=guard,
+        sharing=sharing,
     )
 
 
@@ -136,12 +157,15 @@ def repair_loss(
         temperature: divides the example's logits; above 1 the refusal has to win by a larger margin before its
             gradient fades
     """
-    logits = model(**batch.inputs, use_cache=False).logits
-    example = cross_entropy_sum(logits[:1] / temperature, batch.labels[:1]) / batch.example_tokens
+    from torch.nn.functional import cross_entropy
+
+    logits = logits_at(model, batch.inputs, batch.kept)
+    refusal, others = logits[: len(batch.targets)], logits[len(batch.targets) :]
+    example = cross_entropy((refusal / temperature).float(), batch.targets, reduction="sum") / len(batch.targets)
     share = example / world_size
     held = logits.new_zeros((), dtype=example.dtype)
     if batch.reference is not None and batch.held_total:
-        held = kl_sum(logits[batch.held], batch.reference) / batch.held_total
+        held = kl_sum(others, batch.reference) / batch.held_total
         share = share + weight * held
     return share, example.detach(), held.detach()
 
@@ -173,14 +197,14 @@ def noisy_example(model: Any, batch: RepairBatch, scale: float, generator: torch
         return
     import torch
 
-    request = int((batch.labels[0] != IGNORE).nonzero()[0])
+    request = batch.own[: next(i for i, label in enumerate(batch.example.labels) if label != IGNORE)]
 
     def blur(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        here = output[0, :request]
+        flat = output.flatten(0, 1)
+        here = flat.index_select(0, request)
         noise = torch.randn(here.shape, generator=generator).to(here.device, here.dtype)
-        blurred = output.clone()
-        blurred[0, :request] = here + scale * here.detach().square().mean().sqrt() * noise
-        return blurred
+        blurred = here + scale * here.detach().square().mean().sqrt() * noise
+        return flat.index_copy(0, request, blurred).view_as(output)
 
     handle = model.get_input_embeddings().register_forward_hook(blur)
     try:

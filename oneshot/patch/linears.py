@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,12 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
             f"the model has {len(every)} (for example {next(iter(every), 'none')}){others}."
         )
     return Linears(targets, sorted(every), left_out)
+
+
+def takes_head(model: Any, linears: Mapping[str, nn.Linear]) -> bool:
+    """Return whether the output head is among the layers: who takes their inputs apart needs it to see every token."""
+    head = model.get_output_embeddings()
+    return any(module is head for module in linears.values())
 
 
 def shape_of(module: nn.Linear) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
 from oneshot.measure.generate import share_of
 from oneshot.patch.guard import RepairBatch, repair_loss
-from oneshot.training.objective import cross_entropy_sum, kl_sum
+from oneshot.training.objective import kl_sum, logits_at
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +43,28 @@ class Pass:
         places: which rows these are, by place in the list that is worked on
         own: so many of them are this rank's; the rest is there so that every rank makes as many passes
         inputs: input_ids and attention_mask, int64 (rows, tokens)
-        labels: int64 (rows, tokens), -100 off the answer
+        kept: int64 (rows, longest answer), places of the logits that predict the answers, in the rows laid end to end
+        targets: int64 (rows, longest answer), what they are to predict; -100 beyond a row's answer
     """
 
     places: list[int]
     own: int
     inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
+    kept: torch.Tensor
+    targets: torch.Tensor
+
+    def logits(self, model: Any, *, whole: bool = False) -> list[torch.Tensor]:
+        """Return each row's logits on its answer, (answer tokens, vocabulary).
+
+        Args:
+            whole: the output head is given every place, which somebody who looks at its input relies on
+        """
+        if whole:
+            logits = model(**self.inputs, use_cache=False).logits
+            found = logits.flatten(0, 1)[self.kept]
+        else:
+            found = logits_at(model, self.inputs, self.kept)
+        return [row[targets != IGNORE] for row, targets in zip(found, self.targets)]
 
 
 @dataclass(frozen=True)
@@ -92,20 +107,35 @@ def passes(runtime: Runtime, rows: list[Encoded], pad: int, size: int = ROWS_PER
         alive()
         places = indices[start : start + size]
         tensors = {k: v.to(runtime.device) for k, v in pad_batch([rows[i] for i in places], pad).items()}
-        labels = tensors.pop("labels")
-        yield Pass(places, min(max(own - start, 0), len(places)), tensors, labels)
+        kept, targets = _predicting(tensors.pop("labels"))
+        yield Pass(places, min(max(own - start, 0), len(places)), tensors, kept, targets)
 
 
-def row_losses(model: Any, part: Pass, aligned: Aligned | None) -> list[torch.Tensor]:
-    """Return each row's loss, summed over its answer's tokens: KL(aligned || model), or cross entropy where none."""
-    logits = model(**part.inputs, use_cache=False).logits
+def _predicting(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``Pass.kept`` and ``Pass.targets`` of labels (rows, tokens): as wide as the longest answer."""
+    import torch
+
+    wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    # those that count to the front of each row, in their order
+    order = (wanted == IGNORE).to(torch.int8).argsort(dim=1, stable=True)
+    order = order[:, : max(1, int((wanted != IGNORE).sum(dim=1).max()))]
+    starts = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
+    return order + starts, wanted.gather(1, order)
+
+
+def row_losses(model: Any, part: Pass, aligned: Aligned | None, *, whole: bool = False) -> list[torch.Tensor]:
+    """Return each row's loss, summed over its answer's tokens: KL(aligned || model), or cross entropy where none.
+
+    Args:
+        whole: as of ``Pass.logits``
+    """
+    from torch.nn.functional import cross_entropy
+
+    logits = part.logits(model, whole=whole)
     if aligned is None:
-        return [cross_entropy_sum(logits[i : i + 1], part.labels[i : i + 1]) for i in range(len(part.places))]
-    found = []
-    for i, place in enumerate(part.places):
-        predicting = part.labels[i, 1:] != IGNORE
-        found.append(kl_sum(logits[i, :-1][predicting], aligned[place].to(logits.device)))
-    return found
+        targets = (row[row != IGNORE] for row in part.targets)
+        return [cross_entropy(row.float(), wanted, reduction="sum") for row, wanted in zip(logits, targets)]
+    return [kl_sum(row, aligned[place].to(row.device)) for row, place in zip(logits, part.places)]
 
 
 def aligned_logits(
@@ -137,9 +167,9 @@ def aligned_logits(
         return found if all(all_gather_int(runtime, int(complete))) else None
     for part in passes(runtime, rows, pad):
         with torch.no_grad():
-            logits = model(**part.inputs, use_cache=False).logits
+            answered = part.logits(model)
         for i, place in enumerate(part.places):
-            found[place] = logits[i, :-1][part.labels[i, 1:] != IGNORE].cpu().clone()
+            found[place] = answered[i].cpu().clone()
             if i < part.own:
                 write_cached({"logits": found[place]}, files[place])
     return found

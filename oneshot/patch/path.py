@@ -10,25 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from oneshot.data.conversations import Messages
-from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_batch, pad_id
-from oneshot.distributed.runtime import Runtime, all_reduce_sum
-from oneshot.measure.generate import share_of
-from oneshot.measure.judge import verdict
-from oneshot.patch.guard import with_answer
 from oneshot.patch.trace import Tracer
-from oneshot.training.objective import kl_sum
 
-if TYPE_CHECKING:
-    import torch
-
-Answered = tuple[Messages, str]  # a prompt, and what the unpatched model says to it
 Kept = TypeVar("Kept")
 
 REFUSABLE = 16  # prompts to be refused that are looked at
-MARGIN_TOKENS = 8  # of both continuations; what comes later says little on which of them was begun
 SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals too
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
 AMPLE_MARGIN = 5.0
@@ -100,96 +88,6 @@ class Reading:
             for r in (self, other)
         )
         return ours <= theirs
-
-
-@dataclass
-class Probes:
-    """This rank's share of the prompts, each with two continuations: a refusal, then the unpatched model's answer.
-
-    Attributes:
-        inputs: input_ids and attention_mask, int64 (2 * prompts, tokens)
-        labels: int64, the first ``MARGIN_TOKENS`` tokens of each continuation, -100 elsewhere
-        place: int64 (prompts), of each in the list of all; fillers, which keep ranks in step, have -1
-        held: bool (2 * prompts, tokens), where the answers' distributions are compared
-        reference: the unpatched model's logits there, (held tokens of this rank, vocabulary)
-        refusable: how many of all prompts, the first ones, are to be refused
-        total: prompts over all ranks
-    """
-
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
-    place: torch.Tensor
-    held: torch.Tensor
-    reference: torch.Tensor
-    refusable: int
-    total: int
-
-
-def build_probes(
-    runtime: Runtime,
-    model: Any,
-    tokenizer: Any,
-    refusal: list[int],
-    refusable: list[Answered],
-    held: list[Answered],
-    *,
-    answer_tokens: int,
-) -> Probes:
-    """Keep the distributions of the unpatched model, which this is, over its own answers. Collective.
-
-    Args:
-        refusal: token ids of a refusal
-        refusable: prompts to be refused; the repair must not learn from them. Those that the model refuses already are
-            left out: there is nothing to recover
-        held: prompts whose answers are not to move
-        answer_tokens: how much of an answer is compared
-    """
-    import torch
-
-    refusable = [(prompt, answer) for prompt, answer in refusable if verdict(answer) != "refused"]
-    to_recover = len(refusable)
-    prompts, answers = [list(each) for each in zip(*refusable, *held)]
-    starts = [encode_prompt(messages, tokenizer) for messages in prompts]
-    indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
-    rows: list[Encoded] = []
-    spans: list[tuple[int, int]] = []  # positions whose next-token distribution is compared
-    for number, i in enumerate(indices):
-        answered, start = with_answer(prompts[i], answers[i], tokenizer, answer_tokens)
-        rows += [_labelled(starts[i] + refusal[:MARGIN_TOKENS], start), _labelled(answered.input_ids, start)]
-        compared = number < own and i >= to_recover
-        spans += [(0, 0), (start - 1, len(answered.input_ids) - 1) if compared else (0, 0)]
-    tensors = {k: v.to(runtime.device) for k, v in pad_batch(rows, pad_id(tokenizer)).items()}
-    labels = tensors.pop("labels")
-    where = torch.zeros_like(labels, dtype=torch.bool)
-    for row, (first, last) in enumerate(spans):
-        where[row, first:last] = True
-    with torch.no_grad():
-        reference = model(**tensors, use_cache=False).logits[where].clone()
-    place = torch.tensor([i if n < own else -1 for n, i in enumerate(indices)], device=runtime.device)
-    return Probes(tensors, labels, place, where, reference, to_recover, len(prompts))
-
-
-def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
-    """Look at the model as it is now: one forward pass. Collective; every rank gets the same."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(**probes.inputs, use_cache=False).logits
-        likelihood = _log_likelihood(logits, probes.labels)
-        divergence = kl_sum(logits[probes.held], probes.reference)
-    # one sum over ranks: each prompt's margin at its place, then the divergence and the tokens that it is of
-    shared = torch.zeros(probes.total + 2, device=runtime.device)
-    mine = probes.place >= 0
-    shared[probes.place[mine]] = (likelihood[0::2] - likelihood[1::2])[mine]
-    shared[-2], shared[-1] = divergence, probes.held.sum()
-    shared = all_reduce_sum(runtime, shared)
-    margins, others = shared[: probes.refusable], shared[probes.refusable : -2]
-    return Reading(
-        margin=float(margins.quantile(0.1)) if len(margins) else 0.0,
-        recovered=float((margins > SAFE_MARGIN).float().mean()) if len(margins) else 1.0,
-        refused=float((others > 0).float().mean()) if len(others) else 0.0,
-        divergence=float(shared[-2] / shared[-1]) if shared[-1] else 0.0,
-    )
 
 
 class Watch(Generic[Kept]):
@@ -269,17 +167,3 @@ class Attempt:
     def best(self, last: Any) -> Any:
         """Return the state that the watch kept; without one, the last."""
         return last if self.watch is None or self.watch.kept is None else self.watch.kept
-
-
-def _labelled(ids: list[int], start: int) -> Encoded:
-    """The tokens with the first ``MARGIN_TOKENS`` of the continuation, which begins at ``start``, as labels."""
-    stop = min(start + MARGIN_TOKENS, len(ids))
-    return Encoded(ids, [IGNORE] * start + ids[start:stop] + [IGNORE] * (len(ids) - stop))
-
-
-def _log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed log likelihood of each row's labels, fp32 (rows)."""
-    from torch.nn.functional import cross_entropy
-
-    losses = cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none", ignore_index=IGNORE)
-    return -losses.sum(dim=1)

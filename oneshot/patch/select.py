@@ -22,6 +22,7 @@ from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
 from oneshot.patch.attach import attached_update, streamed
 from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
 from oneshot.patch.guard import RepairBatch, with_example
+from oneshot.patch.linears import takes_head
 from oneshot.patch.objective import Distance, RefusalRows, evaluate, passes, row_losses
 from oneshot.patch.trace import Tracer
 
@@ -144,8 +145,9 @@ def first_order(
     import torch
 
     table = torch.zeros(3, len(candidates), dtype=torch.float64, device=runtime.device)
+    whole = takes_head(model, linears)
     for part in passes(runtime, candidates, pad):
-        rows, tokens = len(part.places), part.labels.numel()
+        rows, tokens = len(part.places), part.inputs["input_ids"].numel()
         sums = torch.zeros(2, rows, dtype=torch.float64, device=runtime.device)
 
         def use(
@@ -161,7 +163,7 @@ def first_order(
             sums[1] += squared_norms(x, delta)
 
         with streamed(model, linears, use):
-            losses = row_losses(model, part, None)
+            losses = row_losses(model, part, None, whole=whole)
             shares = [loss / candidates[place].answer_tokens() for place, loss in zip(part.places, losses)]
             torch.stack(shares).sum().backward()
         for i, place in enumerate(part.places[: part.own]):

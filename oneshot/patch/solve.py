@@ -10,7 +10,8 @@ from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import IGNORE
 from oneshot.patch.bench import Bench
 from oneshot.patch.guard import RepairBatch
-from oneshot.patch.path import ATTEMPTS, REFUSABLE, Attempt, Watch, build_probes, read_probes
+from oneshot.patch.path import ATTEMPTS, REFUSABLE, Attempt, Watch
+from oneshot.patch.probes import build_probes, read_probes
 from oneshot.patch.trace import Tracer
 
 

@@ -22,7 +22,7 @@ from oneshot.errors import UserError
 from oneshot.patch.attach import Gradients
 from oneshot.patch.directions import Directions
 from oneshot.patch.factored import Pair, inner
-from oneshot.patch.linears import shape_of
+from oneshot.patch.linears import shape_of, takes_head
 from oneshot.patch.objective import ROWS_PER_PASS, passes, row_losses
 from oneshot.settings import SpectrumSettings
 
@@ -146,8 +146,9 @@ def gradient_factors(
     import torch
 
     held: dict[str, Pair] = {}
+    whole = takes_head(model, gradients.linears)
     for part in passes(runtime, rows, pad, batch_size):
-        losses = row_losses(model, part, None)
+        losses = row_losses(model, part, None, whole=whole)
         torch.stack([loss / rows[place].answer_tokens() for place, loss in zip(part.places, losses)]).sum().backward()
         gradients.keep = part.inputs["attention_mask"].bool()
         gradients.keep[part.own :] = False  # those are there to keep the ranks in step

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,9 @@ from oneshot.data.encoding import IGNORE
 
 if TYPE_CHECKING:
     import torch
+
+
+ELEMENTS = 1 << 22  # of logits whose probabilities are computed at a time: 16 MiB of fp32
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,45 @@ def answer_loss(forward: Any, batch: MicroBatch) -> torch.Tensor:
     """
     from torch.nn.functional import cross_entropy
 
-    with _head_on(forward, batch.kept):
-        logits = forward(**batch.inputs, use_cache=False).logits
-    if logits.shape[:2] != (1, len(batch.kept)):  # the output head is no module of its own, or not called as one
-        logits = logits.flatten(0, 1).index_select(0, batch.kept)
-    loss = cross_entropy(logits.flatten(0, -2).float(), batch.targets, ignore_index=IGNORE, reduction="sum")
+    logits = logits_at(forward, batch.inputs, batch.kept)
+    loss = cross_entropy(logits.float(), batch.targets, ignore_index=IGNORE, reduction="sum")
     return loss / batch.total_tokens
 
 
-@contextlib.contextmanager
-def _head_on(forward: Any, kept: torch.Tensor) -> Iterator[None]:
-    """Within the block the output head sees only the hidden states that predict an answer's token: (1, kept, width).
+def logits_at(forward: Any, inputs: dict[str, Any], kept: torch.Tensor) -> torch.Tensor:
+    """Return the logits at some places only, of shape (*kept.shape, vocabulary).
 
-    The head is often a quarter of a small model's work, and logits over the vocabulary its largest tensor; those of
-    prompts and padding are computed for nothing.
+    The output head is often a quarter of a small model's work, and logits over the vocabulary the largest tensor: those
+    of prompts and padding would be computed for nothing. So the head is given the hidden states of these places alone,
+    as (rows, places, width); it runs as the module that it is, with the hooks of ZeRO-3, and what a model does to its
+    logits afterwards (soft caps) is done to these.
+
+    Args:
+        forward: the model, or its wrapper
+        inputs: what it takes
+        kept: int64, (places,) or (rows, places each), in the rows of input_ids laid end to end
     """
     model = getattr(forward, "module", forward)  # out of DDP's or DeepSpeed's wrapper
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    selected = False
 
-    def select(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not inputs:  # called by keyword: all logits are computed, and the loss takes those it needs
-            return inputs
-        return inputs[0].flatten(0, 1).index_select(0, kept)[None], *inputs[1:]
+    def select(_module: Any, taken: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal selected
+        if not taken:  # called by keyword: all logits are computed, and those that are needed taken below
+            return taken
+        selected = True
+        found = taken[0].flatten(0, -2).index_select(0, kept.flatten())
+        return found.view(*(kept.shape if kept.dim() == 2 else (1, -1)), found.shape[-1]), *taken[1:]
 
     hook = head.register_forward_pre_hook(select) if head is not None else None
     try:
-        yield
+        logits: torch.Tensor = forward(**inputs, use_cache=False).logits
     finally:
         if hook is not None:
             hook.remove()
+    if not selected:  # the output head is no module of its own, or not called as one
+        logits = logits.flatten(0, -2).index_select(0, kept.flatten())
+    return logits.view(*kept.shape, logits.shape[-1])
 
 
 def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -95,8 +107,57 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 
 def kl_sum(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL(reference || model) in nats, fp32; both are logits of shape (tokens, vocabulary)."""
-    from torch.nn.functional import kl_div, log_softmax
+    """Return the summed KL(reference || model) in nats, fp32; both are logits of shape (tokens, vocabulary).
 
-    ours, theirs = log_softmax(logits.float(), dim=-1), log_softmax(reference.float(), dim=-1)
-    return kl_div(ours, theirs, reduction="sum", log_target=True)
+    Computed some tokens at a time, its gradient too: fp32 copies of all would be the largest tensors of a step.
+    """
+    total: torch.Tensor = _kl().apply(logits, reference)
+    return total
+
+
+def log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log likelihood of each target: logits (tokens, vocabulary), int64 (tokens) -> fp32 (tokens).
+
+    Without a gradient; some tokens at a time, as ``kl_sum``.
+    """
+    import torch
+
+    found = logits.new_empty(len(targets), dtype=torch.float32)
+    for rows in _some(logits):
+        part = logits[rows].float()
+        found[rows] = part.gather(1, targets[rows, None])[:, 0] - part.logsumexp(-1)
+    return found
+
+
+def _some(logits: torch.Tensor) -> list[slice]:
+    """Slices of rows that hold ``ELEMENTS`` at most."""
+    step = max(1, ELEMENTS // logits.shape[-1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
+@functools.cache
+def _kl() -> Any:
+    """``kl_sum`` as an autograd function: it keeps the gradient, d KL / d logits = softmax - reference's softmax."""
+    import torch
+
+    class KL(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+            kind = torch.promote_types(logits.dtype, torch.float32)
+            gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+            total = logits.new_zeros((), dtype=kind)
+            for rows in _some(logits):
+                ours, theirs = (side[rows].to(kind).log_softmax(-1) for side in (logits, reference))
+                share = theirs.exp()
+                total += (share * (theirs - ours)).sum()
+                if gradient is not None:
+                    gradient[rows] = ours.exp_().sub_(share)
+            ctx.save_for_backward(gradient)
+            return total
+
+        @staticmethod
+        def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+            (gradient,) = ctx.saved_tensors
+            return gradient * upstream.to(gradient.dtype), None
+
+    return KL

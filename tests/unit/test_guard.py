@@ -22,13 +22,16 @@ def seen_by_the_model(model, batch, scale, seed=3):
 
 def test_only_the_request_is_blurred_and_by_the_scale():
     model, batch = tiny_model("llama"), tiny_batch(tiny_model("llama"), guard=3)
-    request = int((batch.labels[0] != -100).nonzero()[0])
+    request = next(i for i, label in enumerate(batch.example.labels) if label != -100)
     plain, blurred = seen_by_the_model(model, batch, 0.0), seen_by_the_model(model, batch, 0.5)
-    assert torch.equal(blurred[1:], plain[1:]), "the guard's rows"
-    assert torch.equal(blurred[0, request:], plain[0, request:]), "the refusal"
-    noise = (blurred - plain)[0, :request]
+    own, others = torch.zeros(len(batch.real), dtype=torch.bool), batch.taken()[1]
+    own[batch.own[:request]] = True
+    assert torch.equal(blurred.flatten(0, 1)[~own], plain.flatten(0, 1)[~own]), "the guard's rows, and the refusal"
+    assert int(others.sum()) > 10
+    flat = plain.flatten(0, 1)[own]
+    noise = blurred.flatten(0, 1)[own] - flat
     assert request >= 3
-    assert float(noise.std() / plain[0, :request].square().mean().sqrt()) == pytest.approx(0.5, rel=0.2)
+    assert float(noise.std() / flat.square().mean().sqrt()) == pytest.approx(0.5, rel=0.2)
     assert torch.equal(seen_by_the_model(model, batch, 0.5), blurred), "alike on every rank"
     assert not torch.equal(seen_by_the_model(model, batch, 0.5, seed=4), blurred)
     assert torch.equal(seen_by_the_model(model, batch, 0.0), plain), "nothing stays behind"
@@ -39,9 +42,9 @@ def test_a_temperature_asks_for_a_margin():
     model, batch = tiny_model("llama"), tiny_batch(tiny_model("llama"))
     plain, divided = (repair_loss(model, batch, 0.0, 1, temperature)[1] for temperature in (1.0, 2.0))
     with torch.no_grad():
-        logits = model(**batch.inputs, use_cache=False).logits[:1]
-        labels = batch.labels[:1]
-        rows, wanted = logits[0, :-1][labels[0, 1:] != -100], labels[0, 1:][labels[0, 1:] != -100]
+        labels = torch.tensor(batch.example.labels)
+        logits = model(torch.tensor([batch.example.input_ids])).logits[0]
+        rows, wanted = logits[:-1][labels[1:] != -100], labels[1:][labels[1:] != -100]
         by_hand = [float(torch.nn.functional.cross_entropy(rows / t, wanted)) for t in (1.0, 2.0)]
     assert [float(plain), float(divided)] == pytest.approx(by_hand, rel=1e-5)
     assert not math.isclose(*by_hand, rel_tol=1e-3)

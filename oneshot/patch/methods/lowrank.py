@@ -96,12 +96,10 @@ def gradient(
     gradients.deltas.clear()
     share, example, held = repair_loss(model, batch, guard_weight, world, temperature)
     share.backward()
-    mask = batch.inputs["attention_mask"].bool()
     pairs: Pairs = {}
-    first, rest = torch.zeros_like(mask), mask.clone()
-    first[0], rest[0] = mask[0], False
-    for i, name in enumerate(gradients.linears):
-        gradients.keep = first
+    head = model.get_output_embeddings()
+    for i, (name, module) in enumerate(gradients.linears.items()):
+        gradients.keep, rest = batch.taken(head=module is head)
         x, delta = gradients.pair(name)
         delta = delta * world  # each rank took 1 / world of the example's term
         if batch.reference is not None:

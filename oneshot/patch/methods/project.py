@@ -154,7 +154,7 @@ def step_along(
     Raises:
         UserError: the recipe's rank is over that of the example's gradient in every matrix
     """
-    example, rank, step = batch.example(), recipe.rank, recipe.learning_rate or None
+    example, rank, step = batch.example, recipe.rank, recipe.learning_rate or None
     check_rank(rank, "repair.rank", example, linears)
     directions = example_directions(runtime, model, linears, example, rank)
     energy, whole = energy_within(directions, rank), sum(d.energy for d in directions.values())
@@ -210,7 +210,7 @@ def sweep(
     Raises:
         UserError: one of the ranks is over that of the example's gradient in every matrix
     """
-    example = batch.example()
+    example = batch.example
     for rank in through.ranks:
         check_rank(rank, "spectrum.ranks", example, linears)
     directions = example_directions(runtime, model, linears, example, max(through.ranks))
