@@ -231,16 +231,16 @@ class Run:
             before = log.tell()
             process = subprocess.Popen(
                 [sys.executable, *words], cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, start_new_session=True,
+                stderr=log,
             )  # fmt: skip
             try:
                 code: int | None = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its group: a launcher's ranks outlive the launcher
-                process.wait()
+                if process.poll() is None:
+                    end(process.pid)
+                    process.wait()
         with path.open("rb") as log_file:
             log_file.seek(before)
             return code, log_file.read().decode(errors="replace")[-2000:]
@@ -252,6 +252,21 @@ class Run:
         with (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{name:24} {status:12} {figures.get('wall_seconds', '')}", flush=True)
+
+
+def end(pid: int) -> None:
+    """Kill a process and all that it started: a launcher's ranks have sessions of their own, and would stay."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace")
+            parents.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    for one in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 def tests_of(junit: Path) -> dict[str, Any]:

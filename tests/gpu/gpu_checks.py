@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
+
+from harness import ROOT, run
 
 import oneshot
 from oneshot.checkpoint.load import find_source, load_model
@@ -23,7 +25,7 @@ from oneshot.settings import ModelSettings
 from oneshot.world import language
 from oneshot.world.model import build_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 280  # seconds of a launch; with offload DeepSpeed compiles its optimizer first
 TINY = {
     "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 512,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -182,7 +184,7 @@ def repairs_as_a_cpu_does(device: str, source: Path, out: Path) -> None:
     """In fp32 the example's losses are those of the same repair in a process that sees no GPU."""
     here = repairs(device, source, out / "here", "float32", method="rollback")
     words = ["-m", "oneshot", "repair", *_repair_words(source, out / "there", "float32")]
-    run([sys.executable, *words], CUDA_VISIBLE_DEVICES="")
+    run([sys.executable, *words], timeout=TIMEOUT, CUDA_VISIBLE_DEVICES="").check()
     there = [event["loss"] for event in events(out / "there")]
     torch.testing.assert_close(torch.tensor(here), torch.tensor(there), rtol=5e-3, atol=1e-3)
 
@@ -206,16 +208,7 @@ def launch(device: str, folder: Path, script: str, words: list[str], *, offload:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "launch.yaml").write_text(text)
     start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
-    run([*start, "--config_file", str(folder / "launch.yaml"), script, *words])
-
-
-def run(command: list[str], **environment: str) -> None:
-    """Run a command in the root of the repository; its output is the failure's message."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    python = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    variables = {**os.environ, "PATH": path, "PYTHONPATH": python, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    run([*start, "--config_file", str(folder / "launch.yaml"), script, *words], timeout=TIMEOUT).check()
 
 
 def zero3_repairs_alike(device: str, source: Path, out: Path, *, offload: bool = False) -> None:

@@ -21,6 +21,11 @@ SCRIPTS = {
     "works": "open(ANSWER, 'w').write('{\"x\": 3}')",
     "breaks": "raise ValueError('of no use')",
     "hangs": "import time; time.sleep(60)",
+    "leaves ranks": (
+        "import subprocess, sys, time; "
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); "
+        "open(ANSWER, 'w').write('{\"pid\": %d}' % rank.pid); time.sleep(60)"
+    ),
     "away": "open(ANSWER, 'w').write('{\"not_here\": \"no such package\"}')",
     "takes along": "import carried; open(ANSWER, 'w').write('{\"x\": %d}' % carried.X)",
     "slow to leave": "open(ANSWER, 'w').write('{\"x\": 4}'); import time; time.sleep(60)",
@@ -55,6 +60,13 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_next_one_runs(run: Tried
     assert found["works"]["x"] == 3
     assert found["hangs"]["wall_seconds"] < 30
     assert "of no use" in (run.out / "log.txt").read_text()
+
+
+def test_of_a_part_that_takes_too_long_nothing_is_left_running(run: Tried) -> None:
+    run.do(Part("leaves ranks", 5.0, None))
+    status = Path(f"/proc/{run.figures['leaves ranks']['pid']}/status")
+    gone = [lambda: not status.exists(), lambda: "State:\tZ" in status.read_text()]  # nobody may be there to bury it
+    assert any(check() for check in gone)
 
 
 def test_a_part_whose_ground_is_missing_is_not_begun(run: Tried) -> None:
