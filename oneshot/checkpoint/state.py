@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import MANIFEST, list_tensors, read_header, read_json
+from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_header, read_json
 from oneshot.checkpoint.folders import clean_inside, naming, replacing, sync_entries, sync_folder
 from oneshot.checkpoint.layout import Range, partition
 from oneshot.checkpoint.manifest import Pieces, check_share, write_manifest
-from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.ranges import Read, read_all
 from oneshot.checkpoint.write import (
     Slot,
     create_shards,
@@ -164,15 +164,17 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
             odd = wrong or sorted(set(tensors) - set(shapes))
             raise UserError(f"{state} belongs to another model or method: {odd[0]} does not fit.")
         allocate(engine)
-        for piece in held_state(engine):
-            own = Range(piece.start, piece.start + len(piece.values), len(piece.values))
-            name = f"{piece.kind}.{piece.name}"
-            read_range(tensors[name], own, piece.values, name)
+        read_all(_wanted(tensors[f"{piece.kind}.{piece.name}"], piece) for piece in held_state(engine))
     restored(engine, manifest["step"])
     random_state = state / _random_name(runtime.rank)
     if manifest["world_size"] == runtime.world_size and random_state.is_file():
         _read_random_state(random_state)
     return int(manifest["step"])
+
+
+def _wanted(entry: TensorEntry, piece: StateShare) -> Read:
+    own = Range(piece.start, piece.start + len(piece.values), len(piece.values))
+    return Read(entry, own, piece.values, f"{piece.kind}.{piece.name}")
 
 
 def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Slot], descriptors: dict[str, int]) -> Pieces:

@@ -133,6 +133,16 @@ def gather_parts(runtime: Runtime, part: torch.Tensor, counts: list[int]) -> tor
     return torch.cat([found[:count] for found, count in zip(gathered, counts)])
 
 
+def gather_shares(runtime: Runtime, whole: torch.Tensor) -> None:
+    """Fill ``whole``, which is a share of equal size of each rank in rank order, from the share that each rank has."""
+    if runtime.world_size > 1:
+        import torch
+        import torch.distributed as dist
+
+        shares = whole.view(torch.uint8).view(runtime.world_size, -1)  # bytes: no backend lacks this dtype
+        dist.all_gather_into_tensor(shares, shares[runtime.rank].clone())
+
+
 def all_gather_int(runtime: Runtime, value: int) -> list[int]:
     """Return every rank's integer, in rank order."""
     import torch
