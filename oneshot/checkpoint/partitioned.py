@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry
-from oneshot.checkpoint.layout import FLOATS, Range, partition
+from oneshot.checkpoint.layout import FLOATS, Range, owners, partition
 from oneshot.checkpoint.quantized import FourBit, finish, holds_packed, is_stored, packed_parameter
 from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.weights import Checkpoint, open_checkpoint, read_own
 from oneshot.distributed.engine import deepspeed_config
-from oneshot.distributed.runtime import Runtime, agree, gather_shares
+from oneshot.distributed.runtime import Runtime, agree, exchange
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -178,16 +178,15 @@ def fill_whole(
     _give_shapes(model, dtype, runtime.device, four_bit)
     with agree(runtime, f"opening the checkpoint {folder}"):
         checkpoint = open_checkpoint(folder)
-    whole: dict[str, torch.Tensor] = {}
-    own: dict[str, torch.Tensor] = {}
+    shares: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
-        share = partition(tuple(parameter.shape), runtime.rank, runtime.world_size)
-        whole[name] = torch.empty(share.size * runtime.world_size, dtype=dtype, device=runtime.device)
-        own[name] = whole[name][share.size * runtime.rank :][: share.size]
-        parameter.data = whole[name][: parameter.numel()].view(parameter.shape)
+        whole = torch.empty(parameter.numel(), dtype=dtype, device=runtime.device)
+        parameter.data = whole.view(parameter.shape)
+        shares[name] = [whole[own.start : own.stop] for own in owners(tuple(parameter.shape), runtime.world_size)]
     with agree(runtime, f"reading the checkpoint {folder}"):
+        own = {name: parts[runtime.rank] for name, parts in shares.items()}
         for name in read_own(runtime, model, checkpoint, own, four_bit):
-            gather_shares(runtime, whole[name])
+            exchange(runtime, shares[name])
         _read_buffers(model, checkpoint)
     if four_bit is not None:
         finish(runtime, four_bit, checkpoint.tensors, partitioned=True)

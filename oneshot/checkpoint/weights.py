@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,12 +45,12 @@ def read_own(
     """Read this rank's range of every parameter, as of ``read_in_order``; yields their names, alike on all ranks.
 
     Args:
-        own: parameter -> (n,), where its range goes: what ``partition`` says, padding included, of what it is held as
+        own: parameter -> (n,), where the range goes that ``partition`` gives this rank, with or without its padding
     """
     reads, packed = [], []
     for name, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        wanted = partition(shape, runtime.rank, runtime.world_size)
+        wanted = replace(partition(shape, runtime.rank, runtime.world_size), size=len(own[name]))
         read = Read(checkpoint.tensors[name], wanted, own[name], name, checkpoint.pieces.get(name, ()))
         if four_bit is None or name.removesuffix(".weight") not in four_bit.layers:
             reads.append(read)
