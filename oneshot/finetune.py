@@ -77,7 +77,7 @@ def begin(runtime: Runtime, settings: Settings, run_dir: Path, prepared: Prepare
     from oneshot.training.finetune import writes
 
     start_tracking(runtime, settings.log_with, run_dir)
-    look_around(runtime, settings.preflight, run_dir, writes(prepared), console)
+    look_around(runtime, settings.preflight, run_dir, writes(prepared), prepared.source.checkpoint, console)
 
 
 def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:

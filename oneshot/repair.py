@@ -81,7 +81,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         run_dir = open_run(settings.out, settings.called, settings, runtime)
         start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
-        look_around(runtime, settings.preflight, run_dir, merged, console)
+        look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
     finished = repair(request, run_dir, console, seconds)
     if settings.delete_degraded:
         with agree(runtime, "removing the degraded checkpoint"):

@@ -17,7 +17,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_header, read_json
 from oneshot.checkpoint.folders import clean_inside, naming, replacing, sync_entries, sync_folder
@@ -52,11 +52,14 @@ class States:
     Attributes:
         folder: the run's ``state`` folder
         keep: how many
+        moments: bf16 writes Adam's moments in two thirds of a state's bytes; a run that resumes from them goes on a
+            little differently than it would have
     """
 
     runtime: Runtime
     folder: Path
     keep: int
+    moments: Literal["fp32", "bf16"] = "fp32"
     _syncing: tuple[int, Future[None]] | None = field(default=None, init=False)  # of which step
 
     def save(self, engine: TrainingEngine, step: int) -> Path:
@@ -73,7 +76,8 @@ class States:
         runtime, target = self.runtime, self.folder / f"step-{step}"
         allocate(engine)
         shapes = trained_shapes(engine)
-        dtypes = dict.fromkeys(shapes, "F32")
+        rest = {"fp32": "F32", "bf16": "BF16"}[self.moments]
+        dtypes = {name: "F32" if name.startswith("master.") else rest for name in shapes}
         slots, headers = plan_shards(shapes, dtypes, shard_bytes(shapes, dtypes, runtime.world_size))
         with contextlib.ExitStack() as files:
             with replacing(runtime, target, sync=False) as temporary:

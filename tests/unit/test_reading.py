@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import threading
 import time
 
@@ -11,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 from tiny import logits_of, tiny_model, tiny_runtime, tiny_tokens
 
-from oneshot.checkpoint import ranges, storage
+from oneshot.checkpoint import ranges, rates, storage
 from oneshot.checkpoint.files import SINGLE, TensorEntry, list_tensors, read_header
 from oneshot.checkpoint.layout import Range, tensor_bytes
 from oneshot.checkpoint.load import find_source, load_model
 from oneshot.checkpoint.manifest import check_share, read_pieces
 from oneshot.checkpoint.ranges import CHUNK, Read, piece_read, read_all, read_in_order
+from oneshot.checkpoint.rates import look_at_storage
 from oneshot.checkpoint.storage import ALIGNED, Storage, storage_of
 from oneshot.checkpoint.write import write_sharded
 from oneshot.errors import UserError
@@ -142,9 +144,13 @@ def test_an_error_comes_after_all_reads_and_names_its_tensor(file, monkeypatch):
     use(monkeypatch, SMALL)
     reads, came = whole(path), []
     os.truncate(path, read_header(path)["a"].offset + 4 * 10_000)
-    with pytest.raises(UserError, match=r"model\.safetensors ended in the middle of a: the file was cut off"):
+
+    def read_on():
         for read in read_in_order(reads):
             came.append(read.name)
+
+    with pytest.raises(UserError, match=r"model\.safetensors ended in the middle of a: the file was cut off"):
+        read_on()
     assert sorted(came) == ["a", "b", "c", "m", "z"]
 
 
@@ -336,3 +342,23 @@ def test_checksums_of_many_tensors_in_a_request_name_theirs(saved, monkeypatch):
         use(monkeypatch, how)
         with pytest.raises(UserError, match=f"was altered: {name} does not"):
             read_all(piece_read(entry, pieces[n][0], n) for n, entry in entries.items())
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_storage_is_timed_both_ways_on_files_out_of_the_cache(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    save_file({"t": torch.randint(255, (3 << 20,), dtype=torch.uint8)}, tmp_path / SINGLE)
+    assert "too small a checkpoint to be timed" in look_at_storage(tiny_runtime(), tmp_path).found
+    monkeypatch.setattr(rates, "_LEAST", 1 << 20)
+    dropped, real = [], os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: (dropped.append(given[1:]), real(*given)))
+    asked, _ = spy(monkeypatch)
+    check = look_at_storage(tiny_runtime(), tmp_path)
+    assert check.culprit == ""
+    assert re.search(r"\d MiB at a time.*: \d+\.\d+ GB/s, \d+\.\d+ of the \d+\.\d+ GB/s of plain reading", check.found)
+    half = (tmp_path / SINGLE).stat().st_size // 2
+    assert [given[:2] for given in dropped] == [(0, half), (half, half)], "the two samples overlap, or were cached"
+    assert sum(size for offset, size in asked if offset < half) == half
+    assert sum(size for offset, size in asked if offset >= half) == half
