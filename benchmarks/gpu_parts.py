@@ -222,7 +222,8 @@ def _load_ours(device: str, quantize: Literal["nf4"] | None, folder: Path) -> An
     from oneshot.settings import ModelSettings
 
     settings = ModelSettings(path=str(folder), quantize=quantize)
-    return load_model(start(), find_source(settings), settings).to(device)
+    runtime = start()
+    return load_model(runtime, find_source(settings, runtime), settings).to(device)
 
 
 def _read_plainly(folder: Path) -> None:

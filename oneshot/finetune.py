@@ -94,7 +94,7 @@ def begin(runtime: Runtime, settings: Settings, run_dir: Path, prepared: Prepare
 
     start_tracking(runtime, settings.log_with, run_dir)
     say_dtype(console, prepared.source)
-    look_around(runtime, settings.preflight, run_dir, writes(prepared), console)
+    look_around(runtime, settings.preflight, run_dir, writes(prepared), prepared.source.checkpoint, console)
 
 
 def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:

@@ -84,7 +84,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
         say_dtype(console, request.source)
-        look_around(runtime, settings.preflight, run_dir, merged, console)
+        look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
     finished = repair(request, run_dir, console, seconds)
     if settings.delete_degraded:
         with agree(runtime, "removing the degraded checkpoint"):

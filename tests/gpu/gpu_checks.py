@@ -55,7 +55,8 @@ def random_model(folder: Path, shape: dict[str, int], dtype: str, device: str) -
 def loaded(folder: Path, device: str, **settings: Any) -> Any:
     """The model of a folder on a device, as one process without a launcher loads it."""
     chosen = ModelSettings(path=str(folder), **settings)
-    model = load_model(Runtime(0, 1, torch.device(device), "none", None), find_source(chosen), chosen)
+    runtime = Runtime(0, 1, torch.device(device), "none", None)
+    model = load_model(runtime, find_source(chosen, runtime), chosen)
     return model.to(device)
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     settings = ModelSettings(path=str(folder), quantize="nf4" if quantize == "nf4" else None)
     runtime = start()
     assert runtime.sharding == "zero3"
-    source = find_source(settings)
+    source = find_source(settings, runtime)
     model = load_model(runtime, source, settings)
     wanted = load_file(folder / "model.safetensors")
     if quantize == "nf4":
