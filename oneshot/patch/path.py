@@ -211,8 +211,8 @@ class Watch(Generic[Kept]):
     def look(self, keep: Callable[[], Kept], **where: float) -> tuple[Reading, bool]:
         """Read the probes; return what they say, and whether to stop.
 
-        It is to after ``PATIENCE`` settled epochs in a row, or ``STALE`` that were not better than the best, a good one;
-        but not where there was nothing to recover.
+        It is to after ``PATIENCE`` settled epochs in a row, or ``STALE`` that were not better than a good one; but not
+        where there was nothing to recover.
 
         Args:
             keep: makes a copy of the state, called if it is the best so far
