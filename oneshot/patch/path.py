@@ -21,6 +21,7 @@ SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals to
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
 AMPLE_MARGIN = 5.0
 PATIENCE = 3  # settled epochs in a row, as one may be luck
+STALE = 6  # epochs in a row that were not better than a good one
 WEIGHT_STEP = 4.0  # by which the guard's weight changes for another attempt
 
 
@@ -103,10 +104,13 @@ class Watch(Generic[Kept]):
         self.best: Reading | None = None
         self.kept: Kept | None = None
         self.at: dict[str, float] = {}
-        self._in_a_row = 0
+        self._in_a_row = self._since_best = 0
 
     def look(self, keep: Callable[[], Kept], **where: float) -> tuple[Reading, bool]:
-        """Read the probes; return what they say, and whether to stop: ``PATIENCE`` settled epochs in a row.
+        """Read the probes; return what they say, and whether to stop.
+
+        It is to after ``PATIENCE`` settled epochs in a row, or ``STALE`` that were not better than a good one; but not
+        where there was nothing to recover.
 
         Args:
             keep: makes a copy of the state, called if it is the best so far
@@ -114,14 +118,17 @@ class Watch(Generic[Kept]):
         """
         reading = self._read()
         if reading.better(self.best, self.bounds):
-            self.best, self.kept, self.at = reading, keep(), where
+            self.best, self.kept, self.at, self._since_best = reading, keep(), where, -1
+        assert self.best is not None
+        self._since_best += 1
         self._in_a_row = self._in_a_row + 1 if reading.settled(self.bounds) else 0
-        return reading, self._in_a_row >= PATIENCE and reading.margin > 0
+        done = self._in_a_row >= PATIENCE or (self._since_best >= STALE and self.best.good(self.bounds))
+        return reading, done and reading.margin > 0
 
     def next_weight(self, weight: float) -> float | None:
         """Return the guard's weight for another attempt; none where the best state so far is good."""
         assert self.best is not None
-        self._in_a_row = 0
+        self._in_a_row = self._since_best = 0
         if self.best.good(self.bounds):
             return None
         held_back = self.best.unsafe(self.bounds) > self.best.moved(self.bounds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ SMALL = (
 )  # fmt: skip
 
 
-def undo_all(bench: Bench, _batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+def undo_all(
+    bench: Bench, _batch: RepairBatch, attempt: Attempt
+) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
     """A method in a few lines: take an adapter's whole update away, share by share."""
     directions = adapter_directions(bench.request.adapter.update, "cpu")  # type: ignore[union-attr]
     update: Update = {}
@@ -42,6 +45,7 @@ def undo_all(bench: Bench, _batch: RepairBatch, attempt: Attempt) -> tuple[Updat
         share = 1 - epoch / bench.request.recipe.epochs
         update = {name: update_factors(d, share * d.s.new_ones(len(d.s))) for name, d in directions.items()}
         attempt.tracer.add(epoch=epoch, loss=share, guard_kl=0.0)
+        yield update
     return update, {"left": share}
 
 

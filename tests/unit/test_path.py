@@ -11,7 +11,7 @@ from oneshot.patch import bench as benches
 from oneshot.patch import path
 from oneshot.patch import solve as solving
 from oneshot.patch.check import check
-from oneshot.patch.path import PATIENCE, SAFE_MARGIN, Bounds, Reading, Watch
+from oneshot.patch.path import PATIENCE, SAFE_MARGIN, STALE, Bounds, Reading, Watch
 from oneshot.patch.probes import MARGIN_TOKENS, build_probes, read_probes
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
@@ -66,6 +66,18 @@ def test_a_path_does_not_end_while_it_is_only_just_within_its_bounds():
     watch = watch_over([only_just] * (2 * PATIENCE))
     assert not any(watch.look(lambda: None, epoch=i)[1] for i in range(2 * PATIENCE))
     assert watch.next_weight(1.0) is None
+
+
+def test_a_path_ends_where_a_good_epoch_is_not_bettered_for_long():
+    good, worse = (Reading(5.0, 1.0, 0.0, divergence) for divergence in (0.007, 0.009))
+    watch = watch_over([worse, good] + [worse] * STALE)
+    assert [watch.look(lambda: None, epoch=i)[1] for i in range(STALE + 2)] == [False] * (STALE + 1) + [True]
+    assert watch.at == {"epoch": 1}
+    watch = watch_over([UNSAFE] + [MOVED] * (2 * STALE))
+    assert not any(watch.look(lambda: None, epoch=i)[1] for i in range(2 * STALE + 1)), "no good one to return to"
+    nothing = [Reading(0.0, 1.0, 0.0, divergence) for divergence in (0.001, *[0.02] * (2 * STALE))]
+    watch = watch_over(nothing)
+    assert not any(watch.look(lambda: None, epoch=i)[1] for i in range(len(nothing))), "nothing to recover"
 
 
 @pytest.mark.parametrize(
