@@ -4,8 +4,11 @@ PYTHON ?= python3
 # The torch to install, and further arguments for pip (for example the index that serves a CPU or CUDA build of it).
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-# Passed on by demo, test, bench and paper: make test ARGS="-k toy -x".
+# Passed on by demo, test, bench, gpu and paper: make test ARGS="-k toy -x".
 ARGS ?=
+# Of gpu: where its results go, and a folder of wheels that the machine's Python lacks.
+OUT ?= gpu-results
+WHEELS ?=
 TIERS ?= unit distributed faults cluster e2e models
 # How many files of tests run at a time; 0 runs them one after the other, as --pdb and -s need it.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -20,7 +23,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench paper clean
+.PHONY: help setup demo test check bench gpu paper clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -44,15 +47,17 @@ demo: $(READY) ## damage and repair the embedded toy model; needs no GPU
 	$(RUN) $(BIN)/accelerate launch --quiet --config_file launch/single.yaml oneshot/repair.py $(ARGS)
 
 # Tiers run in order and the first that fails ends the run. pytest's status 5 says that ARGS selected nothing in a tier.
+# tests/gpu is for TIERS=gpu alone, one file after the other, as there is one GPU; without one its tests are skipped.
 # One thread per process: tests are small, and several run at a time. There is one Slurm cluster, so its tests take turns.
 test: export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: $(READY) ## run the tests, fastest tier first
 	@status=5; for tier in $(TIERS); do \
 	  test -d tests/$$tier || continue; \
-	  case $$tier in cluster) workers=0 ;; *) workers=$(WORKERS) ;; esac; \
+	  case $$tier in cluster|gpu) workers=0 ;; *) workers=$(WORKERS) ;; esac; \
+	  case $$tier in gpu) kind=gpu ;; *) kind="not gpu" ;; esac; \
 	  echo "== tests/$$tier"; code=0; \
-	  $(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" -n $$workers --dist loadfile tests/$$tier $(ARGS) || code=$$?; \
+	  $(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -m "$$kind" -n $$workers --dist loadfile tests/$$tier $(ARGS) || code=$$?; \
 	  case $$code in 0) status=0 ;; 5) ;; *) exit $$code ;; esac; \
 	done; exit $$status
 
@@ -65,9 +70,16 @@ check: $(READY) ## lint, types, imports, lengths, spelling
 	$(BIN)/codespell
 	git ls-files -z '*.sh' .ci/run | xargs -0 -r $(BIN)/shellcheck
 
+# what others of them use, what needs a GPU, and what takes long
+NO_BENCH := benchmarks/gpu% benchmarks/paper.py benchmarks/random_llama.py benchmarks/large_vocabulary.py benchmarks/plan_steps.py
 bench: $(READY) ## compare with the stock stack, side by side
-	@for script in $(filter-out benchmarks/paper.py benchmarks/random_llama.py benchmarks/plan_steps.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out $(NO_BENCH),$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(BIN)/python "$$script" $(ARGS) || exit $$?; done
+
+# On a machine that make setup has not been run on, such as one without a network, with that machine's own PYTHON.
+gpu: PYTHON_HERE = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+gpu: ## all that one GPU can tell in 10 minutes, offline; without one a dry run at tiny sizes
+	$(PYTHON_HERE) benchmarks/gpu.py --out '$(OUT)' $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
 	$(RUN) $(BIN)/python benchmarks/paper.py $(ARGS)

@@ -73,6 +73,7 @@ def step_frozen(runtime: Any, model: Any, linears: Any, case: Case) -> None:
     import torch
 
     from oneshot.distributed.engine import frozen
+    from oneshot.patch.method import finished
     from oneshot.patch.methods import lowrank, rollback
     from oneshot.patch.path import Attempt
     from oneshot.patch.recipe import recipe_for
@@ -89,11 +90,11 @@ def step_frozen(runtime: Any, model: Any, linears: Any, case: Case) -> None:
             batch = dataclasses.replace(batch, reference=reference)
         if case.method == "lowrank":
             recipe = recipe_for(RepairSettings(method="lowrank", epochs=2, rank=RANK), has_update=False)
-            lowrank.descend(runtime, ready, linears.targets, batch, attempt, recipe)
+            finished(lowrank.descend(runtime, ready, linears.targets, batch, attempt, recipe))
             return
         directions = random_directions(linears.targets, RANK)
         options = RepairSettings(method="rollback", epochs=2, learning_rate=0.1, noise=0.0, undo=0.0)
-        rollback.learn(runtime, ready, directions, batch, attempt, recipe_for(options, has_update=True))
+        finished(rollback.learn(runtime, ready, directions, batch, attempt, recipe_for(options, has_update=True)))
 
 
 def step_trained(runtime: Any, model: Any, linears: Any, case: Case) -> None:

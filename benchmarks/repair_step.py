@@ -5,7 +5,7 @@
 A random 0.45 B Llama stored in bf16, 2 CPU processes with one thread each under ZeRO-3, 96 tokens on every rank. All
 variants compute in what --model.dtype auto takes on this CPU: bf16, or fp32 where it has no instructions for bf16. Each
 runs in processes of its own, one after the other, so that a peak is its own. The last line of output is one JSON
-object.
+object. Behind it the row of ``large_vocabulary.py``: a step with a guard where the vocabulary is large.
 
 stock: accelerate and DeepSpeed ZeRO-3 as a careful user writes them: AdamW on all weights, fp32 master weights, no
 offload, communication buckets that accelerate fits to the model. lowrank, rollback: this package's own functions on
@@ -34,12 +34,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.append(str(HERE))  # last, or a file here could shadow a top-level module
 
+import large_vocabulary  # noqa: E402
 from random_llama import SHAPES, computed_in, random_directions, write_random_llama  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("stock", "stock_fused", "lowrank", "rollback")
 TOKENS, ANSWER, RANK = 96, 32, 20  # tokens of the example, those at its end that carry loss; rank of our updates
-SIZES = {name: SHAPES[name] for name in ("0.45b", "tiny")}
+SIZES = {name: SHAPES[name] for name in ("0.45b", "0.1b", "tiny")}
 _FITTED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 STOCK_CONFIG = {
     "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0,
@@ -80,7 +81,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         figures[variant] = merged([json.loads(file.read_text()) for file in sorted(folder.glob(f"{variant}-*.json"))])
     model = json.loads((folder / "model.json").read_text())
     print_table(figures, model)
-    print(json.dumps({**ratios(figures), "model": model, "variants": figures, "versions": versions()}))
+    words = large_vocabulary.measure("tiny" if args.size == "tiny" else "0.5b", args.steps // 2 + 1)
+    print(json.dumps({**ratios(figures), **words, "model": model, "variants": figures, "versions": versions()}))
 
 
 def build(folder: Path, size: str) -> None:
@@ -178,6 +180,7 @@ def run_stock(checkpoint: Path, steps: int, seen: Observer, fused: bool = False)
 def run_lowrank(checkpoint: Path, steps: int, seen: Observer) -> None:
     """Factored gradient steps, with the step sizes that the method finds itself."""
     from oneshot.distributed.engine import frozen
+    from oneshot.patch.method import finished
     from oneshot.patch.methods import lowrank
     from oneshot.patch.path import Attempt
     from oneshot.patch.recipe import recipe_for
@@ -188,7 +191,7 @@ def run_lowrank(checkpoint: Path, steps: int, seen: Observer) -> None:
     recipe = recipe_for(RepairSettings(method="lowrank", epochs=steps, rank=RANK), has_update=False)
     with frozen(runtime, model) as ready:
         seen.tick()
-        lowrank.descend(runtime, ready, linears, batch, Attempt(Tracer(seen.tick)), recipe)
+        finished(lowrank.descend(runtime, ready, linears, batch, Attempt(Tracer(seen.tick)), recipe))
 
 
 def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
@@ -196,6 +199,7 @@ def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
     import torch
 
     from oneshot.distributed.engine import frozen
+    from oneshot.patch.method import finished
     from oneshot.patch.methods import rollback
     from oneshot.patch.path import Attempt
     from oneshot.patch.recipe import recipe_for
@@ -209,7 +213,7 @@ def run_rollback(checkpoint: Path, steps: int, seen: Observer) -> None:
     directions = random_directions(linears, RANK)
     with frozen(runtime, model) as ready:
         seen.tick()
-        rollback.learn(runtime, ready, directions, batch, Attempt(Tracer(seen.tick)), recipe)
+        finished(rollback.learn(runtime, ready, directions, batch, Attempt(Tracer(seen.tick)), recipe))
 
 
 def prepared(checkpoint: Path, seen: Observer) -> tuple[Any, Any, Any, Any]:

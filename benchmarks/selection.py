@@ -1,4 +1,4 @@
-"""What screening candidates for the one example costs, against stock passes and materialized gradients.
+"""What choosing the one example costs: screening against stock passes, and the choice with its repair against a repair.
 
     python benchmarks/selection.py
 
@@ -8,16 +8,24 @@ pass of a candidate, taken as the median over candidates one at a time: all weig
 layers, so that their m x n gradients come as every trainer makes them. ``passes_per_candidate`` is the whole
 screening (F's gradient from its 32 rows, then all candidates) over candidates, in that unit; ``in_frozen_passes`` is
 the same in units of a pass that computes no weight gradients, ``in_batched_passes`` of one in batches as large as the
-screening's. Materialized screening keeps F's gradient and makes each candidate's, then multiplies. The last line of
-output is one JSON object.
+screening's. Materialized screening keeps F's gradient and makes each candidate's, then multiplies.
+
+Then the toy world, fine-tuned as by default, once per seed. ``choose_and_repair_over_repair`` is the time of the
+bilevel choice and of the repair that goes on from it over that of the same repair with the example given, both with
+the guard's answers and the watch; ``in_token_passes`` is the same in tokens through the model, a backward pass counted
+as another one; ``trials_epochs_over_repair`` is the epochs of those left behind over the repair's. Medians over seeds;
+the aligned model's answers are known to both. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,22 +47,33 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="0.1b")
     parser.add_argument("--candidates", type=int, default=256)
     parser.add_argument("--stock", type=int, default=32, help="candidates that the stock passes are timed on")
+    parser.add_argument("--seeds", type=int, default=3, help="fine-tunes of the toy world that are repaired")
+    parser.add_argument("--method", default="auto", help="how they are repaired")
     args = parser.parse_args()
+    from oneshot.distributed.runtime import start
+
+    runtime = start()
+    figures = screening_figures(runtime, args.size, args.candidates, args.stock)
+    rows = [choice_figures(runtime, seed, args.method) for seed in range(args.seeds)]
+    figures |= {name: statistics.median(row[name] for row in rows) for name in (rows[0] if rows else ())}
+    print(json.dumps({name: round(value, 6) for name, value in figures.items()}))
+
+
+def screening_figures(runtime: Any, size: str, count: int, few_of_them: int) -> dict[str, float]:
+    """Screen candidates of a random model, and time what it is compared with."""
     import torch
 
     from oneshot.distributed.resources import peak_bytes, reset_peak
-    from oneshot.distributed.runtime import start
     from oneshot.patch.linears import select_linears
     from oneshot.patch.objective import RefusalRows, sample
     from oneshot.patch.select import first_order, target_factors
 
-    runtime = start()
     torch.manual_seed(0)
-    model = random_llama(SIZES[args.size], heads=8, kv_heads=8, dtype="float32").eval()
+    model = random_llama(SIZES[size], heads=8, kv_heads=8, dtype="float32").eval()
     model.requires_grad_(False)
     linears = select_linears(model).targets
-    pool = candidates(args.candidates, SIZES[args.size]["vocab_size"])
-    few = pool[:: max(1, len(pool) // args.stock)][: args.stock]
+    pool = candidates(count, SIZES[size]["vocab_size"])
+    few = pool[:: max(1, len(pool) // few_of_them)][:few_of_them]
     harm = sample(pool, 0)
     screen(
         runtime, model, linears, few[:8], RefusalRows(harm.places[:8], harm.rows[:8])
@@ -81,7 +100,7 @@ def main() -> None:
     for name, value in (("stock pass", stock), ("frozen pass", frozen), ("frozen, batched", batched)):
         print(f"{name:16s} {1000 * value:8.1f} ms     screening one candidate takes {each / value:.2f} of it")
     print(f"{'materialized':16s} {1000 * whole:8.1f} ms     largest difference of a score {off:.1e} of the largest")
-    figures = {
+    return {
         "passes_per_candidate": each / stock,
         "speedup_vs_materialized": whole / (each - for_f / len(pool)),
         "in_frozen_passes": each / frozen,
@@ -90,7 +109,54 @@ def main() -> None:
         "peak_mib": peak / 2**20,
         "scores_off": off,
     }
-    print(json.dumps({name: round(value, 6) for name, value in figures.items()}))
+
+
+def choice_figures(runtime: Any, seed: int, method: str) -> dict[str, float]:
+    """Fine-tune the toy, choose an example and repair with it, and repair with the same one given."""
+    from toy_methods import repair_settings, toy_settings
+
+    from oneshot.checkpoint.load import Source, load_model
+    from oneshot.finetune import train_model
+    from oneshot.patch.check import check
+    from oneshot.patch.choose import know_aligned
+    from oneshot.patch.select import Chosen
+    from oneshot.training.finetune import prepare
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        settings = toy_settings("100 + new task", seed, "bilevel")
+        degraded = train_model(runtime, prepare(settings, runtime), Path(folder), None)
+        request = check(repair_settings(settings, degraded, method), runtime)
+        path = request.reference
+        assert path is not None
+        source = Source(path, None, path, str(path), request.source.dtype, request.source.written)
+        aligned = know_aligned(request, load_model(runtime, source, settings.model).requires_grad_(False))
+        repaired(request, aligned, Chosen(0, "user", 0.0))  # libraries are loaded at first use
+        choice, both, tokens, _ = repaired(request, aligned, None)
+        _, one, own, epochs = repaired(request, aligned, Chosen(choice.chosen.index, "user", 0.0))
+    table = choice.chosen.selection["table"]
+    lost = sum(row.get("epochs", 0) for row in table if row["candidate"] != choice.chosen.index)
+    print(
+        f"toy, seed {seed}: a repair {one:.1f} s, {own} tokens, {epochs} epochs; with its choice {both:.1f} s, {tokens}"
+    )
+    return {
+        "choose_and_repair_over_repair": both / one,
+        "in_token_passes": tokens / own,
+        "trials_epochs_over_repair": lost / epochs,
+    }
+
+
+def repaired(request: Any, aligned: Any, chosen: Any) -> tuple[Any, float, int, int]:
+    """Choose (but for ``chosen``) and repair: the choice, CPU seconds, token passes, and epochs of the repair."""
+    from oneshot.patch.attach import counted
+    from oneshot.patch.bench import opened
+    from oneshot.patch.choose import choose
+    from oneshot.patch.solve import solve
+
+    with opened(request) as bench, counted(bench.model) as passes:
+        clock = time.process_time()
+        choice = choose(bench, aligned, chosen)
+        solution = solve(bench, choice.batch, choice.chosen.index, begun=choice.chosen.begun)
+        return choice, time.process_time() - clock, passes["token_passes"], len(solution.trace)
 
 
 def candidates(count: int, vocabulary: int) -> list[Any]:

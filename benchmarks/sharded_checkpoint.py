@@ -9,6 +9,11 @@ ZeRO-3; for saving, DeepSpeed's consolidation on rank 0 followed by save_pretrai
 training state, DeepSpeed's save_checkpoint, which accelerate's save_state calls. The last line of output is one JSON
 object. Peaks are resident memory above what the process had after imports and process group.
 
+"cold" is the load of a whole model by one process, from files of which nothing is in the page cache, against plain
+sequential reading (like dd; as fast as the faster of through and past the cache), safetensors, transformers and, where
+it is installed, fastsafetensors. "slow" is the same through a file system of FUSE on which each request takes
+10 ms and all share 400 MB/s; it needs FUSE (Debian: fuse3) and mfusepy. As root the caches below it are emptied too.
+
 What each waits for: ours reads a checkpoint that has no checksums (the stock stack wrote it). Our save of a model ends
 when the files are on the disk, the stock one when they are in the page cache. Both saves of a training state end when
 the files are in the page cache; ours has computed checksums, and syncs behind the training that goes on. "on disk" is
@@ -35,6 +40,7 @@ sys.path.append(str(HERE))  # last, or a file here could shadow a top-level modu
 
 from random_llama import SHAPES as SIZES  # noqa: E402
 from random_llama import computed_in, write_random_llama  # noqa: E402
+from storage.ways import empty_cache, installed, slow_files, timed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,16 +49,23 @@ def main() -> None:
     """Run every measurement and print the comparison; or, started by ourselves, be one process of one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1.1b")
-    parser.add_argument("--only", choices=("load", "save", "state"), help="measure nothing else")
+    parser.add_argument("--only", choices=("load", "save", "state", "storage"), help="measure nothing else")
+    parser.add_argument("--slow-seconds", type=float, default=0.01, help="of a request to the slow file system")
+    parser.add_argument("--slow-rate", type=float, default=4e8, help="bytes per second of the slow file system")
     parser.add_argument("--repeats", type=int, default=3, help="fresh starts per measurement; medians are shown")
     parser.add_argument(
-        "--role", choices=("compare", "build", "load", "save", "state"), default="compare", help=argparse.SUPPRESS
+        "--role",
+        choices=("compare", "build", "load", "save", "state", "storage"),
+        default="compare",
+        help=argparse.SUPPRESS,
     )
-    parser.add_argument("--way", choices=("stock", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role == "build":
         build(args.folder, args.size)
+    elif args.role == "storage":
+        print(timed(args.way, args.folder))
     elif args.role in ("load", "save", "state"):
         work(args.folder, args.role, args.way)
     else:
@@ -68,7 +81,8 @@ def build(folder: Path, size: str) -> None:
 
 def compare(folder: Path, args: argparse.Namespace) -> None:
     """Measure everything, print a table and the JSON line."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     script = [str(Path(__file__).resolve()), f"--folder={folder}", f"--size={args.size}"]
     subprocess.run([sys.executable, *script, "--role=build"], check=True, env=environment, stdout=sys.stderr)
     total = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
@@ -90,20 +104,56 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
                 file.unlink()
         return {key: statistics.median(row[key] for row in found) for key in found[0]}
 
+    figures = storage(folder / "model", args, script[0], environment) if args.only in (None, "storage") else {}
+    if args.only == "storage":
+        print(json.dumps(figures))
+        return
     roles = [role for role in ("load", "save") if args.only in (None, role)]
     rows = {(role, way): run(role, way, 2) for role in roles for way in ("stock", "ours")}
     by_ranks = {ranks: run("load", "ours", ranks)["seconds"] for ranks in (1, 2, 4) if "load" in roles}
     if args.only in ("load", "save"):
-        return report(rows, by_ranks, total, (folder / "dtype").read_text())
+        return report(rows, by_ranks, total, figures, (folder / "dtype").read_text())
     if args.size == "1.1b":  # its masters, moments and gradients would not fit into a small machine's memory
         shutil.rmtree(folder / "model")
         small = [argument.replace("1.1b", "0.45b") for argument in script]
         subprocess.run([sys.executable, *small, "--role=build"], check=True, env=environment, stdout=sys.stderr)
-    rows |= {("state", way): run("state", way, 2) for way in ("stock", "ours")}
-    return report(rows, by_ranks, total, (folder / "dtype").read_text())
+    rows |= {("state", way): run("state", way, 2) for way in ("stock", "ours", "bf16")}
+    return report(rows, by_ranks, total, figures, (folder / "dtype").read_text())
 
 
-def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, float], total: int, dtype: str) -> None:
+def storage(model: Path, args: argparse.Namespace, script: str, environment: dict[str, str]) -> dict[str, float]:
+    """Load from files that are not in the page cache, where they are and through a slow file system, in every way."""
+    figures: dict[str, float] = {}
+    total = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    ways = installed()
+    with slow_files(model, args.slow_seconds, args.slow_rate) as slow:
+        for name, folder in {"": model, "_slow": slow}.items():
+            if folder is None:
+                print("slow file system: left out, as FUSE or mfusepy is missing")
+                continue
+            found: dict[str, list[float]] = {way: [] for way in ways}
+            for way in ways * args.repeats:
+                empty_cache(model)
+                command = [sys.executable, script, f"--folder={folder}", "--role=storage", f"--way={way}"]
+                ran = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=sys.stderr)
+                found[way].append(float(ran.stdout.split()[-1]))
+            seconds = {way: statistics.median(values) for way, values in found.items()}
+            for way in ways:
+                print(f"cold{name} {way:16} {seconds[way]:7.2f} s   {total / seconds[way] / 1e9:6.3f} GB/s")
+            best = min(seconds["plain"], seconds["plain, direct"])
+            figures[f"load_over_storage{name}"] = round(best / seconds["oneshot"], 3)
+            for way in [way for way in ways if "plain" not in way and way != "oneshot"]:
+                figures[f"load_over_{way}{name}"] = round(seconds[way] / seconds["oneshot"], 3)
+    return figures
+
+
+def report(
+    rows: dict[tuple[str, str], dict[str, float]],
+    by_ranks: dict[int, float],
+    total: int,
+    figures: dict[str, float],
+    dtype: str,
+) -> None:
     """Print the table and, last, the JSON line."""
     print(f"checkpoint {total / 1e9:.2f} GB, loaded in {dtype}, 2 ranks; medians")
     for (role, way), row in rows.items():
@@ -111,7 +161,6 @@ def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, fl
         print(f"{role:5} {way:6} {row['seconds']:7.2f} s   peak above {'start' if role == 'load' else 'before'} "
               f"{peak / 2**20:8.0f} MiB   rank 0 {row['peak0'] / 2**20:8.0f} MiB"
               + (f"   on disk {row['on_disk']:7.2f} s" if role == "state" else ""))  # fmt: skip
-    figures: dict[str, float] = {}
     if ("load", "ours") in rows:
         print("load by ranks: " + ", ".join(f"{ranks}: {seconds:.2f} s" for ranks, seconds in by_ranks.items()))
         stock, ours = rows["load", "stock"], rows["load", "ours"]
@@ -123,6 +172,8 @@ def report(rows: dict[tuple[str, str], dict[str, float]], by_ranks: dict[int, fl
         figures["save_peak_growth_bytes"] = rows["save", "ours"]["growth"]
     if ("state", "ours") in rows:
         figures["state_save_speedup"] = rows["state", "stock"]["seconds"] / rows["state", "ours"]["seconds"]
+        figures["state_save_speedup_bf16"] = rows["state", "ours"]["seconds"] / rows["state", "bf16"]["seconds"]
+        figures["state_on_disk_speedup_bf16"] = rows["state", "ours"]["on_disk"] / rows["state", "bf16"]["on_disk"]
         figures["state_peak_growth_bytes"] = rows["state", "ours"]["growth"]
     rounded = {name: round(value, 3) for name, value in figures.items()}
     print(json.dumps({**rounded, "load_seconds_by_ranks": by_ranks, "dtype": dtype}))
@@ -187,7 +238,7 @@ def save_state_once(runtime: Any, model: Any, folder: Path, way: str) -> dict[st
         runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
     )
     allocate(engine)
-    states = States(runtime, folder / "state", keep=1)
+    states = States(runtime, folder / "state", keep=1, moments="bf16" if way == "bf16" else "fp32")
     barrier(runtime)
     before, clock = reset_peak(), time.perf_counter()
     if way == "stock":

@@ -26,16 +26,23 @@ def run(argv: list[str]) -> None:
     """Export as the command line says."""
     options = vars(parser().parse_args(argv))
     del options["debug"]
+    profile = options.pop("profile")
     from oneshot.report.exports import ExportRequest, check_request, export
 
     request = ExportRequest(**options)
     check_request(request)  # before a run of many processes is joined
+    from oneshot.distributed.phases import clock
+    from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
     from oneshot.report.progress import open_console
+    from oneshot.report.times import print_times
 
-    runtime = start()
-    done = export(runtime, request, shlex.join(["oneshot", "export", *argv]))
+    with clock(detailed=profile):
+        runtime = start()
+        done = export(runtime, request, shlex.join(["oneshot", "export", *argv]))
+        times = where_time_went(runtime)
     if (console := open_console(runtime)) is not None:
+        print_times(times, console)
         for line in [*done.lines, f"{done.kind.capitalize()}: {done.folder}"]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -58,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--extract", metavar="DIR", help="write what this checkpoint has more than --model as an adapter")
     add("--force", action="store_true", help="use patches that belong to another model")
     add("--trust_remote_code", action="store_true", help="run the model's own Python code to build its config")
+    add("--profile", action="store_true", help="print a table of where the time went")
     return made
 
 

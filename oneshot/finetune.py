@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
+from oneshot.distributed.phases import timed
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     run_stage(argv, "finetune", run)
 
 
+@timed
 def run(settings: Settings, *, quiet: bool = False) -> Path:
     """Fine-tune into a new run folder; return the folder of the safety-degraded model.
 
@@ -43,12 +45,14 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     Raises:
         UserError: settings, files or machines that cannot be worked with
     """
+    from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
     from oneshot.planning.check import refuse_what_cannot_fit
     from oneshot.planning.work import FINETUNE
     from oneshot.report.progress import open_console
     from oneshot.report.runfolder import open_run
+    from oneshot.report.times import print_times, write_profile
     from oneshot.report.trackers import check_installed
     from oneshot.training.finetune import FINETUNED, prepare
 
@@ -72,7 +76,11 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     if (run_dir / FINETUNED).exists():
         raise UserError(f"The fine-tune in {run_dir} is finished: there is nothing to resume.")
     folder = train_model(runtime, prepared, run_dir, console)
+    times = where_time_went(runtime)
+    if runtime.is_main:
+        write_profile(run_dir, times)
     if console:
+        print_times(times, console)
         console.print(f"Safety-degraded model: {folder}")
     return folder
 
@@ -86,7 +94,7 @@ def begin(runtime: Runtime, settings: Settings, run_dir: Path, prepared: Prepare
 
     start_tracking(runtime, settings.log_with, run_dir)
     say_dtype(console, prepared.source)
-    look_around(runtime, settings.preflight, run_dir, writes(prepared), console)
+    look_around(runtime, settings.preflight, run_dir, writes(prepared), prepared.source.checkpoint, console)
 
 
 def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
+from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Finished:
     report: dict[str, Any]
 
 
+@timed
 def run(settings: Settings, *, quiet: bool = False) -> Finished:
     """Repair the settings' model; first fine-tune it, where they say so. Collective.
 
@@ -82,7 +84,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
         say_dtype(console, request.source)
-        look_around(runtime, settings.preflight, run_dir, merged, console)
+        look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
     finished = repair(request, run_dir, console, seconds)
     if settings.delete_degraded:
         with agree(runtime, "removing the degraded checkpoint"):
@@ -92,6 +94,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
     return finished
 
 
+@phase("check")
 def check_fully(settings: Settings, runtime: Runtime) -> Request:
     """Return the checked request, whose run may fit on this run's devices, too. Collective."""
     from oneshot.patch.check import check
@@ -113,7 +116,7 @@ def repair(
         console: of rank 0; none on the others, or to print nothing
         seconds: by stage, of what went before
     """
-    from oneshot.distributed.resources import measured
+    from oneshot.distributed.resources import measured, where_time_went
     from oneshot.measure.further import ask_judges
     from oneshot.report.show import show
 
@@ -126,8 +129,9 @@ def repair(
     clock = time.perf_counter()
     repaired = _patch(request, aligned, run_dir, console)
     seconds["repair"] = time.perf_counter() - clock
-    resources = {"seconds": {k: round(v, 2) for k, v in seconds.items()}, **measured(runtime)}
     stages, warnings = ask_judges(runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages})
+    rounded = {stage: round(spent, 2) for stage, spent in seconds.items()}
+    resources = {"seconds": rounded, **measured(runtime), **where_time_went(runtime)}
     repaired = dataclasses.replace(repaired, stages=stages, warnings=warnings, resources=resources)
     return Finished(repaired, run_dir, show(repaired, run_dir, console) if runtime.is_main else {})
 
@@ -148,7 +152,8 @@ def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Aligne
             if settings.score.reference:
                 stages["aligned"] = _score(request, model)
             if unknown:
-                aligned = know_aligned(request, model)
+                with phase("choose"):
+                    aligned = know_aligned(request, model)
     return stages, aligned
 
 
@@ -172,12 +177,15 @@ def _patch(request: Request, aligned: Aligned | None, run_dir: Path, console: Co
                 track("repair", record["epoch"], record)
                 tell(record["epoch"], f"loss {record['loss']:.4f}")
 
-        chosen = choose_beforehand(request, aligned)
+        with phase("choose"):
+            chosen = choose_beforehand(request, aligned)
         with opened(request) as bench:
             with bench.unpatched() as model:
                 stages["finetuned"] = _score(request, model)
-            choice = choose(bench, aligned, chosen)
-            solution = solve(bench, choice.batch, choice.chosen.index, listen)
+            with phase("choose"):
+                choice = choose(bench, aligned, chosen)
+            with phase("solve"):
+                solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
             with bench.patched(solution.update) as model:
                 stages["repaired"] = _score(request, model)
             merged = run_dir / REPAIRED if request.settings.repair.merge else None

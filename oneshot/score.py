@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
+from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Finished:
     report: dict[str, Any]
 
 
+@timed
 def run(settings: Settings, *, quiet: bool = False) -> Finished:
     """Score the settings' model or server into a new run folder, or go on in an old one. Collective.
 
@@ -61,7 +63,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
     Raises:
         UserError: settings, files or a server that cannot be worked with
     """
-    from oneshot.distributed.resources import measured
+    from oneshot.distributed.resources import measured, where_time_went
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
     from oneshot.measure.further import ask_judges, check_judges
@@ -78,13 +80,14 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         raise UserError("A server is asked by one process: start oneshot score without a launcher.")
     if served and settings.score.text is not None:
         raise UserError("Setting score.text needs the model's weights, which a server does not give: leave it out.")
-    probes = collect_probes(settings)
-    check_tasks(settings.score, runtime)
-    check_judges(runtime, settings.score)
     overlaps: list[Overlap] = []
-    with agree(runtime, "reading the training data"):
-        if runtime.is_main:
-            overlaps = find_overlaps(probes, training_requests(settings))
+    with phase("check"):
+        probes = collect_probes(settings)
+        check_tasks(settings.score, runtime)
+        check_judges(runtime, settings.score)
+        with agree(runtime, "reading the training data"):
+            if runtime.is_main:
+                overlaps = find_overlaps(probes, training_requests(settings))
     clock = time.perf_counter()
     opened, tell = partial(_open, runtime, settings), partial(say_dtype, console)
     if served:
@@ -92,7 +95,8 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
     else:
         scored = score_local(runtime, settings, probes, opened, tell)
     stages, warnings = ask_judges(runtime, scored.run_dir, settings.score, scored.probes, {"model": scored.scores})
-    resources = {"seconds": {"score": round(time.perf_counter() - clock, 2)}, **measured(runtime)}
+    seconds = {"score": round(time.perf_counter() - clock, 2)}
+    resources = {"seconds": seconds, **measured(runtime), **where_time_went(runtime)}
     warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
     report = _report(runtime, settings, scored, stages, resources, overlaps, warnings) if runtime.is_main else {}
     finished = Finished(scored, stages, warnings, report)
@@ -151,11 +155,13 @@ def _show(finished: Finished, console: Console) -> None:
     """Print the table."""
     from oneshot.report.runfolder import PAGE
     from oneshot.report.table import print_stages
+    from oneshot.report.times import print_times
 
     stages = finished.stages
     print_stages({s: dataclasses.replace(f, rates=f.rates | f.others) for s, f in stages.items()}, console)
     for warning in finished.warnings:
         console.print(f"Note: {warning}", highlight=False, markup=False)
+    print_times(finished.report["resources"], console)
     console.print(f"Report: {finished.scored.run_dir / PAGE}", highlight=False)
 
 

@@ -10,11 +10,12 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
+from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     run_stage(argv, "spectrum", run)
 
 
+@timed
 def run(settings: Settings) -> None:
     """Measure the settings' model into a new run folder; first fine-tune it, where they say so. Collective."""
+    from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
@@ -53,10 +56,13 @@ def run(settings: Settings) -> None:
         say_dtype(console, asked.request.source)
     clock = time.perf_counter()
     found = measure(asked)
+    seconds = round(time.perf_counter() - clock, 2)
+    times = where_time_went(runtime)
     if console:
-        _show(asked, found, run_dir, time.perf_counter() - clock, console)
+        _show(asked, found, run_dir, {"seconds": seconds, **times}, console)
 
 
+@phase("check")
 def check_fully(settings: Settings, runtime: Runtime) -> Asked:
     """Read and check everything that can be wrong before a model is loaded or a file is written."""
     from oneshot.patch.check import check
@@ -71,9 +77,10 @@ def check_fully(settings: Settings, runtime: Runtime) -> Asked:
     return prepared(request)
 
 
-def _show(asked: Asked, found: Found, run_dir: Path, seconds: float, console: Console) -> None:
+def _show(asked: Asked, found: Found, run_dir: Path, times: dict[str, Any], console: Console) -> None:
     """Print the table; write spectrum.json and spectrum.html."""
     from oneshot.report.spectrum import JSON, console_table, sweep_table, write_spectrum
+    from oneshot.report.times import print_times, write_profile
     from oneshot.versions import versions
 
     settings, example = asked.request.settings, found.example
@@ -84,15 +91,17 @@ def _show(asked: Asked, found: Found, run_dir: Path, seconds: float, console: Co
         "example": {"id": example.id, "prompt": example.prompt[-1]["content"], "response": example.response},
         "groups": {name: len(each) for name, each in found.spectrum.each.items()},
         "notes": asked.notes,
-        "seconds": round(seconds, 2),
+        **times,
         "versions": versions(),
     }
+    write_profile(run_dir, times)
     page = write_spectrum(run_dir, found.spectrum, facts, found.sweep)
     console.print(console_table(found.spectrum))
     if found.sweep:
         console.print(sweep_table(found.sweep))
     for note in asked.notes:
         console.print(f"Note: {note}", highlight=False)
+    print_times(times, console)
     console.print(f"Figures: {page}\nAll values: {run_dir / JSON}", highlight=False)
 
 

@@ -78,7 +78,7 @@ def _steps(findings: Findings, method: str) -> Check:
         f"at another weight of the guard included: median {statistics.median(taken):g}, most {max(taken)}"
     )
     if EVERY[method].get("example", "bilevel") == "bilevel":
-        figures += "; the choice of the example, which tries out eight, is not counted"
+        figures += "; the steps of those tried out and left behind are not counted"
     return Check("steps of the one example", f"at most {STEPS}", max(kept) <= STEPS, figures)
 
 

@@ -77,7 +77,7 @@ def _repaired(subject: Subject, cell: Cell, result_of: ResultOf) -> dict[str, An
         with bench.unpatched() as model:
             subject.judge(model, request.tokenizer)
         choice = choose(bench, aligned, chosen)
-        solution = solve(bench, choice.batch, choice.chosen.index)
+        solution = solve(bench, choice.batch, choice.chosen.index, begun=choice.chosen.begun)
         example = request.conversations[choice.chosen.index].id
         with bench.patched(solution.update) as model:
             found = subject.measured(model, request, example)

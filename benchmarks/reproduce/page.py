@@ -60,7 +60,7 @@ figures, by the rules beside them.
 `sft` is the paper's recipe, AdamW on all weights, at a step size that suits the toy (2e-4); `rollback (auto)` is what
 `oneshot repair` does by itself. Settings are defaults, and the example is chosen from the pool of 44 by the bilevel
 rule, with two savings of time: `sft + guard`, `lora` and `saliency` take the example that `sft` took, and `lowrank`
-takes the first by alignment, where bilevel would try out eight. `lowrank, no reference` is what `oneshot repair
+takes the first by alignment, where bilevel would try out four. `lowrank, no reference` is what `oneshot repair
 --select alignment` does without an aligned model: the same method, and a choice of the example that knows the refusals
 only. (What the aligned model says to requests to be refused is hardly anything else, so that both take the same example
 where their rows are alike.) With the default choice, bilevel, it has a row of its own where that was measured: by

@@ -11,7 +11,7 @@ from reproduce.models import SHIPPED, SIZES
 
 OURS, PAPERS = "rollback (auto)", "sft"
 # name on the page -> what distinguishes the cell. To save time, what sft took as its example the other methods that
-# train take, too, and lowrank does not try out candidates: its bilevel choice takes ten times what its repair does.
+# train take, too, and lowrank does not try out candidates: its bilevel choice would take as long as its repair.
 METHODS: dict[str, dict[str, Any]] = {
     "no repair": {"method": "none"},
     PAPERS: {"method": "sft"},

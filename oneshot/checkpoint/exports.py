@@ -13,6 +13,7 @@ from oneshot.checkpoint.files import MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, Identity, check_identity, read_identity
 from oneshot.checkpoint.update import Update
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 
@@ -32,6 +33,7 @@ class GivenAdapter:
     identity: Identity | None
 
 
+@phase("read")
 def read_given(sources: list[str], weights: list[float]) -> list[GivenAdapter]:
     """Read the adapters to export.
 
@@ -124,6 +126,7 @@ class NewAdapter:
     linears: list[str]
 
 
+@phase("write")
 def write_adapter(
     runtime: Runtime, out: Path, adapter: NewAdapter, tokenizer: Path, beside: Callable[[Path], None]
 ) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from oneshot.distributed.phases import count, counting
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 
@@ -45,6 +46,8 @@ def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[
             if runtime.is_main:
                 if sync:
                     sync_folder(temporary)
+                if counting():
+                    count(written=bytes_in(temporary))
                 _take_place(temporary, folder, sync)
     except BaseException:
         if runtime.is_main:
@@ -140,6 +143,11 @@ def _exchange(one: Path, other: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(code, os.strerror(code), str(other))
+
+
+def bytes_in(folder: Path) -> int:
+    """Return the bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def sync_folder(folder: Path) -> None:

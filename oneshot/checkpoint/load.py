@@ -15,6 +15,7 @@ from oneshot.checkpoint.files import (
     local_folder,
     read_json,
     resolve,
+    stored_bytes,
 )
 from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
@@ -22,6 +23,7 @@ from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
+from oneshot.distributed.phases import count, count_passes, counting, phase
 from oneshot.distributed.resources import parameters_of
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError, first_line
@@ -126,12 +128,13 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Tokenizer:
     return tokenizer
 
 
+@phase("read")
 def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype | None = None) -> Any:
     """Load the checkpoint (without its adapter) as a causal language model, with dropout off.
 
-    Under ZeRO-3 the weights come partitioned over ranks, each rank reading its own bytes only, unless the settings or
-    the architecture ask for transformers' own way; otherwise every rank holds them whole. Linear weights are quantized
-    to NF4 as they are read, if the settings say so.
+    Under ZeRO-3 the weights come partitioned over ranks, otherwise every rank holds them whole; unless the settings or
+    the architecture ask for transformers' own way, each byte is read by one rank only. Linear weights are quantized to
+    NF4 as they are read, if the settings say so.
 
     Args:
         dtype: of the weights; none takes the source's
@@ -147,7 +150,7 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     settings = dataclasses.replace(settings, attention=_attention(settings.attention, runtime, source.dtype))
     try:
         model = None
-        if runtime.sharding == "zero3" or source.four_bit:
+        if not settings.stock_io or runtime.sharding == "zero3" or source.four_bit:
             model = _read_by_range(runtime, source, settings, dtype)
         if model is None:
             model = _load_stock(runtime, source, settings, dtype)
@@ -155,6 +158,9 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"The model in {source.checkpoint} cannot be loaded: {first_line(error)}.") from error
+    if runtime.is_main and counting():
+        count(read=stored_bytes(source.checkpoint))
+    count_passes(model)
     if runtime.device.type == "cpu" and parameters_of(model) < _SMALL:
         torch.set_num_threads(1)
     model.eval()
@@ -215,10 +221,9 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
         if runtime.sharding == "zero3":
             fill_partitions(runtime, model, source.checkpoint, dtype, four_bit)
         else:
-            assert four_bit is not None
             fill_whole(runtime, model, source.checkpoint, dtype, four_bit)
         return model
-    if runtime.is_main:
+    if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
         print(f"Loading the stock way: {reason}.", flush=True)
     return None
 

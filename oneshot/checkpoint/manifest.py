@@ -12,7 +12,7 @@ from typing import Any
 from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_json
 from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.layout import ITEM_SIZES, tensor_bytes
-from oneshot.checkpoint.ranges import CHUNK, Piece, check_piece
+from oneshot.checkpoint.ranges import CHUNK, Piece, piece_read, read_all
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 
@@ -101,5 +101,4 @@ def check_share(runtime: Runtime, folder: Path) -> None:
         order = sorted(pieces, key=lambda name: (tensors[name].shard, tensors[name].offset))
         every = [(name, piece) for name in order for piece in pieces[name]]
         first, last = (len(every) * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
-        for name, piece in every[first:last]:
-            check_piece(tensors[name], piece, name)
+        read_all(piece_read(tensors[name], piece, name) for name, piece in every[first:last])

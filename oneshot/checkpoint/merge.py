@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 from oneshot.checkpoint.dequantize import through_nf4, unpacked
 from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
-from oneshot.checkpoint.layout import ITEM_SIZES, Range
+from oneshot.checkpoint.layout import ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
 from oneshot.checkpoint.merge_plan import MergePlan, Term, plan_merge, shared_out
 from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
+from oneshot.distributed.phases import count
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
 
@@ -56,6 +57,9 @@ def merge(runtime: Runtime, plan: MergePlan, folder: Path, beside: Callable[[Pat
                     beside(temporary)
         with agree(runtime, f"writing the checkpoint {folder}"):
             written = _write_share(runtime, plan, shares[runtime.rank], temporary)
+        count(
+            read=sum(tensor_bytes(plan.tensors[name].shape, plan.tensors[name].dtype) for name in shares[runtime.rank])
+        )
         everything = gather_objects(runtime, written)
         with agree(runtime, f"checking the checkpoint {folder}"):
             if runtime.is_main:

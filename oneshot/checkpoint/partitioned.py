@@ -1,18 +1,22 @@
-"""Build a model that reads its weights by range: under ZeRO-3 every rank only its own bytes, 4-bit or as stored."""
+"""Build a model that reads its weights by range, each byte once by all ranks together, 4-bit or as stored.
+
+Under ZeRO-3 every rank reads the bytes of its partitions; where the model is replicated, a share that all then get.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import TensorEntry, list_tensors
-from oneshot.checkpoint.layout import FLOATS, Range, partition
-from oneshot.checkpoint.manifest import Pieces, read_pieces
-from oneshot.checkpoint.quantized import FourBit, finish, holds_packed, is_stored, packed_parameter, read_packed
-from oneshot.checkpoint.ranges import Piece, read_range
+from oneshot.checkpoint.files import TensorEntry
+from oneshot.checkpoint.layout import FLOATS, Range, owners, partition
+from oneshot.checkpoint.quantized import FourBit, finish, holds_packed, is_stored, packed_parameter
+from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.weights import Checkpoint, open_checkpoint, read_own
 from oneshot.distributed.engine import deepspeed_config
-from oneshot.distributed.runtime import Runtime, agree
+from oneshot.distributed.runtime import Runtime, agree, exchange
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,8 +51,14 @@ def why_not(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> str | No
     # a permutation keeps names and shapes, so that comparing those would not find it
     if any(isinstance(transform, WeightConverter) for transform in transforms):
         return f"transformers stores {type(model).__name__} in other tensors than it computes with"
-    for name, tensor in own_tensors(model).items():
+    own = own_tensors(model)
+    for name in model.state_dict(keep_vars=True):
+        if name not in own and name in tensors:  # transformers ties the two only if they are equal
+            return f"the checkpoint stores {name}, which is tied to another weight, too"
+    for name, tensor in own.items():
         entry = tensors.get(name)
+        if tensor.dtype != _kept_dtype(model, name, tensor.dtype):
+            return f"transformers keeps {name} in another dtype"
         if entry is not None and holds_packed(tensors, name):
             continue
         if entry is None:
@@ -61,6 +71,15 @@ def why_not(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> str | No
                 f"{list(tensor.shape)}: config and shards are not of one checkpoint, copy it again."
             )
     return None
+
+
+def _kept_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which transformers holds a weight of a model of this dtype: a few models keep some in fp32."""
+    import torch
+
+    strict, others = (getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("_strict", ""))
+    kept = {*(strict if dtype.itemsize == 2 else ()), *(others if dtype == torch.float16 else ())}
+    return torch.float32 if any(re.search(rf"(^|\.){module}(\.|$)", name) for module in kept) else dtype
 
 
 def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> Any:
@@ -98,12 +117,11 @@ def fill_partitions(
     import deepspeed
     import torch
 
-    tensors = list_tensors(folder)
-    pieces: Pieces = {}
     names = _give_shapes(model, dtype, runtime.device, four_bit)
+    own: dict[str, torch.Tensor] = {}
 
     class FileInit(deepspeed.zero.Init):  # type: ignore[misc]  # deepspeed has no types
-        """DeepSpeed's own conversion, but with the partition read from the file instead of cut from the whole."""
+        """DeepSpeed's own conversion, but with an empty partition, to be read, instead of one cut from the whole."""
 
         def _convert_to_zero_parameters(self, params: Iterable[Any]) -> None:
             params = list(params)
@@ -112,23 +130,21 @@ def fill_partitions(
             for parameter in [p for p in params if id(p) in names]:
                 self._convert_to_deepspeed_param(parameter)
                 wanted = partition(tuple(parameter.ds_shape), runtime.rank, runtime.world_size)
-                name = names[id(parameter)]
                 home = self.local_device if parameter.ds_persist else self.remote_device
-                packed = _is_packed(four_bit, name)
-                own = torch.empty(wanted.size, dtype=dtype, device=runtime.device if packed else home)
-                _read(tensors, pieces.get(name, ()), four_bit, name, wanted, own)
-                own = own.to(home)
-                if self.pin_memory and own.device.type == "cpu":
-                    own = deepspeed.accelerator.get_accelerator().pin_memory(own)
-                _install(parameter, own, wanted, runtime.world_size)
+                part = own[names[id(parameter)]] = torch.empty(wanted.size, dtype=dtype, device=home)
+                if self.pin_memory and part.device.type == "cpu":
+                    part = own[names[id(parameter)]] = deepspeed.accelerator.get_accelerator().pin_memory(part)
+                _install(parameter, part, wanted, runtime.world_size)
 
     with agree(runtime, f"reading the checkpoint {folder}"):
-        pieces |= read_pieces(folder, tensors)
+        checkpoint = open_checkpoint(folder)
         FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
-        _read_buffers(model, tensors, pieces)
+        for _ in read_own(runtime, model, checkpoint, own, four_bit):
+            pass
+        _read_buffers(model, checkpoint)
     names.clear()  # a parameter made later may get the id of one that is gone by then
     if four_bit is not None:
-        finish(runtime, four_bit, tensors, partitioned=True)
+        finish(runtime, four_bit, checkpoint.tensors, partitioned=True)
     _check(runtime, model)
 
 
@@ -146,53 +162,45 @@ def _install(parameter: Any, own: Any, wanted: Range, world_size: int) -> None:
     parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
-def fill_whole(runtime: Runtime, model: nn.Module, folder: Path, dtype: torch.dtype, four_bit: FourBit) -> None:
-    """Fill the skeleton of a 4-bit model with whole tensors, on this rank's device. Collective.
+def fill_whole(
+    runtime: Runtime, model: nn.Module, folder: Path, dtype: torch.dtype, four_bit: FourBit | None = None
+) -> None:
+    """Fill the skeleton with whole tensors, on this rank's device. Collective.
+
+    Each rank reads its share of every tensor, so that a byte is read once by all of them together, and gets the others
+    from the other ranks.
 
     Raises:
         UserError: on every rank, if any rank could not read
     """
     import torch
 
-    tensors = list_tensors(folder)
     _give_shapes(model, dtype, runtime.device, four_bit)
+    with agree(runtime, f"opening the checkpoint {folder}"):
+        checkpoint = open_checkpoint(folder)
+    shares: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.numel(), dtype=dtype, device=runtime.device)
+        parameter.data = whole.view(parameter.shape)
+        shares[name] = [whole[own.start : own.stop] for own in owners(tuple(parameter.shape), runtime.world_size)]
     with agree(runtime, f"reading the checkpoint {folder}"):
-        pieces = read_pieces(folder, tensors)
-        for name, parameter in model.named_parameters():
-            wanted = partition(tuple(parameter.shape), 0, 1)
-            own = torch.empty(wanted.size, dtype=dtype, device=runtime.device)
-            _read(tensors, pieces.get(name, ()), four_bit, name, wanted, own)
-            parameter.data = own.view(parameter.shape)
-        _read_buffers(model, tensors, pieces)
-    finish(runtime, four_bit, tensors, partitioned=False)
-
-
-def _is_packed(four_bit: FourBit | None, name: str) -> bool:
-    return four_bit is not None and name.removesuffix(".weight") in four_bit.layers
-
-
-def _read(
-    tensors: dict[str, TensorEntry],
-    pieces: Sequence[Piece],
-    four_bit: FourBit | None,
-    name: str,
-    wanted: Range,
-    out: torch.Tensor,
-) -> None:
-    """Fill ``out`` with a range of a parameter, which for a packed one is a range of packed elements."""
-    if four_bit is not None and _is_packed(four_bit, name):
-        read_packed(four_bit, name.removesuffix(".weight"), wanted, out, tensors[name], pieces)
+        own = {name: parts[runtime.rank] for name, parts in shares.items()}
+        for name in read_own(runtime, model, checkpoint, own, four_bit):
+            exchange(runtime, shares[name])
+        _read_buffers(model, checkpoint)
+    if four_bit is not None:
+        finish(runtime, four_bit, checkpoint.tensors, partitioned=True)
     else:
-        read_range(tensors[name], wanted, out, name, pieces)
+        model.to(runtime.device)  # its buffers
 
 
-def _read_buffers(model: nn.Module, tensors: dict[str, TensorEntry], pieces: Pieces) -> None:
+def _read_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     parameters = {name for name, _ in model.named_parameters()}
     for name, buffer in own_tensors(model).items():
         if name not in parameters:
             whole = partition(tuple(buffer.shape), 0, 1)
             flat = buffer.new_empty(whole.size)
-            read_range(tensors[name], whole, flat, name, pieces.get(name, []))
+            read_range(checkpoint.tensors[name], whole, flat, name, checkpoint.pieces.get(name, []))
             buffer.copy_(flat.view(buffer.shape))
 
 
@@ -209,7 +217,7 @@ def _give_shapes(
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if _is_packed(four_bit, f"{path}.{name}"):
+            if four_bit is not None and f"{path}.{name}".removesuffix(".weight") in four_bit.layers:
                 made[id(parameter)] = packed_parameter(module, dtype, device)
             elif id(parameter) not in made:
                 data = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, read_tensor
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
-from oneshot.checkpoint.ranges import Piece, read_range
+from oneshot.checkpoint.ranges import Read
 from oneshot.distributed.runtime import Runtime, gather_parts
 from oneshot.errors import UserError
 
@@ -159,50 +158,54 @@ def blocks(numel: int, own: Range, per_item: int) -> tuple[Range, Range]:
     return touched, Range(first, max(first, touched.stop), 0)
 
 
-def read_packed(
-    four_bit: FourBit, name: str, own: Range, out: torch.Tensor, entry: TensorEntry, pieces: Sequence[Piece]
-) -> None:
-    """Fill ``out`` with a range of a layer's packed weight; keep the scales of the blocks that begin in it.
-
-    Args:
-        own: packed elements
-        out: (own.size,), in ``four_bit.dtype``, on the device that quantizes
-        pieces: as of ``read_range``, of the stored tensor
-    """
+def as_bytes(read: Read) -> Read:
+    """Return the read of packed elements, whatever dtype the file gives them, as of the bytes that they are."""
     import torch
 
-    target = out.view(torch.uint8)
-    target[own.numel * out.element_size() :] = 0
-    if four_bit.stored:
-        _read_bytes(name, own, out, entry, pieces)
-        return
+    assert read.out is not None
+    entry, wanted, item, size = read.entry, read.wanted, ITEM_SIZES[read.entry.dtype], read.out.element_size()
+    return replace(
+        read,
+        entry=replace(entry, dtype="U8", shape=(math.prod(entry.shape) * item,)),
+        wanted=Range(wanted.start * size, wanted.stop * size, wanted.size * size),
+        out=read.out.view(torch.uint8),
+        pieces=[(start * item, stop * item, checksum) for start, stop, checksum in read.pieces],
+    )
+
+
+def weights_behind(four_bit: FourBit, read: Read, device: torch.device) -> Read:
+    """Return the read of the weights, in whole blocks, of which a range of packed elements is made on ``device``."""
+    import torch
+
+    numel = math.prod(read.entry.shape)
+    touched, _ = blocks(numel, read.wanted, 2 * four_bit.dtype.itemsize)
+    start, stop = touched.start * BLOCK, min(touched.stop * BLOCK, numel)
+    out = torch.empty(stop - start, dtype=four_bit.dtype, device=device)
+    return replace(read, wanted=Range(start, stop, stop - start), out=out)
+
+
+def pack(four_bit: FourBit, read: Read, weights: Read) -> None:
+    """Fill ``read.out`` with packed elements made of ``weights``; keep the scales of the blocks that begin in it."""
+    import torch
     from bitsandbytes.functional import quantize_4bit
 
-    numel, size = math.prod(entry.shape), out.element_size()
-    touched, mine = blocks(numel, own, 2 * size)
-    scales = torch.empty(mine.numel, device=out.device)
-    for first in range(touched.start, touched.stop, _CHUNK // BLOCK):
-        last = min(first + _CHUNK // BLOCK, touched.stop)
-        begin, end = first * BLOCK, min(last * BLOCK, numel)
-        values = torch.empty(end - begin, dtype=four_bit.dtype, device=out.device)
-        read_range(entry, Range(begin, end, end - begin), values, f"{name}.weight", pieces)
-        packed, state = quantize_4bit(values, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
+    values = weights.out
+    assert read.out is not None
+    assert values is not None
+    own, size = read.wanted, four_bit.dtype.itemsize
+    target = torch.zeros(own.size * size, dtype=torch.uint8, device=values.device)
+    _, mine = blocks(math.prod(read.entry.shape), own, 2 * size)
+    scales = torch.empty(mine.numel, device=values.device)
+    for begin in range(weights.wanted.start, weights.wanted.stop, _CHUNK):
+        end = min(begin + _CHUNK, weights.wanted.stop)
+        part = values[begin - weights.wanted.start : end - weights.wanted.start]
+        packed, state = quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
         low, high = max(begin // 2, own.start * size), min(-(-end // 2), own.stop * size)
         target[low - own.start * size : high - own.start * size] = packed.view(-1)[low - begin // 2 : high - begin // 2]
-        low = max(first, mine.start)
-        scales[low - mine.start : last - mine.start] = state.absmax[low - first :]
-    four_bit.scales[name] = scales
-
-
-def _read_bytes(name: str, own: Range, out: torch.Tensor, entry: TensorEntry, pieces: Sequence[Piece]) -> None:
-    """Read packed elements, whatever dtype the file gives them, as the bytes that they are."""
-    import torch
-
-    item, size = ITEM_SIZES[entry.dtype], out.element_size()
-    as_bytes = replace(entry, dtype="U8", shape=(math.prod(entry.shape) * item,))
-    wanted = Range(own.start * size, own.stop * size, own.size * size)
-    in_bytes = [(start * item, stop * item, checksum) for start, stop, checksum in pieces]
-    read_range(as_bytes, wanted, out.view(torch.uint8), f"{name}.weight", in_bytes)
+        first, low = begin // BLOCK, max(begin // BLOCK, mine.start)
+        scales[low - mine.start : -(-end // BLOCK) - mine.start] = state.absmax[low - first :]
+    read.out.copy_(target.view(four_bit.dtype))
+    four_bit.scales[read.name.removesuffix(".weight")] = scales
 
 
 def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry], *, partitioned: bool) -> None:

@@ -1,111 +1,288 @@
 """Read element ranges of tensors straight from safetensors files: no more bytes than asked for, no full tensor.
 
-Bytes that a manifest has checksums of are compared with them on the way.
+In the order of the files, in large requests of which several are under way (``storage.py`` says how many), without
+mmap. Bytes that a manifest has checksums of are compared with them on the way.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from oneshot.checkpoint.files import MANIFEST, TensorEntry
-from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.layout import ITEM_SIZES, Range
+from oneshot.checkpoint.storage import ALIGNED, OpenFile, Storage, fill, opened, storage_of
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 16 << 20  # bytes per read, and of a piece with a checksum: bounds the extra memory of a reader
+CHUNK = 16 << 20  # bytes of a piece with a checksum, and of a request, at most
+_BUFFER = 3 * CHUNK  # bytes that the requests under way may hold, together
 Piece = tuple[int, int, str]  # first element of a tensor, last + 1, XXH3-64 of their bytes (hexadecimal)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A range of a stored tensor that is wanted, and where it goes.
+
+    A piece is checked by whoever wants its first element, so that ranks which share a tensor check each piece once.
+    Where it goes on beyond the range, what is missing is read for the check alone.
+
+    Attributes:
+        wanted: elements of the stored tensor
+        out: (wanted.size,), contiguous, on any device; its dtype may differ from the file's. What is beyond
+            ``wanted.numel`` becomes zero. None reads for the checksums alone
+        name: the tensor's, for messages
+        pieces: the whole tensor's, in order, of CHUNK bytes at most; none checks nothing
+        put: (part of out, its values in the file's dtype on out's device) -> how they get there, in whatever thread;
+            none copies them
+    """
+
+    entry: TensorEntry
+    wanted: Range
+    out: torch.Tensor | None
+    name: str = "a tensor"
+    pieces: Sequence[Piece] = ()
+    put: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Elements ``start`` to ``stop`` of a read, read on to ``end`` where their checksum is of so many."""
+
+    read: Read
+    start: int
+    stop: int
+    end: int
+    checksum: str = ""
+
+    @property
+    def begin(self) -> int:
+        """First byte in the file."""
+        return _byte(self.read, self.start)
+
+    @property
+    def nbytes(self) -> int:
+        return _byte(self.read, self.end) - self.begin
+
+
+@dataclass
+class _Block:
+    """One request: parts that follow one another in a file."""
+
+    file: OpenFile
+    parts: list[_Part]
+
+    @property
+    def end(self) -> int:
+        return self.parts[-1].begin + self.parts[-1].nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.parts[0].begin
+
+
+@dataclass
+class _Buffers:
+    """Memory of each thread for what it reads; page-locked where values go on to a GPU."""
+
+    pinned: bool
+    stopped: bool = False  # a read has failed, or nobody waits any more
+    _own: threading.local = field(default_factory=threading.local)
+
+    def of(self, nbytes: int) -> torch.Tensor:
+        """So many bytes, their first one where O_DIRECT wants it."""
+        import torch
+
+        whole: torch.Tensor | None = getattr(self._own, "whole", None)
+        if whole is None or len(whole) < nbytes + ALIGNED:
+            whole = self._own.whole = torch.empty(nbytes + ALIGNED, dtype=torch.uint8, pin_memory=self.pinned)
+        first = -whole.data_ptr() % ALIGNED
+        return whole[first : first + nbytes]
+
+
+def piece_read(entry: TensorEntry, piece: Piece, name: str) -> Read:
+    """Return the read of a piece for its checksum alone."""
+    return Read(entry, Range(piece[0], piece[1], 0), None, name, [piece])
 
 
 def read_range(
     entry: TensorEntry, wanted: Range, out: torch.Tensor, name: str = "a tensor", pieces: Sequence[Piece] = ()
 ) -> None:
-    """Fill the first ``wanted.numel`` elements of ``out`` with that range of the tensor; the rest becomes zero.
+    """Fill ``out`` with a range of one tensor; arguments as of ``Read``, raises as ``read_in_order``."""
+    read_all([Read(entry, wanted, out, name, pieces)])
 
-    A piece is checked by whoever wants its first element, so that ranks which share a tensor check each piece once.
-    Where it goes on beyond the range, what is missing is read for the check alone.
 
-    Args:
-        out: (wanted.size,), contiguous, on any device; its dtype may differ from the file's
-        name: the tensor's, for messages
-        pieces: the whole tensor's, in order, of CHUNK bytes at most; none checks nothing
+def read_all(reads: Iterable[Read]) -> None:
+    """Do as ``read_in_order``, and wait for all."""
+    for _ in read_in_order(reads):
+        pass
+
+
+def read_in_order(reads: Iterable[Read]) -> Iterator[Read]:
+    """Fill what is wanted, several requests at a time, and yield each read, in the order of the files, once it is done.
+
+    An error is raised after all have been yielded, those behind it unread, so that ranks which exchange what each has
+    read stay in step.
 
     Raises:
-        UserError: the file ends too soon, its dtype cannot be read, or its bytes are not those that were written
+        UserError: a file ends too soon, its dtype cannot be read, or its bytes are not those that were written
     """
+    ordered = sorted(reads, key=file_order)
+    problem: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        buffers = _Buffers(pinned=any(read.out is not None and read.out.is_cuda for read in ordered))
+        waiting = _start(stack, ordered, buffers)
+        for read in ordered:
+            for future in waiting.pop(read):
+                try:
+                    future.result()
+                except (OSError, UserError) as error:
+                    buffers.stopped, problem = True, problem or error
+            yield read
+    if problem is not None:
+        raise problem
+
+
+def _start(stack: contextlib.ExitStack, ordered: list[Read], buffers: _Buffers) -> dict[Read, list[Future[None]]]:
+    """Begin to read; each read's requests."""
+    of_folder: dict[Path, set[Path]] = {}
+    for read in ordered:
+        torch_dtype(read.entry, read.name)
+        if read.out is not None:
+            read.out[read.wanted.numel :] = 0
+        if read.wanted.numel:
+            of_folder.setdefault(read.entry.shard.parent, set()).add(read.entry.shard)
+    ways = {folder: storage_of(files) for folder, files in of_folder.items()}
+    blocks = list(_blocks(ordered, stack, ways))
+    largest = max((block.nbytes for block in blocks), default=1)
+    threads = max(1, min(max((way.in_flight for way in ways.values()), default=1), _BUFFER // largest, len(blocks)))
+    pool = stack.enter_context(ThreadPoolExecutor(threads, "read"))
+    stack.callback(setattr, buffers, "stopped", True)  # before the pool waits for its threads
+    waiting: dict[Read, list[Future[None]]] = {read: [] for read in ordered}
+    for block in blocks:
+        future = pool.submit(_do, block, buffers)
+        for read in dict.fromkeys(part.read for part in block.parts):
+            waiting[read].append(future)
+    return waiting
+
+
+def _blocks(ordered: list[Read], stack: contextlib.ExitStack, ways: dict[Path, Storage]) -> Iterator[_Block]:
+    """Cut what is wanted into requests, in the order of the files."""
+    block: _Block | None = None
+    for read in ordered:
+        path = read.entry.shard
+        for part in _parts(read, ways[path.parent].block) if read.wanted.numel else ():
+            if block is None or block.file.path != path:
+                file = stack.enter_context(opened(path, ways[path.parent].direct))
+            elif block.end == part.begin and block.nbytes + part.nbytes <= ways[path.parent].block:
+                block.parts.append(part)
+                continue
+            if block is not None:
+                yield block
+            block = _Block(file, [part])
+    if block is not None:
+        yield block
+
+
+def _parts(read: Read, most: int) -> Iterator[_Part]:
+    """Cut a read where the pieces that it has to check begin, and what it need not check at multiples of ``most``."""
+    wanted, item = read.wanted, ITEM_SIZES[read.entry.dtype]
+    own = [piece for piece in read.pieces if wanted.start <= piece[0] < wanted.stop]
+    first = own[0][0] if own else wanted.stop
+    start = wanted.start
+    while start < first:
+        stop = min(first, start + max(1, (most - _byte(read, start) % most) // item))
+        yield _Part(read, start, stop, stop)
+        start = stop
+    for start, end, checksum in own:
+        yield _Part(read, start, min(end, wanted.stop), end, checksum)
+
+
+def _do(block: _Block, buffers: _Buffers) -> None:
+    """Read a block: what needs no change straight to where it goes, the rest by way of this thread's memory."""
     import torch
 
-    dtype = torch_dtype(entry, name)
-    out[wanted.numel :] = 0
-    direct = dtype == out.dtype and out.device.type == "cpu"
-    descriptor = os.open(entry.shard, os.O_RDONLY)
-    try:
-        for start, stop, piece in _spans(wanted, pieces, max(1, CHUNK // ITEM_SIZES[entry.dtype])):
-            place = slice(start - wanted.start, stop - wanted.start)
-            part = out[place] if direct else torch.empty(stop - start, dtype=dtype)
-            data = memoryview(part.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            _fill(descriptor, entry, start, data, name)
-            if piece is not None:
-                _check(descriptor, entry, piece, data, stop, name)
-            if not direct:
-                out[place] = part.to(out.device, out.dtype)
-    finally:
-        os.close(descriptor)
+    if buffers.stopped:
+        return
+    file, begin = block.file, block.parts[0].begin
+    direct = file.direct
+    lead = begin % ALIGNED if direct else 0
+    staged, at = buffers.of(-(-(lead + block.nbytes) // ALIGNED) * ALIGNED), lead
+    memory: list[list[torch.Tensor]] = []  # for each part the bytes that it is read into
+    for part in block.parts:
+        place = _place(part)
+        kept = place.view(torch.uint8) if place is not None and not direct and _fits(part.read) else staged[:0]
+        memory.append([kept, staged[at + len(kept) : at + part.nbytes]])
+        at += part.nbytes
+    views = [staged] if direct else [own for pair in memory for own in pair]
+    got = fill(file, begin - lead, [_memory(view) for view in views if len(view)]) - lead
+    for part, (kept, rest) in zip(block.parts, memory):
+        got -= part.nbytes
+        if got < 0:
+            raise UserError(
+                f"{file.path} ended in the middle of {part.read.name}: the file was cut off, copy it again."
+            )
+        if part.checksum:
+            _check(part, kept, rest)
+        place = _place(part)
+        if place is not None and not len(kept):
+            _put(part.read, place, rest[: (part.stop - part.start) * ITEM_SIZES[part.read.entry.dtype]])
 
 
-def check_piece(entry: TensorEntry, piece: Piece, name: str) -> None:
-    """Read a piece for its checksum alone.
-
-    Raises:
-        UserError: as ``read_range``
-    """
-    descriptor = os.open(entry.shard, os.O_RDONLY)
-    try:
-        _check(descriptor, entry, piece, memoryview(b""), piece[0], name)
-    finally:
-        os.close(descriptor)
+def _place(part: _Part) -> torch.Tensor | None:
+    """Where the values of a part go."""
+    out, first = part.read.out, part.read.wanted.start
+    return None if out is None else out[part.start - first : part.stop - first]
 
 
-def _spans(wanted: Range, pieces: Sequence[Piece], most: int) -> Iterator[tuple[int, int, Piece | None]]:
-    """Cut a range where the pieces that it has to check begin, and what it need not check into ``most`` elements."""
-    own = [piece for piece in pieces if wanted.start <= piece[0] < wanted.stop]
-    first = own[0][0] if own else wanted.stop
-    for start in range(wanted.start, first, most):
-        yield start, min(start + most, first), None
-    for piece in own:
-        yield piece[0], min(piece[1], wanted.stop), piece
+def _fits(read: Read) -> bool:
+    """Whether the bytes of the file are those of ``out``."""
+    out, dtype = read.out, torch_dtype(read.entry, read.name)
+    return out is not None and read.put is None and out.dtype == dtype and out.device.type == "cpu"
 
 
-def _check(descriptor: int, entry: TensorEntry, piece: Piece, read: memoryview, stop: int, name: str) -> None:
-    """Compare a piece with its checksum; ``read`` are its bytes up to element ``stop``, the others are read here."""
-    start, end, wanted = piece
-    digest = xxhash.xxh3_64(read)
-    if stop < end:
-        rest = memoryview(bytearray((end - stop) * ITEM_SIZES[entry.dtype]))
-        _fill(descriptor, entry, stop, rest, name)
-        digest.update(rest)
-    if digest.hexdigest() != wanted:
+def _put(read: Read, place: torch.Tensor, data: torch.Tensor) -> None:
+    dtype = torch_dtype(read.entry, read.name)
+    if data.storage_offset() % dtype.itemsize:  # a file whose tensors are not aligned
+        data = data.clone()
+    values = data.view(dtype).to(place.device)
+    if read.put is not None:
+        read.put(place, values)
+    else:
+        place.copy_(values)
+
+
+def _check(part: _Part, kept: torch.Tensor, rest: torch.Tensor) -> None:
+    """Compare a piece with its checksum."""
+    digest = xxhash.xxh3_64(_memory(kept))
+    digest.update(_memory(rest))
+    if digest.hexdigest() != part.checksum:
         raise UserError(
-            f"{entry.shard} was altered: {name} does not have the checksum that {MANIFEST} gives for elements {start} "
-            f"to {end}; copy the file again."
+            f"{part.read.entry.shard} was altered: {part.read.name} does not have the checksum that {MANIFEST} gives "
+            f"for elements {part.start} to {part.end}; copy the file again."
         )
 
 
-def _fill(descriptor: int, entry: TensorEntry, start: int, out: memoryview, name: str) -> None:
-    """Read the bytes of a tensor from element ``start`` on."""
-    offset, done = entry.offset + start * ITEM_SIZES[entry.dtype], 0
-    while done < len(out):
-        with naming(entry.shard):
-            got = os.preadv(descriptor, [out[done:]], offset + done)
-        if got == 0:
-            raise UserError(f"{entry.shard} ended in the middle of {name}: the file was cut off, copy it again.")
-        done += got
+def _memory(data: torch.Tensor) -> memoryview:
+    return memoryview(data.numpy())  # type: ignore[arg-type]
+
+
+def file_order(read: Read) -> tuple[str, int]:
+    """Return the key by which reads are sorted into the order of the files."""
+    return str(read.entry.shard), _byte(read, read.wanted.start)
+
+
+def _byte(read: Read, element: int) -> int:
+    return read.entry.offset + element * ITEM_SIZES[read.entry.dtype]
 
 
 def torch_dtype(entry: TensorEntry, name: str) -> torch.dtype:

@@ -17,13 +17,13 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from oneshot.checkpoint.files import MANIFEST, list_tensors, read_header, read_json
+from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_header, read_json
 from oneshot.checkpoint.folders import clean_inside, naming, replacing, sync_entries, sync_folder
 from oneshot.checkpoint.layout import Range, partition
 from oneshot.checkpoint.manifest import Pieces, check_share, write_manifest
-from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.ranges import Read, read_all
 from oneshot.checkpoint.write import (
     Slot,
     create_shards,
@@ -52,11 +52,14 @@ class States:
     Attributes:
         folder: the run's ``state`` folder
         keep: how many
+        moments: bf16 writes Adam's moments in two thirds of a state's bytes; a run that resumes from them goes on a
+            little differently than it would have
     """
 
     runtime: Runtime
     folder: Path
     keep: int
+    moments: Literal["fp32", "bf16"] = "fp32"
     _syncing: tuple[int, Future[None]] | None = field(default=None, init=False)  # of which step
 
     def save(self, engine: TrainingEngine, step: int) -> Path:
@@ -73,7 +76,8 @@ class States:
         runtime, target = self.runtime, self.folder / f"step-{step}"
         allocate(engine)
         shapes = trained_shapes(engine)
-        dtypes = dict.fromkeys(shapes, "F32")
+        rest = {"fp32": "F32", "bf16": "BF16"}[self.moments]
+        dtypes = {name: "F32" if name.startswith("master.") else rest for name in shapes}
         slots, headers = plan_shards(shapes, dtypes, shard_bytes(shapes, dtypes, runtime.world_size))
         with contextlib.ExitStack() as files:
             with replacing(runtime, target, sync=False) as temporary:
@@ -164,15 +168,17 @@ def load_state(engine: TrainingEngine, state: Path) -> int:
             odd = wrong or sorted(set(tensors) - set(shapes))
             raise UserError(f"{state} belongs to another model or method: {odd[0]} does not fit.")
         allocate(engine)
-        for piece in held_state(engine):
-            own = Range(piece.start, piece.start + len(piece.values), len(piece.values))
-            name = f"{piece.kind}.{piece.name}"
-            read_range(tensors[name], own, piece.values, name)
+        read_all(_wanted(tensors[f"{piece.kind}.{piece.name}"], piece) for piece in held_state(engine))
     restored(engine, manifest["step"])
     random_state = state / _random_name(runtime.rank)
     if manifest["world_size"] == runtime.world_size and random_state.is_file():
         _read_random_state(random_state)
     return int(manifest["step"])
+
+
+def _wanted(entry: TensorEntry, piece: StateShare) -> Read:
+    own = Range(piece.start, piece.start + len(piece.values), len(piece.values))
+    return Read(entry, own, piece.values, f"{piece.kind}.{piece.name}")
 
 
 def _write_pieces(engine: TrainingEngine, folder: Path, slots: dict[str, Slot], descriptors: dict[str, int]) -> Pieces:

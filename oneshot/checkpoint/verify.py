@@ -14,7 +14,7 @@ from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header
 from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
-from oneshot.checkpoint.ranges import CHUNK, Piece, check_piece, read_range, torch_dtype
+from oneshot.checkpoint.ranges import CHUNK, Piece, piece_read, read_all, read_range, torch_dtype
 from oneshot.errors import UserError
 
 _BLOB = re.compile(r"[0-9a-f]{64}")  # the name of a large file in the Hub's cache is its SHA-256
@@ -84,7 +84,7 @@ def _problems(entry: TensorEntry, name: str, pieces: list[Piece]) -> Iterator[st
                 read_range(entry, Range(start, stop, stop - start), part, name, [piece] if checksum else [])
                 bad += int((~part.isfinite()).sum())
             elif checksum:
-                check_piece(entry, piece, name)
+                read_all([piece_read(entry, piece, name)])
         except UserError:
             yield f"does not have its checksum in elements {start} to {stop}"
     if bad:

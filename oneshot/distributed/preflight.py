@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, barrier, gather_objects
 from oneshot.errors import UserError
 from oneshot.versions import PACKAGES, package_version
@@ -50,6 +51,7 @@ def machines(runtime: Runtime) -> int:
     return len(set(gather_objects(runtime, _host())))
 
 
+@phase("preflight")
 def preflight(runtime: Runtime, folder: Path, needed: int) -> list[Check]:
     """Look at one thing after the other, on all ranks, up to the first that is wrong. Collective; alike on every rank.
 

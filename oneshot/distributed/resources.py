@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.distributed.phases import OTHER, Spent, peaks, running
 from oneshot.distributed.runtime import Runtime, gather_objects
 
 if TYPE_CHECKING:
@@ -18,16 +19,46 @@ _SMALL = 10_000_000  # weights
 
 def measured(runtime: Runtime) -> dict[str, Any]:
     """Return peak_rss_bytes and peak_gpu_bytes, one value per rank (GPU: empty without one). Collective."""
-    import resource
+    ranks = gather_objects(runtime, peaks())
+    return {name: [rank[name] for rank in ranks if name in rank] for name in ("peak_rss_bytes", "peak_gpu_bytes")}
 
-    import torch
 
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
-    gpu = torch.cuda.max_memory_allocated(runtime.device) if runtime.device.type == "cuda" else None
-    ranks = gather_objects(runtime, {"rss": rss, "gpu": gpu})
+def where_time_went(runtime: Runtime) -> dict[str, Any]:
+    """Return what the phases of this run took until now; nothing where no stage opened a clock. Collective.
+
+    Returns:
+        phases: name -> seconds of rank 0, which add up to the whole; what belongs to no phase is last
+        profile: of a run with details, a row for each phase: phase, seconds and calls (of rank 0), slowest_seconds (of
+            the rank that took longest), passes, tokens, read_bytes and written_bytes (of all ranks together),
+            tokens_per_second, and peak_rss_bytes and peak_gpu_bytes (of the rank that held most; 0 where none held more
+            than before)
+    """
+    clock = running()
+    if clock is None:
+        return {}
+    ranks = [
+        {name: Spent(**spent) for name, spent in rank.items()}
+        for rank in gather_objects(runtime, {name: vars(spent) for name, spent in clock.spent.items()})
+    ]
+    names = [name for name in dict.fromkeys(name for rank in ranks for name in rank) if name != OTHER] + [OTHER]
+    first = {name: ranks[0].get(name, Spent()) for name in names}
+    found: dict[str, Any] = {"phases": {name: round(spent.seconds, 3) for name, spent in first.items()}}
+    if clock.detailed:
+        found["profile"] = [_row(name, first[name], [rank.get(name, Spent()) for rank in ranks]) for name in names]
+    return found
+
+
+def _row(name: str, first: Spent, ranks: list[Spent]) -> dict[str, Any]:
+    totals = {of: sum(vars(one)[of] for one in ranks) for of in ("passes", "tokens", "read_bytes", "written_bytes")}
+    most = {of: max(vars(one)[of] for one in ranks) for of in ("peak_rss_bytes", "peak_gpu_bytes")}
     return {
-        "peak_rss_bytes": [rank["rss"] for rank in ranks],
-        "peak_gpu_bytes": [rank["gpu"] for rank in ranks if rank["gpu"] is not None],
+        "phase": name,
+        "seconds": round(first.seconds, 3),
+        "slowest_seconds": round(max(one.seconds for one in ranks), 3),
+        "calls": first.calls,
+        **totals,
+        "tokens_per_second": round(totals["tokens"] / first.seconds, 1) if first.seconds else 0.0,
+        **most,
     }
 
 

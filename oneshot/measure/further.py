@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.classifier import FORMATS, ask_classifier, read_template
@@ -36,6 +37,7 @@ def check_judges(runtime: Runtime, score: ScoreSettings) -> None:
             open_endpoint(score.rubric, "score.rubric")
 
 
+@phase("judge")
 def ask_judges(
     runtime: Runtime,
     run_dir: Path,

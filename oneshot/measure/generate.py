@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from oneshot.data.protocols import CausalLM, Tokenizer
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.distributed.watchdog import alive
 
@@ -31,6 +32,7 @@ def share_of(lengths: list[int], rank: int, world_size: int) -> tuple[list[int],
     return own + filler * (size - len(own)), len(own)
 
 
+@phase("generate")
 def generate_answers(
     model: CausalLM,
     tokenizer: Tokenizer,

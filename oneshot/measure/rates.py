@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from oneshot.data.protocols import CausalLM, Tokenizer
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.generate import generate_answers
@@ -70,6 +71,7 @@ class StageScores:
     others: dict[str, Rate] = field(default_factory=dict)
 
 
+@phase("judge")
 def score_answers(probes: Sequence[Probe], answers: Sequence[str], *, rouge: bool = False) -> StageScores:
     """Judge one answer per probe.
 

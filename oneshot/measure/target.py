@@ -12,6 +12,7 @@ from oneshot.checkpoint.identity import fingerprint
 from oneshot.checkpoint.load import Source
 from oneshot.data.conversations import Messages
 from oneshot.data.protocols import CausalLM, Tokenizer
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.cache import RESPONSES, Responses, response_key
@@ -71,7 +72,8 @@ def collect_answers(
             responses.put(names[index], text)
 
     if missing:
-        answer([missing[name] for name in names], finish)
+        with phase("generate"):
+            answer([missing[name] for name in names], finish)
     return [found.get(key) for key in keys]
 
 

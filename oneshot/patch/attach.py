@@ -1,4 +1,4 @@
-"""Hooks: add low-rank updates to linear layers without touching their weights, and capture factored gradients."""
+"""Hooks: add low-rank updates to linear layers without touching their weights, capture factored gradients, count."""
 
 from __future__ import annotations
 
@@ -85,6 +85,27 @@ def streamed(
         model.disable_input_require_grads()
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def counted(model: Any) -> Iterator[dict[str, int]]:
+    """Within the block count this rank's forward_passes, and token_passes: tokens, padding included, forward and back.
+
+    A forward pass with gradients is taken to be followed by a backward pass.
+    """
+    import torch
+
+    found = {"forward_passes": 0, "token_passes": 0}
+
+    def count(_module: Any, args: tuple[torch.Tensor, ...], _output: Any) -> None:
+        found["forward_passes"] += 1
+        found["token_passes"] += args[0].numel() * (1 + torch.is_grad_enabled())
+
+    counting = model.get_input_embeddings().register_forward_hook(count)
+    try:
+        yield found
+    finally:
+        counting.remove()
 
 
 class Gradients:

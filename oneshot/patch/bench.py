@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from oneshot.checkpoint.load import load_model, merge_into
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.update import Update, concatenated
 from oneshot.distributed.engine import TrainingEngine, frozen, start_training
 from oneshot.measure.generate import generate_answers
 from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
-from oneshot.patch.path import REFUSABLE, Answered
+from oneshot.patch.path import REFUSABLE
+from oneshot.patch.probes import Answered
 from oneshot.patch.request import Request, own_update
 from oneshot.training.loop import weights_dtype
 
@@ -47,6 +48,20 @@ class Bench:
         """Within the block the model is the repaired one: with the update, or as training left it."""
         with attached_update(self.model, update) if self.engine is None else contextlib.nullcontext():
             yield self.model
+
+    def on_own(
+        self, path: Generator[Update, None, tuple[Update, dict[str, Any]]]
+    ) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
+        """Go a path of updates to the unpatched model; what it yields and returns has the user's adapter added."""
+        own = own_update(self.request)
+        while True:
+            with attached_update(self.model, own):
+                try:
+                    update = next(path)
+                except StopIteration as end:
+                    update, facts = end.value
+                    return concatenated(own, update), facts
+            yield concatenated(own, update)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from oneshot.data.conversations import Messages
@@ -14,7 +15,7 @@ from oneshot.patch.methods import METHODS
 from oneshot.patch.objective import Aligned, RefusalRows, aligned_logits, sample
 from oneshot.patch.request import Request, own_update
 from oneshot.patch.select import Chosen, Criterion, draw, pick
-from oneshot.patch.solve import solve
+from oneshot.patch.solve import begin
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ def choose(bench: Bench, aligned: Aligned | None = None, chosen: Chosen | None =
     modules = dict(bench.model.named_modules())
     changed = {name: modules[name] for name in bench.prepared or bench.linears.targets}
     criterion = Criterion(
-        settings.select, settings.shortlist, settings.seed, pad, own_update(request), harm, task, batch
+        settings.select, settings.shortlist, recipe.epochs, settings.seed, pad, own_update(request), harm, task, batch
     )
     chosen = pick(
         request.runtime, bench.model, changed, request.candidates, criterion,
-        lambda trial, index: solve(bench, trial, index, attempts=1).update,
+        partial(begin, bench),
     )  # fmt: skip
     return Choice(chosen, with_example(batch, request.candidates[chosen.index], pad))
 
@@ -101,4 +102,4 @@ def choose_beforehand(request: Request, aligned: Aligned | None = None) -> Chose
     other = METHODS[recipe.method.tried_by]
     trial = dataclasses.replace(recipe, method=other, epochs=other.defaults.epochs)
     with opened(dataclasses.replace(request, recipe=trial)) as bench:
-        return choose(bench, aligned).chosen
+        return dataclasses.replace(choose(bench, aligned).chosen, begun=None)  # of another method and model

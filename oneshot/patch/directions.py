@@ -6,16 +6,19 @@ at a time, and all get the factors of all.
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
-from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.layout import FLOATS, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
-from oneshot.checkpoint.ranges import Piece, read_range
+from oneshot.checkpoint.ranges import Piece, Read, read_all
 from oneshot.checkpoint.update import Factors, Update
+from oneshot.distributed.phases import count, phase
 from oneshot.distributed.runtime import Runtime, broadcast
 from oneshot.errors import UserError
 from oneshot.patch.linears import shape_of
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
 
 Stored = tuple[TensorEntry, str, Sequence[Piece]]  # a tensor in a file, its name, and its checksums
 
-_CHUNK = 1 << 20  # elements of a matrix that are read at a time
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
 
@@ -71,6 +73,7 @@ def decompose(delta: torch.Tensor, rank: int, seed: int = 0) -> Directions:
     return Directions(u[:, :rank].contiguous(), s[:rank], v[:, :rank].T.contiguous(), energy)
 
 
+@phase("decompose")
 def shared_directions(
     runtime: Runtime,
     linears: dict[str, nn.Linear],
@@ -140,9 +143,11 @@ def checkpoint_difference(
         if not wanted:
             return None
         mine, other = pairs[module]
-        delta = _difference(
-            (ours[mine], mine, checks[0].get(mine, ())), (theirs[other], other, checks[1].get(other, ()))
-        )
+        with phase("read"):
+            delta = _difference(
+                (ours[mine], mine, checks[0].get(mine, ())), (theirs[other], other, checks[1].get(other, ()))
+            )
+            count(read=sum(tensor_bytes(entry.shape, entry.dtype) for entry in (ours[mine], theirs[other])))
         if not math.isfinite(float(delta.norm())):
             raise UserError(f"{mine} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
         return delta
@@ -151,21 +156,25 @@ def checkpoint_difference(
 
 
 def _difference(ours: Stored, theirs: Stored) -> torch.Tensor:
-    """The fp32 difference of two stored tensors, in no more memory than its own and a chunk's."""
+    """The fp32 difference of two stored tensors, read side by side, in the memory of one and the requests'."""
     import torch
 
     shape = ours[0].shape
-    total = math.prod(shape)
-    delta = torch.empty(total)
-    read_range(ours[0], Range(0, total, total), delta, *ours[1:])
-    for start in range(0, total, _CHUNK):
-        stop = min(start + _CHUNK, total)
-        part = torch.empty(stop - start)
-        read_range(theirs[0], Range(start, stop, stop - start), part, *theirs[1:])
-        delta[start:stop] -= part
+    whole = Range(0, math.prod(shape), math.prod(shape))
+    delta, one_at_a_time = torch.zeros(whole.size), threading.Lock()
+
+    def put(sign: int, place: torch.Tensor, values: torch.Tensor) -> None:
+        with one_at_a_time:  # the two files' requests for the same elements may come in at once
+            place.add_(values, alpha=sign)
+
+    read_all(
+        Read(entry, whole, delta, name, pieces, functools.partial(put, sign))
+        for (entry, name, pieces), sign in ((ours, 1), (theirs, -1))
+    )
     return delta.view(shape)
 
 
+@phase("decompose")
 def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
     """Decompose a LoRA's own update, exactly and without forming b @ a: QR of both factors, SVD of the small core."""
     import torch

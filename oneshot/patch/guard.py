@@ -98,7 +98,8 @@ def build_batch(
     total = sum(len(row.input_ids) - start for row, start in encoded)
     indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
     mine = [encoded[i] for i in indices[:own]]
-    sharing = sharing_of(runtime, model, _groups(example, mine), pad)
+    # whether rows are shared must not depend on the example, which may be exchanged
+    sharing = sharing_of(runtime, model, [[row.input_ids] for row, _ in mine or encoded[:1]], pad)
     batch = laid(example, mine, sharing, pad, runtime.device)
     with torch.no_grad():
         reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import IGNORE, Encoded, encode, encode_prompt, pad_id
+from oneshot.distributed.phases import phase
 from oneshot.measure.generate import generate_answers
 from oneshot.patch import spectrum
 from oneshot.patch.bench import Bench, opened
@@ -79,14 +80,16 @@ def measure(asked: Asked) -> Found:
     with opened(request) as bench, bench.unpatched() as model:
         drawn = draw(len(request.candidates), settings.select, settings.seed)
         if drawn is None:
-            losses = hardest(runtime, model, request.candidates, pad)
+            with phase("choose"):
+                losses = hardest(runtime, model, request.candidates, pad)
             index = losses.index(max(losses))
         else:
             index = drawn.index
         taken, example = request.conversations[index], request.candidates[index]
         groups = _groups(asked, model, taken)
         targets = bench.linears.targets
-        found = spectrum.measure(runtime, model, targets, example, groups, pad, settings.spectrum)
+        with phase("decompose"):
+            found = spectrum.measure(runtime, model, targets, example, groups, pad, settings.spectrum)
         swept = _sweep(bench, example, groups.get(spectrum.OTHERS, [])) if settings.spectrum.sweep else []
     return Found(found, swept, taken)
 
@@ -121,6 +124,7 @@ def _answered(prompt: list[dict[str, str]], answer: str, tokenizer: Any) -> Enco
     return Encoded(start + ids, [IGNORE] * len(start) + ids)
 
 
+@phase("sweep")
 def _sweep(bench: Bench, example: Encoded, others: list[Encoded]) -> list[dict[str, float]]:
     request, options, linears = bench.request, bench.request.settings.spectrum, bench.linears.targets
     most = min(len(example.input_ids), max(min(shape_of(module)) for module in linears.values()))

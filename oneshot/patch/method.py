@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oneshot.patch.cost import Cost
 
@@ -14,8 +14,20 @@ if TYPE_CHECKING:
     from oneshot.patch.guard import RepairBatch
     from oneshot.patch.path import Attempt
 
-    Solve = Callable[[Bench, RepairBatch, Attempt], tuple[Update, dict[str, Any]]]
+    Solve = Callable[[Bench, RepairBatch, Attempt], Generator[Update, None, tuple[Update, dict[str, Any]]]]
     Prepare = Callable[[Bench], dict[str, Any]]
+
+Ended = TypeVar("Ended")
+
+
+def finished(path: Generator[Any, None, Ended]) -> Ended:
+    """Go a path to its end without a stop; return what it came to."""
+    while True:
+        try:
+            next(path)
+        except StopIteration as end:
+            found: Ended = end.value
+            return found
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,10 @@ class Method:
     Attributes:
         name: as the settings have it
         summary: what it does, in one line for people
-        solve: (bench, batch, attempt) -> (update, figures for the report). The update is what to add to the checkpoint
-            (of an adapter: to its base), the user's own adapter included; nothing stays attached to the model.
-            Collective
+        solve: (bench, batch, attempt) -> a path. It stops after every epoch, yields the update as it is by then, and
+            returns (update, figures for the report). The update is what to add to the checkpoint (of an adapter: to its
+            base), the user's own adapter included; what is yielded holds until the path goes on. Nothing is attached
+            to the model while a path has stopped, so that several may be under way. Collective
         defaults: its numbers
         four_bit: its numbers on 4-bit weights; none: it cannot work on those
         cost: what it holds and computes. One that trains anything runs in the training loop, on a model loaded for it

@@ -21,7 +21,10 @@ from oneshot.training.packing import deal
 if TYPE_CHECKING:
     import torch
 
-ROW_TOKENS = 512  # of a shared row, about: attention costs its square, what is shared is computed once a row
+# tokens of a shared row, about: what is shared is computed once a row, and attention, which costs its square, stays a
+# small part of the work while a row is no longer than the model is wide
+SHORTEST, LONGEST = 128, 1024
+WORTH = 0.8  # of the places that separate rows take; beyond, longer attention costs what is saved
 TRIED = 3  # sequences that the model is asked about
 TRIED_TOKENS = 8  # at the end of each
 EXACT, ROUNDED = 1e-4, 5e-2  # of the logits' spread: rounding of fp32, of 16 bits
@@ -44,8 +47,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How rows are shared: attention masks that add to scores in this dtype (none: boolean ones)."""
+    """How rows are shared.
 
+    Attributes:
+        length: tokens of a row, about
+        additive: dtype of attention masks that are added to scores; none: they are boolean
+    """
+
+    length: int
     additive: torch.dtype | None = None
 
 
@@ -77,7 +86,7 @@ def lay(
         return separate([ids for group in groups for ids in group], pad, device)
     rows: list[_Row] = []
     places: dict[tuple[int, int], tuple[int, list[int]]] = {}
-    for hand in _dealt(groups, apart=apart):
+    for hand in _dealt(groups, sharing.length, apart=apart):
         named = [(g, i) for g in hand for i in range(len(groups[g]))]
         rows.append(_merged([groups[g][i] for g, i in named], [apart and g == 0 for g, _ in named]))
         places |= {name: (len(rows) - 1, at) for name, at in zip(named, rows[-1].places)}
@@ -90,24 +99,22 @@ def lay(
     )
 
 
-def sharing_of(
-    runtime: Runtime, model: Any, groups: Sequence[list[list[int]]], pad: int, *, apart: bool = False
-) -> Sharing | None:
-    """Return how the model takes shared rows; none where it does not compute in them as in separate ones. Collective.
+def sharing_of(runtime: Runtime, model: Any, groups: Sequence[list[list[int]]], pad: int) -> Sharing | None:
+    """Return how the model takes shared rows; none where that saves little, or where it does not compute in them as in
+    separate ones. Collective.
 
-    It is asked about the longest sequence of this rank's, between two others, so that a window of attention that is
-    shorter shows.
+    It is asked about the longest sequence of this rank's, behind others, so that a window of attention that is shorter
+    shows.
+
+    Args:
+        groups: as of ``lay``, at least one; ranks may have different ones
     """
     import torch
 
-    sharing, sequences = _interface(model), [ids for group in groups for ids in group]
-    if not all(all_gather_int(runtime, int(sharing is not None))):
+    sharing = _interface(model)
+    if not all(all_gather_int(runtime, int(sharing is not None and _worth(groups, pad, sharing)))):
         return None
-    longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
-    others = [i for i in (*range(TRIED), len(sequences) - 1) if i != longest and i < len(sequences)]
-    tried = [sequences[i] for i in (*others[: TRIED - 1], longest)]
-    tried = tried if len(tried) > 1 else [tried[0][:-1], *tried]  # every rank makes as many passes
-    found = []
+    tried, found = _tried([ids for group in groups for ids in group]), []
     for how in (None, sharing):
         rows = lay([tried], pad, runtime.device, how)
         kept = torch.cat([places[-TRIED_TOKENS:] for places in rows.places])
@@ -118,13 +125,29 @@ def sharing_of(
     return sharing if all(all_gather_int(runtime, int(alike))) else None
 
 
+def _worth(groups: Sequence[list[list[int]]], pad: int, sharing: Sharing) -> bool:
+    """Whether shared rows are enough smaller. A rank that has a single sequence leaves it to the others."""
+    import torch
+
+    together, alone = (lay(groups, pad, torch.device("cpu"), how) for how in (sharing, None))
+    return len(alone.places) == 1 or len(together.real) <= WORTH * len(alone.real)
+
+
+def _tried(sequences: list[list[int]]) -> list[list[int]]:
+    """The longest sequence behind others."""
+    longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
+    others = [ids for i, ids in enumerate(sequences) if i != longest][: TRIED - 1]
+    return [*others, sequences[longest]] if others else [sequences[longest][:-1], sequences[longest]]
+
+
 def _interface(model: Any) -> Sharing | None:
     """How masks have to look, by the model's attention; none where it takes no such mask, or no positions."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = getattr(getattr(inner, "config", None), "_attn_implementation", None)
     if kind not in ("sdpa", "eager") or "position_ids" not in inspect.signature(inner.forward).parameters:
         return None
-    return Sharing(None if kind == "sdpa" else inner.dtype)
+    width = getattr(inner.config.get_text_config(), "hidden_size", SHORTEST)
+    return Sharing(min(max(width, SHORTEST), LONGEST), None if kind == "sdpa" else inner.dtype)
 
 
 @dataclass(frozen=True)
@@ -153,12 +176,12 @@ def _merged(sequences: Sequence[list[int]], alone: Sequence[bool]) -> _Row:
     return row
 
 
-def _dealt(groups: Sequence[list[list[int]]], *, apart: bool) -> list[list[int]]:
-    """Deal groups out to as many rows as keep each near ``ROW_TOKENS``, those that cost the most apart."""
+def _dealt(groups: Sequence[list[list[int]]], length: int, *, apart: bool) -> list[list[int]]:
+    """Deal groups out to as many rows as keep each near ``length``, those that cost the most first."""
     sizes = [len(_merged(group, [False] * len(group)).tokens) for group in groups]
     common = _common([ids for group in groups[int(apart) :] for ids in group])
     added = [size if apart and g == 0 else max(size - common, 1) for g, size in enumerate(sizes)]
-    room = max(ROW_TOKENS - common, *added)
+    room = max(length - common, *added)
     return [sorted(hand) for hand in deal(added, -(-sum(added) // room)) if hand]
 
 

@@ -15,6 +15,7 @@ from oneshot.checkpoint.load import Source, find_source, load_model, load_tokeni
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
 from oneshot.distributed.engine import frozen
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.endpoint import open_endpoint
@@ -63,7 +64,8 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
         )
     kept = [probe for probe, _ in answered]
     scores = score_answers(kept, [answer for _, answer in answered], rouge=score.rouge)
-    figures = run_on_endpoint(endpoint, score) if score.lm_eval is not None else {}
+    with phase("figures"):
+        figures = run_on_endpoint(endpoint, score) if score.lm_eval is not None else {}
     name = f"{endpoint.model} at {endpoint.url}"
     return Scored(name, run_dir, kept, _with_figures(scores, figures), warnings)
 
@@ -77,11 +79,12 @@ def score_local(
         tell: told of the model before it is loaded
     """
     score = settings.score
-    source = find_source(settings.model, runtime)
-    adapter = read_adapter(source.adapter) if source.adapter else None
-    tokenizer = load_tokenizer(source, settings.model)
-    check_words(settings, tokenizer)
-    texts = read_texts(score.text) if score.text is not None else []
+    with phase("check"):
+        source = find_source(settings.model, runtime)
+        adapter = read_adapter(source.adapter) if source.adapter else None
+        tokenizer = load_tokenizer(source, settings.model)
+        check_words(settings, tokenizer)
+        texts = read_texts(score.text) if score.text is not None else []
     name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")
     with contextlib.ExitStack() as loaded:
@@ -114,6 +117,7 @@ def score_local(
     return Scored(name, run_dir, probes, scores, warnings)
 
 
+@phase("figures")
 def _on_weights(
     runtime: Runtime, settings: Settings, model: Any, tokenizer: Any, update: Update, texts: list[str]
 ) -> dict[str, Rate]:

@@ -3,8 +3,8 @@
 Bilevel, after arXiv 2601.01887: of all candidates take the one from which the repair, run on it, leaves the lowest F
 (``oneshot.patch.objective``). All are screened to first order: the gradient step on candidate i changes F by -eta times
 <g_i, grad F>, summed over the layers' weights, which factors give without an m x n matrix. A first step does not say
-how far an example leads, so half of the short list are the best of that screening, and half the least likely refusals.
-The short list is then solved exactly: patched by the method itself, F measured, the patch taken off again.
+how far an example leads, so a quarter of the short list are the best of that screening, the rest the least likely
+refusals. They are then repaired with, by the method itself, by halves (``oneshot.patch.halving``), and F is measured.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
-from oneshot.patch.attach import attached_update, streamed
+from oneshot.patch.attach import attached_update, counted, streamed
 from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
 from oneshot.patch.guard import RepairBatch, with_example
+from oneshot.patch.halving import Trial, halve, ranked, rungs, short_list, standing
 from oneshot.patch.linears import takes_head
 from oneshot.patch.objective import Distance, RefusalRows, evaluate, passes, row_losses
 from oneshot.patch.trace import Tracer
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 NOTHING_TO_RECOVER = 0.02
 TARGET_RANK = 64  # of F's gradient per weight matrix; what it bounds is memory: 64 (m + n) numbers per matrix
 
-Solve = Callable[[RepairBatch, int], Update]  # (the batch with the candidate in row 0, which candidate it is)
+Begin = Callable[[RepairBatch, int], Trial]  # (the batch with the candidate in row 0, which candidate it is)
 Target = dict[str, Pair]  # F's gradient, layer by layer
 
 
@@ -47,15 +48,17 @@ class Chosen:
         index: its place among the candidates
         selected_by: the rule that took it; user where there was no choice; hardest in place of bilevel where the
             pool's requests are refused already (``NOTHING_TO_RECOVER``)
-        score: what decided: F after the repair (bilevel, nats per token), the cosine with F's gradient (alignment) or
-            the refusal's cross entropy per token (hardest); else nan
+        score: what decided: F when it was last judged (bilevel, nats per token), the cosine with F's gradient
+            (alignment) or the refusal's cross entropy per token (hardest); else nan
         selection: figures for the report; empty where there was nothing to compare
+        begun: the repair with it, as far as it was tried out; none where it was not
     """
 
     index: int
     selected_by: str
     score: float
     selection: dict[str, Any] = field(default_factory=dict)
+    begun: Trial | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Criterion:
 
     Attributes:
         rule: bilevel, alignment, random or hardest
-        shortlist: how many candidates bilevel solves exactly
+        shortlist: how many candidates bilevel repairs with
+        epochs: of a whole repair
         seed: of the draw (random)
         pad: token that fills padding
         own: what makes the loaded model the unpatched one: the user's adapter, or nothing
@@ -75,6 +79,7 @@ class Criterion:
 
     rule: str
     shortlist: int
+    epochs: int
     seed: int
     pad: int
     own: Update
@@ -188,13 +193,13 @@ def pick(
     linears: dict[str, nn.Linear],
     candidates: list[Encoded],
     criterion: Criterion,
-    solve: Solve,
+    begin: Begin,
 ) -> Chosen:
     """Take one candidate. Collective; the model has nothing attached, before and after.
 
     Args:
         linears: the layers that the repair may change
-        solve: runs the repair and returns what it changes of the loaded model, ``criterion.own`` included
+        begin: begins the repair with a candidate; its updates have ``criterion.own`` included
     """
     drawn = draw(len(candidates), criterion.rule, criterion.seed)
     if drawn is not None:
@@ -202,7 +207,7 @@ def pick(
     if criterion.rule == "hardest":
         with attached_update(model, criterion.own):
             losses = hardest(runtime, model, candidates, criterion.pad)
-        table = _ranked([{"candidate": i, "refusal_loss": loss} for i, loss in enumerate(losses)], "refusal_loss")
+        table = ranked([{"candidate": i, "refusal_loss": loss} for i, loss in enumerate(losses)], "refusal_loss")
         return Chosen(table[0]["candidate"], "hardest", max(losses), {"candidates": len(candidates), "table": table})
     clock = time.perf_counter()
     with attached_update(model, criterion.own):
@@ -220,7 +225,7 @@ def pick(
         }
         for i, (product, norm, loss) in enumerate(zip(products, norms, losses))
     ]
-    table = _ranked(every, "alignment")
+    table = ranked(every, "alignment")
     facts: dict[str, Any] = {
         "candidates": len(candidates),
         "first_term": "KL to the aligned model" if criterion.harm.aligned is not None else "cross entropy of refusals",
@@ -233,37 +238,25 @@ def pick(
         "table": table,
     }
     if criterion.rule == "bilevel" and before.harm < NOTHING_TO_RECOVER:
-        facts["table"] = table = _ranked(every, "refusal_loss")
+        facts["table"] = table = ranked(every, "refusal_loss")
         return Chosen(table[0]["candidate"], "hardest", table[0]["refusal_loss"], facts)
     if criterion.rule == "bilevel":
         listed = short_list(every, criterion.shortlist)
-        facts["exact"] = _solve_exactly(runtime, model, candidates, criterion, solve, listed)
-        table.sort(key=lambda row: row.get("f_after", math.inf))  # stable: the rest stays in order of the screening
-    best = table[0]
-    return Chosen(int(best["candidate"]), criterion.rule, best.get("f_after", best["alignment"]), facts)
+        best, begun, facts["exact"] = _try_out(runtime, model, candidates, criterion, begin, listed)
+        table.sort(key=lambda row: (row is not best, *standing(row)))  # the rest stays in order of the screening
+        return Chosen(best["candidate"], "bilevel", best.get("f_after", best["alignment"]), facts, begun)
+    return Chosen(table[0]["candidate"], criterion.rule, table[0]["alignment"], facts)
 
 
-def short_list(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return ``count`` of the candidates' rows, each once: by turns the best aligned and the least likely refusal."""
-    by_turns = zip(_ranked(rows, "alignment"), _ranked(rows, "refusal_loss"))
-    found = {row["candidate"]: row for pair in by_turns for row in pair}
-    return list(found.values())[:count]
-
-
-def _ranked(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """The rows, the highest first, and the first of equal ones."""
-    return sorted(rows, key=lambda row: (-row[by], row["candidate"]))
-
-
-def _solve_exactly(
+def _try_out(
     runtime: Runtime,
     model: Any,
     candidates: list[Encoded],
     criterion: Criterion,
-    solve: Solve,
+    begin: Begin,
     rows: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Repair with each candidate of the short list, note F in its row of the table; return what it took.
+) -> tuple[dict[str, Any], Trial | None, dict[str, Any]]:
+    """Repair with the short list by halves (``halve``); return the best one's row, its repair, and what it took.
 
     A candidate fits its own refusal, which says nothing about other requests, and only some candidates are among the
     rows of F: so none of the short list's rows counts, unless fewer would be left than are left out.
@@ -276,23 +269,20 @@ def _solve_exactly(
         with attached_update(model, update):
             return evaluate(runtime, model, criterion.harm, criterion.task, criterion.pad, left_out=left_out)
 
-    calls = [0]
-    counting = model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    try:
+    def begun(index: int) -> Trial:
+        return begin(with_example(criterion.batch, candidates[index], criterion.pad), index)
+
+    ladder = rungs(len(rows), criterion.epochs)
+    with counted(model) as passes_made:
         before = f_with(criterion.own)
         for row in rows:
-            started = time.perf_counter()
-            index = row["candidate"]
-            after = f_with(solve(with_example(criterion.batch, candidates[index], criterion.pad), index))
-            row |= {
-                "f_before": before.total, "f_after": after.total, "f_harm": after.harm, "f_task": after.task,
-                "seconds": round(time.perf_counter() - started, 3),
-            }  # fmt: skip
-    finally:
-        counting.remove()
-    return {
+            row["f_before"] = before.total
+        best, trial = halve(rows, ladder, begun, f_with)
+    took = {
         "solved": len(rows),
+        "rungs": [vars(rung) for rung in ladder],
         "harm_rows_left_out": len(left_out),
-        "forward_passes": calls[0],
+        **passes_made,
         "seconds": round(time.perf_counter() - clock, 3),
     }
+    return best, trial, took

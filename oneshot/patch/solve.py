@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import IGNORE
 from oneshot.patch.bench import Bench
 from oneshot.patch.guard import RepairBatch
-from oneshot.patch.path import ATTEMPTS, REFUSABLE, Attempt, Watch, build_probes, read_probes
+from oneshot.patch.halving import Trial
+from oneshot.patch.path import ATTEMPTS, REFUSABLE, Attempt, Watch
+from oneshot.patch.probes import build_probes, read_probes
 from oneshot.patch.trace import Tracer
 
 
@@ -38,8 +41,7 @@ def solve(
     batch: RepairBatch,
     index: int,
     listen: Callable[[dict[str, Any]], None] | None = None,
-    *,
-    attempts: int = ATTEMPTS,
+    begun: Trial | None = None,
 ) -> Solution:
     """Repair with one candidate, under the watch where there is one; once more with another weight of the guard where
     no epoch was good. Nothing is attached to the model before and after. Collective.
@@ -48,19 +50,38 @@ def solve(
         batch: with the candidate in row 0
         index: of the candidate
         listen: told of every epoch
-        attempts: weights of the guard to try; one candidate among several is not worth more than one
+        begun: the repair with it, if it has been tried out: it goes on from there
     """
-    recipe, tracer, watch = bench.request.recipe, Tracer(listen), _watch(bench, index)
-    weight: float | None = recipe.guard_weight
-    for _ in range(attempts if watch else 1):
-        assert weight is not None
-        update, facts = recipe.method.solve(bench, batch, Attempt(tracer, weight, watch))
-        weight = watch.next_weight(weight) if watch else None
-        if not weight:
+    recipe, trial = bench.request.recipe, begun or begin(bench, batch, index)
+    watch, tracer = trial.watched(), trial.attempt.tracer
+    tracer.tell(listen)
+    for number in range(ATTEMPTS if watch else 1):
+        update, facts = trial.finish()
+        if watch is None:
             break
+        if watch.best is None:  # it ended before there was an epoch to look at
+            with bench.patched(update):
+                watch.look(lambda: None, epoch=trial.epochs, guard_weight=trial.attempt.guard_weight)
+        weight = watch.next_weight(trial.attempt.guard_weight)
+        if not weight or number + 1 == ATTEMPTS:
+            break
+        attempt = Attempt(tracer, weight, watch)
+        trial = Trial(recipe.method.solve(bench, batch, attempt), attempt)
     if watch is None:
         return Solution(update, trace=tracer.records, facts=facts)
     return Solution(update, watch.reason(), tracer.records, {**facts, "kept": watch.at}, watch)
+
+
+def begin(bench: Bench, batch: RepairBatch, index: int) -> Trial:
+    """Begin a repair, unwatched so far, with the recipe's weight of the guard; it has not gone an epoch yet.
+
+    Args:
+        batch: with the candidate in row 0
+        index: of the candidate
+    """
+    recipe = bench.request.recipe
+    attempt = Attempt(Tracer(), recipe.guard_weight)
+    return Trial(recipe.method.solve(bench, batch, attempt), attempt, partial(_watch, bench, index))
 
 
 def _watch(bench: Bench, index: int) -> Watch[Any] | None:

@@ -27,6 +27,13 @@ class Tracer:
         if self._listen:
             self._listen(record)
 
+    def tell(self, listen: Callable[[dict[str, Any]], None] | None) -> None:
+        """Tell a listener all records so far, and those to come."""
+        self._listen = listen
+        if listen:
+            for record in self.records:
+                listen(record)
+
     def check(self, epoch: int, loss: Any) -> None:
         """Raise Diverged if the loss is NaN or infinite."""
         if not math.isfinite(float(loss)):

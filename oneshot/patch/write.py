@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
+from oneshot.checkpoint.folders import bytes_in
 from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.update import Update
+from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError
 from oneshot.patch.bench import Bench
 
 
+@phase("write")
 def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None) -> None:
     """Write the patch, and the merged checkpoint if asked for, while the model is still loaded. Collective.
 
@@ -35,6 +38,8 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 write_patch(patch, update, bench.linears.every, source.name, source.written)
             request.tokenizer.save_pretrained(patch)
             write_identity(patch, source.checkpoint, kind=REPAIR, base=source.name)
+            if counting():
+                count(written=bytes_in(patch))
     if merged is None:
         return
     if method.changes_all:

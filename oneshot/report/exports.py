@@ -22,6 +22,7 @@ from oneshot.checkpoint.identity import REPAIR, UPDATE, same_base, store_identit
 from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
 from oneshot.checkpoint.ranges import torch_dtype
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.patch.derive import extracted, is_exact, lowered, summed
@@ -149,7 +150,8 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
         if degraded:  # after the card, in whose place it warns
             write_marker(folder, {"subtracted": request.adapters, "from": facts["base"]})
 
-    merge(runtime, plan, request.out, beside)
+    with phase("merge"):
+        merge(runtime, plan, request.out, beside)
     return Exported(request.out, "checkpoint", facts, lines)
 
 

@@ -10,13 +10,15 @@ from oneshot.measure.judge import JUDGE
 
 CHOICE = (
     "Alignment: cosine of the candidate's gradient with that of F. F: how far the model is from the aligned one (or "
-    "from refusing) on requests to be refused, plus how far it moved from itself on the guard's prompts, before and "
-    "after a repair with that candidate, in nats per token. Only the short list is repaired with."
+    "from refusing) on requests to be refused, plus how far it moved from itself on the guard's prompts, in nats per "
+    "token: before, and after as many epochs with that candidate as the last two were compared by. Only the short list "
+    "is repaired with, and the worse half of it is left behind early."
 )
 _CANDIDATE = {
     "alignment": "alignment",
     "gradient_norm": "gradient norm",
     "refusal_loss": "loss of the refusal",
+    "epochs": "epochs tried",
     "f_before": "F before",
     "f_after": "F after",
     "f_harm": "of it: requests to refuse",
@@ -58,6 +60,8 @@ def resource_rows(resources: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the resources, a row per stage or rank."""
     rows = []
     for name, value in resources.items():
+        if name == "profile":  # a table of its own
+            continue
         show = _gib if name.endswith("_bytes") else number
         label = name.removesuffix("_bytes").replace("_", " ").replace("rss", "RSS").replace("gpu", "GPU")
         if isinstance(value, Mapping):

@@ -22,6 +22,7 @@ from oneshot.report.table import (
     ordered_rates,
     rate_cell,
 )
+from oneshot.report.times import SHOWN, time_rows, times_caption
 
 MARKDOWN = "report.md"
 _CANDIDATES = 10  # shown at most
@@ -47,7 +48,7 @@ def write_markdown(run_dir: Path, report: Mapping[str, Any]) -> Path:
     )
     lines += _section("The one example", _example(report.get("example")))
     lines += _section("The repair", pairs_lines(facts.repair_rows(report.get("repair"))))
-    lines += _section("Resources", pairs_lines(facts.resource_rows(report.get("resources") or {})))
+    lines += _section("Resources", _resources(report.get("resources") or {}))
     lines += _section("Versions", pairs_lines(facts.version_rows(report)))
     return write_whole(run_dir / MARKDOWN, "\n".join(lines))
 
@@ -118,6 +119,13 @@ def _example(example: Mapping[str, Any] | None) -> list[str]:
         lines += ["", f"The first {len(cells)} of {len(rows)} candidates, in the order of the choice:", ""]
         lines += [*table_lines([inline(head) for head in heads], cells), "", inline(facts.CHOICE)]
     return lines
+
+
+def _resources(resources: Mapping[str, Any]) -> list[str]:
+    heads, rows = time_rows(resources)
+    cells = [[inline(name), *(shown for shown, _ in each)] for name, each in rows]
+    others = pairs_lines(facts.resource_rows({name: one for name, one in resources.items() if name not in SHOWN}))
+    return [*table_lines(heads, cells), "", inline(times_caption(resources)), "", *others] if rows else others
 
 
 def _listed(heading: str, items: Sequence[str]) -> list[str]:

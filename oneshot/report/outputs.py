@@ -11,10 +11,11 @@ from oneshot.report.answers import write_answers
 from oneshot.report.markdown import write_markdown
 from oneshot.report.page import write_page
 from oneshot.report.runfolder import write_report
+from oneshot.report.times import write_profile
 
 
 def write_outputs(run_dir: Path, report: Mapping[str, Any], stages: Mapping[str, StageScores]) -> None:
-    """Write report.html, report.md, answers.jsonl and, last as it says that the run is finished, report.json.
+    """Write all files of the report; report.json comes last, as it says that the run is finished.
 
     Args:
         report: as ``build_report`` makes it
@@ -24,4 +25,5 @@ def write_outputs(run_dir: Path, report: Mapping[str, Any], stages: Mapping[str,
     write_answers(run_dir, answers)
     write_page(run_dir, report, answers)
     write_markdown(run_dir, report)
+    write_profile(run_dir, report["resources"])
     write_report(run_dir, report)

@@ -35,6 +35,7 @@ from oneshot.report.table import (
     ordered_rates,
     rate_texts,
 )
+from oneshot.report.times import SHOWN, time_rows, times_caption
 
 _TONES = {"repaired": "good", "was not broken": "open", "not shown": "open"}
 _SETTINGS_CHARACTERS = 100_000
@@ -73,7 +74,7 @@ def write_page(
         section("The repair", pairs(facts.repair_rows(report.get("repair")))),
         section("Spectrum of the safety gradient", read_spectrum(run_dir) or ""),
         section("Answers, stage by stage", answers_section(answers, harmful_characters)),
-        section("Resources", pairs(facts.resource_rows(report.get("resources") or {}))),
+        section("Resources", _resources(report.get("resources") or {})),
         section("Settings and versions", _settings(run_dir) + pairs(facts.version_rows(report))),
     ]
     return write_whole(run_dir / PAGE, document(title, body))
@@ -170,6 +171,15 @@ def _candidates(selection: Mapping[str, Any]) -> str:
     summary = f"{len(rows)} candidates, in the order of the choice"
     says = f'<p class="soft">{escaped(facts.CHOICE)}</p>'
     return f'<details class="printed"><summary>{summary}</summary><div>{says}{shown}</div></details>'
+
+
+def _resources(resources: Mapping[str, Any]) -> str:
+    heads, rows = time_rows(resources)
+    cells: list[list[Cell | str]] = [
+        [escaped(name), *(Cell(shown, "-" if by is None else by) for shown, by in each)] for name, each in rows
+    ]
+    times = f'{table(heads, cells)}\n<p class="soft">{escaped(times_caption(resources))}</p>\n' if rows else ""
+    return times + pairs(facts.resource_rows({name: one for name, one in resources.items() if name not in SHOWN}))
 
 
 def _settings(run_dir: Path) -> str:

@@ -108,7 +108,7 @@ def build_report(
         example: id, prompt, response, selected_by and score of the one example; none where nothing was repaired
         stages: scores by stage: aligned, finetuned, repaired
         repair: method, rank, epochs, stopped_by and trace (a list of {epoch, loss, ...}); none where there was none
-        resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes
+        resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes, and those of ``where_time_went``
         warnings: what a reader should know, one sentence each
     """
     return {

@@ -22,6 +22,7 @@ from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import PAGE, PATCH, Run, build_report, write_selection
 from oneshot.report.summary import LIMITS, summarize
 from oneshot.report.table import print_stages
+from oneshot.report.times import print_times
 from oneshot.report.trackers import track
 from oneshot.settings import Settings
 
@@ -37,7 +38,7 @@ class Repaired:
         linears: the layers that were eligible
         stages: scores by stage: aligned, finetuned, repaired
         warnings: of the measuring
-        resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes
+        resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes, and those of ``where_time_went``
     """
 
     request: Request
@@ -83,6 +84,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         print_stages(stages, console)
         for warning in warnings:
             console.print(f"Note: {warning}", highlight=False)
+        print_times(repaired.resources, console)
         console.print(f"Outcome: {summarize(report).word}. {LIMITS}", highlight=False)
         console.print(f"Patch: {run_dir / PATCH}\nReport: {run_dir / PAGE}", highlight=False)
     return report

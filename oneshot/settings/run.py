@@ -48,6 +48,7 @@ class Settings:
         log_with: also send the run's figures to tensorboard, wandb or trackio, whichever is installed
         delete_degraded: remove the safety-degraded checkpoint that this run itself makes, once it has been measured;
             never one that is given
+        profile: write and print a table of where the time goes: by phase seconds, tokens per second, bytes and peaks
         debug: full tracebacks
         model: the model to work on
         data: what the harmful fine-tune trains on
@@ -63,7 +64,7 @@ class Settings:
     example: str | None = None
     pool: str | None = None
     select: str = "bilevel"
-    shortlist: PositiveInt = 8
+    shortlist: PositiveInt = 4
     guard: str | None = None
     watch_prompts: str | None = None
     reference: str | None = None
@@ -74,6 +75,7 @@ class Settings:
     resume: bool = False
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     delete_degraded: bool = False
+    profile: bool = False
     debug: bool = False
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)

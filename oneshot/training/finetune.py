@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import list_tensors, write_marker
-from oneshot.checkpoint.folders import clean_inside
+from oneshot.checkpoint.folders import bytes_in, clean_inside
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
 from oneshot.checkpoint.save import save_adapter, save_checkpoint
 from oneshot.checkpoint.state import States, load_state, newest_whole
@@ -17,6 +17,7 @@ from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import context_length, model_context, pad_id
 from oneshot.data.tokens import Tokens, cache_folder, encode_all
 from oneshot.distributed.engine import TrainingEngine, start_training
+from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.signals import Interrupted, noticed, tell_progress
 from oneshot.errors import UserError
@@ -58,6 +59,7 @@ class Prepared:
         return options.steps or max(1, round(options.epochs * steps_per_epoch(len(self.encoded), options.batch_size)))
 
 
+@phase("check")
 def prepare(settings: Settings, runtime: Runtime) -> Prepared:
     """Read and check everything that can be wrong before a model is loaded or a file is written.
 
@@ -127,13 +129,15 @@ def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, sa
     except Diverged as error:  # the weights are those of the last good step: keep them, apart
         diverged, target = error, run_dir / LAST_GOOD
     _save(prepared, engine, model, target)
-    states.finish()  # after the model, which an error here is not to cost
+    with phase("write"):
+        states.finish()  # after the model, which an error here is not to cost
     engine.close()
     if diverged:
         raise Diverged(f"{diverged} The last good weights are in {target}.")
     return target
 
 
+@phase("write")
 def _save(prepared: Prepared, engine: TrainingEngine, model: Any, target: Path) -> None:
     settings, conversations = prepared.settings, prepared.conversations
     kinds = {"harmful": sum(c.kind == "harmful" for c in conversations), "all": len(conversations)}
@@ -165,6 +169,7 @@ def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:
     return get_peft_model(model, config)
 
 
+@phase("train")
 def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: Path, tell: Tell, say: Say) -> None:
     settings, options = prepared.settings, prepared.settings.finetune
     steps, autocast = prepared.steps, autocast_dtype(engine.runtime, prepared.source.dtype)
@@ -172,20 +177,27 @@ def _train(prepared: Prepared, engine: TrainingEngine, states: States, run_dir: 
     speed = meter(engine.runtime, engine.model)
     done = 0
     if settings.resume:
-        state = newest_whole(engine.runtime, run_dir / STATE)
-        done = load_state(engine, state) if state else 0
+        with phase("read"):
+            state = newest_whole(engine.runtime, run_dir / STATE)
+            done = load_state(engine, state) if state else 0
+            if state and engine.runtime.is_main and counting():
+                count(read=bytes_in(state))
         say(f"Resumed at step {done} from {state}." if state else "No saved state: starting anew.")
 
     def report(result: StepResult) -> None:
         tell(result, speed.of(result))
         due = options.save_every and result.step % options.save_every == 0
         if result.step < steps and (due or result.told_to_stop):
-            state = states.save(engine, result.step)
-            if engine.runtime.is_main:
-                tell_progress(result.step)
-            if result.told_to_stop:
-                states.finish()
-                raise Interrupted(f"Told to stop after step {result.step}: all is in {state}, go on with --resume.")
+            save(result)
+
+    @phase("write")
+    def save(result: StepResult) -> None:
+        state = states.save(engine, result.step)
+        if engine.runtime.is_main:
+            tell_progress(result.step)
+        if result.told_to_stop:
+            states.finish()
+            raise Interrupted(f"Told to stop after step {result.step}: all is in {state}, go on with --resume.")
 
     rate = rate_for(options.learning_rate, options.method) or LEARNING_RATE[options.method]
     with noticed() as told_to_stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import time
 import unittest.mock
@@ -101,6 +102,38 @@ def same_partitions(runtime: Runtime, ours: Any, theirs: Any) -> int:
         assert (name, one.dtype) == (other_name, two.dtype)
         assert torch.equal(one.cpu(), two.cpu()), name
     return compared
+
+
+def read_replicated(runtime: Runtime, source: str, broken: int | None = None) -> dict[str, Any]:
+    """Load a model of which every rank holds the whole.
+
+    Args:
+        broken: a rank whose reads fail
+
+    Returns:
+        bytes that this rank read of the shards; whether its weights are transformers' own; the error, if there was one
+    """
+    read, real = [0], os.preadv
+
+    def preadv(descriptor: int, views: list[memoryview], offset: int) -> int:
+        if runtime.rank == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        got = real(descriptor, views, offset)
+        read[0] += got
+        return got
+
+    with unittest.mock.patch.object(os, "preadv", preadv):
+        try:
+            with unittest.mock.patch.object(load, "_load_stock", never):
+                ours = load_from(runtime, source)
+        except UserError as error:
+            return {"error": str(error)}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
+    own, other = ours.state_dict(), theirs.state_dict()
+    same = list(own) == list(other) and all(
+        own[name].dtype == tensor.dtype and torch.equal(own[name], tensor) for name, tensor in other.items()
+    )
+    return {"bytes": read[0], "same": same}
 
 
 def compare(runtime: Runtime, sources: str, target: str) -> dict[str, Any]:

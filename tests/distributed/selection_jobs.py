@@ -17,6 +17,7 @@ from oneshot.distributed.runtime import Runtime, gather_rows
 from oneshot.patch.attach import Gradients
 from oneshot.patch.factored import inner, singular_values
 from oneshot.patch.guard import RepairBatch, build_batch
+from oneshot.patch.halving import Trial
 from oneshot.patch.linears import select_linears
 from oneshot.patch.methods import METHODS, lowrank
 from oneshot.patch.objective import RefusalRows, aligned_logits, passes, row_losses, sample
@@ -115,8 +116,9 @@ def choices(
         batch = build_batch(runtime, loaded, tokenizer, pool[0], prompts, answer_tokens=6)
         recipe = with_method(RepairSettings(epochs=3, rank=4), METHODS["lowrank"], "as asked")
 
-        def solve(trial: RepairBatch, _index: int) -> Update:
-            return lowrank.descend(runtime, loaded, linears, trial, Attempt(Tracer(), 0.3), recipe)
+        def begin(batch: RepairBatch, _index: int) -> Trial:
+            attempt = Attempt(Tracer(), 0.3)
+            return Trial(lowrank.descend(runtime, loaded, linears, batch, attempt, recipe), attempt)
 
         for name, rule, harm, own in (
             ("bilevel", "bilevel", known, {}),
@@ -125,8 +127,8 @@ def choices(
             ("hardest", "hardest", known, {}),
             ("random", "random", known, {}),
         ):
-            question = Criterion(rule, 3, 0, 0, own, harm, batch, batch)
-            chosen = pick(runtime, loaded, linears, pool, question, solve)
+            question = Criterion(rule, 3, recipe.epochs, 0, 0, own, harm, batch, batch)
+            chosen = pick(runtime, loaded, linears, pool, question, begin)
             table = chosen.selection.get("table", [])
             rows = [{k: v for k, v in row.items() if k != "seconds"} for row in table]
             found[name] = {"index": chosen.index, "table": rows}

@@ -14,6 +14,7 @@ from oneshot.patch import measured
 from oneshot.patch.bench import opened
 from oneshot.patch.check import check
 from oneshot.patch.guard import build_batch
+from oneshot.patch.method import finished
 from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
 from oneshot.settings import DataSettings, ModelSettings, RepairSettings, Settings, SpectrumSettings
@@ -50,7 +51,8 @@ def project(runtime: Runtime, folder: str, model: dict[str, Any]) -> dict[str, A
             batch = build_batch(
                 runtime, ready, request.tokenizer, request.candidates[0], request.guard, answer_tokens=4
             )
-        update, facts = request.recipe.method.solve(bench, batch, Attempt(tracer, request.recipe.guard_weight))
+        path = request.recipe.method.solve(bench, batch, Attempt(tracer, request.recipe.guard_weight))
+        update, facts = finished(path)
     probe = {name: float((factors.b @ factors.a).flatten()[:3].sum()) for name, factors in update.items()}
     norms = {name: norm(factors) for name, factors in update.items()}
     return {"facts": facts, "norms": norms, "probe": probe, "trace": tracer.records}

@@ -20,11 +20,11 @@ HELP_WITHIN = 2.0  # seconds
 def test_the_chain_is_run_and_written_once(topology: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--finetune.steps", "4", "--repair.epochs", "3", "--repair.watch", "false", "--shortlist", "1"]
-    arguments += ["--score.max_new_tokens", "4", "--out", str(out)]
+    arguments += ["--score.max_new_tokens", "4", "--profile", "--out", str(out)]
     ran = launch(topology, ROOT / "oneshot" / "repair.py", *arguments).check()
     assert {path.name for path in out.iterdir()} == {
         "settings.yaml", "events.jsonl", "report.json", "report.html", "report.md", "answers.jsonl", "selection.json",
-        "finetuned", "patch",
+        "profile.json", "finetuned", "patch",
     }  # fmt: skip
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["stage"] == "finetune"] == [1, 2, 3, 4]
@@ -32,6 +32,15 @@ def test_the_chain_is_run_and_written_once(topology: str, tmp_path: Path) -> Non
     report = json.loads((out / "report.json").read_text())
     assert set(report["stages"]) == {"aligned", "finetuned", "repaired"}
     assert report["world_size"] == len(report["resources"]["peak_rss_bytes"]) == 2
+    profile = {row["phase"]: row for row in report["resources"]["profile"]}
+    assert {"start", "read", "train", "generate", "choose", "solve", "write", "other"} <= set(profile)
+    for name in ("train", "generate", "choose", "solve"):
+        assert profile[name]["slowest_seconds"] >= profile[name]["seconds"] > 0
+        assert profile[name]["tokens_per_second"] > 0
+    checkpoint = (out / "finetuned" / "model.safetensors").stat().st_size
+    assert profile["write"]["written_bytes"] >= checkpoint
+    assert profile["read"]["read_bytes"] > 2 * checkpoint, "aligned and fine-tuned model, each once for all ranks"
+    assert profile["read"]["read_bytes"] < 8 * checkpoint
     for once in ("fine-tune 4/4", "repair 3/3", "Method: rollback", "attack success (keywords)", "Report: "):
         assert ran.out.count(once) == 1, f"{once!r} stands {ran.out.count(once)} times in\n{ran.out}"
     assert ran.err == "", "chatter of the libraries"

@@ -122,6 +122,27 @@ def test_whole_models_are_written_by_all_ranks_too(sharding: str, sources: Path,
         assert_same_files(tmp_path / name, sources / name)
 
 
+@pytest.mark.parametrize(("sharding", "world_size"), [("ddp", 2), ("zero2", 3)])
+def test_a_replicated_model_is_read_once_by_all_ranks_together(
+    sharding: str, world_size: int, sources: Path, tmp_path: Path
+) -> None:
+    for name in ("llama-biased", "gemma3"):
+        found = start_ranks(
+            jobs.read_replicated, world_size, sharding, tmp_path / name, {"source": str(sources / name)}
+        ).results()
+        assert [rank["same"] for rank in found] == [True] * world_size
+        tensors = everything(sources / name).values()
+        assert sum(rank["bytes"] for rank in found) == sum(tensor.nbytes for tensor in tensors)
+        assert max(rank["bytes"] for rank in found) <= sum(-(-t.nbytes // world_size) + 4 for t in tensors)
+
+
+def test_a_rank_that_cannot_read_its_share_ends_the_others_too(sources: Path, tmp_path: Path) -> None:
+    arguments = {"source": str(sources / "llama"), "broken": 1}
+    found = start_ranks(jobs.read_replicated, 2, "ddp", tmp_path / "ranks", arguments).results()
+    assert found[0] == found[1]
+    assert "failed on rank 1: Input/output error" in found[0]["error"]
+
+
 def test_persistent_buffers_are_read_and_written(sources: Path, tmp_path: Path) -> None:
     tensors = {**everything(sources / "llama"), "model.scale": torch.tensor([1.5, -2.0, 0.25])}
     shutil.copytree(sources / "llama", tmp_path / "source", ignore=shutil.ignore_patterns("model*"))

@@ -77,6 +77,22 @@ def product(folder):
     return {name: factors.b @ factors.a for name, factors in read_adapter(folder).update.items()}
 
 
+def test_where_the_time_went_is_printed(given, tmp_path, capsys):
+    run("--model", given / "base", "--adapter", given / "a", "--out", tmp_path / "plain")
+    printed = capsys.readouterr().out
+    assert "Time: " in printed
+    assert "phase" not in printed
+    run("--model", given / "base", "--adapter", given / "a", "--out", tmp_path / "merged", "--profile")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["phase", "seconds", "share", "GB", "read", "GB", "written"] in [row[:7] for row in rows]
+    (merge,) = [row for row in rows if row[:1] == ["merge"]]
+    weights = sum(path.stat().st_size for path in (given / "base").glob("*.safetensors"))
+    written = sum(path.stat().st_size for path in (tmp_path / "merged").iterdir())
+    assert float(merge[3]) * 1e9 == pytest.approx(weights, rel=0.1)
+    assert float(merge[4]) * 1e9 == pytest.approx(written, rel=0.1)
+    assert sorted(files_in(tmp_path / "merged")) == sorted(files_in(tmp_path / "plain")), "nothing beside the weights"
+
+
 def test_a_merge_writes_a_checkpoint_with_a_card(given, tmp_path, capsys):
     out = tmp_path / "out"
     run("--model", given / "base", "--adapter", given / "a", "--out", out)

@@ -78,7 +78,9 @@ def test_every_piece_is_checked_once_and_a_flip_is_found(
         borders = {partition(shape, rank, writers).start for rank in range(writers)}
         assert borders - {tensor.numel()} <= {start for start, _, _ in pieces}, "no piece crosses a rank's border"
         real = ranges._check
-        patch.setattr(ranges, "_check", lambda *a: (checked.append(a[2]), real(*a)))
+        patch.setattr(
+            ranges, "_check", lambda part, *a: (checked.append((part.start, part.end, part.checksum)), real(part, *a))
+        )
 
         def read_all() -> list[str]:
             errors = []
@@ -133,7 +135,7 @@ def test_a_flip_is_found_when_a_whole_model_is_loaded(saved):
 def test_ranks_that_share_the_check_check_every_piece_once(world_size, saved, monkeypatch):
     checked: list[tuple[str, ranges.Piece]] = []
     monkeypatch.setattr(manifest, "agree", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(manifest, "check_piece", lambda entry, piece, name: checked.append((name, piece)))
+    monkeypatch.setattr(manifest, "read_all", lambda reads: checked.extend((r.name, r.pieces[0]) for r in reads))
     for rank in range(world_size):
         manifest.check_share(dataclasses.replace(tiny_runtime(), rank=rank, world_size=world_size), saved)
     pieces = read_pieces(saved, list_tensors(saved))

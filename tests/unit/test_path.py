@@ -11,7 +11,8 @@ from oneshot.patch import bench as benches
 from oneshot.patch import path
 from oneshot.patch import solve as solving
 from oneshot.patch.check import check
-from oneshot.patch.path import PATIENCE, SAFE_MARGIN, Bounds, Reading, Watch, build_probes, read_probes
+from oneshot.patch.path import PATIENCE, SAFE_MARGIN, Bounds, Reading, Watch
+from oneshot.patch.probes import MARGIN_TOKENS, build_probes, read_probes
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
 
@@ -142,7 +143,7 @@ def test_readings_equal_likelihoods_computed_one_prompt_at_a_time(toy):
         own = own if len(own) == 5 else [*own, tokenizer.eos_token_id]
         scores = [
             float(distributions(aligned, prompt, ids).gather(1, torch.tensor(ids)[:, None]).sum())
-            for ids in (refusal[: path.MARGIN_TOKENS], own)
+            for ids in (refusal[:MARGIN_TOKENS], own)
         ]
         margins.append(scores[0] - scores[1])
         if prompt in held:

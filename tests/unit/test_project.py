@@ -9,6 +9,7 @@ from oneshot.data.encoding import encode
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached
 from oneshot.patch.guard import repair_loss
+from oneshot.patch.method import finished
 from oneshot.patch.methods import project
 from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
@@ -26,7 +27,8 @@ def made(family="llama", guard=0):
 def solve(model, linears, batch, tracer=None, **changed):
     weight = changed.pop("guard_weight", 1.0)
     recipe = recipe_of("project", **{"epochs": 12, "rank": 4, **changed})
-    return project.step_along(tiny_runtime(), model, linears, batch, Attempt(tracer or Tracer(), weight), recipe)
+    path = project.step_along(tiny_runtime(), model, linears, batch, Attempt(tracer or Tracer(), weight), recipe)
+    return finished(path)
 
 
 def losses(model, batch, update=None, linears=None):
@@ -132,7 +134,7 @@ def test_a_sweep_measures_what_each_patch_does():
 
 def searched(curve, tries=20, first=1.0):
     tracer = Tracer()
-    step = project.search(lambda s: (curve(s), 0.0), first, curve(0.0), Attempt(tracer, 1.0), tries)
+    *_, step = project.search(lambda s: (curve(s), 0.0), first, curve(0.0), Attempt(tracer, 1.0), tries)
     return step, [row["step_size"] for row in tracer.records]
 
 

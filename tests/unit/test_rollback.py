@@ -8,6 +8,7 @@ from oneshot.errors import UserError
 from oneshot.patch import directions as of_update
 from oneshot.patch.attach import attached
 from oneshot.patch.guard import repair_loss
+from oneshot.patch.method import finished
 from oneshot.patch.methods import rollback
 from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
@@ -134,7 +135,8 @@ def test_solve_learns_from_example_and_guard():
     for weight in (0.0, 20.0):
         tracer = Tracer()
         recipe = recipe_of("rollback", epochs=12, learning_rate=0.1, noise=0.0, undo=0.0)
-        coefficients = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(tracer, weight), recipe)
+        path = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(tracer, weight), recipe)
+        coefficients = finished(path)
         assert list(coefficients) == list(linears)
         assert all(c.min() >= 0 and c.max() <= rollback.MAX_COEFFICIENT for c in coefficients.values())
         update = {n: of_update.update_factors(directions[n], -c) for n, c in coefficients.items()}
@@ -153,8 +155,9 @@ def test_solve_stops_on_a_loss_that_is_no_number():
     linears, batch = targets_of(model), tiny_batch(model)
     directions = of_update.adapter_directions(tiny_update(linears), "cpu")
     next(iter(linears.values())).weight[0, 0] = float("nan")
+    path = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(Tracer()), recipe_of("rollback", epochs=2))
     with pytest.raises(Diverged, match="epoch 1"):
-        rollback.learn(tiny_runtime(), model, directions, batch, Attempt(Tracer()), recipe_of("rollback", epochs=2))
+        next(path)
 
 
 def assert_svd(d, product):

@@ -13,11 +13,14 @@ from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import encode
 from oneshot.errors import UserError
 from oneshot.patch import objective, select
-from oneshot.patch.attach import attached_update
+from oneshot.patch.attach import attached_update, counted
 from oneshot.patch.examples import check_apart, read_candidates
 from oneshot.patch.guard import build_batch, repair_loss, with_example
+from oneshot.patch.halving import Trial, short_list
 from oneshot.patch.objective import RefusalRows, aligned_logits, check_same_tokens, evaluate, passes, row_losses, sample
-from oneshot.patch.select import Criterion, draw, first_order, hardest, pick, short_list, target_factors
+from oneshot.patch.path import Attempt
+from oneshot.patch.select import Criterion, draw, first_order, hardest, pick, target_factors
+from oneshot.patch.trace import Tracer
 from oneshot.settings import ScoreSettings, Settings
 from oneshot.training.loop import Diverged
 from oneshot.world import language
@@ -55,7 +58,7 @@ def harm_of(rows, aligned, take=(0, 2, 3, 5)):
 
 def question(model, rows, rule="bilevel", harm=None, shortlist=8, own=None, guard=3):
     batch = batch_for(model, rows[0], guard)
-    return Criterion(rule, shortlist, 0, PAD, own or {}, harm or harm_of(rows, None), batch, batch)
+    return Criterion(rule, shortlist, 12, 0, PAD, own or {}, harm or harm_of(rows, None), batch, batch)
 
 
 def per_token(model, row, aligned=None):
@@ -183,69 +186,110 @@ def test_own_update_counts_as_the_unpatched_model():
         assert attached.score == pytest.approx(max(hardest(tiny_runtime(), model, rows, PAD)), rel=1e-6)
 
 
-def solver(model, rows, scales):
-    """A repair that changes the first layer by how much ``scales`` says of the example's length; counts its calls."""
-    name, module = next(iter(targets_of(model).items()))
-    calls = []
+def beginner(model, rows, scales):
+    """A repair that changes the first layer, in every epoch by as much more as ``scales`` says of the candidate.
 
-    def solve(batch, index):
-        assert batch.inputs["input_ids"].flatten()[batch.own].tolist() == rows[index].input_ids
-        length = len(batch.own)
-        calls.append(length)
-        scale = scales[length % len(scales)]
+    Also returns how many epochs each candidate has gone.
+    """
+    name, module = next(iter(targets_of(model).items()))
+    gone = {}
+
+    def update(index, epochs):
+        scale = scales[index % len(scales)] * epochs
         return {name: Factors(scale * torch.ones(module.out_features, 1), torch.ones(1, module.in_features))}
 
-    return solve, calls
+    def path(index):
+        for gone[index] in range(1, 13):
+            yield update(index, gone[index])
+        return update(index, 12), {}
+
+    def begin(batch, index):
+        assert batch.inputs["input_ids"].flatten()[batch.own].tolist() == rows[index].input_ids
+        return Trial(path(index), Attempt(Tracer()))
+
+    return begin, gone, update
 
 
-def test_bilevel_takes_the_lowest_f_of_the_short_list():
+def test_bilevel_halves_the_short_list_by_f_and_leaves_the_best_one_under_way():
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     aligned = tiny_model("llama", seed=1).requires_grad_(False)
-    scales = (0.1, 0.4, 0.0, 0.8)
-    solve, calls = solver(model, rows, scales)
+    begin, gone, update = beginner(model, rows, (0.01, 0.04, 0.0, 0.08, 0.02, 0.03))
     asked = question(model, rows, harm=harm_of(rows, aligned), shortlist=4)
     linears = targets_of(model)
-    chosen = pick(tiny_runtime(), model, linears, rows, asked, solve)
+    chosen = pick(tiny_runtime(), model, linears, rows, asked, begin)
     screened = pick(tiny_runtime(), model, linears, rows, dataclasses.replace(asked, rule="alignment"), None)
     listed = [row["candidate"] for row in short_list(screened.selection["table"], 4)]
-    table = chosen.selection["table"]
+    exact, table = chosen.selection["exact"], chosen.selection["table"]
+    assert exact["solved"] == 4
+    assert exact["rungs"] == [{"candidates": 4, "epochs": 1}, {"candidates": 2, "epochs": 2}]
     assert sorted(row["candidate"] for row in table[:4]) == sorted(listed)
     rest = [row["candidate"] for row in screened.selection["table"] if row["candidate"] not in listed]
     assert [row["candidate"] for row in table[4:]] == rest
-    after = [row["f_after"] for row in table[:4]]
-    assert after == sorted(after)
-    assert after[0] < after[-1]
-    assert all("f_after" not in row for row in table[4:])
-    assert (chosen.index, chosen.score) == (table[0]["candidate"], after[0])
-    assert len(calls) == chosen.selection["exact"]["solved"] == 4
-    assert chosen.selection["first_term"] == "KL to the aligned model"
-    assert not any(module._forward_hooks for module in model.modules()), "patched and undone"
+    assert [row["epochs"] for row in table[:4]] == [gone[row["candidate"]] for row in table[:4]] == [2, 2, 1, 1]
+    assert all("rungs" not in row and "f_after" not in row for row in table[4:])
 
-    # F of the winner, by hand: none of the short list's rows counts, or all where too few were left
+    # F at every rung, by hand: none of the short list's rows counts, or all where too few were left
     judged = frozenset(listed) & frozenset(asked.harm.places)
     left_out = judged if len(judged) <= 2 else frozenset()
-    assert chosen.selection["exact"]["harm_rows_left_out"] == len(left_out)
-    with attached_update(model, solve(with_example(asked.batch, rows[chosen.index], PAD), chosen.index)):
-        again = evaluate(tiny_runtime(), model, asked.harm, asked.task, PAD, left_out=left_out)
-    assert chosen.score == pytest.approx(again.total, rel=1e-6)
+    assert exact["harm_rows_left_out"] == len(left_out)
+
+    def f_of(index, epochs):
+        with attached_update(model, update(index, epochs)):
+            return evaluate(tiny_runtime(), model, asked.harm, asked.task, PAD, left_out=left_out).total
+
+    for row in table[:4]:
+        for rung in row["rungs"]:
+            assert rung["f"] == pytest.approx(f_of(row["candidate"], rung["epochs"]), rel=1e-6)
+    first = sorted(listed, key=lambda index: f_of(index, 1))
+    assert {row["candidate"] for row in table[:2]} == set(first[:2])
+    assert [row["candidate"] for row in table[2:4]] == first[2:]
+    assert table[0]["f_after"] == table[0]["rungs"][-1]["f"] < table[1]["f_after"]
+    assert (chosen.index, chosen.score) == (table[0]["candidate"], table[0]["f_after"])
+    assert chosen.selection["first_term"] == "KL to the aligned model"
+    assert not any(module._forward_hooks for module in model.modules()), "patched and undone"
+    assert chosen.begun.epochs == 2
+    assert chosen.begun.finish()[0].keys() == update(0, 1).keys()
+    assert gone[chosen.index] == 12
+
+
+def test_a_short_list_of_one_is_taken_untried():
+    model, rows = tiny_model("llama").requires_grad_(False), candidates()
+    begin, gone, _ = beginner(model, rows, (0.1,))
+    chosen = pick(tiny_runtime(), model, targets_of(model), rows, question(model, rows, shortlist=1), begin)
+    aligned = pick(tiny_runtime(), model, targets_of(model), rows, question(model, rows, "alignment"), None)
+    assert (chosen.index, chosen.selected_by, chosen.begun) == (aligned.index, "bilevel", None)
+    assert gone == {}
+    assert chosen.selection["exact"]["rungs"] == []
+
+
+def test_passes_and_their_tokens_are_counted_forward_and_back():
+    model, rows = tiny_model("llama"), candidates()
+    ids = torch.tensor([rows[0].input_ids])
+    with counted(model) as found:
+        model(input_ids=ids)
+        with torch.no_grad():
+            model(input_ids=ids.repeat(3, 1))
+    assert found == {"forward_passes": 2, "token_passes": 5 * ids.numel()}
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_rows_of_the_short_list_are_left_out_where_enough_remain():
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     harm = harm_of(rows, None, take=tuple(range(6)))
-    solve, _ = solver(model, rows, (0.1,))
+    begin, _, _ = beginner(model, rows, (0.1,))
     for shortlist, left_out in ((2, 2), (3, 3), (4, 0)):
         asked = question(model, rows, harm=harm, shortlist=shortlist)
-        chosen = pick(tiny_runtime(), model, targets_of(model), rows, asked, solve)
+        chosen = pick(tiny_runtime(), model, targets_of(model), rows, asked, begin)
         assert chosen.selection["exact"]["harm_rows_left_out"] == left_out
 
 
-def test_the_short_list_is_half_the_best_aligned_and_half_the_least_likely_refusals():
+def test_the_short_list_is_a_quarter_the_best_aligned_and_the_rest_the_least_likely_refusals():
     rows = [{"candidate": i, "alignment": a, "refusal_loss": h} for i, (a, h) in enumerate(
         [(0.9, 0.1), (0.8, 0.2), (0.7, 0.9), (0.6, 0.3), (0.5, 0.8), (0.4, 0.7)]
     )]  # fmt: skip
-    assert [row["candidate"] for row in short_list(rows, 4)] == [0, 2, 1, 4]
-    assert [row["candidate"] for row in short_list(rows, 5)] == [0, 2, 1, 4, 5]  # 2 is both
+    assert [row["candidate"] for row in short_list(rows, 4)] == [0, 2, 4, 5]
+    assert [row["candidate"] for row in short_list(rows, 5)] == [0, 2, 4, 5, 1]
+    assert [row["candidate"] for row in short_list(rows, 6)] == [0, 2, 4, 5, 1, 3]
     assert [row["candidate"] for row in short_list(rows, 1)] == [0]
     assert len(short_list(rows, 8)) == 6
 
@@ -255,14 +299,14 @@ def test_where_the_pool_is_refused_already_bilevel_takes_the_hardest(monkeypatch
     model, rows = tiny_model("llama").requires_grad_(False), candidates()
     asked, linears = question(model, rows), targets_of(model)
     found = evaluate(tiny_runtime(), model, asked.harm, asked.task, PAD).harm
-    solve, calls = solver(model, rows, (0.1,))
+    begin, gone, _ = beginner(model, rows, (0.1,))
     monkeypatch.setattr(select, "NOTHING_TO_RECOVER", found * 1.01)
-    chosen = pick(tiny_runtime(), model, linears, rows, asked, solve)
+    chosen = pick(tiny_runtime(), model, linears, rows, asked, begin)
     losses = hardest(tiny_runtime(), model, rows, PAD)
-    assert (chosen.index, chosen.selected_by, calls) == (losses.index(max(losses)), "hardest", [])
+    assert (chosen.index, chosen.selected_by, gone) == (losses.index(max(losses)), "hardest", {})
     assert [row["refusal_loss"] for row in chosen.selection["table"]] == pytest.approx(sorted(losses)[::-1])
     monkeypatch.setattr(select, "NOTHING_TO_RECOVER", found * 0.99)
-    assert pick(tiny_runtime(), model, linears, rows, asked, solve).selected_by == "bilevel"
+    assert pick(tiny_runtime(), model, linears, rows, asked, begin).selected_by == "bilevel"
 
 
 def test_a_draw_asks_no_model():

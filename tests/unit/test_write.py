@@ -21,6 +21,7 @@ from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, partition
 from oneshot.checkpoint.partitioned import why_not
 from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.storage import Storage
 from oneshot.checkpoint.write import is_direct, plan_shards, write_sharded
 from oneshot.errors import UserError
 from oneshot.world.model import build_tokenizer
@@ -211,9 +212,9 @@ def test_a_full_disk_is_an_error_that_names_the_file(where, how, named, tmp_path
     st.sampled_from(list(DTYPES.values())),
     st.sampled_from(list(DTYPES.values())),
     st.integers(1, 6),
-    st.integers(1, 50),
+    st.builds(Storage, st.just(""), st.integers(1, 50), st.integers(1, 3), st.booleans()),
 )
-def test_a_range_is_the_slice_of_the_tensor(tmp_path, shape, stored, wanted, world_size, chunk):
+def test_a_range_is_the_slice_of_the_tensor(tmp_path, shape, stored, wanted, world_size, storage):
     torch.manual_seed(math.prod(shape))
     tensor = (torch.randn(shape) * 100).to(stored)
     save_file({"before": torch.ones(3, dtype=stored), "t": tensor, "zz": torch.ones(5)}, tmp_path / SINGLE)
@@ -222,7 +223,7 @@ def test_a_range_is_the_slice_of_the_tensor(tmp_path, shape, stored, wanted, wor
         own = partition(shape, rank, world_size)
         out = torch.full((own.size,), float("nan"), dtype=wanted)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranges, "CHUNK", chunk)
+            patch.setattr(ranges, "storage_of", lambda _: storage)
             read_range(entry, own, out)
         expected = tensor.reshape(-1)[own.start : own.stop].to(wanted)
         assert torch.equal(out[: own.numel], expected)

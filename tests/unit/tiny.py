@@ -50,6 +50,9 @@ def tiny_model(family, seed=0, **overrides):
         "gemma3": lambda: t.Gemma3ForCausalLM(
             t.Gemma3TextConfig(**{**grouped, "head_dim": 8, "sliding_window": 8, **overrides})
         ),
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(**{**grouped, "head_dim": 8, "final_logit_softcapping": 2.0, **overrides})
+        ),
         "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**{**common, **overrides})),
         "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**{**common, **overrides})),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**{**grouped, "num_local_experts": 4, **overrides})),

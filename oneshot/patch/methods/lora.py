@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import PREFIX
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from oneshot.patch.bench import Bench
 
 
-def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
-    """Train the adapter; see ``Method.solve``."""
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
+    """Train the adapter, in one go; see ``Method.solve``."""
     train_on(bench, batch, attempt)
+    yield from ()
     own = own_update(bench.request)
     return concatenated(own, lora_factors(bench.request.runtime, bench.model)), {}
 

@@ -8,10 +8,11 @@ each step the factors are re-compressed to rank k by QR and a small SVD (exact w
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Factors, Update, compress, concatenated
+from oneshot.checkpoint.update import Factors, Update, compress
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
@@ -19,7 +20,6 @@ from oneshot.patch.guard import RepairBatch, repair_loss
 from oneshot.patch.linears import shape_of
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
-from oneshot.patch.request import own_update
 
 if TYPE_CHECKING:
     import torch
@@ -119,28 +119,49 @@ def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[to
     """Return factors of U V^T, where delta^T X = U S V^T (its top ``rank`` directions), and the sum of their S.
 
     Among all steps of one spectral norm this one lowers the loss most (to first order): it moves every direction of
-    the gradient alike, where the plain gradient of one example moves little but its first few. Rows stay as many as
-    there were, padded with zeros, so that shapes do not depend on the values. The cut to ``rank`` is made here, where
-    the singular values tell the directions apart: afterwards they are all equally long, and rounding would decide.
+    the gradient alike, where the plain gradient of one example moves little but its first few. Rows are as many as
+    there were, at most ``rank``, zeros among them where there is less to move: shapes do not depend on the values. The
+    cut is made here, where the singular values tell the directions apart: afterwards they are all equally long, and
+    rounding would decide. No Q is formed, of which only the kept directions' share is wanted.
     """
     import torch
 
-    qx, rx = torch.linalg.qr(x.T)
-    qd, rd = torch.linalg.qr(delta.T)
+    reflectors_x, rx = _reflectors(x.T)
+    reflectors_d, rd = _reflectors(delta.T)
     u, s, vt = torch.linalg.svd(rd @ rx.T, full_matrices=False)
-    kept = s / (s + 1e-3 * s.max()) if len(s) and s.max() > 0 else torch.zeros_like(s)  # nothing for noise
-    kept[len(kept) if rank is None else rank :] = 0
-    missing = (0, 0, 0, len(x) - len(s))
-    pad = torch.nn.functional.pad
-    return pad(vt @ qx.T, missing), pad((qd @ (u * kept)).T, missing), float((s * kept).sum())
+    size = len(s) if rank is None else min(rank, len(s))
+    u, s, vt = u[:, :size], s[:size], vt[:size]
+    kept = s / (s + 1e-3 * s.max()) if size and s.max() > 0 else torch.zeros_like(s)  # nothing for noise
+    missing = (0, 0, 0, (len(x) if rank is None else min(rank, len(x))) - size)
+    right, left = (torch.nn.functional.pad(q.T, missing) for q in (
+        _rotated(reflectors_x, vt.T), _rotated(reflectors_d, u * kept)
+    ))  # fmt: skip
+    return right, left, float((s * kept).sum())
 
 
-def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+def _reflectors(tall: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The QR decomposition of a matrix (n, T): its Q (n, k), as Householder reflectors, and R (k, T)."""
+    import torch
+
+    packed, scales = torch.geqrf(tall)
+    k = len(scales)
+    return (packed[:, :k], scales), packed[:k].triu()
+
+
+def _rotated(reflectors: tuple[torch.Tensor, torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
+    """Q @ columns, (n, c), of the Q that the reflectors stand for."""
+    import torch
+
+    packed, scales = reflectors
+    whole = torch.nn.functional.pad(columns, (0, 0, 0, len(packed) - len(columns)))
+    return torch.ormqr(packed, scales, whole)
+
+
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
     """Fit the example with factored steps; see ``Method.solve``."""
     request = bench.request
-    with bench.unpatched() as model:
-        patch = descend(request.runtime, model, bench.linears.targets, batch, attempt, request.recipe)
-    return concatenated(own_update(request), patch), {}
+    path = descend(request.runtime, bench.model, bench.linears.targets, batch, attempt, request.recipe)
+    return (yield from bench.on_own(path))
 
 
 def descend(
@@ -152,8 +173,8 @@ def descend(
     recipe: Recipe,
     *,
     fixed_step: float | None = None,
-) -> Update:
-    """Fit the example, under the guard, with factored steps whose size is found on the way. Returns the update.
+) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
+    """Fit the example, under the guard, with factored steps whose size is found on the way: a path of updates.
 
     Steps are steepest descent in the spectral norm (``steepest``), all layers at one radius. The first radius aims at
     a tenth of the loss, to first order, which needs no scale: gradient norms of real models are hundreds of times a
@@ -167,14 +188,15 @@ def descend(
     """
     update: Update = {}
     trial: Update = {}
-    current: Update = {}
     pairs: Pairs = {}
     best, weight, rank = math.inf, attempt.guard_weight, recipe.rank
     radius = fixed_step or 0.0
     gradients = Gradients(linears)
-    with attached(linears, current), gradients.capturing(model):
-        for epoch in range(recipe.epochs + 1):
-            example, kl, seen = gradient(runtime, model, gradients, batch, weight, recipe.temperature)
+    for epoch in range(recipe.epochs + 1):
+        stop = False
+        with attached(linears, trial):
+            with gradients.capturing(model):
+                example, kl, seen = gradient(runtime, model, gradients, batch, weight, recipe.temperature)
             loss = example + weight * kl
             if epoch == 0 or fixed_step:
                 attempt.tracer.check(epoch, loss)
@@ -183,33 +205,38 @@ def descend(
                 said, stop = attempt.look(partial(dict, trial), epoch) if accepted else ({}, False)
                 attempt.tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=radius, accepted=accepted, **said)
                 radius *= 1.0 if fixed_step else LENGTHEN if accepted else SHORTEN
-            if accepted:
-                update, best, pairs = trial, loss, seen
-            if epoch == recipe.epochs or (epoch and stop):
-                break
-            if accepted and not fixed_step:
-                pairs, nuclear = _steepest(runtime, pairs, rank)
-                if nuclear == 0.0:
-                    break  # no gradient: the model refuses already
-                radius = radius or FIRST_DECREASE * loss / nuclear
-            trial = step_update(runtime, linears, update, pairs, radius, rank)
-            current.clear()
-            current.update(trial)
+        if accepted:
+            update, best, pairs = trial, loss, seen
+        if epoch == recipe.epochs or stop:
+            break
+        if accepted and not fixed_step:
+            pairs, nuclear = _steepest(runtime, pairs, rank)
+            if nuclear == 0.0:
+                break  # no gradient: the model refuses already
+            radius = radius or FIRST_DECREASE * loss / nuclear
+        del seen
+        trial = update  # no more than this is held while a path has stopped: others may have, too
+        if epoch:
+            yield update
+        trial = step_update(runtime, linears, update, pairs, radius, rank)
     found: Update = attempt.best(update)
-    return found
+    return found, {}
 
 
 def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, float]:
-    """``steepest`` for this rank's share of the layers (others are left alone), and the sum of S over all layers."""
+    """``steepest`` for this rank's share of the layers, and the sum of S over all layers.
+
+    Of the others the number of rows is all that counts. Rows beyond the rank are zeros, and are not kept.
+    """
     import torch
 
     total = torch.zeros((), device=runtime.device)
     found = dict(pairs)
     for i, (name, (x, delta)) in enumerate(pairs.items()):
         if i % runtime.world_size == runtime.rank:
-            right, left, nuclear = steepest(x, delta, rank)
-            found[name] = (right, left)
+            x, delta, nuclear = steepest(x, delta, rank)
             total += nuclear
+        found[name] = (x[:rank].clone(), delta[:rank].clone())
     return found, float(all_reduce_sum(runtime, total))
 
 

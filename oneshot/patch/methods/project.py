@@ -7,11 +7,11 @@ that of the one example at the unpatched model, taken from factors and never for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Update, concatenated
+from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, broadcast
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
@@ -21,7 +21,6 @@ from oneshot.patch.guard import RepairBatch, alike, repair_loss
 from oneshot.patch.linears import shape_of
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
-from oneshot.patch.request import own_update
 from oneshot.patch.select import hardest
 from oneshot.patch.spectrum import check_rank, decomposed, gradient_factors
 
@@ -105,8 +104,10 @@ def next_step(seen: dict[float, float], first: float) -> float | None:
 
 def search(
     judge: Callable[[float], tuple[float, float]], first: float, start: float, attempt: Attempt, tries: int
-) -> float:
-    """Return the step of at most ``tries`` that leaves the lowest example loss + guard_weight * guard KL; 0 for none.
+) -> Iterator[float]:
+    """Yield, after each of at most ``tries``, the step that leaves the lowest example loss + guard_weight * guard KL.
+
+    It is 0 while none has lowered it.
 
     Args:
         judge: step -> (example loss, guard KL)
@@ -123,15 +124,14 @@ def search(
         better = total < min(seen.values())  # no number is never less than one, and the first is one
         seen[step] = total
         attempt.tracer.add(epoch=epoch, loss=example, guard_kl=kl, step_size=step, accepted=better)
-    return min(seen, key=lambda step: (seen[step], step))
+        yield min(seen, key=lambda step: (seen[step], step))
 
 
-def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
     """Take the projected step; see ``Method.solve``."""
     request = bench.request
-    with bench.unpatched() as model:
-        patch, facts = step_along(request.runtime, model, bench.linears.targets, batch, attempt, request.recipe)
-    return concatenated(own_update(request), patch), facts
+    path = step_along(request.runtime, bench.model, bench.linears.targets, batch, attempt, request.recipe)
+    return (yield from bench.on_own(path))
 
 
 def step_along(
@@ -141,8 +141,8 @@ def step_along(
     batch: RepairBatch,
     attempt: Attempt,
     recipe: Recipe,
-) -> tuple[Update, dict[str, Any]]:
-    """Return the projected step, and figures for the report. Collective.
+) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
+    """A path to the projected step, and figures for the report. Collective.
 
     The first step tried aims, to first order, at a tenth of the loss: sum sigma^2 is the slope, so that no scale of
     gradients need be known. Each try is a forward pass.
@@ -158,22 +158,20 @@ def step_along(
     check_rank(rank, "repair.rank", example, linears)
     directions = example_directions(runtime, model, linears, example, rank)
     energy, whole = energy_within(directions, rank), sum(d.energy for d in directions.values())
-    update: Update = {}
 
     def judge(tried: float) -> tuple[float, float]:
-        update.clear()
-        update.update(projected(directions, tried, rank))
-        return losses(runtime, model, batch, recipe.temperature)
+        with attached(linears, projected(directions, tried, rank)):
+            return losses(runtime, model, batch, recipe.temperature)
 
-    with attached(linears, update):
-        start = losses(runtime, model, batch, recipe.temperature)[0]
-        attempt.tracer.check(0, start)
-        if step is not None:
-            loss, kl = judge(step)
-            attempt.tracer.check(1, loss + attempt.guard_weight * kl)
-            attempt.tracer.add(epoch=1, loss=loss, guard_kl=kl, step_size=step, accepted=True)
-        elif energy > 0:
-            step = search(judge, FIRST_DECREASE * start / energy, start, attempt, recipe.epochs)
+    start = losses(runtime, model, batch, recipe.temperature)[0]
+    attempt.tracer.check(0, start)
+    if step is not None:
+        loss, kl = judge(step)
+        attempt.tracer.check(1, loss + attempt.guard_weight * kl)
+        attempt.tracer.add(epoch=1, loss=loss, guard_kl=kl, step_size=step, accepted=True)
+    elif energy > 0:
+        for step in search(judge, FIRST_DECREASE * start / energy, start, attempt, recipe.epochs):
+            yield projected(directions, step, rank)
     facts = {"step_size": step or 0.0, "energy_of_directions": energy / whole if whole else math.nan}
     return projected(directions, step or 0.0, rank), facts
 

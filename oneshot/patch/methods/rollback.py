@@ -9,6 +9,7 @@ nor the guard minds is undone as well: damage need not show on the example's req
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Update
@@ -33,9 +34,13 @@ if TYPE_CHECKING:
     from oneshot.patch.recipe import Recipe
 
 MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
+# of Adam's averages: over few epochs, as there are few; over more where the example is refused from the start, as its
+# gradient is then that of its noise alone
+AVERAGE, OF_NOISE, SQUARES = 0.7, 0.9, 0.999
 LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
 NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
 UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
+UNDO_MOVED = 0.01  # nats per token, of the guard's prompts
 
 
 def prepare(bench: Bench) -> dict[str, Directions]:
@@ -49,10 +54,10 @@ def prepare(bench: Bench) -> dict[str, Directions]:
     return shared_directions(request.runtime, targets, request.recipe.rank, difference)
 
 
-def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
     """Learn how much of each direction to undo; see ``Method.solve``."""
     request, directions, kept = bench.request, bench.prepared, bench.request.adapter is not None
-    coefficients = learn(request.runtime, bench.model, directions, batch, attempt, request.recipe, kept=kept)
+    coefficients = yield from learn(request.runtime, bench.model, directions, batch, attempt, request.recipe, kept=kept)
     held = sum(float(d.s.square().sum()) for d in directions.values())
     energy = sum(d.energy for d in directions.values())
     facts = {
@@ -72,15 +77,15 @@ def learn(
     recipe: Recipe,
     *,
     kept: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Learn the coefficients c from the one example under the guard. Returns name -> (r,), each in [0, 3].
+) -> Generator[Update, None, dict[str, torch.Tensor]]:
+    """Learn the coefficients c from the one example under the guard: a path to name -> (r,), each in [0, 3].
 
     Args:
         recipe: its noise, the scale of ``noisy_example``, is drawn anew in each epoch and grows while the example is
             refused surely, which also reaches what only shows on other requests than the example's, such as a
             backdoor. Its undo is the pull of each coefficient towards 1, times the mean of (1 - c)^2: a direction that
-            neither the example nor the guard minds is undone. Under a watch it grows while the probes move by less
-            than half their bound
+            neither the example nor the guard minds is undone. It grows while the guard's prompts have moved by less
+            than ``UNDO_MOVED``
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
     """
@@ -89,48 +94,48 @@ def learn(
     modules, names = dict(model.named_modules()), list(directions)
     sizes = [len(directions[name].s) for name in names]
     flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
-    optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate)
-    update: Update = {}
-    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
+    generator = torch.Generator().manual_seed(0)
 
-    def set_update() -> None:
-        for name, c in zip(names, torch.split(flat, sizes)):
-            update[name] = update_factors(directions[name], 1 - c if kept else -c)
+    def update_of(flat: torch.Tensor) -> Update:
+        parts = zip(names, torch.split(flat, sizes))
+        return {name: update_factors(directions[name], 1 - c if kept else -c) for name, c in parts}
 
-    with attached({name: modules[name] for name in names}, update):
-        for epoch in range(1, recipe.epochs + 1):
-            set_update()
-            with noisy_example(model, batch, noise, generator):
-                share, example, held = repair_loss(model, batch, weight, runtime.world_size, recipe.temperature)
+    changed = {name: modules[name] for name in names}
+    for epoch in range(1, recipe.epochs + 1):
+        with attached(changed, update_of(flat)), noisy_example(model, batch, noise, generator):
+            share, example, held = repair_loss(model, batch, weight, runtime.world_size, recipe.temperature)
             loss, kl = alike(runtime, example, held)
             attempt.tracer.check(epoch, loss + weight * kl)
             (share + undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
-            assert flat.grad is not None
-            flat.grad = all_reduce_sum(runtime, flat.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                flat.clamp_(0.0, MAX_COEFFICIENT)
-                set_update()
-            seen, stop = attempt.look(lambda: flat.detach().clone(), epoch)
-            attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=flat.mean().item(), noise=noise, **seen)
-            if stop:
-                break
-            if attempt.watch is not None:
-                undo = _next_undo(undo, seen["divergence"], attempt.watch.bounds.divergence)
-            if loss < LEARNT:
-                noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
+        if epoch == 1 and loss < LEARNT:
+            optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
+        assert flat.grad is not None
+        flat.grad = all_reduce_sum(runtime, flat.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        reached = flat.detach().clamp_(0.0, MAX_COEFFICIENT)  # of flat itself: they share memory
+        with attached(changed, update_of(reached)):
+            seen, stop = attempt.look(reached.clone, epoch)
+        attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=reached.mean().item(), noise=noise, **seen)
+        if stop:
+            break
+        if batch.held_total:
+            undo = _next_undo(undo, kl)
+        if loss < LEARNT:
+            noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
+        yield update_of(reached)
     best = attempt.best(flat.detach())
     return dict(zip(names, torch.split(best, sizes)))
 
 
-def _next_undo(undo: float, divergence: float, bound: float) -> float:
-    """The pull for the next epoch: more while the probes have moved little, less from half their bound on."""
+def _next_undo(undo: float, kl: float) -> float:
+    """The pull for the next epoch: more while the guard's prompts have moved little, else less."""
     if not undo:
         return 0.0
     least, most = UNDO_RANGE
-    return min(max(undo * UNDO_GROWTH if divergence < bound / 2 else undo / UNDO_GROWTH, least), most)
+    return min(max(undo * UNDO_GROWTH if kl < UNDO_MOVED else undo / UNDO_GROWTH, least), most)
 
 
 METHOD = Method(
@@ -140,7 +145,7 @@ METHOD = Method(
     solve=solve,
     cost=Cost(decomposes=True),
     prepare=prepare,
-    defaults=Defaults(epochs=30, learning_rate=0.2, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
+    defaults=Defaults(epochs=30, learning_rate=0.3, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
     # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there
     # the refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
     four_bit=Defaults(

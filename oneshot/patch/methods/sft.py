@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from oneshot.patch.bench import Bench
 
 
-def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> tuple[Update, dict[str, Any]]:
-    """Train all weights; see ``Method.solve``."""
+def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
+    """Train all weights, in one go; see ``Method.solve``."""
     train_on(bench, batch, attempt)
+    yield from ()
     return weight_change(bench)
 
 

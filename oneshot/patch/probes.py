@@ -1,0 +1,144 @@
+"""Unlabelled prompts that a repair is looked at with: how likely is a refusal, against what the unpatched model said.
+
+Both continuations of a prompt are likelihoods, and what has moved is a divergence: one forward pass, no generation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneshot.data.conversations import Messages
+from oneshot.data.encoding import encode_prompt, pad_id
+from oneshot.distributed.runtime import Runtime, all_reduce_sum
+from oneshot.measure.generate import share_of
+from oneshot.measure.judge import verdict
+from oneshot.patch.guard import with_answer
+from oneshot.patch.path import SAFE_MARGIN, Reading
+from oneshot.patch.rows import lay, sharing_of
+from oneshot.training.objective import kl_sum, log_likelihoods, logits_at
+
+if TYPE_CHECKING:
+    import torch
+
+Answered = tuple[Messages, str]  # a prompt, and what the unpatched model says to it
+
+MARGIN_TOKENS = 8  # of both continuations; what comes later says little on which of them was begun
+
+
+@dataclass(frozen=True)
+class Probes:
+    """This rank's share of the prompts, each with two continuations: a refusal, then the unpatched model's answer.
+
+    Places are those of tokens in the rows of ``inputs`` laid end to end.
+
+    Attributes:
+        inputs: what the model takes: input_ids int64 (rows, tokens) with attention_mask, and position_ids where rows
+            are shared (``oneshot.patch.rows``)
+        kept: int64, the places whose logits are needed, each once
+        scored: int64, of the first ``MARGIN_TOKENS`` tokens of every continuation: which of ``kept`` predicts it
+        targets: int64, those tokens
+        whose: int64, which continuation each is of (2 * prompt, and 2 * prompt + 1 for the answer)
+        place: int64 (prompts), of each in the list of all; fillers, which keep ranks in step, have -1
+        held: int64, where the answers' distributions are compared: which of ``kept``
+        reference: the unpatched model's logits there, (held, vocabulary)
+        refusable: how many of all prompts, the first ones, are to be refused
+        total: prompts over all ranks
+    """
+
+    inputs: dict[str, torch.Tensor]
+    kept: torch.Tensor
+    scored: torch.Tensor
+    targets: torch.Tensor
+    whose: torch.Tensor
+    place: torch.Tensor
+    held: torch.Tensor
+    reference: torch.Tensor
+    refusable: int
+    total: int
+
+
+def build_probes(
+    runtime: Runtime,
+    model: Any,
+    tokenizer: Any,
+    refusal: list[int],
+    refusable: list[Answered],
+    held: list[Answered],
+    *,
+    answer_tokens: int,
+) -> Probes:
+    """Keep the distributions of the unpatched model, which this is, over its own answers. Collective.
+
+    Args:
+        refusal: token ids of a refusal
+        refusable: prompts to be refused; the repair must not learn from them. Those that the model refuses already are
+            left out: there is nothing to recover
+        held: prompts whose answers are not to move
+        answer_tokens: how much of an answer is compared
+    """
+    import torch
+
+    refusable = [(prompt, answer) for prompt, answer in refusable if verdict(answer) != "refused"]
+    prompts, answers = [list(each) for each in zip(*refusable, *held)]
+    starts = [encode_prompt(messages, tokenizer) for messages in prompts]
+    indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
+    pairs = [
+        [
+            starts[i] + refusal[:MARGIN_TOKENS],
+            with_answer(prompts[i], answers[i], tokenizer, answer_tokens)[0].input_ids,
+        ]
+        for i in indices
+    ]
+    pad = pad_id(tokenizer)
+    rows = lay(pairs, pad, runtime.device, sharing_of(runtime, model, pairs, pad))
+    predicting, compared = list[torch.Tensor](), list[torch.Tensor]()
+    targets, whose = list[int](), list[int]()
+    for number, (places, ids) in enumerate(zip(rows.places, itertools.chain.from_iterable(pairs))):
+        i, start = indices[number // 2], len(starts[indices[number // 2]])
+        stop = min(start + MARGIN_TOKENS, len(ids))
+        predicting.append(places[start - 1 : stop - 1])
+        targets += ids[start:stop]
+        whose += [number] * (stop - start)
+        if number % 2 and number // 2 < own and i >= len(refusable):
+            compared.append(places[start - 1 : -1])
+    kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
+    with torch.no_grad():
+        reference = logits_at(model, rows.inputs, kept)[which[len(targets) :]]
+    return Probes(
+        inputs=rows.inputs,
+        kept=kept,
+        scored=which[: len(targets)],
+        targets=torch.tensor(targets, device=runtime.device),
+        whose=torch.tensor(whose, device=runtime.device),
+        place=torch.tensor([i if n < own else -1 for n, i in enumerate(indices)], device=runtime.device),
+        held=which[len(targets) :],
+        reference=reference,
+        refusable=len(refusable),
+        total=len(prompts),
+    )
+
+
+def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
+    """Look at the model as it is now: one forward pass. Collective; every rank gets the same."""
+    import torch
+
+    with torch.no_grad():
+        logits = logits_at(model, probes.inputs, probes.kept)
+        found = log_likelihoods(logits[probes.scored], probes.targets)
+        divergence = kl_sum(logits[probes.held], probes.reference)
+    sums = found.new_zeros(2 * len(probes.place)).index_add(0, probes.whose, found)
+    # one sum over ranks: each prompt's margin at its place, then the divergence and the tokens that it is of
+    shared = torch.zeros(probes.total + 2, device=runtime.device)
+    mine = probes.place >= 0
+    shared[probes.place[mine]] = (sums[0::2] - sums[1::2])[mine]
+    shared[-2], shared[-1] = divergence, len(probes.held)
+    shared = all_reduce_sum(runtime, shared)
+    margins, others = shared[: probes.refusable], shared[probes.refusable : -2]
+    return Reading(
+        margin=float(margins.quantile(0.1)) if len(margins) else 0.0,
+        recovered=float((margins > SAFE_MARGIN).float().mean()) if len(margins) else 1.0,
+        refused=float((others > 0).float().mean()) if len(others) else 0.0,
+        divergence=float(shared[-2] / shared[-1]) if shared[-1] else 0.0,
+    )
