@@ -112,6 +112,7 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
         found[f"{key}_estimate"] = getattr(expected, key)
         found[f"{key}_error"] = round(getattr(expected, key) / found[key] - 1, 4)
     found["lower"] = expected.lower
+    print(json.dumps(found), file=sys.stderr, flush=True)
     assert expected.lower <= found["step"], "the lower bound must be one"
     return found
 

@@ -27,12 +27,11 @@ class AdamWInPieces(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(group, parameter)
+                    self._step_one(group, parameter, parameter.grad)
 
-    def _step_one(self, group: dict[str, Any], parameter: torch.Tensor) -> None:
+    def _step_one(self, group: dict[str, Any], parameter: torch.Tensor, gradients: torch.Tensor) -> None:
         state, (beta1, beta2) = moments(self, parameter), group["betas"]
-        assert parameter.grad is not None
-        whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        whole = (parameter, gradients, state["exp_avg"], state["exp_avg_sq"])
         dense = all(tensor.is_contiguous() for tensor in whole)
         for piece in zip(*(tensor.view(-1).split(PIECE) if dense else [tensor] for tensor in whole)):
             weight, gradient, mean, square = ([tensor] for tensor in piece)

@@ -102,6 +102,49 @@ def test_training_holds_sixteen_bytes_a_weight_and_frozen_methods_none():
     assert by_method["lora"].state == 12 * shape.low_rank(20)
 
 
+def test_a_fine_tune_without_deepspeed_holds_twelve_bytes_a_weight_between_steps():
+    shape, tuned = model_shape({**TOY, "tie_word_embeddings": True}), Work(1, 1, 1, finetune=True)
+    alone = estimate(shape, Choice("sft", "bf16", "none", 1, item=4), tuned, Zero(), CPU)
+    assert alone.steady == 12 * shape.parameters + CPU.start
+    assert alone.step == 16 * shape.parameters + CPU.start, "and the gradients, of which AdamW makes no copy"
+    both = estimate(shape, Choice("sft", "bf16", "none", 2, item=4), tuned, Zero(), CPU)
+    copies = 4 * (shape.parameters + 2 * shape.vocabulary * shape.hidden)
+    assert both.step - alone.step == copies, "DDP's buckets, and a tied embedding's gradient thrice"
+    device = estimate(shape, Choice("sft", "bf16", "none", 1, item=4), tuned, Zero(), GPU)
+    assert device.step == 20 * shape.parameters + GPU.start
+
+
+def test_a_fine_tune_holds_its_logits_once_and_a_repair_its_held_ones_thrice():
+    shape = model_shape(TOY)
+
+    def step(method, item=4, **counts):
+        work = Work(1, 4000, **{"answers": 1000, **counts})
+        return estimate(shape, Choice(method, "bf16", "none", 1, item=item), work, Zero(), CPU).step
+
+    more = 500 * shape.vocabulary
+    assert step("sft", finetune=True, answers=1500) - step("sft", finetune=True) == 4 * more
+    assert step("sft", item=2, finetune=True, answers=1500) - step("sft", item=2, finetune=True) == (4 + 2) * more
+    assert step("rollback", held=600) - step("rollback", held=100) == 3 * 4 * more
+    assert step("rollback", item=2, held=600) - step("rollback", item=2, held=100) == 3 * 2 * more
+    assert step("rollback", answers=1500) - step("rollback") == (2 + 3) * 4 * more
+
+
+def test_fp32_takes_twice_as_much(monkeypatch):
+    shape, zero = model_shape(TOY), shipped("zero3")
+    two, four = (estimate(shape, Choice("rollback", "bf16", "zero3", 1, item=n), WORK, zero, CPU) for n in (2, 4))
+    assert four.load - CPU.load == 2 * (two.load - CPU.load)
+    assert four.lower == 2 * two.lower
+    settings = Settings(model=ModelSettings(dtype="float32"), plan=PlanSettings(sharding="zero3"))
+    found = {one.method: one for one in rows(settings, PlannedModel("m", shape)) if one.precision == "bf16"}
+    assert {one.choice.held_in for one in found.values()} == {"fp32"}
+    assert found["sft"].result == 4 * shape.parameters
+    alone, toy = runtime_of(sharding="none", world_size=1), model_shape(read_json(ALIGNED / "config.json"))
+    monkeypatch.setattr(check, "_machine", lambda: 4 * toy.parameters - 1)
+    refuse_what_cannot_fit(Settings(), alone, ALIGNED, "rollback")
+    with pytest.raises(CannotFit, match="in fp32"):
+        refuse_what_cannot_fit(Settings(), alone, ALIGNED, "rollback", item=4)
+
+
 def test_offload_moves_weights_and_states_to_the_machine():
     shape, work = model_shape(LLAMA_8B), WORK
     here = estimate(shape, Choice("sft", "bf16", "zero3", 8), work, shipped("zero3"), GPU)
