@@ -53,6 +53,11 @@ class RepairBatch:
     reference: torch.Tensor | None = None
     held_total: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank's rows, padding left out; the training loop asks every batch for them."""
+        return int(self.real.sum())
+
     def taken(self, *, head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which rows of a layer's input are the example's, and which the guard's, as bool.
 
