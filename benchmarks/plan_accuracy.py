@@ -53,11 +53,11 @@ CASES = [
     *(Case("0.1 B", m, n, rows=5, tokens=128) for m in ("lowrank", "rollback") for n in (1, 2)),
     *(Case("1.1 B", m, n) for m in ("lowrank", "rollback") for n in (1, 2)),
     *(Case("0.2 B", "full", 0, rows=n, tokens=64) for n in (2, 16)),
-    *(Case("0.2 B", m, 0, rows=25, tokens=64) for m in ("lowrank", "rollback")),
-    *(Case("0.2 B", m, 2, rows=13, tokens=64) for m in ("lowrank", "rollback")),
+    *(Case("0.2 B", m, n, rows=rows, tokens=64) for m, n, rows in (("lowrank", 0, 5), ("rollback", 0, 25))),
+    *(Case("0.2 B", m, n, rows=rows, tokens=64) for m, n, rows in (("lowrank", 2, 3), ("rollback", 2, 13))),
 ]
 BIG = [  # with --big only: 8 GB, and 14 over both ranks
-    *(Case("0.5 B", m, 0, rows=n, tokens=64) for m, n in (("full", 8), ("lowrank", 25), ("rollback", 25))),
+    *(Case("0.5 B", m, 0, rows=n, tokens=64) for m, n in (("full", 8), ("lowrank", 5), ("rollback", 25))),
     Case("0.45 B", "sft", 2),
 ]
 
