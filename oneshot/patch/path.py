@@ -21,7 +21,7 @@ SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals to
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
 AMPLE_MARGIN = 5.0
 PATIENCE = 3  # settled epochs in a row, as one may be luck
-STALE = 6  # epochs in a row that were not better than a good one
+STALE = 8  # epochs in a row that were not better than a good one
 WEIGHT_STEP = 4.0  # by which the guard's weight changes for another attempt
 
 
