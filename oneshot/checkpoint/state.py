@@ -52,8 +52,7 @@ class States:
     Attributes:
         folder: the run's ``state`` folder
         keep: how many
-        moments: bf16 writes Adam's moments in two thirds of a state's bytes; a run that resumes from them goes on a
-            little differently than it would have
+        moments: how Adam's are written; in bf16 a state takes two thirds of the bytes, and resuming is not bit-equal
     """
 
     runtime: Runtime

@@ -189,7 +189,11 @@ def _trained_by(section: Any) -> Any:
     """A section of the settings without what does not change the result."""
     if not isinstance(section, dict):
         return section
-    return {name: value for name, value in section.items() if name not in ("save_every", "keep", "stock_io", "cache")}
+    return {
+        name: value
+        for name, value in section.items()
+        if name not in ("save_every", "keep", "state_moments", "stock_io", "cache")
+    }
 
 
 def _given(folder: Path) -> Path:

@@ -34,6 +34,8 @@ class FinetuneSettings:
         lora_alpha: scale of the adapter; none: twice the rank
         save_every: save the training state every so many steps, for --resume; 0 for never
         keep: how many states to keep
+        state_moments: Adam's moments in a saved state: fp32, or bf16, which takes a third less disk; a run that resumes
+            from those goes on almost, but no longer bit for bit, as it would have
     """
 
     method: Literal["full", "lora"] = "full"
@@ -52,6 +54,7 @@ class FinetuneSettings:
     lora_alpha: PositiveInt | None = None
     save_every: CountInt = 0
     keep: PositiveInt = 2
+    state_moments: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         check_fields(self, "finetune")

@@ -92,7 +92,8 @@ def writes(prepared: Prepared) -> int:
         return 0
     numel = sum(math.prod(entry.shape) for entry in list_tensors(prepared.source.checkpoint).values())
     states = options.keep + 1 if options.save_every else 0
-    return numel * (12 * states + prepared.source.written.itemsize)  # fp32 masters and two moments
+    per_state = 12 if options.state_moments == "fp32" else 8  # fp32 masters and two moments
+    return numel * (per_state * states + prepared.source.written.itemsize)
 
 
 def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, say: Say) -> Path:
@@ -122,7 +123,7 @@ def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, sa
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         micro_batch_size=max(1, options.batch_size // (runtime.world_size * options.gradient_accumulation_steps)),
     )
-    target, states = run_dir / FINETUNED, States(runtime, run_dir / STATE, options.keep)
+    target, states = run_dir / FINETUNED, States(runtime, run_dir / STATE, options.keep, options.state_moments)
     diverged: Diverged | None = None
     try:
         _train(prepared, engine, states, run_dir, tell, say)

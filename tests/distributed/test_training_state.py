@@ -54,6 +54,16 @@ def interrupted(whole: Path, to: Path) -> Path:
     return to
 
 
+def test_resumed_from_moments_in_bf16_is_almost_the_uninterrupted_run(whole: dict[str, Path], tmp_path: Path) -> None:
+    option = ("--finetune.state_moments", "bf16")
+    finetune("zero3", 2, tmp_path / "whole", *option)
+    assert losses(tmp_path / "whole") == losses(whole["zero3"]), "saving changed the training"
+    out = interrupted(tmp_path / "whole", tmp_path / "run")
+    finetune("zero3", 2, out, "--resume", *option)
+    resumed, uninterrupted = dict(losses(out)), dict(losses(whole["zero3"]))
+    assert resumed == pytest.approx(uninterrupted, rel=2e-3)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_resumed_equals_uninterrupted_bit_for_bit(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     sharding, processes = WRITERS[name]

@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_model, tiny_runtime
 
 from oneshot.checkpoint import state
-from oneshot.checkpoint.files import MANIFEST, SINGLE, list_tensors, resolve
+from oneshot.checkpoint.files import MANIFEST, SINGLE, list_tensors, resolve, stored_bytes
 from oneshot.checkpoint.folders import OLD, PARTIAL, clean_inside, put_back
 from oneshot.checkpoint.state import States, load_state, newest_whole
 from oneshot.distributed.engine import TrainingEngine, start_training
@@ -58,6 +59,28 @@ def test_a_state_comes_back_and_only_the_last_ones_stay(engine, tmp_path):
     assert newest == tmp_path / "state" / "step-10"
     assert load_state(engine, newest) == 10
     assert {float(value) for piece in held_state(engine) for value in piece.values.unique()} == {10.0}
+
+
+def test_moments_in_bf16_take_half_the_bytes_and_masters_stay_exact(engine, tmp_path):
+    torch.manual_seed(0)
+    given = {}
+    for moments in ("fp32", "bf16"):
+        states = States(tiny_runtime(), tmp_path / moments, keep=1, moments=moments)
+        states.save(engine, 1)  # allocates
+        for piece in held_state(engine):
+            given[piece.kind, piece.name] = piece.values.copy_(torch.rand(len(piece.values))).clone()
+        saved = states.save(engine, 2)
+        states.finish()
+        for piece in held_state(engine):
+            piece.values.fill_(0.5)
+        assert newest_whole(tiny_runtime(), tmp_path / moments) == saved
+        assert load_state(engine, saved) == 2
+        for piece in held_state(engine):
+            wanted = given[piece.kind, piece.name]
+            rounded = moments == "bf16" and piece.kind != "master"
+            assert torch.equal(piece.values, wanted.bfloat16().float() if rounded else wanted), piece.name
+    sizes = [stored_bytes(tmp_path / moments / "step-2") for moments in ("fp32", "bf16")]
+    assert sizes[0] * 2 == sizes[1] * 3
 
 
 def test_an_older_state_stays_until_the_newer_one_is_on_the_disk(engine, tmp_path, monkeypatch):
