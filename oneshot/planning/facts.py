@@ -34,7 +34,6 @@ class Device:
         gather_copies: copies of a weight that communication holds while it gathers it
         adam_copies: fp32 copies of the weights that a step of AdamW works in
         tied_copies: copies of a tied embedding's gradient within a backward pass, beside the one that stays
-        unified: whether device and machine share one memory
     """
 
     load: int
@@ -47,13 +46,12 @@ class Device:
     gather_copies: int
     adam_copies: int
     tied_copies: int
-    unified: bool = False
 
 
 # measured: torch 2.13, glibc with a mapping threshold of 1 MiB, as resources.py sets it; random Llamas of 0.1 to 1.1 B
 CPU = Device(
     load=46 * MIB, start=36 * MIB, host=0, mapped=MIB, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1,
-    adam_copies=0, tied_copies=0, unified=True,
+    adam_copies=0, tied_copies=0,
 )  # fmt: skip
 # estimated: not measured on a GPU yet
 GPU = Device(
