@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ Precision = Literal["bf16", "nf4"]
 Sharded = Literal["none", "zero2", "zero3", "zero3 offload"]
 
 MIB, GIB = 2**20, 2**30
+CHUNK = 16 * MIB  # read, quantized, computed and written at a time
 _FILES = {"zero2": "zero2.json", "zero3": "zero3.json", "zero3 offload": "zero3_offload.json"}
 
 
@@ -25,36 +27,36 @@ class Device:
         load: bytes for code and communication while weights are loaded (a GPU: CUDA context, NCCL)
         start: the same once it computes (cuBLAS; a CPU: kernels at their first use)
         host: bytes of a process in the machine's own memory before any weight
-        holes: share of activations that the allocator holds beside them, in holes of other sizes
+        mapped: bytes from which on the allocator maps a block by itself, which leaves no hole when it is freed
+        holes: share of activations in smaller blocks that the allocator holds beside them, in holes of other sizes
         lora_holes: the same where every layer also leaves the strips and fp32 copies of a LoRA
         pair_holes: the same for factored gradients and updates
         gather_copies: copies of a weight that communication holds while it gathers it
         adam_copies: fp32 copies of the weights that a step of AdamW works in
         tied_copies: copies of a tied embedding's gradient within a backward pass, beside the one that stays
-        unified: whether device and machine share one memory
     """
 
     load: int
     start: int
     host: int
+    mapped: float
     holes: float
     lora_holes: float
     pair_holes: float
     gather_copies: int
     adam_copies: int
     tied_copies: int
-    unified: bool = False
 
 
-# measured: torch 2.13, glibc with a mapping threshold of 1 MiB, as engine.py sets it; random Llamas of 0.1 to 1.1 B
+# measured: torch 2.13, glibc with a mapping threshold of 1 MiB, as resources.py sets it; random Llamas of 0.1 to 1.1 B
 CPU = Device(
-    load=12 * MIB, start=36 * MIB, host=0, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1, adam_copies=0,
-    tied_copies=0, unified=True,
+    load=46 * MIB, start=36 * MIB, host=0, mapped=MIB, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1,
+    adam_copies=0, tied_copies=0,
 )  # fmt: skip
 # estimated: not measured on a GPU yet
 GPU = Device(
-    load=1024 * MIB, start=1536 * MIB, host=3072 * MIB, holes=0.15, lora_holes=0.15, pair_holes=0.15, gather_copies=0,
-    adam_copies=1, tied_copies=2,
+    load=1024 * MIB, start=1536 * MIB, host=3072 * MIB, mapped=math.inf, holes=0.15, lora_holes=0.15, pair_holes=0.15,
+    gather_copies=0, adam_copies=1, tied_copies=2,
 )  # fmt: skip
 
 

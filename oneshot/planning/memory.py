@@ -7,13 +7,12 @@ within a step (activations, holes that the allocator leaves) is an estimate, com
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from oneshot.checkpoint.layout import partition_size
-from oneshot.planning.facts import MIB, Choice, Device, Work, Zero
+from oneshot.planning.facts import CHUNK, Choice, Device, Work, Zero
+from oneshot.planning.passing import low_rank, within_pass
 from oneshot.planning.shapes import PATCHED, ModelShape, Weight
-
-_CHUNK = 16 * MIB  # read, quantized and written at a time
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,7 @@ def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: 
     held = _states(shape, choice, work, zero)
     between = _between(sizes, choice, zero, device, partitioned, away)
     resting = sizes.scales + device.start + (0 if away else sizes.share)
-    holes = device.lora_holes if cost.trains == "adapter" else device.holes
-    traced = work if cost.guard_gradient else replace(work, guard=0)
-    small = int(_activations(shape, choice, traced) * (1 + holes))
-    logits = _logits(shape, choice, work) + _cast(shape, choice)
-    low, pairs = _factors(shape, choice, work)
-    passing = small + int(low * (1 + device.pair_holes)) + logits
-    if pairs:  # activations are gone once all generations are there
-        captured = int(_captured(shape, choice, traced) * (1 + holes))
-        passing = max(passing + pairs, captured + int((low + cost.factors * pairs) * (1 + device.pair_holes)))
+    low, passing = low_rank(shape, choice, work), within_pass(shape, choice, work, device)
     steady = resting + between.kept + held.device
     at_step = held.gradients + max(_adam(shape, choice, work, zero, device), _tied(shape, choice, device))
     # the head's gradient is there before any activation is gone, the others come as they go
@@ -100,7 +91,7 @@ def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: 
     matrix = max((w.numel for w in shape.patched), default=0) if cost.decomposes else 0
     step = max(step, resting + low + 2 * 4 * matrix)  # an update is decomposed before the first step
     moved = 0 if cost.trains != "weights" or work.finetune else 3 * 4 * shape.largest  # what training changed, fp32
-    save = steady + low + max(moved, _CHUNK)
+    save = steady + low + max(moved, CHUNK)
     load = resting - device.start + device.load + (sizes.largest if away else 0)
     host = _host(sizes, choice, zero, device, held, matrix, fused=shape.of("fused") > 0)
     floor = sizes.scales + (0 if away else sizes.share) + held.device_lower
@@ -195,70 +186,12 @@ def _tied(shape: ModelShape, choice: Choice, device: Device) -> int:
     return 4 * shape.vocabulary * shape.hidden * (device.tied_copies if choice.gpus == 1 else 2)
 
 
-def _cast(shape: ModelShape, choice: Choice) -> int:
-    """16-bit copies of fp32 weights, which autocast makes and autograd keeps for the backward pass."""
-    if choice.cost.trains != "weights" or choice.sharding != "none" or choice.item == 4:
-        return 0
-    return choice.item * (shape.of(*PATCHED, "fused") + shape.vocabulary * shape.hidden)
-
-
-def _activations(shape: ModelShape, choice: Choice, work: Work) -> int:
-    """What autograd keeps of the blocks from the forward to the backward pass.
-
-    Inputs of linear layers are part of it where a weight or a factored gradient needs them, and under ZeRO-3, whose own
-    linear function keeps them. Keys and values count as repeated for every head, which attention under a mask needs.
-    """
-    h, wide, item, cost = shape.hidden, shape.heads * shape.head_dim, choice.item, choice.cost
-    inputs = cost.trains != "nothing" or cost.factors > 0 or choice.sharding.startswith("zero3")
-    block = 2 * 4 * h + (2 * item * h if cost.trains == "weights" else 0) + 4 * item * wide + 4 * shape.heads
-    block += item * ((2 + shape.gated) * shape.ffn + (2 * h + shape.ffn if inputs else 0))
-    if cost.trains == "adapter" and item == 2:  # each LoRA computes on an fp32 copy of its layer's input
-        block += 4 * _widths(shape)[0] // shape.layers
-    if work.checkpointing:  # factored gradients need the inputs of linear layers all the same
-        return work.places * (item * h * shape.layers + block + (_inputs(shape, choice) if cost.factors else 0))
-    return work.places * block * shape.layers
-
-
-def _logits(shape: ModelShape, choice: Choice, work: Work) -> int:
-    """Logits, their gradients and the reference's, and the fp32 probabilities of the positions that count."""
-    item = choice.item
-    if work.finetune:  # in one place, in fp32
-        return shape.vocabulary * work.answers * (4 if item == 4 else 4 + item)
-    chunks = 4 * _CHUNK if work.held else 0  # of probabilities
-    return shape.vocabulary * (item * (2 * work.answers + 3 * work.held) + 3 * 4 * work.answers) + chunks
-
-
-def _factors(shape: ModelShape, choice: Choice, work: Work) -> tuple[int, int]:
-    """Bytes of the low-rank updates that a method holds, and of one generation of factored gradients (fp32)."""
-    cost = choice.cost
-    if cost.trains != "nothing":
-        return 0, 0
-    low = 2 * 4 * shape.low_rank(work.rank)  # directions and update, or the update and a trial
-    tokens = (work.total if cost.guard_gradient else work.tokens) if cost.factors else 0
-    return low, 4 * sum(_widths(shape)) * tokens // choice.gpus
-
-
-def _widths(shape: ModelShape) -> tuple[int, int]:
-    """Inputs and outputs of all linear layers that a patch may change, summed over the layers."""
-    return sum(w.shape[1] * w.count for w in shape.patched), sum(w.shape[0] * w.count for w in shape.patched)
-
-
-def _captured(shape: ModelShape, choice: Choice, work: Work) -> int:
-    """Inputs and output gradients of all linear layers, as a backward pass leaves them on a rank."""
-    return work.places * (choice.item * _widths(shape)[1] + _inputs(shape, choice))
-
-
-def _inputs(shape: ModelShape, choice: Choice) -> int:
-    """Bytes per token of what all linear layers take, each tensor once."""
-    return choice.item * shape.layers * (2 * shape.hidden + shape.heads * shape.head_dim + shape.ffn)
-
-
 def _host(
     sizes: _Weights, choice: Choice, zero: Zero, device: Device, held: _States, matrix: int, *, fused: bool
 ) -> int:
     """Memory of a machine: its processes, what they load through it (``matrix``: elements of the largest that is
     decomposed), and what is offloaded to it."""
-    rank = device.host + _CHUNK + held.host + 4 * matrix
+    rank = device.host + CHUNK + held.host + 4 * matrix
     partitioned = choice.sharding.startswith("zero3")
     if partitioned and zero.offload_weights:
         rank += sizes.share

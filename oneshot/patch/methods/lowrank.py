@@ -245,7 +245,7 @@ METHOD = Method(
     summary="gradient steps on the full weights, kept as factors and cut to a rank; needs no reference",
     reason="no --reference and no adapter, so the fine-tune's own update is not known and cannot be rolled back",
     solve=solve,
-    cost=Cost(factors=2, extra_passes=1),
+    cost=Cost(factors=1, extra_passes=1),
     defaults=Defaults(epochs=30, guard_weight=0.3),
     four_bit=Defaults(epochs=30, guard_weight=0.3),
     watched=True,

@@ -1,0 +1,97 @@
+"""What comes and goes within one pass of a rank: activations, factored gradients, logits, and the allocator's holes.
+
+All of it is an estimate, in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from oneshot.planning.facts import CHUNK, Choice, Device, Work
+from oneshot.planning.shapes import PATCHED, ModelShape
+
+Blocks = list[tuple[int, float]]  # bytes of a tensor, and how many such there are
+
+
+def within_pass(shape: ModelShape, choice: Choice, work: Work, device: Device) -> int:
+    """Return the most that a pass holds beside weights, states and gradients of weights."""
+    cost = choice.cost
+    traced = work if cost.guard_gradient else replace(work, guard=0)
+    holes = device.lora_holes if cost.trains == "adapter" else device.holes
+    low = int(low_rank(shape, choice, work) * (1 + device.pair_holes))
+    found = _held(_activations(shape, choice, traced), device, holes) + low + _logits(shape, choice, work)
+    if cost.factors:  # activations are gone once all pairs are there
+        captured = _held(_captured(shape, choice, traced), device, holes)
+        pairs = _held(_pairs(shape, choice, work), device, device.pair_holes)
+        found = max(found, captured + low + cost.factors * pairs)
+    return found + _cast(shape, choice)
+
+
+def low_rank(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """Return the bytes of what a method holds as low-rank factors, in fp32.
+
+    Directions and update; or the update, a trial and the gradient's kept directions.
+    """
+    cost = choice.cost
+    return 4 * (3 if cost.factors else 2) * shape.low_rank(work.rank) if cost.trains == "nothing" else 0
+
+
+def _held(blocks: Iterable[tuple[int, float]], device: Device, holes: float) -> int:
+    """What an allocator holds for blocks: those that are mapped one by one leave no holes."""
+    return int(sum(size * count * (1 + (holes if size < device.mapped else 0)) for size, count in blocks))
+
+
+def _activations(shape: ModelShape, choice: Choice, work: Work) -> Blocks:
+    """What autograd keeps of the model's blocks from the forward to the backward pass.
+
+    Inputs of linear layers are part of it where a weight or a factored gradient needs them, and under ZeRO-3, whose own
+    linear function keeps them. Keys and values count as repeated for every head, which attention under a mask needs.
+    """
+    places, item, cost = work.places, choice.item, choice.cost
+    trains = cost.trains == "weights"
+    inputs = cost.trains != "nothing" or cost.factors > 0 or choice.sharding.startswith("zero3")
+    hidden, wide, inner = (places * n for n in (shape.hidden, shape.heads * shape.head_dim, shape.ffn))
+    block: Blocks = [(4 * hidden, 2), (item * hidden, 2 * (trains + inputs)), (4 * places * shape.heads, 1)]
+    block += [(item * wide, 4), (item * inner, 2 + shape.gated + inputs)]
+    if cost.trains == "adapter" and item == 2:  # each LoRA computes on an fp32 copy of its layer's input
+        block += [(4 * places * w.shape[1], w.count / shape.layers) for w in shape.patched]
+    if not work.checkpointing:
+        return [(size, count * shape.layers) for size, count in block]
+    # factored gradients need the inputs of linear layers all the same
+    return [(item * hidden, shape.layers), *block, *(_inputs(shape, choice, work) if cost.factors else [])]
+
+
+def _logits(shape: ModelShape, choice: Choice, work: Work) -> int:
+    """Logits, their gradients and the reference's, and the fp32 probabilities of the positions that count."""
+    item = choice.item
+    if work.finetune:  # in one place, in fp32
+        return shape.vocabulary * work.answers * (4 if item == 4 else 4 + item)
+    chunks = 4 * CHUNK if work.held else 0  # of probabilities
+    return shape.vocabulary * (item * (2 * work.answers + 3 * work.held) + 3 * 4 * work.answers) + chunks
+
+
+def _cast(shape: ModelShape, choice: Choice) -> int:
+    """16-bit copies of fp32 weights, which autocast makes and autograd keeps for the backward pass."""
+    if choice.cost.trains != "weights" or choice.sharding != "none" or choice.item == 4:
+        return 0
+    return choice.item * (shape.of(*PATCHED, "fused") + shape.vocabulary * shape.hidden)
+
+
+def _pairs(shape: ModelShape, choice: Choice, work: Work) -> Blocks:
+    """One generation of factored gradients, in fp32: a rank's share of the layers."""
+    rows = 4 * (work.total if choice.cost.guard_gradient else work.tokens)
+    return [(rows * size, w.count / choice.gpus) for w in shape.patched for size in w.shape]
+
+
+def _captured(shape: ModelShape, choice: Choice, work: Work) -> Blocks:
+    """Inputs and output gradients of all linear layers, as a backward pass leaves them on a rank."""
+    item = choice.item * work.places
+    return [*_inputs(shape, choice, work), *((item * w.shape[0], w.count) for w in shape.patched)]
+
+
+def _inputs(shape: ModelShape, choice: Choice, work: Work) -> Blocks:
+    """What all linear layers take, each tensor once."""
+    item = choice.item * work.places
+    wide = shape.heads * shape.head_dim
+    return [(item * shape.hidden, 2 * shape.layers), (item * wide, shape.layers), (item * shape.ffn, shape.layers)]
