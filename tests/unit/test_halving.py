@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
+from oneshot.data.encoding import IGNORE
 from oneshot.patch import directions as of_update
+from oneshot.patch.guard import with_example
 from oneshot.patch.halving import BUDGET, PASSING, Rung, Trial, halve, rungs, standing
 from oneshot.patch.method import finished
 from oneshot.patch.methods import lowrank, project, rollback
@@ -149,9 +151,9 @@ def flat(found):
 @pytest.mark.parametrize("method", ["rollback", "lowrank", "project"])
 def test_a_path_that_stopped_while_others_went_on_is_the_path_that_never_stopped(method):
     model = tiny_model("llama").requires_grad_(False)
-    batches = [tiny_batch(model, 3), dataclasses.replace(tiny_batch(model, 3))]
-    batches[1].labels = batches[1].labels.clone()
-    batches[1].labels[0, batches[1].labels[0].nonzero()[-1]] = -100  # another example, as it were
+    batch = tiny_batch(model, 3)
+    shorter = dataclasses.replace(batch.example, labels=[*batch.example.labels[:-1], IGNORE])
+    batches = [batch, with_example(batch, shorter, 0)]
     whole = [begun(method, model, batch) for batch in batches]
     wanted = [flat(finished(trial.path)) for trial in whole]
     assert not any(torch.equal(wanted[0][name], wanted[1][name]) for name in wanted[0])

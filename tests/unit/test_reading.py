@@ -270,7 +270,7 @@ def saved(tmp_path):
 
 def load(folder, **options):
     chosen = ModelSettings(path=str(folder), **options)
-    return load_model(tiny_runtime(), find_source(chosen), chosen)
+    return load_model(tiny_runtime(), find_source(chosen, tiny_runtime()), chosen)
 
 
 def stored(folder):
