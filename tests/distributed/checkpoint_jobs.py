@@ -15,7 +15,7 @@ import deepspeed  # noqa: F401
 import torch
 import transformers
 
-from oneshot.checkpoint import load, partitioned, write
+from oneshot.checkpoint import load, partitioned, weights, write
 from oneshot.checkpoint.files import list_tensors, read_tensor
 from oneshot.checkpoint.layout import partition, rank_bytes
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
@@ -128,7 +128,7 @@ def read_replicated(runtime: Runtime, source: str, broken: int | None = None) ->
                 ours = load_from(runtime, source)
         except UserError as error:
             return {"error": str(error)}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=ours.dtype)
     own, other = ours.state_dict(), theirs.state_dict()
     same = list(own) == list(other) and all(
         own[name].dtype == tensor.dtype and torch.equal(own[name], tensor) for name, tensor in other.items()
@@ -221,7 +221,7 @@ def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
     """The error of each load, by the folder's name, on this rank; after each one all ranks are still together."""
     found = {}
     for folder in folders:
-        name, torn = Path(folder).name, unittest.mock.patch.object(partitioned, "list_tensors", _cut_after(runtime))
+        name, torn = Path(folder).name, unittest.mock.patch.object(weights, "list_tensors", _cut_after(runtime))
         try:
             if name.startswith("cut-between"):
                 with torn:
@@ -237,7 +237,7 @@ def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
 
 def _cut_after(runtime: Runtime) -> Any:
     """list_tensors, after which the last tensor loses its last bytes: only the last rank will miss them."""
-    real = partitioned.list_tensors
+    real = weights.list_tensors
 
     def list_and_cut(folder: Path) -> Any:
         found = real(folder)
