@@ -1,5 +1,5 @@
 """What must hold on a GPU, as functions of the device. tests/gpu calls them with "cuda" at sizes that count, and
-tests/unit/test_gpu_checks.py with "cpu" at tiny ones, so that none meets its first GPU untried.
+tests/e2e/test_gpu_checks.py with "cpu" at tiny ones, so that none meets its first GPU untried.
 
 oneshot takes the GPU wherever there is one; ``device`` says what it must have taken.
 """
