@@ -100,8 +100,8 @@ def test_same_factored_gradients_on_every_rank(checkpointing: bool, topology: st
         assert off(two, one) < 1e-5
 
 
-# Known and open: on a CPU without bf16 instructions lowrank on NF4 weights ends 4% apart on several ranks, and sft on an
-# adapter 2e-4.
+# Known and open: on a CPU without bf16 instructions lowrank on NF4 weights ends 4% apart on several ranks, and sft on
+# an adapter 2e-4.
 KNOWN = [
     pytest.param(name, marks=pytest.mark.xfail(strict=False, reason="differs between topologies; open"))
     if "lowrank-nf4" in name or name == "sft-adapter"
