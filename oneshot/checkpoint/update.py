@@ -31,6 +31,7 @@ class Factors:
 
 
 Update = dict[str, Factors]  # module name -> its update
+EDGE = 1e-2  # of the first singular value that is cut off: how near to it one fades
 
 
 def on_device(update: Update, device: torch.device) -> Update:
@@ -62,8 +63,26 @@ def norm(factors: Factors) -> float:
     return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
-def compress(factors: Factors, rank: int | None) -> Factors:
-    """Return the best rank-``rank`` factors of b @ a (none: only drop what is redundant), by QR and a small SVD."""
+def fading(values: torch.Tensor, kept: int) -> torch.Tensor:
+    """Weights (kept,) of the ``kept`` largest singular values (descending) that make a cut steady.
+
+    Where the last value kept and the first one dropped are nearly equal, rounding decides which direction stays. These
+    weights are near 1 for what is clearly above the first one dropped and go to 0 towards it; 1 if nothing is dropped.
+    """
+    import torch
+
+    if kept >= len(values):
+        return torch.ones_like(values)
+    above = values[:kept] - values[kept]
+    return above / (above + EDGE * values[kept]).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def compress(factors: Factors, rank: int | None, *, steady: bool = False) -> Factors:
+    """Return the best rank-``rank`` factors of b @ a (none: only drop what is redundant), by QR and a small SVD.
+
+    Args:
+        steady: fade out what barely made the cut, see ``fading``
+    """
     import torch
 
     m, n = factors.b.shape[0], factors.a.shape[1]
@@ -73,5 +92,5 @@ def compress(factors: Factors, rank: int | None) -> Factors:
     qb, rb = torch.linalg.qr(factors.b)
     qa, ra = torch.linalg.qr(factors.a.T)
     u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = s[:limit].sqrt()
+    root = (s[:limit] * fading(s, limit) if steady else s[:limit]).sqrt()
     return Factors(qb @ (u[:, :limit] * root), (root[:, None] * vt[:limit]) @ qa.T)

@@ -228,3 +228,18 @@ def test_a_loss_that_is_no_number_stops_the_repair():
     next(iter(linears.values())).weight.data[0, 0] = float("nan")
     with pytest.raises(Diverged, match="epoch 0"):
         solve(model, linears, batch)
+
+
+def test_a_cut_between_equal_singular_values_is_steady_and_one_that_drops_nothing_is_exact():
+    torch.manual_seed(0)
+    q, p = (torch.linalg.qr(torch.randn(30, 6))[0] for _ in range(2))
+    sizes = torch.tensor([1.0, 0.9, 0.5, 0.5, 0.5, 0.3])  # the third to the fifth are told apart by rounding alone
+    found = []
+    for noise in (1e-6, -1e-6):
+        nudged = sizes + noise * torch.tensor([0.0, 0.0, 1.0, 0.0, -1.0, 0.0])
+        found.append(lowrank.compress(Factors(q * nudged, p.T), 3, steady=True))
+    one, two = (f.b @ f.a for f in found)
+    assert float((one - two).norm() / one.norm()) < 1e-3
+    assert torch.linalg.svdvals(one)[:2].tolist() == pytest.approx([1.0, 0.9], rel=0.02)
+    whole = lowrank.compress(Factors(torch.cat([q * sizes, q], dim=1), torch.cat([p.T, 0 * p.T])), 6, steady=True)
+    assert torch.allclose(whole.b @ whole.a, (q * sizes) @ p.T, atol=1e-6)

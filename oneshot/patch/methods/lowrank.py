@@ -12,7 +12,7 @@ from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Factors, Update, compress
+from oneshot.checkpoint.update import Factors, Update, compress, fading
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
@@ -45,7 +45,7 @@ def stepped(factors: Factors | None, x: torch.Tensor, delta: torch.Tensor, eta: 
     b, a = -eta * delta.T, x
     if factors is not None:
         b, a = torch.cat([factors.b, b], dim=1), torch.cat([factors.a, a], dim=0)
-    return compress(Factors(b, a), rank)
+    return compress(Factors(b, a), rank, steady=True)
 
 
 def step_update(
@@ -130,8 +130,9 @@ def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[to
     reflectors_d, rd = _reflectors(delta.T)
     u, s, vt = torch.linalg.svd(rd @ rx.T, full_matrices=False)
     size = len(s) if rank is None else min(rank, len(s))
+    steady = fading(s, size)
     u, s, vt = u[:, :size], s[:size], vt[:size]
-    kept = s / (s + 1e-3 * s.max()) if size and s.max() > 0 else torch.zeros_like(s)  # nothing for noise
+    kept = steady * s / (s + 1e-3 * s.max()) if size and s.max() > 0 else torch.zeros_like(s)  # nothing for noise
     missing = (0, 0, 0, (len(x) if rank is None else min(rank, len(x))) - size)
     right, left = (torch.nn.functional.pad(q.T, missing) for q in (
         _rotated(reflectors_x, vt.T), _rotated(reflectors_d, u * kept)
