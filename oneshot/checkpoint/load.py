@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.phases import count, count_passes, counting, phase
-from oneshot.distributed.resources import parameters_of
+from oneshot.distributed.resources import give_back_freed_memory, parameters_of
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError, first_line
 from oneshot.settings import ModelSettings
@@ -207,8 +208,10 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     Raises:
         UserError: such a model is to be in 4 bits, or is in 8 bits and to be partitioned
     """
-    model = skeleton(source.checkpoint, dtype, settings.attention, settings.trust_remote_code)
     tensors = list_tensors(source.checkpoint)
+    # before the skeleton, whose weights are allocated for a moment: partitions in the holes could not be given back
+    give_back_freed_memory(runtime, sum(math.prod(entry.shape) for entry in tensors.values()))
+    model = skeleton(source.checkpoint, dtype, settings.attention, settings.trust_remote_code)
     reason = why_not(model, tensors)
     if runtime.sharding == "zero3":
         refuse_eight_bit(model.config)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from oneshot.distributed.persistent import one_copy
 from oneshot.distributed.resources import give_back_freed_memory, parameters_of
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.tied import accumulate_rows
@@ -122,7 +123,7 @@ def start_training(
 
     from oneshot.distributed.adamw import AdamWInPieces
 
-    give_back_freed_memory(runtime, model)
+    give_back_freed_memory(runtime, parameters_of(model))
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = AdamWInPieces if runtime.device.type == "cpu" else torch.optim.AdamW
     optimizer: Any = adamw(trained, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
@@ -162,7 +163,7 @@ def frozen(runtime: Runtime, model: Model) -> Iterator[Model]:
     in backward too. Call the yielded module itself, as the engine's own call expects an optimizer.
     """
     model.requires_grad_(False)
-    give_back_freed_memory(runtime, model)
+    give_back_freed_memory(runtime, parameters_of(model))
     if runtime.sharding != "zero3":
         yield model.to(runtime.device)
         return
@@ -175,10 +176,11 @@ def frozen(runtime: Runtime, model: Model) -> Iterator[Model]:
     if dtype.itemsize > 4:  # partitioned like any other, but on CPUs that have fp16 DeepSpeed itself refuses to begin
         deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
     engine = deepspeed.initialize(model=model, config=config)[0]
-    try:
-        yield engine.module
-    finally:
-        engine.destroy()
+    with one_copy(runtime, model):
+        try:
+            yield engine.module
+        finally:
+            engine.destroy()
 
 
 @contextlib.contextmanager

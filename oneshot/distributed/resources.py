@@ -83,18 +83,19 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def give_back_freed_memory(runtime: Runtime, model: nn.Module | None = None) -> None:
+def give_back_freed_memory(runtime: Runtime, weights: int | None = None) -> None:
     """Let glibc return every large block to the system when it is freed (CPU only).
 
     By default it keeps blocks of up to 32 MiB, each hole of another size: activations, gradients and weights that come
     and go with every layer then hold up to twice what is in use.
 
     Args:
-        model: what will be computed with; for a small one nothing is done, as a tenth of its time would go into mapping
+        weights: of the model that will be computed with; for a small one nothing is done, as a tenth of its time would go
+            into mapping
     """
     if runtime.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
-    if model is not None and parameters_of(model) < _SMALL:
+    if weights is not None and weights < _SMALL:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:

@@ -22,8 +22,9 @@ from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.state import States
 from oneshot.distributed import instructions
-from oneshot.distributed.engine import frozen, start_training
+from oneshot.distributed.engine import frozen, gathered, start_training
 from oneshot.distributed.optimizer_state import allocate, held_state
+from oneshot.distributed.persistent import is_shared
 from oneshot.distributed.runtime import Runtime, barrier, emulated_anywhere
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
@@ -184,6 +185,33 @@ def wide(runtime: Runtime, sources: str, target: str, names: list[str]) -> dict[
         found[name]["off"] = float((logits(runtime, ours) - one).abs().max())
         written = find_source(ModelSettings(path=str(folder)), runtime).written
         save_checkpoint(runtime, ours, build_tokenizer(), Path(target, name), written)
+    return found
+
+
+def kept_once(runtime: Runtime, sources: str, target: str, names: list[str]) -> dict[str, list[bool]]:
+    """What holds of frozen models whose weights stay gathered: see the test."""
+    found = {}
+    for name in names:
+        folder = Path(sources, name)
+        model = load_from(runtime, str(folder), dtype=FAMILIES[name][2])
+        parameters = dict(model.named_parameters())
+        before = {path: p.ds_tensor.clone() for path, p in parameters.items()}
+        with frozen(runtime, model) as whole, torch.no_grad():
+            first, second, third = (whole(input_ids=tokens(), use_cache=False).logits.clone() for _ in range(3))
+            shared = [is_shared(p) for p in parameters.values()]
+            stored = list_tensors(folder)
+            right = [torch.equal(p.data, read_tensor(stored[path], path)) for path, p in parameters.items()]
+            with gathered(runtime, list(parameters.values())):  # parts them when it ends
+                pass
+            fourth = whole(input_ids=tokens(), use_cache=False).logits
+        share = [p.ds_tensor.untyped_storage().nbytes() == p.ds_tensor.nbytes for p in parameters.values()]
+        own = {
+            path: partition(tuple(p.ds_shape), runtime.rank, runtime.world_size).numel for path, p in parameters.items()
+        }
+        same = [torch.equal(before[path][: own[path]], p.ds_tensor[: own[path]]) for path, p in parameters.items()]
+        logits_same = [torch.equal(first, other) for other in (second, third, fourth)]
+        save_checkpoint(runtime, model, build_tokenizer(), Path(target, name), getattr(torch, FAMILIES[name][2]))
+        found[name] = [sum(shared) == len(shared), all(right), all(share), all(same), all(logits_same)]
     return found
 
 

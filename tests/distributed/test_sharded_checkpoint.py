@@ -114,6 +114,17 @@ def test_16_bit_weights_are_computed_in_fp32_by_all_ranks_where_one_cannot(sourc
         assert ours["dtype"] == theirs["dtype"]
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_frozen_weights_that_stay_gathered_are_held_once(world: int, sources: Path, tmp_path: Path) -> None:
+    """Partitions are views into the whole weights, which are the files'; afterwards they are what they were, alone."""
+    names = ["llama", "llama-tied", "gemma3"]
+    arguments = {"sources": str(sources), "target": str(tmp_path), "names": names}
+    for found in start_ranks(jobs.kept_once, world, "zero3", tmp_path / "ranks", arguments).results():
+        assert found == {name: [True] * 5 for name in names}
+    for name in names:
+        assert_same_files(tmp_path / name, sources / name)
+
+
 @pytest.mark.parametrize("sharding", ["zero2", "ddp"])
 def test_whole_models_are_written_by_all_ranks_too(sharding: str, sources: Path, tmp_path: Path) -> None:
     for name in ("llama", "gemma3"):
