@@ -63,5 +63,5 @@ def _part(parameter: Any) -> None:
 
 def is_shared(parameter: Any) -> bool:
     """Return whether the weight is whole and its partition a view into it."""
-    storages = [tensor.untyped_storage() for tensor in (parameter.ds_tensor, parameter.data)]
-    return storages[0].nbytes() > 0 and storages[0].data_ptr() == storages[1].data_ptr()
+    own, whole = parameter.ds_tensor.untyped_storage(), parameter.data.untyped_storage()
+    return bool(own.nbytes() > 0 and own.data_ptr() == whole.data_ptr())

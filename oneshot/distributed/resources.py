@@ -90,8 +90,7 @@ def give_back_freed_memory(runtime: Runtime, weights: int | None = None) -> None
     and go with every layer then hold up to twice what is in use.
 
     Args:
-        weights: of the model that will be computed with; for a small one nothing is done, as a tenth of its time would go
-            into mapping
+        weights: how many the model has; for a small one nothing is done, as a tenth of its time would go into mapping
     """
     if runtime.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
