@@ -32,6 +32,7 @@ class Device:
         lora_holes: the same where every layer also leaves the strips and fp32 copies of a LoRA
         pair_holes: the same for factored gradients and updates
         gather_copies: copies of a weight that communication holds while it gathers it
+        own_copies: of a rank's share of frozen weights, beside the gathered ones that stay (distributed/persistent.py)
         adam_copies: fp32 copies of the weights that a step of AdamW works in
         tied_copies: copies of a tied embedding's gradient within a backward pass, beside the one that stays
     """
@@ -44,6 +45,7 @@ class Device:
     lora_holes: float
     pair_holes: float
     gather_copies: int
+    own_copies: int
     adam_copies: int
     tied_copies: int
 
@@ -51,12 +53,12 @@ class Device:
 # measured: torch 2.13, glibc with a mapping threshold of 1 MiB, as resources.py sets it; random Llamas of 0.1 to 1.1 B
 CPU = Device(
     load=46 * MIB, start=36 * MIB, host=0, mapped=MIB, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1,
-    adam_copies=0, tied_copies=0,
+    own_copies=0, adam_copies=0, tied_copies=0,
 )  # fmt: skip
 # estimated: not measured on a GPU yet
 GPU = Device(
     load=1024 * MIB, start=1536 * MIB, host=3072 * MIB, mapped=math.inf, holes=0.15, lora_holes=0.15, pair_holes=0.15,
-    gather_copies=0, adam_copies=1, tied_copies=2,
+    gather_copies=0, own_copies=1, adam_copies=1, tied_copies=2,
 )  # fmt: skip
 
 

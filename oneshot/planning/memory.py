@@ -114,9 +114,7 @@ def _between(sizes: _Weights, choice: Choice, zero: Zero, device: Device, partit
     copies = device.gather_copies * sizes.largest + sizes.unpacked
     per_element = sizes.whole / max(sizes.elements, 1)
     if choice.cost.trains == "nothing" and not away and sizes.elements <= zero.max_live:
-        kept = sizes.whole - (
-            sizes.share if device.unified else 0
-        )  # persistent.py: on CPUs a rank's share is a part of it
+        kept = sizes.whole - (1 - device.own_copies) * sizes.share
         return _Between(kept, kept + copies)  # engine.py gathers such a model once
     live = max(zero.max_live, zero.prefetch + int(sizes.largest / per_element))
     return _Between(0, min(sizes.whole, int(live * per_element)) + copies)
