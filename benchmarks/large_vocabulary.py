@@ -81,7 +81,7 @@ def work(variant: str, size: str, steps: int) -> dict[str, Any]:
     """Be one variant: seconds of the steps after the first, peak resident memory, losses."""
     import torch
 
-    from oneshot.distributed.resources import peak_bytes, reset_peak
+    from oneshot.distributed.resources import give_back_freed_memory, parameters_of, peak_bytes, reset_peak
     from oneshot.distributed.runtime import start
     from oneshot.patch.linears import select_linears
     from oneshot.patch.method import finished
@@ -99,6 +99,7 @@ def work(variant: str, size: str, steps: int) -> dict[str, Any]:
     linears = select_linears(model).targets
     torch.manual_seed(0)
     directions = random_directions(linears, RANK)
+    give_back_freed_memory(runtime, parameters_of(model))  # as an engine does
     before = reset_peak()
     batch = batch_of(runtime, model, shared=variant == "needed")
     if variant == "all":
