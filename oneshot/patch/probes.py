@@ -6,6 +6,7 @@ Both continuations of a prompt are likelihoods, and what has moved is a divergen
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,23 @@ MARGIN_TOKENS = 8  # of both continuations; what comes later says little on whic
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What is looked at.
+
+    Attributes:
+        refusal: token ids of a refusal
+        refusable: prompts to be refused, with the unpatched model's answers; the repair must not learn from them
+        held: prompts with answers that are not to move, the unpatched model's, then another one's
+        taught: of the last of ``held`` the logits of the model that gave the answer, (answer tokens, vocabulary)
+    """
+
+    refusal: list[int]
+    refusable: list[Answered]
+    held: list[Answered]
+    taught: Sequence[torch.Tensor] = ()
+
+
+@dataclass(frozen=True)
 class Probes:
     """This rank's share of the prompts, each with two continuations: a refusal, then the unpatched model's answer.
 
@@ -42,7 +60,7 @@ class Probes:
         whose: int64, which continuation each is of (2 * prompt, and 2 * prompt + 1 for the answer)
         place: int64 (prompts), of each in the list of all; fillers, which keep ranks in step, have -1
         held: int64, where the answers' distributions are compared: which of ``kept``
-        reference: the unpatched model's logits there, (held, vocabulary)
+        reference: logits there, (held, vocabulary): the unpatched model's, or those of the model that gave the answer
         refusable: how many of all prompts, the first ones, are to be refused
         total: prompts over all ranks
     """
@@ -63,24 +81,21 @@ def build_probes(
     runtime: Runtime,
     model: Any,
     tokenizer: Any,
-    refusal: list[int],
-    refusable: list[Answered],
-    held: list[Answered],
+    watched: Watched,
     *,
     answer_tokens: int,
 ) -> Probes:
     """Keep the distributions of the unpatched model, which this is, over its own answers. Collective.
 
     Args:
-        refusal: token ids of a refusal
-        refusable: prompts to be refused; the repair must not learn from them. Those that the model refuses already are
-            left out: there is nothing to recover
-        held: prompts whose answers are not to move
+        watched: the same on all ranks. Of its requests to be refused those that the model refuses already are left out:
+            there is nothing to recover
         answer_tokens: how much of an answer is compared
     """
     import torch
 
-    refusable = [(prompt, answer) for prompt, answer in refusable if verdict(answer) != "refused"]
+    refusal, held, taught = watched.refusal, watched.held, watched.taught
+    refusable = [(prompt, answer) for prompt, answer in watched.refusable if verdict(answer) != "refused"]
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
@@ -94,6 +109,7 @@ def build_probes(
     pad = pad_id(tokenizer)
     rows = lay(pairs, pad, runtime.device, sharing_of(runtime, model, pairs, pad))
     predicting, compared = list[torch.Tensor](), list[torch.Tensor]()
+    others = list[tuple[int, torch.Tensor]]()  # where in ``held`` another model's logits go
     targets, whose = list[int](), list[int]()
     for number, (places, ids) in enumerate(zip(rows.places, itertools.chain.from_iterable(pairs))):
         i, start = indices[number // 2], len(starts[indices[number // 2]])
@@ -102,10 +118,14 @@ def build_probes(
         targets += ids[start:stop]
         whose += [number] * (stop - start)
         if number % 2 and number // 2 < own and i >= len(refusable):
+            if i >= len(prompts) - len(taught):
+                others.append((sum(map(len, compared)), taught[i - len(prompts)]))
             compared.append(places[start - 1 : -1])
     kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
     with torch.no_grad():
         reference = logits_at(model, rows.inputs, kept)[which[len(targets) :]]
+    for first, logits in others:
+        reference[first : first + len(logits)] = logits.to(reference)
     return Probes(
         inputs=rows.inputs,
         kept=kept,

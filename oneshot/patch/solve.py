@@ -13,7 +13,7 @@ from oneshot.patch.bench import Bench
 from oneshot.patch.guard import RepairBatch
 from oneshot.patch.halving import Trial
 from oneshot.patch.path import ATTEMPTS, REFUSABLE, Attempt, Watch
-from oneshot.patch.probes import build_probes, read_probes
+from oneshot.patch.probes import Watched, build_probes, read_probes
 from oneshot.patch.trace import Tracer
 
 
@@ -90,15 +90,15 @@ def _watch(bench: Bench, index: int) -> Watch[Any] | None:
     Of the requests to be refused the example's own is left out: the repair learns from it.
     """
     request, recipe = bench.request, bench.request.recipe
-    if not bench.answered:
+    if not bench.refusable:
         return None
     assert recipe.bounds is not None
     example, own = request.candidates[index], request.conversations[index].prompt
     refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
-    refusable = [each for each in bench.answered[: -len(request.held)] if each[0] != own][:REFUSABLE]
-    held = bench.answered[-len(request.held) :]
+    refusable = [each for each in bench.refusable if each[0] != own][:REFUSABLE]
+    taught = bench.teacher.held if bench.teacher else []
+    held = [*bench.held, *((lesson.prompt, lesson.answer) for lesson in taught)]
+    watched = Watched(refusal, refusable, held, [lesson.logits for lesson in taught])
     with bench.unpatched() as model:
-        probes = build_probes(
-            request.runtime, model, request.tokenizer, refusal, refusable, held, answer_tokens=recipe.guard_tokens
-        )
+        probes = build_probes(request.runtime, model, request.tokenizer, watched, answer_tokens=recipe.guard_tokens)
     return Watch(lambda: read_probes(request.runtime, bench.model, probes), recipe.bounds)
