@@ -16,7 +16,7 @@ from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_id
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import generate_answers, share_of
 from oneshot.patch.rows import Sharing, lay, sharing_of
-from oneshot.training.objective import kl_sum, logits_at
+from oneshot.training.objective import logits_at, refusal_and_guard
 
 if TYPE_CHECKING:
     import torch
@@ -171,16 +171,11 @@ def repair_loss(
         temperature: divides the example's logits; above 1 the refusal has to win by a larger margin before its
             gradient fades
     """
-    from torch.nn.functional import cross_entropy
-
     logits = logits_at(model, batch.inputs, batch.kept)
-    refusal, others = logits[: len(batch.targets)], logits[len(batch.targets) :]
-    example = cross_entropy((refusal / temperature).float(), batch.targets, reduction="sum") / len(batch.targets)
-    share = example / world_size
-    held = logits.new_zeros((), dtype=example.dtype)
-    if batch.reference is not None and batch.held_total:
-        held = kl_sum(others, batch.reference) / batch.held_total
-        share = share + weight * held
+    reference = logits.new_zeros(0, logits.shape[-1]) if batch.reference is None else batch.reference
+    loss, divergence = refusal_and_guard(logits, batch.targets, reference, temperature)
+    example, held = loss / len(batch.targets), divergence / max(batch.held_total, 1)
+    share = example / world_size + weight * held
     return share, example.detach(), held.detach()
 
 

@@ -113,6 +113,25 @@ def kl_sum(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def refusal_and_guard(
+    logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (summed cross entropy of the first rows, ``kl_sum`` of the others), in the logits' own memory.
+
+    Logits over a large vocabulary are the largest tensor of a repair's step, and torch would hold them six times: two
+    slices, and the gradients of each. Here they become their own gradient, so that one backward pass is all there is,
+    and whatever computed them must not need their values again (see ``_cross_entropy_in_place``).
+
+    Args:
+        logits: (tokens, vocabulary)
+        targets: int64, what the first rows predict
+        reference: of the other rows, in order; there may be fewer than rows, then the rest does not count
+        temperature: divides the first rows' logits
+    """
+    found: tuple[torch.Tensor, torch.Tensor] = _repair().apply(logits, targets, reference, temperature)
+    return found
+
+
 def log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the log likelihood of each target: logits (tokens, vocabulary), int64 (tokens) -> fp32 (tokens).
 
@@ -164,6 +183,53 @@ def _cross_entropy_in_place() -> Any:
     return CrossEntropy
 
 
+def _divergence(logits: torch.Tensor, reference: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """The summed KL(reference || model); its gradient is written where that is asked for, which may be the logits."""
+    import torch
+
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    total = logits.new_zeros((), dtype=kind)
+    for rows in _some(logits):
+        ours, theirs = (side[rows].to(kind).log_softmax(-1) for side in (logits, reference))
+        share = theirs.exp()
+        total += (share * (theirs - ours)).sum()
+        if gradient is not None:
+            gradient[rows] = ours.exp_().sub_(share)
+    return total
+
+
+@functools.cache
+def _repair() -> Any:
+    """``refusal_and_guard`` as an autograd function."""
+    import torch
+    from torch.nn.functional import nll_loss
+
+    class Repair(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor, t: float) -> Any:
+            first, others = logits[: len(targets)], logits[len(targets) : len(targets) + len(reference)]
+            kind = torch.promote_types(logits.dtype, torch.float32)
+            logs = (first / t).to(kind).log_softmax(-1)
+            loss = nll_loss(logs, targets, reduction="sum")
+            wanted = ctx.needs_input_grad[0]
+            total = _divergence(others, reference, others if wanted else None)
+            ctx.temperature, ctx.held = t, len(reference)
+            ctx.save_for_backward(logits, logs if wanted else None, targets)
+            return loss, total
+
+        @staticmethod
+        def backward(ctx: Any, of_loss: torch.Tensor, of_total: torch.Tensor) -> Any:
+            gradient, logs, targets = ctx.saved_tensors
+            first = logs.exp()
+            first.scatter_add_(1, targets[:, None], first.new_full((len(targets), 1), -1.0))
+            gradient[: len(targets)] = first.mul_(of_loss / ctx.temperature)
+            gradient[len(targets) : len(targets) + ctx.held].mul_(of_total.to(gradient.dtype))
+            gradient[len(targets) + ctx.held :] = 0
+            return gradient, None, None, None
+
+    return Repair
+
+
 @functools.cache
 def _kl() -> Any:
     """``kl_sum`` as an autograd function: it keeps the gradient, d KL / d logits = softmax - reference's softmax."""
@@ -172,15 +238,8 @@ def _kl() -> Any:
     class KL(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-            kind = torch.promote_types(logits.dtype, torch.float32)
             gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-            total = logits.new_zeros((), dtype=kind)
-            for rows in _some(logits):
-                ours, theirs = (side[rows].to(kind).log_softmax(-1) for side in (logits, reference))
-                share = theirs.exp()
-                total += (share * (theirs - ours)).sum()
-                if gradient is not None:
-                    gradient[rows] = ours.exp_().sub_(share)
+            total = _divergence(logits, reference, gradient)
             ctx.save_for_backward(gradient)
             return total
 
