@@ -61,6 +61,8 @@ class Probes:
         place: int64 (prompts), of each in the list of all; fillers, which keep ranks in step, have -1
         held: int64, where the answers' distributions are compared: which of ``kept``
         reference: logits there, (held, vocabulary): the unpatched model's, or those of the model that gave the answer
+        taught: bool (held), which of them another model's answers are compared at
+        answering: bool (prompts), of all prompts those that are answered, and are to be
         refusable: how many of all prompts, the first ones, are to be refused
         total: prompts over all ranks
     """
@@ -73,6 +75,8 @@ class Probes:
     place: torch.Tensor
     held: torch.Tensor
     reference: torch.Tensor
+    taught: torch.Tensor
+    answering: torch.Tensor
     refusable: int
     total: int
 
@@ -124,8 +128,10 @@ def build_probes(
     kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
     with torch.no_grad():
         reference = logits_at(model, rows.inputs, kept)[which[len(targets) :]]
+    foreign = torch.zeros(len(reference), dtype=torch.bool, device=runtime.device)
     for first, logits in others:
         reference[first : first + len(logits)] = logits.to(reference)
+        foreign[first : first + len(logits)] = True
     return Probes(
         inputs=rows.inputs,
         kept=kept,
@@ -135,6 +141,11 @@ def build_probes(
         place=torch.tensor([i if n < own else -1 for n, i in enumerate(indices)], device=runtime.device),
         held=which[len(targets) :],
         reference=reference,
+        taught=foreign,
+        answering=torch.tensor(
+            [i >= len(refusable) and verdict(answer) != "refused" for i, answer in enumerate(answers)],
+            device=runtime.device,
+        ),
         refusable=len(refusable),
         total=len(prompts),
     )
@@ -147,18 +158,22 @@ def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
     with torch.no_grad():
         logits = logits_at(model, probes.inputs, probes.kept)
         found = log_likelihoods(logits[probes.scored], probes.targets)
-        divergence = kl_sum(logits[probes.held], probes.reference)
+        compared = logits[probes.held]
+        apart = [kl_sum(compared[which], probes.reference[which]) for which in (~probes.taught, probes.taught)]
     sums = found.new_zeros(2 * len(probes.place)).index_add(0, probes.whose, found)
-    # one sum over ranks: each prompt's margin at its place, then the divergence and the tokens that it is of
-    shared = torch.zeros(probes.total + 2, device=runtime.device)
+    # one sum over ranks: each prompt's margin at its place, then both divergences and the tokens that they are of
+    shared = torch.zeros(probes.total + 4, device=runtime.device)
     mine = probes.place >= 0
     shared[probes.place[mine]] = (sums[0::2] - sums[1::2])[mine]
-    shared[-2], shared[-1] = divergence, len(probes.held)
+    shared[-4], shared[-3] = apart
+    shared[-2], shared[-1] = (~probes.taught).sum(), probes.taught.sum()
     shared = all_reduce_sum(runtime, shared)
-    margins, others = shared[: probes.refusable], shared[probes.refusable : -2]
+    margins, others = shared[: probes.refusable], shared[:-4][probes.answering]
+    divergence, apart_now = (float(shared[i] / shared[i + 2]) if shared[i + 2] else 0.0 for i in (-4, -3))
     return Reading(
         margin=float(margins.quantile(0.1)) if len(margins) else 0.0,
         recovered=float((margins > SAFE_MARGIN).float().mean()) if len(margins) else 1.0,
         refused=float((others > 0).float().mean()) if len(others) else 0.0,
-        divergence=float(shared[-2] / shared[-1]) if shared[-1] else 0.0,
+        divergence=divergence,
+        apart=apart_now,
     )

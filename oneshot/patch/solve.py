@@ -101,4 +101,5 @@ def _watch(bench: Bench, index: int) -> Watch[Any] | None:
     watched = Watched(refusal, refusable, held, [lesson.logits for lesson in taught])
     with bench.unpatched() as model:
         probes = build_probes(request.runtime, model, request.tokenizer, watched, answer_tokens=recipe.guard_tokens)
-    return Watch(lambda: read_probes(request.runtime, bench.model, probes), recipe.bounds)
+        apart = read_probes(request.runtime, model, probes).apart if taught else 0.0
+    return Watch(lambda: read_probes(request.runtime, bench.model, probes), recipe.bounds.starting(apart))
