@@ -10,6 +10,7 @@ from typing import Any
 
 from oneshot.checkpoint.load import load_model, merge_into
 from oneshot.checkpoint.update import Update, concatenated
+from oneshot.data.conversations import Messages
 from oneshot.distributed.engine import TrainingEngine, frozen, start_training
 from oneshot.distributed.phases import phase
 from oneshot.measure.generate import generate_answers
@@ -20,6 +21,8 @@ from oneshot.patch.probes import Answered
 from oneshot.patch.request import Request, own_update
 from oneshot.patch.teacher import Teacher, in_own_words, learn, wanted
 from oneshot.training.loop import weights_dtype
+
+ENOUGH = 4  # requests to be refused that tell something of a model
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def _watched_answers(bench: Bench) -> tuple[list[Answered], list[Answered]]:
     request, recipe = bench.request, bench.request.recipe
     if recipe.bounds is None or not recipe.method.watched or not request.refusable or not request.held.all:
         return [], []
-    refusable = request.refusable[: REFUSABLE + 1]
+    refusable = _to_be_refused(bench)[: REFUSABLE + 1]
     prompts = [*refusable, *(request.held.own if bench.teacher else request.held.all)]
     with bench.unpatched() as model:
         said = generate_answers(
@@ -123,6 +126,13 @@ def _watched_answers(bench: Bench) -> tuple[list[Answered], list[Answered]]:
         )
     answered = list(zip(prompts, said))
     return answered[: len(refusable)], answered[len(refusable) :]
+
+
+def _to_be_refused(bench: Bench) -> list[Messages]:
+    """The requests of the pool; of a teacher that refuses enough of them those that it does: no more is to be had."""
+    every = bench.request.refusable
+    refused = [prompt for prompt in every if bench.teacher and prompt[-1]["content"] in bench.teacher.refusals]
+    return refused if len(refused) >= ENOUGH else every
 
 
 @contextlib.contextmanager

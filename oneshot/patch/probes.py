@@ -37,12 +37,14 @@ class Watched:
         refusable: prompts to be refused, with the unpatched model's answers; the repair must not learn from them
         held: prompts with answers that are not to move, the unpatched model's, then another one's
         taught: of the last of ``held`` the logits of the model that gave the answer, (answer tokens, vocabulary)
+        words: token ids of each of ``refusable``'s own refusal; empty: ``refusal`` for all
     """
 
     refusal: list[int]
     refusable: list[Answered]
     held: list[Answered]
     taught: Sequence[torch.Tensor] = ()
+    words: Sequence[list[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,16 @@ def build_probes(
     """
     import torch
 
-    refusal, held, taught = watched.refusal, watched.held, watched.taught
-    refusable = [(prompt, answer) for prompt, answer in watched.refusable if verdict(answer) != "refused"]
+    held, taught = watched.held, watched.taught
+    broken = [i for i, (_, answer) in enumerate(watched.refusable) if verdict(answer) != "refused"]
+    refusable = [watched.refusable[i] for i in broken]
+    refusals = [watched.words[i] if watched.words else watched.refusal for i in broken] + [watched.refusal] * len(held)
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
     pairs = [
         [
-            starts[i] + refusal[:MARGIN_TOKENS],
+            starts[i] + refusals[i][:MARGIN_TOKENS],
             with_answer(prompts[i], answers[i], tokenizer, answer_tokens)[0].input_ids,
         ]
         for i in indices

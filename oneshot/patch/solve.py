@@ -98,7 +98,12 @@ def _watch(bench: Bench, index: int) -> Watch[Any] | None:
     refusable = [each for each in bench.refusable if each[0] != own][:REFUSABLE]
     taught = bench.teacher.held if bench.teacher else []
     held = [*bench.held, *((lesson.prompt, lesson.answer) for lesson in taught)]
-    watched = Watched(refusal, refusable, held, [lesson.logits for lesson in taught])
+    spoken = bench.teacher.refusals if bench.teacher else {}
+    words = [spoken.get(prompt[-1]["content"]) for prompt, _ in refusable]
+    watched = Watched(
+        refusal, refusable, held, [lesson.logits for lesson in taught],
+        [request.tokenizer(said, add_special_tokens=False)["input_ids"] if said else refusal for said in words],
+    )  # fmt: skip
     with bench.unpatched() as model:
         probes = build_probes(request.runtime, model, request.tokenizer, watched, answer_tokens=recipe.guard_tokens)
         apart = read_probes(request.runtime, model, probes).apart if taught else 0.0
