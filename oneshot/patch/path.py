@@ -190,7 +190,8 @@ class Attempt:
         if self.watch is None:
             return {}, False
         reading, stop = self.watch.look(keep, epoch=epoch, guard_weight=self.guard_weight)
-        return {"guard_weight": self.guard_weight, **vars(reading)}, stop
+        distance = reading.distance(self.watch.bounds)
+        return {"guard_weight": self.guard_weight, **vars(reading), "distance": distance}, stop
 
     def best(self, last: Any) -> Any:
         """Return the state that the watch kept; without one, the last."""
