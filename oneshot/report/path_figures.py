@@ -122,7 +122,7 @@ def plane_figure(trace: Sequence[Record], kept: Record | None, bounds: Record | 
         _begin(ax, attempts[0].records[0], key)
         ax.set_title(title, loc="left", fontsize=10, color=_INK)
         ax.yaxis.grid(True, color=_GRID, linewidth=0.8)
-        if 1.0 <= 3 * farthest:
+        if 3 * farthest >= 1.0:
             ax.axvline(1.0, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
         ax.set_ylim(-0.05, 1.08)
     if _finite(bounds.get("refused")):
