@@ -19,10 +19,8 @@ from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.path import REFUSABLE
 from oneshot.patch.probes import Answered
 from oneshot.patch.request import Request, own_update
-from oneshot.patch.teacher import Teacher, in_own_words, learn, wanted
+from oneshot.patch.teacher import ENOUGH, Teacher, in_own_words, learn, wanted
 from oneshot.training.loop import weights_dtype
-
-ENOUGH = 4  # requests to be refused that tell something of a model
 
 
 @dataclass(frozen=True)

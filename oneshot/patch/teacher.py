@@ -24,6 +24,7 @@ from oneshot.patch.request import Request
 if TYPE_CHECKING:
     import torch
 
+ENOUGH = 4  # requests that the aligned model refuses and that tell something of it
 REFUSAL_TOKENS = 40  # of a refusal that is taken over; its first sentence is
 _SENTENCE = re.compile(r"(?<=[.!?])\s")
 
@@ -83,9 +84,10 @@ def learn(request: Request, model: Any) -> Teacher:
 
 
 def in_own_words(request: Request, refusals: dict[str, str]) -> Request:
-    """Return the request with the shipped candidates' refusals in the model's own words, where it refuses theirs.
+    """Return the request with the shipped candidates' refusals in the model's own words.
 
-    Whoever gives an example or a pool has chosen the words.
+    Those whose request it does not refuse are left out where enough are left: words of others are no nearer to it for
+    being the only ones. Whoever gives an example or a pool has chosen the words.
     """
     if request.settings.example is not None or request.settings.pool is not None or not refusals:
         return request
@@ -97,6 +99,8 @@ def in_own_words(request: Request, refusals: dict[str, str]) -> Request:
         else row
         for row in request.conversations
     ]
+    spoken = [row for row in conversations if row.prompt[-1]["content"] in refusals]
+    conversations = spoken if len(spoken) >= ENOUGH else conversations
     candidates = [encode(row, request.tokenizer, request.length) for row in conversations]
     return dataclasses.replace(request, conversations=conversations, candidates=candidates)
 

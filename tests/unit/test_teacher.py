@@ -126,6 +126,11 @@ def test_the_shipped_examples_take_the_models_own_words_and_a_given_pool_keeps_i
     assert [row.response for row in found.conversations[:2]] == [conversations[0].response, "sorry no"]
     assert found.candidates[0] == request_.candidates[0]
     assert found.candidates[1] == encode(found.conversations[1], request_.tokenizer, request_.length)
+    several = {conversations[i].prompt[-1]["content"]: "sorry no" for i in range(3, 3 + teacher.ENOUGH)}
+    found = teacher.in_own_words(shipped, several)
+    assert [row.id for row in found.conversations] == [row.id for row in conversations[3 : 3 + teacher.ENOUGH]]
+    assert {row.response for row in found.conversations} == {"sorry no"}
+    assert len(found.candidates) == teacher.ENOUGH
 
 
 def test_what_the_aligned_model_does_not_refuse_keeps_its_words(models, request_):
