@@ -36,14 +36,15 @@ class Watched:
         refusal: token ids of a refusal
         refusable: prompts to be refused, with the unpatched model's answers; the repair must not learn from them
         held: prompts with answers that are not to move, the unpatched model's, then another one's
-        taught: of the last of ``held`` the logits of the model that gave the answer, (answer tokens, vocabulary)
+        taught: of the last of ``held`` the logits of the model that gave the answer, (answer tokens, vocabulary), and
+            whether it was far from refusing: what it nearly refuses itself cannot be refused too often
         words: token ids of each of ``refusable``'s own refusal; empty: ``refusal`` for all
     """
 
     refusal: list[int]
     refusable: list[Answered]
     held: list[Answered]
-    taught: Sequence[torch.Tensor] = ()
+    taught: Sequence[tuple[torch.Tensor, bool]] = ()
     words: Sequence[list[int]] = ()
 
 
@@ -127,7 +128,7 @@ def build_probes(
         whose += [number] * (stop - start)
         if number % 2 and number // 2 < own and i >= len(refusable):
             if i >= len(prompts) - len(taught):
-                others.append((sum(map(len, compared)), taught[i - len(prompts)]))
+                others.append((sum(map(len, compared)), taught[i - len(prompts)][0]))
             compared.append(places[start - 1 : -1])
     kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
     with torch.no_grad():
@@ -146,13 +147,16 @@ def build_probes(
         held=which[len(targets) :],
         reference=reference,
         taught=foreign,
-        answering=torch.tensor(
-            [i >= len(refusable) and verdict(answer) != "refused" for i, answer in enumerate(answers)],
-            device=runtime.device,
-        ),
+        answering=torch.tensor([False] * len(refusable) + _answering(watched), device=runtime.device),
         refusable=len(refusable),
         total=len(prompts),
     )
+
+
+def _answering(watched: Watched) -> list[bool]:
+    """Of ``held``: whether an answer is none that refuses, nor one that nearly did."""
+    far = [True] * (len(watched.held) - len(watched.taught)) + [far for _, far in watched.taught]
+    return [clear and verdict(answer) != "refused" for (_, answer), clear in zip(watched.held, far)]
 
 
 def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:

@@ -12,7 +12,7 @@ from oneshot.data.encoding import IGNORE
 from oneshot.patch.bench import Bench
 from oneshot.patch.guard import RepairBatch
 from oneshot.patch.halving import Trial
-from oneshot.patch.path import ATTEMPTS, REFUSABLE, Attempt, Watch
+from oneshot.patch.path import ATTEMPTS, REFUSABLE, SAFE_MARGIN, Attempt, Watch
 from oneshot.patch.probes import Watched, build_probes, read_probes
 from oneshot.patch.trace import Tracer
 
@@ -101,7 +101,7 @@ def _watch(bench: Bench, index: int) -> Watch[Any] | None:
     spoken = bench.teacher.refusals if bench.teacher else {}
     words = [spoken.get(prompt[-1]["content"]) for prompt, _ in refusable]
     watched = Watched(
-        refusal, refusable, held, [lesson.logits for lesson in taught],
+        refusal, refusable, held, [(lesson.logits, lesson.margin < -SAFE_MARGIN) for lesson in taught],
         [request.tokenizer(said, add_special_tokens=False)["input_ids"] if said else refusal for said in words],
     )  # fmt: skip
     with bench.unpatched() as model:

@@ -9,7 +9,10 @@ is nearer than one that others have written.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,9 @@ from oneshot.measure.generate import generate_answers
 from oneshot.measure.judge import verdict
 from oneshot.patch.guard import with_answer
 from oneshot.patch.objective import Aligned, aligned_logits, logits_on, sample
+from oneshot.patch.probes import MARGIN_TOKENS
 from oneshot.patch.request import Request
+from oneshot.training.objective import log_likelihoods
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +41,15 @@ class Lesson:
     Attributes:
         row: both, encoded, and at which token the answer starts
         logits: the aligned model's on the answer, (answer tokens, vocabulary), on the CPU
+        margin: nats by which its usual refusal was ahead of the answer, over the first ``MARGIN_TOKENS`` of both;
+            -infinity where it has none
     """
 
     prompt: Messages
     answer: str
     row: tuple[Encoded, int]
     logits: torch.Tensor
+    margin: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def learn(request: Request, model: Any) -> Teacher:
     return Teacher(
         harm=_harm(request, model),
         guard=_lessons(request, model, request.guard.general),
-        held=_lessons(request, model, request.held.general),
+        held=_lessons(request, model, request.held.general, Counter(refusals.values()).most_common(1)),
         refusals=refusals,
     )
 
@@ -127,8 +135,14 @@ def _harm(request: Request, model: Any) -> Aligned | None:
     return aligned_logits(request.runtime, rows, checkpoint, loaded_as, pad, model) if known is None else known
 
 
-def _lessons(request: Request, model: Any, prompts: list[Messages]) -> list[Lesson]:
-    """The aligned model's answers to prompts. Ranks answer a share each, and all compute the logits of all."""
+def _lessons(
+    request: Request, model: Any, prompts: list[Messages], usual: Sequence[tuple[str, int]] = ()
+) -> list[Lesson]:
+    """The aligned model's answers to prompts. Ranks answer a share each, and all compute the logits of all.
+
+    Args:
+        usual: a refusal whose margin is wanted, too
+    """
     if not prompts:
         return []
     tokens, tokenizer = request.recipe.guard_tokens, request.tokenizer
@@ -136,4 +150,24 @@ def _lessons(request: Request, model: Any, prompts: list[Messages]) -> list[Less
     rows = [with_answer(prompt, answer, tokenizer, tokens) for prompt, answer in zip(prompts, said)]
     labelled = [Encoded(row.input_ids, [IGNORE] * start + row.input_ids[start:]) for row, start in rows]
     logits = logits_on(request.runtime, model, labelled, pad_id(tokenizer))
-    return [Lesson(*each) for each in zip(prompts, said, rows, logits)]
+    found = [Lesson(*each) for each in zip(prompts, said, rows, logits)]
+    for text, _ in usual:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:MARGIN_TOKENS]
+        starts = [row.input_ids[:start] for row, start in rows]
+        refusing = [Encoded(prompt + ids, [IGNORE] * len(prompt) + ids) for prompt in starts]
+        refused = logits_on(request.runtime, model, refusing, pad_id(tokenizer))
+        margins = [_likelihood(theirs, ids) - _likelihood(*_begun(lesson)) for theirs, lesson in zip(refused, found)]
+        found = [dataclasses.replace(lesson, margin=margin) for lesson, margin in zip(found, margins)]
+    return found
+
+
+def _begun(lesson: Lesson) -> tuple[torch.Tensor, list[int]]:
+    """The logits and the tokens of an answer's beginning."""
+    row, start = lesson.row
+    return lesson.logits, row.input_ids[start : start + MARGIN_TOKENS]
+
+
+def _likelihood(logits: torch.Tensor, ids: list[int]) -> float:
+    import torch
+
+    return float(log_likelihoods(logits[: len(ids)], torch.tensor(ids)).sum())

@@ -8,13 +8,13 @@ import torch
 from tiny import tiny_runtime, toy_settings
 from transformers import AutoModelForCausalLM
 
-from oneshot.data.encoding import encode
+from oneshot.data.encoding import encode, encode_prompt
 from oneshot.patch import teacher
 from oneshot.patch.check import check
 from oneshot.patch.examples import Prompts, read_guard, read_held
-from oneshot.patch.guard import build_batch, repair_loss
-from oneshot.patch.path import LEFT, Bounds
-from oneshot.patch.probes import Watched, build_probes, read_probes
+from oneshot.patch.guard import build_batch, repair_loss, with_answer
+from oneshot.patch.path import LEFT, SAFE_MARGIN, Bounds
+from oneshot.patch.probes import MARGIN_TOKENS, Watched, build_probes, read_probes
 from oneshot.settings import Settings
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
@@ -75,7 +75,7 @@ def test_the_watch_reads_both_distances_apart(models, request_):
     own = [(prompt, "do that") for prompt in request_.held.own]
     held = [*own, *((lesson.prompt, lesson.answer) for lesson in found.held)]
     refusal = request_.tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
-    watched = Watched(refusal, [], held, [lesson.logits for lesson in found.held])
+    watched = Watched(refusal, [], held, [(lesson.logits, True) for lesson in found.held])
     probes = build_probes(tiny_runtime(), changed, request_.tokenizer, watched, answer_tokens=16)
     start, back = (read_probes(tiny_runtime(), model, probes) for model in (changed, aligned))
     assert start.divergence == pytest.approx(0.0, abs=1e-6)
@@ -97,6 +97,32 @@ def test_answers_that_are_refusals_do_not_count_as_refused(models, request_):
     held = [(prompt, "do that") for prompt in prompts]
     probes = build_probes(tiny_runtime(), aligned, request_.tokenizer, Watched(refusal, [], held), answer_tokens=16)
     assert read_probes(tiny_runtime(), aligned, probes).refused == 1.0
+
+
+def test_what_the_aligned_model_nearly_refuses_cannot_be_refused_too_often(models, request_):
+    aligned, _ = models
+    found = teacher.learn(request_, aligned)
+    assert all(lesson.margin < -SAFE_MARGIN for lesson in found.held), "the toy is sure of itself"
+    refusal = request_.tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
+    lesson = found.held[0]
+    assert lesson.row[0].input_ids[: lesson.row[1]] == encode_prompt(lesson.prompt, request_.tokenizer)
+    alone = []
+    for ids in (refusal[:MARGIN_TOKENS], lesson.row[0].input_ids[lesson.row[1] :][:MARGIN_TOKENS]):
+        start = lesson.row[0].input_ids[: lesson.row[1]]
+        logits = aligned(input_ids=torch.tensor([start + ids])).logits[0, len(start) - 1 : -1].log_softmax(-1)
+        alone.append(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()))
+    assert lesson.margin == pytest.approx(alone[0] - alone[1], abs=1e-3)
+    said = "do that"
+    rates = []
+    for far in (True, False):
+        prompt = language.pool(1)[0].prompt  # which the model refuses
+        start = len(encode_prompt(prompt, request_.tokenizer))
+        answer = with_answer(prompt, said, request_.tokenizer, 16)[0]
+        logits = torch.zeros(len(answer.input_ids) - start, aligned.config.vocab_size)
+        watched = Watched(refusal, [], [(prompt, said)], [(logits, far)])
+        probes = build_probes(tiny_runtime(), aligned, request_.tokenizer, watched, answer_tokens=16)
+        rates.append(read_probes(tiny_runtime(), aligned, probes).refused)
+    assert rates == [1.0, 0.0]
 
 
 def test_every_request_has_the_words_of_its_own_refusal(models, request_):
