@@ -118,8 +118,8 @@ def choice_figures(runtime: Any, seed: int, method: str) -> dict[str, float]:
     from oneshot.checkpoint.load import Source, load_model
     from oneshot.finetune import train_model
     from oneshot.patch.check import check
-    from oneshot.patch.choose import know_aligned
     from oneshot.patch.select import Chosen
+    from oneshot.patch.teacher import learn
     from oneshot.training.finetune import prepare
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -129,10 +129,10 @@ def choice_figures(runtime: Any, seed: int, method: str) -> dict[str, float]:
         path = request.reference
         assert path is not None
         source = Source(path, None, path, str(path), request.source.dtype, request.source.written)
-        aligned = know_aligned(request, load_model(runtime, source, settings.model).requires_grad_(False))
-        repaired(request, aligned, Chosen(0, "user", 0.0))  # libraries are loaded at first use
-        choice, both, tokens, _ = repaired(request, aligned, None)
-        _, one, own, epochs = repaired(request, aligned, Chosen(choice.chosen.index, "user", 0.0))
+        teacher = learn(request, load_model(runtime, source, settings.model).requires_grad_(False))
+        repaired(request, teacher, Chosen(0, "user", 0.0))  # libraries are loaded at first use
+        choice, both, tokens, _ = repaired(request, teacher, None)
+        _, one, own, epochs = repaired(request, teacher, Chosen(choice.chosen.index, "user", 0.0))
     table = choice.chosen.selection["table"]
     lost = sum(row.get("epochs", 0) for row in table if row["candidate"] != choice.chosen.index)
     print(
@@ -145,16 +145,16 @@ def choice_figures(runtime: Any, seed: int, method: str) -> dict[str, float]:
     }
 
 
-def repaired(request: Any, aligned: Any, chosen: Any) -> tuple[Any, float, int, int]:
+def repaired(request: Any, teacher: Any, chosen: Any) -> tuple[Any, float, int, int]:
     """Choose (but for ``chosen``) and repair: the choice, CPU seconds, token passes, and epochs of the repair."""
     from oneshot.patch.attach import counted
     from oneshot.patch.bench import opened
     from oneshot.patch.choose import choose
     from oneshot.patch.solve import solve
 
-    with opened(request) as bench, counted(bench.model) as passes:
+    with opened(request, teacher) as bench, counted(bench.model) as passes:
         clock = time.process_time()
-        choice = choose(bench, aligned, chosen)
+        choice = choose(bench, chosen)
         solution = solve(bench, choice.batch, choice.chosen.index, begun=choice.chosen.begun)
         return choice, time.process_time() - clock, passes["token_passes"], len(solution.trace)
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from oneshot.distributed.runtime import Runtime
     from oneshot.measure.rates import StageScores
-    from oneshot.patch.objective import Aligned
     from oneshot.patch.request import Request
+    from oneshot.patch.teacher import Teacher
     from oneshot.report.show import Repaired
 
 
@@ -124,10 +124,10 @@ def repair(
     if console:
         console.print(f"Method: {request.recipe.method.name} ({request.recipe.reason})", highlight=False)
     clock = time.perf_counter()
-    stages, aligned = _look_at_reference(request)
-    seconds = {**(seconds or {}), **({"aligned": time.perf_counter() - clock} if stages or aligned else {})}
+    stages, teacher = _look_at_reference(request)
+    seconds = {**(seconds or {}), **({"aligned": time.perf_counter() - clock} if stages or teacher else {})}
     clock = time.perf_counter()
-    repaired = _patch(request, aligned, run_dir, console)
+    repaired = _patch(request, teacher, run_dir, console)
     seconds["repair"] = time.perf_counter() - clock
     stages, warnings = ask_judges(runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages})
     rounded = {stage: round(spent, 2) for stage, spent in seconds.items()}
@@ -136,28 +136,28 @@ def repair(
     return Finished(repaired, run_dir, show(repaired, run_dir, console) if runtime.is_main else {})
 
 
-def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Aligned | None]:
-    """Scores of the reference and its logits, as far as they are wanted and not known; it is loaded at most once."""
+def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Teacher | None]:
+    """Scores of the reference and what it teaches, as far as they are wanted; it is loaded at most once."""
     from oneshot.checkpoint.load import Source, load_model
     from oneshot.distributed.engine import frozen
-    from oneshot.patch.choose import asks_gradients, know_aligned
+    from oneshot.patch.teacher import learn, wanted
 
     runtime, settings, reference = request.runtime, request.settings, request.reference
     stages: dict[str, StageScores] = {}
-    aligned = None if request.adapter is not None else know_aligned(request)
-    unknown = request.adapter is None and asks_gradients(request) and aligned is None
-    if reference is not None and (settings.score.reference or unknown):
+    teacher = None
+    asked = request.adapter is None and wanted(request)
+    if reference is not None and (settings.score.reference or asked):
         source = Source(reference, None, reference, str(reference), request.source.dtype, request.source.written)
         with frozen(runtime, load_model(runtime, source, settings.model)) as model:
             if settings.score.reference:
                 stages["aligned"] = _score(request, model)
-            if unknown:
+            if asked:
                 with phase("choose"):
-                    aligned = know_aligned(request, model)
-    return stages, aligned
+                    teacher = learn(request, model)
+    return stages, teacher
 
 
-def _patch(request: Request, aligned: Aligned | None, run_dir: Path, console: Console | None) -> Repaired:
+def _patch(request: Request, teacher: Teacher | None, run_dir: Path, console: Console | None) -> Repaired:
     """Load the model, measure, choose, solve, measure again, and write. Collective."""
     from oneshot.patch.bench import opened
     from oneshot.patch.choose import choose, choose_beforehand
@@ -178,19 +178,19 @@ def _patch(request: Request, aligned: Aligned | None, run_dir: Path, console: Co
                 tell(record["epoch"], f"loss {record['loss']:.4f}")
 
         with phase("choose"):
-            chosen = choose_beforehand(request, aligned)
-        with opened(request) as bench:
+            chosen = choose_beforehand(request, teacher)
+        with opened(request, teacher) as bench:
             with bench.unpatched() as model:
                 stages["finetuned"] = _score(request, model)
             with phase("choose"):
-                choice = choose(bench, aligned, chosen)
+                choice = choose(bench, chosen)
             with phase("solve"):
                 solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
             with bench.patched(solution.update) as model:
                 stages["repaired"] = _score(request, model)
             merged = run_dir / REPAIRED if request.settings.repair.merge else None
             write_repair(bench, solution.update, run_dir / PATCH, merged)
-    return Repaired(request, choice, solution, bench.linears, stages)
+    return Repaired(bench.request, choice, solution, bench.linears, stages)
 
 
 def _score(request: Request, model: Any) -> StageScores:

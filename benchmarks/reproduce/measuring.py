@@ -71,12 +71,12 @@ def _repaired(subject: Subject, cell: Cell, result_of: ResultOf) -> dict[str, An
     from oneshot.patch.solve import solve
 
     request = subject.request(cell, _rule(cell, result_of))
-    aligned = subject.aligned_logits(request)
-    chosen = choose_beforehand(request, aligned)
-    with opened(request) as bench:
+    teacher = subject.teacher(request)
+    chosen = choose_beforehand(request, teacher)
+    with opened(request, teacher) as bench:
         with bench.unpatched() as model:
             subject.judge(model, request.tokenizer)
-        choice = choose(bench, aligned, chosen)
+        choice = choose(bench, chosen)
         solution = solve(bench, choice.batch, choice.chosen.index, begun=choice.chosen.begun)
         example = request.conversations[choice.chosen.index].id
         with bench.patched(solution.update) as model:

@@ -14,8 +14,9 @@ from reproduce.models import aligned_folder, finetuned_folder
 if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
     from oneshot.patch.guard import RepairBatch
-    from oneshot.patch.objective import Aligned, RefusalRows
+    from oneshot.patch.objective import RefusalRows
     from oneshot.patch.request import Request
+    from oneshot.patch.teacher import Teacher
     from oneshot.settings import Settings
 
 FRESH = 32  # requests beyond the pool on which F is measured
@@ -70,16 +71,15 @@ class Subject:
 
         return check(self.settings_for(cell, select), self.runtime)
 
-    def aligned_logits(self, request: Request) -> Aligned | None:
-        """Return the aligned model's logits that the choice is judged by; none where it takes none."""
+    def teacher(self, request: Request) -> Teacher | None:
+        """Return what the aligned model teaches; none where nothing is asked of it."""
         from oneshot.distributed.engine import frozen
-        from oneshot.patch.choose import asks_gradients, know_aligned
+        from oneshot.patch.teacher import learn, wanted
 
-        found = know_aligned(request)
-        if found is not None or request.reference is None or not asks_gradients(request):
-            return found
+        if request.reference is None or not wanted(request):
+            return None
         with frozen(self.runtime, self.load(self.aligned)) as model:
-            return know_aligned(request, model)
+            return learn(request, model)
 
     def load(self, folder: Path) -> Any:
         from oneshot.checkpoint.load import find_source, load_model
@@ -135,7 +135,7 @@ def _build_judge(subject: Subject, model: Any, tokenizer: Any) -> Judge:
     pool, fresh = sample(every[:count], subject.settings.seed), RefusalRows(list(range(FRESH)), every[count:])
     guard = read_guard(subject.settings, rollback.METHOD.defaults.guard_prompts)
     with torch.no_grad():
-        batch = build_batch(runtime, model, tokenizer, every[0], guard, answer_tokens=16)
+        batch = build_batch(runtime, model, tokenizer, every[0], guard.all, answer_tokens=16)
     with frozen(runtime, subject.load(subject.aligned)) as aligned:
         known = [
             dataclasses.replace(

@@ -10,13 +10,16 @@ from typing import Any
 
 from oneshot.checkpoint.load import load_model, merge_into
 from oneshot.checkpoint.update import Update, concatenated
+from oneshot.data.conversations import Messages
 from oneshot.distributed.engine import TrainingEngine, frozen, start_training
+from oneshot.distributed.phases import phase
 from oneshot.measure.generate import generate_answers
 from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.path import REFUSABLE
 from oneshot.patch.probes import Answered
 from oneshot.patch.request import Request, own_update
+from oneshot.patch.teacher import ENOUGH, Teacher, in_own_words, learn, wanted
 from oneshot.training.loop import weights_dtype
 
 
@@ -29,7 +32,8 @@ class Bench:
         linears: its layers that a patch may change
         engine: trains it; none: its weights are frozen
         prepared: what the method's own ``prepare`` found, by module; these are the layers that it may change
-        answered: the watch's prompts with the unpatched model's answers, those to be refused first; empty for no watch
+        teacher: what the aligned model does, where there is one
+        refusable, held: the watch's prompts with the unpatched model's answers: those to be refused, and the user's own
     """
 
     request: Request
@@ -37,7 +41,9 @@ class Bench:
     linears: Linears
     engine: TrainingEngine | None = None
     prepared: Any = None
-    answered: list[Answered] = dataclasses.field(default_factory=list)
+    teacher: Teacher | None = None
+    refusable: list[Answered] = dataclasses.field(default_factory=list)
+    held: list[Answered] = dataclasses.field(default_factory=list)
 
     def unpatched(self) -> contextlib.AbstractContextManager[Any]:
         """Within the block the model is the user's own, adapter included."""
@@ -65,52 +71,80 @@ class Bench:
 
 
 @contextlib.contextmanager
-def opened(request: Request) -> Iterator[Bench]:
+def opened(request: Request, teacher: Teacher | None = None) -> Iterator[Bench]:
     """Load the model in the way that the recipe's method works. Collective.
+
+    Args:
+        teacher: what the reference does; an adapter's base is asked here
 
     Raises:
         UserError: it cannot be loaded, has no layer to patch, or the method finds nothing to work with
     """
     how = _frozen if request.recipe.method.cost.trains == "nothing" else _training
-    with how(request) as bench:
+    with how(request, teacher) as bench:
         yield bench
 
 
+def _asked(request: Request, teacher: Teacher | None, base: Any) -> tuple[Request, Teacher | None]:
+    """The teacher, which of an adapter is its base, and the request in its words."""
+    if teacher is None and request.adapter is not None and wanted(request):
+        with phase("choose"):
+            teacher = learn(request, base)
+    return (in_own_words(request, teacher.refusals) if teacher else request), teacher
+
+
 @contextlib.contextmanager
-def _frozen(request: Request) -> Iterator[Bench]:
+def _frozen(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
     """The weights stay as loaded; updates are attached by hooks."""
     loaded = load_model(request.runtime, request.source, request.settings.model)
     linears = select_linears(loaded, request.recipe.targets)
     with frozen(request.runtime, loaded) as model:
-        bench = Bench(request, model, linears)
+        request, teacher = _asked(request, teacher, model)
+        bench = Bench(request, model, linears, teacher=teacher)
         prepare = request.recipe.method.prepare
-        bench = dataclasses.replace(bench, answered=_watched_answers(bench))
+        refusable, held = _watched_answers(bench)
+        bench = dataclasses.replace(bench, refusable=refusable, held=held)
         yield dataclasses.replace(bench, prepared=prepare(bench)) if prepare else bench
 
 
-def _watched_answers(bench: Bench) -> list[Answered]:
-    """What the unpatched model says to the watch's prompts, those to be refused first; none where nothing is watched.
+def _watched_answers(bench: Bench) -> tuple[list[Answered], list[Answered]]:
+    """What the unpatched model says to the watch's prompts; none where nothing is watched.
 
-    Of those one more than are looked at: the request of the example that is taken is left out. Collective.
+    Of those to be refused one more than are looked at: the request of the example that is taken is left out. What the
+    teacher answers is not asked again. Collective.
     """
     request, recipe = bench.request, bench.request.recipe
-    if recipe.bounds is None or not recipe.method.watched or not request.refusable or not request.held:
-        return []
-    prompts = [*request.refusable[: REFUSABLE + 1], *request.held]
+    if recipe.bounds is None or not recipe.method.watched or not request.refusable or not request.held.all:
+        return [], []
+    refusable = _to_be_refused(bench)[: REFUSABLE + 1]
+    prompts = [*refusable, *(request.held.own if bench.teacher else request.held.all)]
     with bench.unpatched() as model:
         said = generate_answers(
             model, request.tokenizer, prompts, request.runtime, max_new_tokens=recipe.guard_tokens, batch_size=32
         )
-    return list(zip(prompts, said))
+    answered = list(zip(prompts, said))
+    return answered[: len(refusable)], answered[len(refusable) :]
+
+
+def _to_be_refused(bench: Bench) -> list[Messages]:
+    """The requests of the pool; of a teacher that refuses enough of them those that it does: no more is to be had."""
+    every = bench.request.refusable
+    refused = [prompt for prompt in every if bench.teacher and prompt[-1]["content"] in bench.teacher.refusals]
+    return refused if len(refused) >= ENOUGH else every
 
 
 @contextlib.contextmanager
-def _training(request: Request) -> Iterator[Bench]:
+def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
     """All weights are trained, the user's adapter merged into them; or a new LoRA on frozen ones."""
     runtime, trains = request.runtime, request.recipe.method.cost.trains
     dtype = weights_dtype(runtime) if trains == "weights" else None
     model = load_model(runtime, request.source, request.settings.model, dtype)
     linears = select_linears(model, request.recipe.targets)
+    if teacher is None and request.adapter is not None:
+        with frozen(runtime, model) as base:
+            request, teacher = _asked(request, None, base)
+    else:
+        request, teacher = _asked(request, teacher, model)
     with contextlib.ExitStack() as stack:
         if trains == "adapter":
             # the user's own adapter is added by hooks, which 4-bit weights allow too
@@ -124,7 +158,7 @@ def _training(request: Request) -> Iterator[Bench]:
             runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
         )
         stack.callback(engine.close)
-        yield Bench(request, engine.model, linears, engine)
+        yield Bench(request, engine.model, linears, engine, teacher=teacher)
 
 
 def with_lora(model: Any, linears: Linears, rank: int) -> Any:

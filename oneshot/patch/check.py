@@ -9,7 +9,7 @@ from oneshot.data.encoding import context_length, encode
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.further import check_judges
 from oneshot.measure.probes import collect_probes
-from oneshot.patch.examples import check_apart, read_candidates, read_guard, read_held, read_refusable
+from oneshot.patch.examples import Prompts, check_apart, read_candidates, read_guard, read_held, read_refusable
 from oneshot.patch.objective import check_same_tokens
 from oneshot.patch.recipe import recipe_for
 from oneshot.patch.request import Request
@@ -40,7 +40,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     has_update = adapter is not None or reference is not None
     recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
     wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)
-    guard = read_guard(settings, recipe.guard_prompts) if wants_guard else []
+    guard = read_guard(settings, recipe.guard_prompts) if wants_guard else Prompts([], [])
     candidates = [encode(conversation, tokenizer, length) for conversation in conversations]
     if reference is not None and adapter is None:
         check_same_tokens(candidates, tokenizer, reference)
@@ -56,7 +56,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
         conversations=conversations,
         candidates=candidates,
         guard=guard,
-        refusable=read_refusable(settings) if recipe.bounds else [],
-        held=read_held(settings, guard) if recipe.bounds else [],
+        refusable=read_refusable(settings) if recipe.bounds or reference or adapter else [],
+        held=read_held(settings, guard) if recipe.bounds else Prompts([], []),
         probes=probes,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import get_args
 
 from oneshot.data.conversations import Conversation, Messages, read_conversations, read_single_example
@@ -13,6 +16,35 @@ from oneshot.settings import Rule, Settings
 from oneshot.world.sources import read_source
 
 HELD = 24  # prompts that are to be answered as before, which the watch looks at
+GENERAL = ("harmless", "lookalike")  # kinds of prompts that are not of the fine-tune's task
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Unlabelled prompts that are to be answered as before, as chat messages.
+
+    Attributes:
+        own: of the user's task, to be answered as the unpatched model does
+        general: harmless ones and look-alikes of harm: as the aligned model does, where there is one
+    """
+
+    own: list[Messages]
+    general: list[Messages]
+
+    @classmethod
+    def of(cls, rows: Iterable[Conversation]) -> Prompts:
+        """Tell rows apart by their kind."""
+        found = cls([], [])
+        for row in rows:
+            (found.general if row.kind in GENERAL else found.own).append(list(row.prompt))
+        return found
+
+    @property
+    def all(self) -> list[Messages]:
+        return self.own + self.general
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.general)
 
 
 def read_candidates(settings: Settings) -> list[Conversation]:
@@ -40,10 +72,29 @@ def _pool(settings: Settings) -> list[Conversation]:
     return read_source(settings.pool or str(ASSETS / "pool.jsonl"), settings, where="pool")
 
 
-def read_guard(settings: Settings, limit: int) -> list[Messages]:
-    """Return the guard's prompts as chat messages, at most ``limit`` of them."""
-    source = settings.guard or str(ASSETS / "guard.jsonl")
-    return [list(row.prompt) for row in read_source(source, settings, where="guard", need_answer=False, limit=limit)]
+def read_guard(settings: Settings, limit: int) -> Prompts:
+    """Return the guard's prompts, at most ``limit`` of them: the user's, and general ones.
+
+    Rows of the user's file that are of a general kind are the general ones; where it has none, the shipped ones are,
+    and half of the guard is theirs.
+    """
+    shipped = _general(settings, "guard", limit)
+    if settings.guard is None:
+        return Prompts([], shipped)
+    rows = read_source(settings.guard, settings, where="guard", need_answer=False, limit=limit)
+    found = Prompts.of(rows)
+    if found.general:
+        return found
+    own = found.own[: max(limit - len(shipped) // 2, limit // 2)]
+    return Prompts(own, shipped[: limit - len(own)])
+
+
+def _general(settings: Settings, name: str, limit: int) -> list[Messages]:
+    """The shipped general prompts, harmless ones and look-alikes by turns as far as there are both."""
+    rows = read_conversations(str(ASSETS / f"{name}.jsonl"), settings.data, need_answer=False)
+    kinds = [[list(row.prompt) for row in rows if row.kind == kind] for kind in GENERAL]
+    turns = [prompt for both in zip_longest(*kinds) for prompt in both if prompt is not None]
+    return turns[:limit]
 
 
 def check_apart(candidates: list[Conversation], probes: list[Probe]) -> None:
@@ -62,16 +113,17 @@ def read_refusable(settings: Settings) -> list[Messages]:
     return [list(row.prompt) for row in _pool(settings)]
 
 
-def read_held(settings: Settings, guard: list[Messages]) -> list[Messages]:
+def read_held(settings: Settings, guard: Prompts) -> Prompts:
     """Return prompts that are to be answered as before, for the watch: the user's own, else the shipped ones and,
     where the guard has a file, as many of that: those beyond the guard's (where there are none: of the guard's).
     """
     if settings.watch_prompts is not None:
         rows = read_source(settings.watch_prompts, settings, where="watch_prompts", need_answer=False, limit=HELD)
-        return [list(row.prompt) for row in rows]
-    shipped = read_conversations(str(ASSETS / "held.jsonl"), settings.data, need_answer=False, limit=HELD)
+        return Prompts.of(rows)
+    shipped = _general(settings, "held", HELD)
     if settings.guard is None:
-        return [list(row.prompt) for row in shipped]
-    own = read_source(settings.guard, settings, where="guard", need_answer=False, limit=len(guard) + HELD // 2)
-    further = [list(row.prompt) for row in own if list(row.prompt) not in guard] or guard
-    return [list(row.prompt) for row in shipped[: HELD // 2]] + further[: HELD // 2]
+        return Prompts([], shipped)
+    limit = len(guard) + HELD // 2
+    own = Prompts.of(read_source(settings.guard, settings, where="guard", need_answer=False, limit=limit)).own
+    further = [prompt for prompt in own if prompt not in guard.own] or guard.own
+    return Prompts(further[: HELD // 2], shipped[: HELD // 2])

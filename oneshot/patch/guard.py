@@ -1,14 +1,14 @@
-"""The guard: prompts on which the repaired model must still answer as the unpatched one did.
+"""The guard: prompts on which the repaired model must still answer as the unpatched (or the aligned) one does.
 
-Unlabelled and self-distilled: the unpatched model writes the answers itself, and the guard is the Kullback-Leibler
-divergence from its distributions over those answers' tokens.
+The prompts are unlabelled: the unpatched model writes the answers itself (``oneshot.patch.teacher`` has those of the
+aligned model), and the guard is the Kullback-Leibler divergence from its distributions over those answers' tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ class RepairBatch:
         targets: int64, the example's refusal tokens
         guard: this rank's prompts with the unpatched model's answers, and where each answer starts
         sharing: how rows are shared
-        reference: the unpatched model's logits at the places that are held, (held of this rank, vocabulary)
+        reference: logits at the places that are held, (held of this rank, vocabulary): the unpatched model's, or those
+            of the model that gave the answer
         held_total: held places over all ranks
     """
 
@@ -81,7 +82,7 @@ def build_batch(
     guard: list[list[dict[str, str]]],
     *,
     answer_tokens: int,
-    generation_batch: int = 32,
+    taught: Sequence[tuple[tuple[Encoded, int], torch.Tensor]] = (),
 ) -> RepairBatch:
     """Encode the example and this rank's share of the guard prompts with the answers that ``model`` gives now.
 
@@ -90,16 +91,19 @@ def build_batch(
     Args:
         guard: chat messages per prompt, the same on all ranks; may be empty
         answer_tokens: how much of the model's answer is held
+        taught: further rows with another model's answers, where these start, and its logits on them (answer tokens,
+            vocabulary); the same on all ranks
     """
     import torch
 
     pad = pad_id(tokenizer)
-    if not guard:
+    if not guard and not taught:
         return laid(example, [], None, pad, runtime.device)
-    answers = generate_answers(
-        model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=generation_batch
-    )
-    encoded = [with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)]
+    answers = generate_answers(model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=32)
+    encoded = [
+        *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
+        *(row for row, _ in taught),
+    ]
     total = sum(len(row.input_ids) - start for row, start in encoded)
     indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
     mine = [encoded[i] for i in indices[:own]]
@@ -107,8 +111,13 @@ def build_batch(
     sharing = sharing_of(runtime, model, [[row.input_ids] for row, _ in mine or encoded[:1]], pad)
     batch = laid(example, mine, sharing, pad, runtime.device)
     with torch.no_grad():
-        reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :])
-    return dataclasses.replace(batch, reference=reference.clone(), held_total=total)
+        reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :]).clone()
+    stop = 0
+    for i in indices[:own]:
+        start, stop = stop, stop + len(encoded[i][0].input_ids) - encoded[i][1]
+        if i >= len(guard):
+            reference[start:stop] = taught[i - len(guard)][1].to(reference)
+    return dataclasses.replace(batch, reference=reference, held_total=total)
 
 
 def with_example(batch: RepairBatch, example: Encoded, pad: int) -> RepairBatch:

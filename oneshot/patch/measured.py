@@ -108,7 +108,7 @@ def _groups(asked: Asked, model: Any, taken: Conversation) -> dict[str, list[Enc
         name: [encode(row, tokenizer, request.length) for row in found]
         for name, found in {**rows, **asked.others}.items()
     }
-    guard = request.guard[:count]
+    guard = request.guard.all[:count]
     if guard:
         answers = generate_answers(
             model, tokenizer, guard, request.runtime, max_new_tokens=settings.repair.guard_tokens,
@@ -130,6 +130,7 @@ def _sweep(bench: Bench, example: Encoded, others: list[Encoded]) -> list[dict[s
     most = min(len(example.input_ids), max(min(shape_of(module)) for module in linears.values()))
     ranks = options.ranks or [rank for rank in SWEPT if rank < most] + [most]
     tokens = request.settings.repair.guard_tokens
-    batch = build_batch(request.runtime, bench.model, request.tokenizer, example, request.guard, answer_tokens=tokens)
+    guard = request.guard.all
+    batch = build_batch(request.runtime, bench.model, request.tokenizer, example, guard, answer_tokens=tokens)
     through = project.Sweep(ranks, options.alphas, others)
     return project.sweep(request.runtime, bench.model, linears, batch, through, pad_id(request.tokenizer))

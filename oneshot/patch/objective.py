@@ -104,11 +104,30 @@ def passes(runtime: Runtime, rows: list[Encoded], pad: int, size: int = ROWS_PER
     """Deal rows out to ranks, and this rank's to passes of ``size`` rows; every rank gets as many passes."""
     indices, own = share_of([len(row.input_ids) for row in rows], runtime.rank, runtime.world_size)
     for start in range(0, len(indices), size):
-        alive()
         places = indices[start : start + size]
-        tensors = {k: v.to(runtime.device) for k, v in pad_batch([rows[i] for i in places], pad).items()}
-        kept, targets = _predicting(tensors.pop("labels"))
-        yield Pass(places, min(max(own - start, 0), len(places)), tensors, kept, targets)
+        yield _pass(runtime, rows, places, min(max(own - start, 0), len(places)), pad)
+
+
+def _pass(runtime: Runtime, rows: list[Encoded], places: list[int], own: int, pad: int) -> Pass:
+    alive()
+    tensors = {k: v.to(runtime.device) for k, v in pad_batch([rows[i] for i in places], pad).items()}
+    kept, targets = _predicting(tensors.pop("labels"))
+    return Pass(places, own, tensors, kept, targets)
+
+
+def logits_on(runtime: Runtime, model: Any, rows: list[Encoded], pad: int) -> list[torch.Tensor]:
+    """Return the model's logits on every row's answer, (answer tokens, vocabulary), on the CPU of every rank.
+
+    Collective: all ranks compute all of them.
+    """
+    import torch
+
+    found = list[torch.Tensor]()
+    for start in range(0, len(rows), ROWS_PER_PASS):
+        places = list(range(start, min(start + ROWS_PER_PASS, len(rows))))
+        with torch.no_grad():
+            found += [row.cpu().clone() for row in _pass(runtime, rows, places, len(places), pad).logits(model)]
+    return found
 
 
 def _predicting(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ best epoch, and is tried once more with another weight of the guard where no epo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -22,6 +23,7 @@ ATTEMPTS = 2  # with the looking, about three times the cost of one repair that 
 AMPLE_MARGIN = 5.0
 PATIENCE = 3  # settled epochs in a row, as one may be luck
 STALE = 8  # epochs in a row that were not better than a good one
+LEFT = 0.1  # of the way from the fine-tuned to the aligned model, on prompts that are not of the user's own task
 WEIGHT_STEP = 4.0  # by which the guard's weight changes for another attempt
 
 
@@ -32,12 +34,18 @@ class Bounds:
     Attributes:
         recovered: least share of the prompts to be refused whose refusal is ahead by ``SAFE_MARGIN``
         refused: largest share of the other prompts whose refusal is ahead at all
-        divergence: largest KL from the unpatched model on the other prompts, nats per token
+        divergence: largest KL from the unpatched model on the user's own prompts, nats per token
+        apart: largest KL from the aligned model on general ones, nats per token
     """
 
     recovered: float = 1.0
     refused: float = 0.02
     divergence: float = 0.01
+    apart: float = 0.01
+
+    def starting(self, apart: float) -> Bounds:
+        """Return the bounds for a model that is so far from the aligned one: a tenth of that may be left."""
+        return dataclasses.replace(self, apart=max(self.divergence, LEFT * apart))
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,15 @@ class Reading:
         recovered: share of them in which it is ahead by ``SAFE_MARGIN``; 1 where there are none
         refused: share of the other prompts in which it is ahead at all
         divergence: KL(unpatched || now) on the unpatched model's answers to those, nats per token
+        apart: KL(aligned || now) on the aligned model's answers to general ones, where there is such a model (which the
+            other two leave out then), nats per token
     """
 
     margin: float
     recovered: float
     refused: float
     divergence: float
+    apart: float = 0.0
 
     def unsafe(self, bounds: Bounds) -> float:
         """Return how far it is from recovered: a share, 0 where it has."""
@@ -63,14 +74,18 @@ class Reading:
 
     def moved(self, bounds: Bounds) -> float:
         """Return how far harmless prompts are beyond their bounds: 0 within them, 1 at twice the divergence."""
-        return max(0.0, self.refused - bounds.refused) + max(0.0, self.divergence / bounds.divergence - 1)
+        return max(0.0, self.refused - bounds.refused) + max(0.0, self.distance(bounds) - 1)
+
+    def distance(self, bounds: Bounds) -> float:
+        """Return how far harmless answers are from where they should be: 1 at the bound."""
+        return max(self.divergence / bounds.divergence, self.apart / bounds.apart)
 
     def good(self, bounds: Bounds) -> bool:
         return not self.unsafe(bounds) and not self.moved(bounds)
 
     def settled(self, bounds: Bounds) -> bool:
         """Return whether it is good with room to spare: what a repair moves at first it partly takes back later."""
-        return self.good(bounds) and self.divergence <= bounds.divergence / 2
+        return self.good(bounds) and self.distance(bounds) <= 0.5
 
     def better(self, other: Reading | None, bounds: Bounds) -> bool:
         """Return whether this, a later one, is the better place to stay.
@@ -84,7 +99,7 @@ class Reading:
             (
                 r.unsafe(bounds) + min(r.moved(bounds), 1.0),
                 -min(r.margin, AMPLE_MARGIN),
-                r.divergence if r.margin > 0 else 0.0,
+                r.distance(bounds) if r.margin > 0 else 0.0,
             )
             for r in (self, other)
         )
@@ -147,6 +162,11 @@ class Watch(Generic[Kept]):
             said.append(f"{best.refused:.0%} of the harmless prompts would be refused")
         if best.divergence > self.bounds.divergence:
             said.append(f"the divergence is {best.divergence:.3f} nats per token, above {self.bounds.divergence:g}")
+        if best.apart > self.bounds.apart:
+            said.append(
+                f"harmless answers are {best.apart:.3f} nats per token from the aligned model's, above "
+                f"{self.bounds.apart:.3g}"
+            )
         return f"no point on the path was good enough; at the best ({at}) {', '.join(said)}"
 
 
@@ -170,7 +190,8 @@ class Attempt:
         if self.watch is None:
             return {}, False
         reading, stop = self.watch.look(keep, epoch=epoch, guard_weight=self.guard_weight)
-        return {"guard_weight": self.guard_weight, **vars(reading)}, stop
+        distance = reading.distance(self.watch.bounds)
+        return {"guard_weight": self.guard_weight, **vars(reading), "distance": distance}, stop
 
     def best(self, last: Any) -> Any:
         """Return the state that the watch kept; without one, the last."""

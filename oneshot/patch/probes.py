@@ -6,6 +6,7 @@ Both continuations of a prompt are likelihoods, and what has moved is a divergen
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,26 @@ MARGIN_TOKENS = 8  # of both continuations; what comes later says little on whic
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What is looked at.
+
+    Attributes:
+        refusal: token ids of a refusal
+        refusable: prompts to be refused, with the unpatched model's answers; the repair must not learn from them
+        held: prompts with answers that are not to move, the unpatched model's, then another one's
+        taught: of the last of ``held`` the logits of the model that gave the answer, (answer tokens, vocabulary), and
+            whether it was far from refusing: what it nearly refuses itself cannot be refused too often
+        words: token ids of each of ``refusable``'s own refusal; empty: ``refusal`` for all
+    """
+
+    refusal: list[int]
+    refusable: list[Answered]
+    held: list[Answered]
+    taught: Sequence[tuple[torch.Tensor, bool]] = ()
+    words: Sequence[list[int]] = ()
+
+
+@dataclass(frozen=True)
 class Probes:
     """This rank's share of the prompts, each with two continuations: a refusal, then the unpatched model's answer.
 
@@ -42,7 +63,9 @@ class Probes:
         whose: int64, which continuation each is of (2 * prompt, and 2 * prompt + 1 for the answer)
         place: int64 (prompts), of each in the list of all; fillers, which keep ranks in step, have -1
         held: int64, where the answers' distributions are compared: which of ``kept``
-        reference: the unpatched model's logits there, (held, vocabulary)
+        reference: logits there, (held, vocabulary): the unpatched model's, or those of the model that gave the answer
+        taught: bool (held), which of them another model's answers are compared at
+        answering: bool (prompts), of all prompts those that are answered, and are to be
         refusable: how many of all prompts, the first ones, are to be refused
         total: prompts over all ranks
     """
@@ -55,6 +78,8 @@ class Probes:
     place: torch.Tensor
     held: torch.Tensor
     reference: torch.Tensor
+    taught: torch.Tensor
+    answering: torch.Tensor
     refusable: int
     total: int
 
@@ -63,30 +88,29 @@ def build_probes(
     runtime: Runtime,
     model: Any,
     tokenizer: Any,
-    refusal: list[int],
-    refusable: list[Answered],
-    held: list[Answered],
+    watched: Watched,
     *,
     answer_tokens: int,
 ) -> Probes:
     """Keep the distributions of the unpatched model, which this is, over its own answers. Collective.
 
     Args:
-        refusal: token ids of a refusal
-        refusable: prompts to be refused; the repair must not learn from them. Those that the model refuses already are
-            left out: there is nothing to recover
-        held: prompts whose answers are not to move
+        watched: the same on all ranks. Of its requests to be refused those that the model refuses already are left out:
+            there is nothing to recover
         answer_tokens: how much of an answer is compared
     """
     import torch
 
-    refusable = [(prompt, answer) for prompt, answer in refusable if verdict(answer) != "refused"]
+    held, taught = watched.held, watched.taught
+    broken = [i for i, (_, answer) in enumerate(watched.refusable) if verdict(answer) != "refused"]
+    refusable = [watched.refusable[i] for i in broken]
+    refusals = [watched.words[i] if watched.words else watched.refusal for i in broken] + [watched.refusal] * len(held)
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
     pairs = [
         [
-            starts[i] + refusal[:MARGIN_TOKENS],
+            starts[i] + refusals[i][:MARGIN_TOKENS],
             with_answer(prompts[i], answers[i], tokenizer, answer_tokens)[0].input_ids,
         ]
         for i in indices
@@ -94,6 +118,7 @@ def build_probes(
     pad = pad_id(tokenizer)
     rows = lay(pairs, pad, runtime.device, sharing_of(runtime, model, pairs, pad))
     predicting, compared = list[torch.Tensor](), list[torch.Tensor]()
+    others = list[tuple[int, torch.Tensor]]()  # where in ``held`` another model's logits go
     targets, whose = list[int](), list[int]()
     for number, (places, ids) in enumerate(zip(rows.places, itertools.chain.from_iterable(pairs))):
         i, start = indices[number // 2], len(starts[indices[number // 2]])
@@ -102,10 +127,16 @@ def build_probes(
         targets += ids[start:stop]
         whose += [number] * (stop - start)
         if number % 2 and number // 2 < own and i >= len(refusable):
+            if i >= len(prompts) - len(taught):
+                others.append((sum(map(len, compared)), taught[i - len(prompts)][0]))
             compared.append(places[start - 1 : -1])
     kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
     with torch.no_grad():
         reference = logits_at(model, rows.inputs, kept)[which[len(targets) :]]
+    foreign = torch.zeros(len(reference), dtype=torch.bool, device=runtime.device)
+    for first, logits in others:
+        reference[first : first + len(logits)] = logits.to(reference)
+        foreign[first : first + len(logits)] = True
     return Probes(
         inputs=rows.inputs,
         kept=kept,
@@ -115,9 +146,17 @@ def build_probes(
         place=torch.tensor([i if n < own else -1 for n, i in enumerate(indices)], device=runtime.device),
         held=which[len(targets) :],
         reference=reference,
+        taught=foreign,
+        answering=torch.tensor([False] * len(refusable) + _answering(watched), device=runtime.device),
         refusable=len(refusable),
         total=len(prompts),
     )
+
+
+def _answering(watched: Watched) -> list[bool]:
+    """Of ``held``: whether an answer is none that refuses, nor one that nearly did."""
+    far = [True] * (len(watched.held) - len(watched.taught)) + [far for _, far in watched.taught]
+    return [clear and verdict(answer) != "refused" for (_, answer), clear in zip(watched.held, far)]
 
 
 def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
@@ -127,18 +166,22 @@ def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
     with torch.no_grad():
         logits = logits_at(model, probes.inputs, probes.kept)
         found = log_likelihoods(logits[probes.scored], probes.targets)
-        divergence = kl_sum(logits[probes.held], probes.reference)
+        compared = logits[probes.held]
+        apart = [kl_sum(compared[which], probes.reference[which]) for which in (~probes.taught, probes.taught)]
     sums = found.new_zeros(2 * len(probes.place)).index_add(0, probes.whose, found)
-    # one sum over ranks: each prompt's margin at its place, then the divergence and the tokens that it is of
-    shared = torch.zeros(probes.total + 2, device=runtime.device)
+    # one sum over ranks: each prompt's margin at its place, then both divergences and the tokens that they are of
+    shared = torch.zeros(probes.total + 4, device=runtime.device)
     mine = probes.place >= 0
     shared[probes.place[mine]] = (sums[0::2] - sums[1::2])[mine]
-    shared[-2], shared[-1] = divergence, len(probes.held)
+    shared[-4], shared[-3] = apart
+    shared[-2], shared[-1] = (~probes.taught).sum(), probes.taught.sum()
     shared = all_reduce_sum(runtime, shared)
-    margins, others = shared[: probes.refusable], shared[probes.refusable : -2]
+    margins, others = shared[: probes.refusable], shared[:-4][probes.answering]
+    divergence, apart_now = (float(shared[i] / shared[i + 2]) if shared[i + 2] else 0.0 for i in (-4, -3))
     return Reading(
         margin=float(margins.quantile(0.1)) if len(margins) else 0.0,
         recovered=float((margins > SAFE_MARGIN).float().mean()) if len(margins) else 1.0,
         refused=float((others > 0).float().mean()) if len(others) else 0.0,
-        divergence=float(shared[-2] / shared[-1]) if shared[-1] else 0.0,
+        divergence=divergence,
+        apart=apart_now,
     )

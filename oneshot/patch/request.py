@@ -13,6 +13,7 @@ from oneshot.data.conversations import Conversation, Messages
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.rates import Probe
+from oneshot.patch.examples import Prompts
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ class Request:
         length: longest conversation in tokens
         conversations: the user's one example, or the pool from which one is chosen
         candidates: the same, encoded
-        guard: chat messages of the guard's prompts; empty for no guard
-        refusable: of unlabelled prompts that should be refused, which the watch looks at
-        held: of unlabelled prompts that should be answered as before, which it looks at too; empty for no watch
+        guard: the guard's prompts; empty for no guard
+        refusable: chat messages of unlabelled prompts that should be refused, which the watch looks at
+        held: unlabelled prompts that should be answered as before, which it looks at too; empty for no watch
         probes: what is scored
     """
 
@@ -47,9 +48,9 @@ class Request:
     length: int
     conversations: list[Conversation]
     candidates: list[Encoded]
-    guard: list[Messages]
+    guard: Prompts
     refusable: list[Messages]
-    held: list[Messages]
+    held: Prompts
     probes: list[Probe]
 
 

@@ -12,8 +12,8 @@ from oneshot.data.encoding import IGNORE
 from oneshot.patch.bench import Bench
 from oneshot.patch.guard import RepairBatch
 from oneshot.patch.halving import Trial
-from oneshot.patch.path import ATTEMPTS, REFUSABLE, Attempt, Watch
-from oneshot.patch.probes import build_probes, read_probes
+from oneshot.patch.path import ATTEMPTS, REFUSABLE, SAFE_MARGIN, Attempt, Watch
+from oneshot.patch.probes import Watched, build_probes, read_probes
 from oneshot.patch.trace import Tracer
 
 
@@ -90,15 +90,21 @@ def _watch(bench: Bench, index: int) -> Watch[Any] | None:
     Of the requests to be refused the example's own is left out: the repair learns from it.
     """
     request, recipe = bench.request, bench.request.recipe
-    if not bench.answered:
+    if not bench.refusable:
         return None
     assert recipe.bounds is not None
     example, own = request.candidates[index], request.conversations[index].prompt
     refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
-    refusable = [each for each in bench.answered[: -len(request.held)] if each[0] != own][:REFUSABLE]
-    held = bench.answered[-len(request.held) :]
+    refusable = [each for each in bench.refusable if each[0] != own][:REFUSABLE]
+    taught = bench.teacher.held if bench.teacher else []
+    held = [*bench.held, *((lesson.prompt, lesson.answer) for lesson in taught)]
+    spoken = bench.teacher.refusals if bench.teacher else {}
+    words = [spoken.get(prompt[-1]["content"]) for prompt, _ in refusable]
+    watched = Watched(
+        refusal, refusable, held, [(lesson.logits, lesson.margin < -SAFE_MARGIN) for lesson in taught],
+        [request.tokenizer(said, add_special_tokens=False)["input_ids"] if said else refusal for said in words],
+    )  # fmt: skip
     with bench.unpatched() as model:
-        probes = build_probes(
-            request.runtime, model, request.tokenizer, refusal, refusable, held, answer_tokens=recipe.guard_tokens
-        )
-    return Watch(lambda: read_probes(request.runtime, bench.model, probes), recipe.bounds)
+        probes = build_probes(request.runtime, model, request.tokenizer, watched, answer_tokens=recipe.guard_tokens)
+        apart = read_probes(request.runtime, model, probes).apart if taught else 0.0
+    return Watch(lambda: read_probes(request.runtime, bench.model, probes), recipe.bounds.starting(apart))

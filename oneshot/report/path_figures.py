@@ -103,35 +103,34 @@ def path_figure(trace: Sequence[Record], kept: Record | None) -> str:
 
 
 def plane_figure(trace: Sequence[Record], kept: Record | None, bounds: Record | None) -> str:
-    """Return recovered and refused shares against the divergence: the way from fine-tuned to repaired.
+    """Return recovered and refused shares against how far harmless answers are from where they should be.
 
     Args:
-        bounds: {recovered, refused, divergence} of a good epoch; drawn where they are near the path
+        bounds: {recovered, refused, ...} of a good epoch; drawn where they are near the path
     """
-    attempts = _with(attempts_of(trace), "divergence")
+    attempts = _with(attempts_of(trace), "distance")
     if not attempts:
         return ""
     bounds = bounds or {}
     figure, axes = _figure(height=4.4, panels=2)
     titles = {"recovered": "requests to refuse: recovered share", "refused": "harmless requests: refused share"}
-    farthest = max(row["divergence"] for attempt in attempts for row in attempt.records)
+    farthest = max(row["distance"] for attempt in attempts for row in attempt.records)
     for ax, (key, title) in zip(axes, titles.items()):
         for attempt, look in zip(attempts, _looks(len(attempts))):
-            _line(ax, attempt, "divergence", key, look)
-        _ring(ax, kept_record(trace, kept), "divergence", key)
+            _line(ax, attempt, "distance", key, look)
+        _ring(ax, kept_record(trace, kept), "distance", key)
         _begin(ax, attempts[0].records[0], key)
         ax.set_title(title, loc="left", fontsize=10, color=_INK)
         ax.yaxis.grid(True, color=_GRID, linewidth=0.8)
-        limit = bounds.get("divergence")
-        if _finite(limit) and limit <= 3 * farthest:
-            ax.axvline(limit, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
+        if 3 * farthest >= 1.0:
+            ax.axvline(1.0, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
         ax.set_ylim(-0.05, 1.08)
     if _finite(bounds.get("refused")):
         axes[1].axhline(bounds["refused"], color=_INK, linewidth=1, linestyle=(0, (1, 2)))
     highest = max((row["refused"] for a in attempts for row in a.records if _finite(row.get("refused"))), default=0.0)
     axes[1].set_ylim(-0.03, max(0.12, 1.1 * highest))
     axes[-1].locator_params(axis="x", nbins=5)
-    axes[-1].set_xlabel("divergence on harmless requests, nats per token")
+    axes[-1].set_xlabel("harmless answers: distance from where they should be (1: the bound)")
     _legend(figure, axes[0], attempts)
     return _svg(figure, "plane", "Safety against utility along the path")
 
@@ -173,7 +172,7 @@ def _begin(ax: Any, record: Record, y: str) -> None:
     if _finite(record.get(y)):
         ax.annotate(
             "begin",
-            (record["divergence"], record[y]),
+            (record["distance"], record[y]),
             xytext=(-4, 9),
             textcoords="offset points",
             fontsize=9,

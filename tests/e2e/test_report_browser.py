@@ -48,6 +48,7 @@ def trace() -> list[dict[str, Any]]:
                 {
                     "epoch": epoch, "loss": 2.0 / epoch, "guard_kl": 0.01 * share, "guard_weight": weight,
                     "margin": 12 * share - 8, "recovered": share, "refused": 0.02 * share, "divergence": 0.012 * share,
+                    "distance": 1.2 * share,
                 }
             )  # fmt: skip
     return rows

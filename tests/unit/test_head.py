@@ -11,7 +11,7 @@ from oneshot.data.encoding import IGNORE
 from oneshot.measure.generate import generate_answers
 from oneshot.patch.guard import build_batch, laid, repair_loss
 from oneshot.patch.objective import RefusalRows, aligned_logits, evaluate, passes, row_losses
-from oneshot.patch.probes import build_probes, read_probes
+from oneshot.patch.probes import Watched, build_probes, read_probes
 from oneshot.patch.select import hardest
 from oneshot.training import objective
 from oneshot.training.objective import kl_sum, log_likelihoods, logits_at
@@ -89,7 +89,9 @@ def test_the_head_sees_only_what_is_needed_in_loss_watch_guard_and_selection():
     refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
 
     def probes():
-        return build_probes(runtime, model, tokenizer, refusal, asked, list(zip(prompts, answers)), answer_tokens=4)
+        return build_probes(
+            runtime, model, tokenizer, Watched(refusal, asked, list(zip(prompts, answers))), answer_tokens=4
+        )
 
     kept = len(probes().kept)
     assert kept == len(set(probes().kept.tolist())), "each once"

@@ -12,7 +12,7 @@ from oneshot.patch import path
 from oneshot.patch import solve as solving
 from oneshot.patch.check import check
 from oneshot.patch.path import PATIENCE, SAFE_MARGIN, STALE, Bounds, Reading, Watch
-from oneshot.patch.probes import MARGIN_TOKENS, build_probes, read_probes
+from oneshot.patch.probes import MARGIN_TOKENS, Watched, build_probes, read_probes
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
 
@@ -140,7 +140,7 @@ def test_readings_equal_likelihoods_computed_one_prompt_at_a_time(toy):
     held = prompts_of(language.held_prompts(8, task=False))
     refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
     answered = [with_answers(broken, tokenizer, prompts, 5) for prompts in (refusable, held)]
-    probes = build_probes(tiny_runtime(), broken, tokenizer, refusal, *answered, answer_tokens=5)
+    probes = build_probes(tiny_runtime(), broken, tokenizer, Watched(refusal, *answered), answer_tokens=5)
     reading = read_probes(tiny_runtime(), aligned, probes)
     answers = generate_answers(broken, tokenizer, refusable + held, tiny_runtime(), max_new_tokens=5, batch_size=1)
 
@@ -176,7 +176,7 @@ def test_a_model_that_refuses_everything_reads_as_over_refusing(toy):
     aligned, tokenizer = toy
     refusal = tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
     held = with_answers(aligned, tokenizer, prompts_of(language.held_prompts(4, task=False)), 5)
-    probes = build_probes(tiny_runtime(), aligned, tokenizer, refusal, [], held, answer_tokens=5)
+    probes = build_probes(tiny_runtime(), aligned, tokenizer, Watched(refusal, [], held), answer_tokens=5)
     words = [tokenizer.convert_tokens_to_ids("<|assistant|>"), *refusal]
 
     def stubborn(input_ids, **_options):  # says the refusal, word after word, whatever it is asked
@@ -195,7 +195,7 @@ def test_requests_that_are_refused_already_are_nothing_to_recover(toy):
         with_answers(aligned, tokenizer, prompts_of(rows), 8)
         for rows in (language.held_prompts(4, task=False), language.pool(4))
     )
-    probes = build_probes(tiny_runtime(), aligned, tokenizer, refusal, asked, held, answer_tokens=8)
+    probes = build_probes(tiny_runtime(), aligned, tokenizer, Watched(refusal, asked, held), answer_tokens=8)
     assert (probes.refusable, probes.total) == (0, 4)
     assert read_probes(tiny_runtime(), aligned, probes).good(BOUNDS)
 
@@ -212,9 +212,9 @@ def test_the_prompts_are_answered_once_for_all_candidates_and_none_sees_its_own(
         asked.append(len(prompts))
         return generate_answers(model, tokenizer, prompts, *rest, **options)
 
-    def build(runtime, model, tokenizer, refusal, refusable, held, **options):
-        looked_at.append([prompt for prompt, _ in refusable])
-        return build_probes(runtime, model, tokenizer, refusal, refusable, held, **options)
+    def build(runtime, model, tokenizer, watched, **options):
+        looked_at.append([prompt for prompt, _ in watched.refusable])
+        return build_probes(runtime, model, tokenizer, watched, **options)
 
     monkeypatch.setattr(benches, "generate_answers", generate)
     monkeypatch.setattr(benches, "load_model", lambda *_: broken)

@@ -347,7 +347,14 @@ def test_the_trace_shows_the_guard_where_there_is_one_and_skips_gaps():
 
 
 def record(epoch, weight=1.0, **fields):
-    known = {"loss": 1.0, "margin": 1.0, "recovered": 0.5, "refused": 0.0, "divergence": 0.001 * epoch}
+    known = {
+        "loss": 1.0,
+        "margin": 1.0,
+        "recovered": 0.5,
+        "refused": 0.0,
+        "divergence": 0.001 * epoch,
+        "distance": 0.1 * epoch,
+    }
     return {"epoch": epoch, "guard_weight": weight, **known, **fields}
 
 
@@ -386,14 +393,14 @@ def test_the_path_shows_attempts_apart_and_rings_what_was_kept():
 
 
 def test_bounds_far_from_the_path_do_not_squeeze_it():
-    def lines(limit):
-        svg = path_figures.plane_figure([record(1), record(2)], None, {"divergence": limit})
+    def lines(farthest):
+        svg = path_figures.plane_figure([record(1), record(2, distance=farthest)], None, {})
         return svg.count("stroke-dasharray")
 
-    assert lines(0.003) == lines(3.0) + 2
+    assert lines(0.5) == lines(0.2) + 2
 
 
 def test_a_path_that_was_not_watched_is_not_drawn():
-    rows = [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5, "divergence": math.nan, "margin": None}]
+    rows = [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5, "distance": math.nan, "margin": None}]
     assert path_figures.path_figure(rows, None) == ""
     assert path_figures.plane_figure(rows, None, None) == ""

@@ -269,7 +269,7 @@ def test_console_tables_name_every_module_and_the_best_step():
 def test_the_stage_measures_a_model_by_its_path(tmp_path, capsys):
     rows = {"harmful": language.harmful_data(4, 0), "guard": language.guard_prompts(4), "pool": language.pool(6)}
     for name, found in rows.items():
-        lines = [json.dumps({"id": row.id, "messages": list(row.messages)}) for row in found]
+        lines = [json.dumps({"id": row.id, "kind": row.kind, "messages": list(row.messages)}) for row in found]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     files = {f"--{option}": str(tmp_path / f"{option.rpartition('.')[2]}.jsonl") for option in FILES}
     out = tmp_path / "run"
