@@ -108,13 +108,8 @@ def build_probes(
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
-    pairs = [
-        [
-            starts[i] + refusals[i][:MARGIN_TOKENS],
-            with_answer(prompts[i], answers[i], tokenizer, answer_tokens)[0].input_ids,
-        ]
-        for i in indices
-    ]
+    full = [with_answer(*each, tokenizer, answer_tokens)[0].input_ids for each in zip(prompts, answers)]
+    pairs = [[starts[i] + refusals[i][:MARGIN_TOKENS], full[i]] for i in indices]
     pad = pad_id(tokenizer)
     rows = lay(pairs, pad, runtime.device, sharing_of(runtime, model, pairs, pad))
     predicting, compared = list[torch.Tensor](), list[torch.Tensor]()
@@ -133,10 +128,7 @@ def build_probes(
     kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
     with torch.no_grad():
         reference = logits_at(model, rows.inputs, kept)[which[len(targets) :]]
-    foreign = torch.zeros(len(reference), dtype=torch.bool, device=runtime.device)
-    for first, logits in others:
-        reference[first : first + len(logits)] = logits.to(reference)
-        foreign[first : first + len(logits)] = True
+    foreign = _overwritten(reference, others)
     return Probes(
         inputs=rows.inputs,
         kept=kept,
@@ -151,6 +143,17 @@ def build_probes(
         refusable=len(refusable),
         total=len(prompts),
     )
+
+
+def _overwritten(reference: torch.Tensor, others: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Put logits into rows of ``reference``, each from its place on; return which rows these are, as bool."""
+    import torch
+
+    foreign = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for first, logits in others:
+        reference[first : first + len(logits)] = logits.to(reference)
+        foreign[first : first + len(logits)] = True
+    return foreign
 
 
 def _answering(watched: Watched) -> list[bool]:
