@@ -41,7 +41,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=150, help="of each public set")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of packages and models")
     parser.add_argument("--out", type=Path, default=DOCS / "real.json", help="file of finished cells")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this one")
     parser.add_argument("--any-code", action="store_true", help="take what was measured with other code, and say so")
     parser.add_argument("--page", action="store_true", help="measure nothing: write the page from what there is")
     parser.add_argument("--summary", action="store_true", help="measure nothing: print the figures as a JSON object")

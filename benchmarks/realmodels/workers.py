@@ -52,21 +52,26 @@ def grouped(cells: Iterable[Cell]) -> dict[Group, list[Cell]]:
 
 
 def work_off(places: Places, cells: Iterable[Cell], workers: int) -> list[str]:
-    """Measure the cells; return what went wrong, by cell, with everything else done."""
+    """Measure the cells; return what went wrong, by cell, with everything else done.
+
+    Args:
+        workers: processes of one thread each; 0: this one
+    """
     started, failed, groups = time.monotonic(), [], grouped(cells)
     for model in dict.fromkeys(group[0] for group in groups):  # once, before several processes would
         failed += _prepare(places, model)
     if failed:
         return failed
-    known, context = digests(), get_context("spawn")
+    known = digests()
+    if not workers:
+        return [said for group in groups.values() for said in work(places, group)]
+    context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(known,)) as executor:
         running = [executor.submit(work, places, group) for group in groups.values()]
         for number, future in enumerate(as_completed(running), 1):
             failed += future.result()
-            print(
-                f"{(time.monotonic() - started) / 60:5.1f} min  {number}/{len(running)} attacked models",
-                file=sys.stderr,
-            )
+            minutes = (time.monotonic() - started) / 60
+            print(f"{minutes:5.1f} min  {number}/{len(running)} attacked models", file=sys.stderr, flush=True)
     return failed
 
 
