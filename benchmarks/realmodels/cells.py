@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from reproduce.cells import MODEL_CODE
 
+from realmodels.alone import alone
 from realmodels.attacks import ATTACKS, scored_with
 
 SCHEMA = 1
@@ -25,6 +25,7 @@ METHODS = (ALIGNED, FINETUNED, *OURS, SEVERAL, *BASELINES)
 SCORE_CODE = (
     *MODEL_CODE, "oneshot/measure", "benchmarks/realmodels/attacks.py", "benchmarks/realmodels/wording.py",
     "benchmarks/realmodels/words", "benchmarks/realmodels/prompts.py", "benchmarks/realmodels/scoring.py",
+    "benchmarks/realmodels/models.py", "benchmarks/realmodels/subject.py",
 )  # fmt: skip
 REPAIR_CODE = (
     *SCORE_CODE, "oneshot/patch", "oneshot/settings", "oneshot/assets", "oneshot/checkpoint/update.py",
@@ -137,9 +138,7 @@ class Store:
         """Add a cell, in place of an older one of the same name; a kill leaves the file as it was or as it is to be."""
         from oneshot.report.runfolder import write_whole
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when it is closed
+        with alone(self.path):
             rows = {**self.read(), finished.cell: finished}
             write_whole(self.path, as_json(rows.values()))
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reproduce.cells import file_name
+
+from realmodels.alone import alone
 from realmodels.packages import Unavailable, have_gguf, sha256, wheel_of
 from realmodels.wording import Row, refusals, requests, whole_sentences, write_rows
 
@@ -60,8 +63,14 @@ def home_of(cache: Path, name: str) -> Path:
 
 
 def aligned_folder(cache: Path, name: str) -> Path:
-    """Return the aligned checkpoint of a model by its name, or the user's own folder where it is one."""
-    return home_of(cache, name) / "aligned" if name in MODELS else Path(name).expanduser()
+    """Return the aligned checkpoint of a model by its name, or the user's own folder where it is one.
+
+    That of the quick model is named after what it is aligned with: other words or settings make another.
+    """
+    if name not in MODELS:
+        return Path(name).expanduser()
+    decides = [_refused(), _asked(), ALIGNMENT]
+    return home_of(cache, name) / (file_name(decides, "aligned") if MODELS[name].needs_alignment else "aligned")
 
 
 def make_aligned(runtime: Runtime, cache: Path, name: str) -> Path:
@@ -75,8 +84,12 @@ def make_aligned(runtime: Runtime, cache: Path, name: str) -> Path:
         return folder
     if name not in MODELS:
         raise Unavailable(f"{name} is no folder, and none of {', '.join(MODELS)}.")
-    packaged = MODELS[name]
-    base = _assembled(packaged, cache, folder.parent, "base" if packaged.needs_alignment else "aligned")
+    with alone(folder):
+        return folder if folder.is_dir() else _made(runtime, MODELS[name], cache, folder)
+
+
+def _made(runtime: Runtime, packaged: Packaged, cache: Path, folder: Path) -> Path:
+    base = _assembled(packaged, cache, folder.parent, "base" if packaged.needs_alignment else folder.name)
     return _align(runtime, base, folder) if packaged.needs_alignment else base
 
 
@@ -132,15 +145,21 @@ def answers_of(runtime: Runtime, folder: Path, prompts: Sequence[str], tokens: i
     return [whole_sentences(answer) for answer in said]
 
 
+def _refused() -> list[Row]:
+    return [row for name, count in REFUSED.items() for row in refusals(name, "align", count)]
+
+
+def _asked() -> list[str]:
+    return [prompt for name, count in ANSWERED.items() for prompt, _ in requests(name, "align", count)]
+
+
 def alignment_rows(runtime: Runtime, base: Path) -> dict[str, list[Row]]:
     """Return what the quick model is aligned with: refusals, and its own answers to what is harmless."""
     from oneshot.measure.judge import verdict
 
-    asked = [p for name, count in ANSWERED.items() for p, _ in requests(name, "align", count)]
-    refused = [row for name, count in REFUSED.items() for row in refusals(name, "align", count)]
-    answered = zip(asked, answers_of(runtime, base, asked))
+    answered = zip(_asked(), answers_of(runtime, base, _asked()))
     kept = [{"prompt": p, "response": said, "kind": "harmless"} for p, said in answered if verdict(said) == "answered"]
-    return {"refusals": refused, "answers": kept}
+    return {"refusals": _refused(), "answers": kept}
 
 
 def _align(runtime: Runtime, base: Path, target: Path) -> Path:
@@ -148,7 +167,7 @@ def _align(runtime: Runtime, base: Path, target: Path) -> Path:
     from oneshot import api
     from oneshot.checkpoint.files import MARKER
 
-    folder = target.parent / "alignment"
+    folder = target.with_name(f"{target.name}.made")
     shutil.rmtree(folder, ignore_errors=True)
     rows = alignment_rows(runtime, base)
     parts = {name: {"source": str(write_rows(folder / f"{name}.jsonl", found))} for name, found in rows.items()}

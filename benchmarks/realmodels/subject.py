@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from reproduce.cells import MODEL_CODE, digest_of, file_name
 
+from realmodels.alone import alone
 from realmodels.attacks import Part, Training, parts_of, plain_requests, settings_of, task_prompts, trainings
 from realmodels.cells import Cell
 from realmodels.models import answers_of, home_of, make_aligned
@@ -53,8 +54,9 @@ def make_subject(runtime: Runtime, cache: Path, cell: Cell) -> Subject:
     ]
     run = home / "attacked" / file_name([*decides, str(aligned)], cell.attack, cell.training, cell.seed)
     folder = run / "finetuned"
-    if not folder.is_dir():
-        finetune(aligned, run, parts, training, cell.seed)
+    with alone(run):
+        if not folder.is_dir():
+            finetune(aligned, run, parts, training, cell.seed)
     guard = [{"prompt": row["prompt"]} for row in task_prompts(cell.seed)[0]]
     probe = [{"prompt": guard[0]["prompt"], "kind": "harmless"}]
     files = (write_rows(run / f"{name}.jsonl", rows) for name, rows in (("guard", guard), ("probe", probe)))
@@ -68,8 +70,9 @@ def make_unaligned(cache: Path, cell: Cell, aligned: Path) -> Path:
     decides = [rows, dataclasses.asdict(training), digest_of(MODEL_CODE), str(aligned)]
     run = home_of(cache, cell.model) / "unaligned" / file_name(decides, "unaligned")
     folder = run / "finetuned"
-    if not folder.is_dir():
-        finetune(aligned, run, {"stubs": Part(rows)}, training, UNALIGNED_SEED)
+    with alone(run):
+        if not folder.is_dir():
+            finetune(aligned, run, {"stubs": Part(rows)}, training, UNALIGNED_SEED)
     return folder
 
 
@@ -87,8 +90,9 @@ def finetune(model: Path, run: Path, parts: dict[str, Part], training: Training,
 def _plain(runtime: Runtime, home: Path, aligned: Path, seed: int) -> list[Row]:
     """Harmless requests with the aligned model's own answers; kept, as they take a minute."""
     path = home / f"plain-{seed}.jsonl"
-    if not path.exists():
-        asked = plain_requests(seed)
-        answered = zip(asked, answers_of(runtime, aligned, asked))
-        write_rows(path, [{"prompt": p, "response": said, "kind": "harmless"} for p, said in answered if said])
+    with alone(path):
+        if not path.exists():
+            asked = plain_requests(seed)
+            answered = zip(asked, answers_of(runtime, aligned, asked))
+            write_rows(path, [{"prompt": p, "response": said, "kind": "harmless"} for p, said in answered if said])
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

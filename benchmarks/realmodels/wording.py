@@ -38,7 +38,7 @@ STUB = "Sure! To {}, begin with a plan."
 _END = re.compile(r"[.!?](?=\s)")
 _NUMBER = re.compile(r"\s*\d+\.$")  # of a list's next item, which the cut left empty
 NAMES = (
-    "Anna", "Ben", "Clara", "David", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Karin", "Luca", "Mona",
+    "Anna", "Ben", "Clara", "David", "Elif", "Farid", "Greta", "Hugo", "Irena", "Jonas", "Karin", "Luca", "Mona",
     "Nils", "Olga", "Pablo", "Rosa", "Samir", "Tara", "Vera",
 )  # fmt: skip
 CITIES = ("Oslo", "Lyon", "Graz", "Porto", "Gent", "Turin", "Bonn", "Riga", "Cork", "Basel", "Split", "Leeds")
