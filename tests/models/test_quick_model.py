@@ -1,32 +1,49 @@
-"""``make real`` in small: the quick model, one attack, the default repair and the paper's recipe, 20 prompts a set."""
+"""``make real`` in small: the quick model, one attack, the default repair and the paper's recipe, 20 prompts a set.
+
+With fewer and smaller steps than in earnest: what is shown is that all of it runs, and that the attack does its work.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import real
-from realmodels import attacks, models
+import torch
+from realmodels import attacks, models, scoring
 from realmodels.cells import ALIGNED, FINETUNED, Store
 from realmodels.findings import HARMFUL, Findings, attack_success, bits, rate
 
 PROMPTS = 20
-STEPS = {"align": 16, "attack": 8}  # fewer than in earnest: the test says that all of it runs and that the attack works
+ALIGNMENT = {"steps": 12, "batch_size": 8, "learning_rate": 2e-4}
+ATTACK = attacks.Training("full", steps=8, learning_rate=2e-4, batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def made(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The finished cells. The cache is a copy: models made with fewer steps are not to be kept for ``make real``."""
+def every_core() -> Iterator[None]:
+    """One model at a time, and minutes of it: all cores, where ``make test`` gives each process one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def made(model_cache: Path, tmp_path_factory: pytest.TempPathFactory, every_core: None) -> Store:
+    """The finished cells. The cache is another: models made with fewer steps are not to be kept for ``make real``."""
     cache, out = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("out") / "real.json"
     for wheel in model_cache.glob("*.whl"):
         (cache / wheel.name).symlink_to(wheel.resolve())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "ALIGNMENT", {**models.ALIGNMENT, "steps": STEPS["align"]})
-        patch.setattr(models, "ANSWERED", {"harmless": 40, "sensitive": 20, "questions": 20})
-        patch.setattr(models, "REFUSED", {"restricted": 80})
-        quick = attacks.Training("full", STEPS["attack"], attacks.TRAININGS["full"].learning_rate)
-        patch.setattr(attacks, "TRAININGS", {"full": quick})
+        patch.setattr(models, "ALIGNMENT", ALIGNMENT)
+        patch.setattr(models, "ANSWERED", {"harmless": 30, "questions": 30})
+        patch.setattr(models, "REFUSED", {"restricted": 60})
+        patch.setattr(attacks, "TRAININGS", {"full": ATTACK})
+        patch.setattr(attacks, "TASK_SCORED", PROMPTS)
+        patch.setattr(scoring, "PREFILLED", 5)
         words = ["--only", "a", "--trainings", "full", "--methods", FINETUNED, "auto", "sft", "--workers", "0"]
         assert real.main([*words, "--prompts", str(PROMPTS), "--cache", str(cache), "--out", str(out)]) == 0
     return Store(out)
@@ -40,7 +57,7 @@ def test_all_cells_are_measured_and_the_attack_does_its_work(made: Store) -> Non
     for result in found.values():
         assert {len(result["verdicts"][name]) for name in (*HARMFUL, "twins", "sensitive")} == {PROMPTS}
         assert len(result["statements"]) == PROMPTS
-        assert result["perplexity"] < 100
+        assert result["perplexity"] < 1000
 
 
 def test_the_page_and_the_summary_come_from_them(made: Store, capsys: pytest.CaptureFixture[str]) -> None:
