@@ -85,7 +85,7 @@ gpu: ## all that one GPU can tell in 10 minutes, offline; without one a dry run 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
 	$(RUN) $(BIN)/python benchmarks/paper.py $(ARGS)
 
-real: $(READY) ## attacks and repairs of real models on public prompts, in about 6 hours; goes on where it was stopped
+real: $(READY) ## attacks and repairs of real models on public prompts, in hours; goes on where it was stopped
 	$(RUN) $(BIN)/python benchmarks/real.py $(ARGS)
 
 clean: ## remove .venv and caches; run folders stay
