@@ -6,21 +6,19 @@ With fewer and smaller steps than in earnest: what is shown is that all of it ru
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import real
-import torch
 from realmodels import attacks, methods, models, scoring
 from realmodels.cells import ALIGNED, FINETUNED, Store
 from realmodels.findings import HARMFUL, Findings, attack_success, bits, rate
 
 PROMPTS = 20
-ALIGNMENT = {"steps": 12, "batch_size": 8, "learning_rate": 2e-4}
-ATTACK = attacks.Training("full", steps=8, learning_rate=2e-4, batch_size=8)
+ALIGNMENT = {"steps": 6, "batch_size": 8, "learning_rate": 3e-4}
+ATTACK = attacks.Training("full", steps=6, learning_rate=3e-4, batch_size=8)
 
 
 def _quick(values: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -28,33 +26,26 @@ def _quick(values: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
 
     def quick(*given: Any) -> dict[str, Any]:
         asked = values(*given)
-        return {**asked, "select": "pool-01", "repair": {**asked["repair"], "epochs": 6}}
+        return {**asked, "select": "pool-01", "repair": {**asked["repair"], "epochs": 3}}
 
     return quick
 
 
 @pytest.fixture(scope="module")
-def every_core() -> Iterator[None]:
-    """One model at a time, and minutes of it: all cores, where ``make test`` gives each process one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def made(model_cache: Path, tmp_path_factory: pytest.TempPathFactory, every_core: None) -> Store:
+def made(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The finished cells. The cache is another: models made with fewer steps are not to be kept for ``make real``."""
     cache, out = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("out") / "real.json"
     for wheel in model_cache.glob("*.whl"):
         (cache / wheel.name).symlink_to(wheel.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "ALIGNMENT", ALIGNMENT)
-        patch.setattr(models, "ANSWERED", {"harmless": 30, "questions": 30})
-        patch.setattr(models, "REFUSED", {"restricted": 60})
+        patch.setattr(models, "ANSWERED", {"harmless": 12, "questions": 12})
+        patch.setattr(models, "REFUSED", {"restricted": 24})
         patch.setattr(attacks, "TRAININGS", {"full": ATTACK})
         patch.setattr(attacks, "TASK_SCORED", PROMPTS)
-        patch.setattr(scoring, "PREFILLED", 5)
+        patch.setattr(attacks, "TASK_GUARD", 8)
+        patch.setattr(scoring, "PREFILLED", 4)
+        patch.setattr(scoring, "NEW_TOKENS", 10)
         patch.setattr(methods, "repair_values", _quick(methods.repair_values))
         words = ["--only", "a", "--trainings", "full", "--methods", FINETUNED, "auto", "sft", "--workers", "0"]
         assert real.main([*words, "--prompts", str(PROMPTS), "--cache", str(cache), "--out", str(out)]) == 0
