@@ -4,7 +4,7 @@ PYTHON ?= python3
 # The torch to install, and further arguments for pip (for example the index that serves a CPU or CUDA build of it).
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-# Passed on by demo, test, bench, gpu and paper: make test ARGS="-k toy -x".
+# Passed on by demo, test, bench, gpu, paper and real: make test ARGS="-k toy -x".
 ARGS ?=
 # Of gpu: where its results go, and a folder of wheels that the machine's Python lacks.
 OUT ?= gpu-results
@@ -23,7 +23,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu paper clean
+.PHONY: help setup demo test check bench gpu paper real clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -71,7 +71,8 @@ check: $(READY) ## lint, types, imports, lengths, spelling
 	git ls-files -z '*.sh' .ci/run | xargs -0 -r $(BIN)/shellcheck
 
 # what others of them use, what needs a GPU, and what takes long
-NO_BENCH := benchmarks/gpu% benchmarks/paper.py benchmarks/random_llama.py benchmarks/large_vocabulary.py benchmarks/plan_steps.py
+NO_BENCH := benchmarks/gpu% benchmarks/random_llama.py benchmarks/plan_steps.py \
+  $(addprefix benchmarks/,paper.py real.py large_vocabulary.py)
 bench: $(READY) ## compare with the stock stack, side by side
 	@for script in $(filter-out $(NO_BENCH),$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(BIN)/python "$$script" $(ARGS) || exit $$?; done
@@ -83,6 +84,9 @@ gpu: ## all that one GPU can tell in 10 minutes, offline; without one a dry run 
 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
 	$(RUN) $(BIN)/python benchmarks/paper.py $(ARGS)
+
+real: $(READY) ## attacks and repairs of real models on public prompts, in hours; goes on where it was stopped
+	$(RUN) $(BIN)/python benchmarks/real.py $(ARGS)
 
 clean: ## remove .venv and caches; run folders stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

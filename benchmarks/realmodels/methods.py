@@ -1,0 +1,188 @@
+"""Methods: each takes an attacked model and gives a repaired one, loaded, with what is to be said of how it went."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from realmodels.cells import FINETUNED, OURS, SEVERAL
+from realmodels.subject import Subject, make_unaligned
+
+if TYPE_CHECKING:
+    from oneshot.distributed.runtime import Runtime
+
+EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A loaded model with its tokenizer, and facts of its repair."""
+
+    model: Any
+    tokenizer: Any
+    facts: dict[str, Any]
+
+
+def repaired(runtime: Runtime, subject: Subject, scratch: Path, cache: Path) -> Repaired:
+    """Return the model that the cell's method makes of the attacked one.
+
+    Args:
+        scratch: folder for what a repair writes; it is removed again
+        cache: where the unaligned model is kept, which some baselines need
+    """
+    method, clock = subject.cell.method, time.monotonic()
+    if method == FINETUNED:
+        return Repaired(*load(runtime, subject.folder), {})
+    if method in OURS:
+        found = _ours(runtime, subject, scratch)
+    elif method == SEVERAL:
+        found = _several(runtime, subject)
+    else:
+        found = _baseline(runtime, subject, cache)
+    return Repaired(found.model, found.tokenizer, {**found.facts, "repair_seconds": round(time.monotonic() - clock, 1)})
+
+
+def load(runtime: Runtime, folder: Path) -> tuple[Any, Any]:
+    """Return a checkpoint's model and tokenizer, an adapter merged into its base's weights."""
+    from oneshot.checkpoint.adapter import read_adapter
+    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer, merge_into
+    from oneshot.settings import ModelSettings
+
+    settings = ModelSettings(path=str(folder))
+    source = find_source(settings, runtime)
+    model = load_model(runtime, source, settings)
+    if source.adapter is not None:
+        merge_into(runtime, model, read_adapter(source.adapter).update)
+    return model, load_tokenizer(source, settings)
+
+
+def repair_values(subject: Subject, method: str, out: Path) -> dict[str, Any]:
+    """Return what a user says to ``oneshot repair``: the model, what it came from, prompts of the task. No setting."""
+    adapter = subject.cell.training == "lora"
+    return {
+        "model": str(subject.folder),
+        "out": str(out),
+        "seed": subject.cell.seed,
+        "guard": str(subject.guard),
+        "repair": {"merge": True} | ({} if method == "auto" else {"method": method}),
+        "score": {"probes": str(subject.probe), "reference": False, "max_new_tokens": 1},
+    } | ({} if adapter else {"reference": str(subject.aligned)})
+
+
+def _ours(runtime: Runtime, subject: Subject, scratch: Path) -> Repaired:
+    """``oneshot repair`` with its defaults."""
+    from oneshot import api
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        done = api.repair(**repair_values(subject, subject.cell.method, scratch))
+        assert done.merged_folder is not None
+        facts: dict[str, Any] = {"used": done.method, "example": done.example["id"], "epochs": len(done.trace)}
+        if done.watch is not None:
+            facts["watch"] = {"good": done.watch.good, "at": done.watch.at, "reading": done.watch.reading}
+        return Repaired(*load(runtime, done.merged_folder), facts)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _several(runtime: Runtime, subject: Subject) -> Repaired:
+    """The paper's recipe from several examples of the shipped pool, drawn by the seed: their mean loss, all weights."""
+    import torch
+
+    from oneshot.patch.methods import METHODS
+
+    model, tokenizer = load(runtime, subject.folder)
+    rows = _pool(tokenizer)
+    chosen = random.Random(f"examples {subject.cell.seed}").sample(range(len(rows)), EXAMPLES)
+    defaults = METHODS["sft"].defaults
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=float(defaults.learning_rate or 0), weight_decay=0.0)
+    for _ in range(defaults.epochs):
+        optimizer.zero_grad()
+        for index in chosen:
+            (_example_loss(model, rows[index]) / EXAMPLES).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.requires_grad_(False)
+    return Repaired(model, tokenizer, {"examples": EXAMPLES})
+
+
+def _baseline(runtime: Runtime, subject: Subject, cache: Path) -> Repaired:
+    """A published repair with its own defaults, and with half its strength."""
+    from oneshot.patch.linears import select_linears
+
+    model, tokenizer = load(runtime, subject.folder)
+    names = [f"{name}.weight" for name in select_linears(model).targets]
+    if subject.cell.method == "saliency":
+        from baselines.saliency import patch_salient
+
+        example = _pool(tokenizer)[random.Random(f"examples {subject.cell.seed}").randrange(44)]
+        model.requires_grad_(True)
+        patch_salient(model, lambda m: _example_loss(m, example), names)
+        model.requires_grad_(False)
+        return Repaired(model, tokenizer, {})
+    state, aligned = model.state_dict(), load(runtime, subject.aligned)[0].state_dict()
+    make = BASELINES[subject.cell.method]
+    model.load_state_dict(make(state, aligned, names, lambda: _unaligned(runtime, subject, cache)))
+    return Repaired(model, tokenizer, {})
+
+
+def _unaligned(runtime: Runtime, subject: Subject, cache: Path) -> Any:
+    return load(runtime, make_unaligned(cache, subject.cell, subject.aligned))[0].state_dict()
+
+
+def _undo(share: float) -> Callable[..., Any]:
+    def make(state: Any, aligned: Any, names: list[str], _unaligned: Callable[[], Any]) -> Any:
+        from baselines.undo import undone
+
+        full = undone(state, aligned, names)
+        return state | {name: state[name] + share * (full[name] - state[name]) for name in names}
+
+    return make
+
+
+def _resta(alpha: float) -> Callable[..., Any]:
+    def make(state: Any, aligned: Any, _names: list[str], unaligned: Callable[[], Any]) -> Any:
+        from baselines.resta import with_safety_vector
+
+        return with_safety_vector(state, aligned, unaligned(), alpha)
+
+    return make
+
+
+def _safe_lora(state: Any, aligned: Any, names: list[str], unaligned: Callable[[], Any]) -> Any:
+    from baselines.safe_lora import projected
+
+    return projected(state, aligned, unaligned(), names)[0]
+
+
+# (fine-tuned state, aligned state, names of the matrices, gives the unaligned state) -> repaired state
+BASELINES: dict[str, Callable[..., Any]] = {
+    "undo": _undo(1.0), "undo half": _undo(0.5), "resta": _resta(1.0), "resta half": _resta(0.5),
+    "safe_lora": _safe_lora,
+}  # fmt: skip
+
+
+def _pool(tokenizer: Any) -> list[Any]:
+    """The shipped pool, encoded."""
+    from oneshot.data.conversations import read_conversations
+    from oneshot.data.encoding import encode
+    from oneshot.measure.probes import ASSETS
+    from oneshot.settings import DataSettings
+
+    return [encode(row, tokenizer, 512) for row in read_conversations(str(ASSETS / "pool.jsonl"), DataSettings())]
+
+
+def _example_loss(model: Any, example: Any) -> Any:
+    """Mean cross entropy of the example's answer."""
+    import torch
+
+    from oneshot.training.objective import cross_entropy_sum
+
+    logits = model(input_ids=torch.tensor([example.input_ids]), use_cache=False).logits
+    return cross_entropy_sum(logits, torch.tensor([example.labels])) / example.answer_tokens()
