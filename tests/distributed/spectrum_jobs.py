@@ -49,7 +49,7 @@ def project(runtime: Runtime, folder: str, model: dict[str, Any]) -> dict[str, A
     with opened(request) as bench:
         with bench.unpatched() as ready:
             batch = build_batch(
-                runtime, ready, request.tokenizer, request.candidates[0], request.guard, answer_tokens=4
+                runtime, ready, request.tokenizer, request.candidates[0], request.guard.all, answer_tokens=4
             )
         path = request.recipe.method.solve(bench, batch, Attempt(tracer, request.recipe.guard_weight))
         update, facts = finished(path)
