@@ -16,7 +16,11 @@ from realmodels import attacks, methods, models, scoring
 from realmodels.cells import ALIGNED, FINETUNED, Store
 from realmodels.findings import HARMFUL, Findings, attack_success, bits, rate
 
+from oneshot.patch import teacher
+
+pytestmark = pytest.mark.timeout(2400)  # the fixture makes all cells, on a machine that may be busy
 PROMPTS = 20
+SHORT = {"epochs": 3, "guard_prompts": 8, "watch": False}
 ALIGNMENT = {"steps": 6, "batch_size": 8, "learning_rate": 3e-4}
 ATTACK = attacks.Training("full", steps=6, learning_rate=3e-4, batch_size=8)
 
@@ -26,7 +30,7 @@ def _quick(values: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
 
     def quick(*given: Any) -> dict[str, Any]:
         asked = values(*given)
-        return {**asked, "select": "pool-01", "repair": {**asked["repair"], "epochs": 3}}
+        return {**asked, "select": "pool-01", "repair": {**asked["repair"], **SHORT}}
 
     return quick
 
@@ -46,6 +50,7 @@ def made(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         patch.setattr(attacks, "TASK_GUARD", 8)
         patch.setattr(scoring, "PREFILLED", 4)
         patch.setattr(scoring, "NEW_TOKENS", 10)
+        patch.setattr(teacher, "REFUSAL_TOKENS", 8)
         patch.setattr(methods, "repair_values", _quick(methods.repair_values))
         words = ["--only", "a", "--trainings", "full", "--methods", FINETUNED, "auto", "sft", "--workers", "0"]
         assert real.main([*words, "--prompts", str(PROMPTS), "--cache", str(cache), "--out", str(out)]) == 0
