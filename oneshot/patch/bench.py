@@ -85,9 +85,14 @@ def opened(request: Request, teacher: Teacher | None = None) -> Iterator[Bench]:
         yield bench
 
 
+def _teaches(request: Request) -> bool:
+    """Whether the base of the user's adapter is to be asked."""
+    return request.adapter is not None and wanted(request)
+
+
 def _asked(request: Request, teacher: Teacher | None, base: Any) -> tuple[Request, Teacher | None]:
     """The teacher, which of an adapter is its base, and the request in its words."""
-    if teacher is None and request.adapter is not None and wanted(request):
+    if teacher is None and _teaches(request):
         with phase("choose"):
             teacher = learn(request, base)
     return (in_own_words(request, teacher.refusals) if teacher else request), teacher
@@ -140,11 +145,9 @@ def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
     dtype = weights_dtype(runtime) if trains == "weights" else None
     model = load_model(runtime, request.source, request.settings.model, dtype)
     linears = select_linears(model, request.recipe.targets)
-    if teacher is None and request.adapter is not None:
-        with frozen(runtime, model) as base:
-            request, teacher = _asked(request, None, base)
-    else:
-        request, teacher = _asked(request, teacher, model)
+    asking = teacher is None and _teaches(request)  # else no engine is begun for nothing
+    with frozen(runtime, model) if asking else contextlib.nullcontext(model) as base:
+        request, teacher = _asked(request, teacher, base)
     with contextlib.ExitStack() as stack:
         if trains == "adapter":
             # the user's own adapter is added by hooks, which 4-bit weights allow too
