@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FLEET, MARKDOWN = "fleet.json", "fleet.md"
 SCHEMA = 1
+_WIDEST = 400  # columns of a table in a log file
 _SHOWN = ("asr", "over_refusal", "lookalike_refusal", "utility", "task")
 
 
@@ -92,7 +93,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         made.add_column(Text(head), justify="right" if 2 <= place < len(heads) - 1 else "left", overflow="fold")
     for cells in body:
         made.add_row(*(Text(one_line(cell)) for cell in cells))
-    wide_enough(console, console.measure(made).maximum).print(made)
+    wide_enough(console, console.measure(made, options=console.options.update(width=_WIDEST)).maximum).print(made)
 
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
