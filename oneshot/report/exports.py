@@ -28,7 +28,9 @@ from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.patch.derive import extracted, is_exact, lowered, summed
+from oneshot.redact import without_secrets
 from oneshot.report.card import adapter_card, merge_card, write_card
+from oneshot.report.markdown import inline
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
         write_card(folder, "Merged checkpoint", facts, lines)
         if marked:  # after the card, in whose place it warns; before the weights
             done = {("subtracted" if request.subtract else "added"): request.adapters}
-            write_marker(folder, {**done, "base": facts["base"], "why": marked}, " ".join(lines))
+            about = without_secrets({**done, "base": facts["base"], "why": marked})
+            write_marker(folder, about, " ".join(map(inline, without_secrets(lines))))
 
     with phase("merge"):
         merge(runtime, plan, request.out, beside)

@@ -64,7 +64,10 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
 
 def value_of(rates: Rates, name: str) -> float | None:
     """Return a rate's value; none where nothing was measured."""
-    value = rates.get(name, {}).get("value")
+    return _number(rates.get(name, {}).get("value"))
+
+
+def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -120,8 +123,9 @@ def _doubts(report: Mapping[str, Any]) -> tuple[str, ...]:
         if watch.get("good") is False:
             found.append(f"the watch found that {watch.get('reason')}")
     for row in (report.get("agreement") or {}).get("repaired", []):
-        if row["agree"] < AGREE:
-            found.append(f"{' and '.join(row['judges'])} judge {1 - row['agree']:.0%} of the answers differently")
+        agree = _number(row.get("agree"))
+        if agree is not None and agree < AGREE:
+            found.append(f"{' and '.join(map(str, row['judges']))} judge {1 - agree:.0%} of the answers differently")
     if partly := part_of_measured(repair):
         found.append(partly)
     return tuple(found)
@@ -129,7 +133,7 @@ def _doubts(report: Mapping[str, Any]) -> tuple[str, ...]:
 
 def part_of_measured(repair: Mapping[str, Any]) -> str:
     """Return why the patch is not what was measured, as a clause; "" where it is."""
-    error = repair.get("truncation_error") or 0
+    error = _number(repair.get("truncation_error")) or 0
     if error <= EXACT:
         return ""
     return f"the patch holds a part only of the update that was measured, its relative error is {error:.2f}"

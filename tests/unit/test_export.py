@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_merge import changed, everything, same_bits, save_base, save_lora
 from tiny import files_in, tiny_runtime
 
 from oneshot.checkpoint import exports
+from oneshot.checkpoint import merge as merging
 from oneshot.checkpoint.adapter import ADAPTER_TENSORS, read_adapter
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.identity import IDENTITY, write_identity
@@ -379,6 +381,35 @@ def test_what_comes_after_a_repair_is_marked_again(degraded, given, tmp_path):
     for number, more in enumerate(([given / "b"], [given / "b", "--subtract"], [repair, "--force"])):
         run("--model", tmp_path / "merged", "--adapter", *more, "--out", tmp_path / f"out{number}")
         assert is_degraded(tmp_path / f"out{number}")
+
+
+def test_a_repaired_adapter_on_an_aligned_base_is_good_as_it_was_measured_only(given, tmp_path):
+    repair = repair_on(given / "base", given / "a", tmp_path / "repair")
+    begin_standing(repair, degraded=True, form="original")
+    settle(repair, "repaired", [], base="the base", degraded=True)
+    merge = ["--model", given / "base", "--adapter", repair]
+    run(*merge, "--out", tmp_path / "whole")
+    run(*merge, "--weight", "0.5", "--out", tmp_path / "half")
+    run(*merge, "--adapter", given / "b", "--out", tmp_path / "more")
+    assert [is_degraded(tmp_path / name) for name in ("whole", "half", "more")] == [False, True, True]
+
+
+@pytest.mark.parametrize("what", ["merge", "adapter"])
+def test_the_marker_is_there_before_the_weights_are(what, degraded, given, tmp_path, monkeypatch):
+    base, repair = degraded
+    found = []
+
+    def look(*given):
+        folder = next(one for one in given if isinstance(one, Path) and "partial" in one.name)
+        found.append(is_degraded(folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((merging, "_write_share") if what == "merge" else (exports, "write_patch")), look)
+    words = ["--model", base, "--adapter", given / "b"] if what == "merge" else ["--adapter", repair, "--rank", 1]
+    with pytest.raises(SystemExit):
+        run(*words, "--out", tmp_path / "out")
+    assert found == [True]
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_never_degraded_is_not_marked(given, tmp_path):
