@@ -105,7 +105,7 @@ def repair(
         report=report,
         folder=folder,
         patch_folder=folder / PATCH,
-        merged_folder=merged if merged.is_dir() else None,
+        merged_folder=merged if asked.repair.merge and merged.is_dir() else None,
         page=folder / PAGE,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,15 @@ _LOADED = {
 
 
 def write_model_cards(
-    run_dir: Path, report: Mapping[str, Any], *, base: str, degraded: bool, partly: Mapping[str, str] | None = None
+    run_dir: Path,
+    report: Mapping[str, Any],
+    *,
+    base: str,
+    degraded: bool,
+    made: Sequence[str] = (PATCH, REPAIRED),
+    partly: Mapping[str, str] | None = None,
 ) -> None:
-    """Write card and verdict into each of ``patch/`` and ``repaired/`` that is there, with the report's own figures.
+    """Write card and verdict into ``patch/`` and ``repaired/``, with the report's own figures.
 
     The marker of a safety-degraded model, with which they appeared, is lifted last, and by a good verdict only: what is
     not shown to be safe now stays marked, so that it is not exported.
@@ -42,10 +48,11 @@ def write_model_cards(
         report: as ``build_report`` makes it
         base: name of the checkpoint that was repaired
         degraded: it is, or was, marked as safety-degraded
+        made: names of the folders that this run wrote; another one of an earlier run was not measured
         partly: folder's name -> why what it holds is not what was measured
     """
     verdict, partly = summarize(report).verdict, partly or {}
-    for name in (PATCH, REPAIRED):
+    for name in made:
         folder, why = run_dir / name, partly.get(name, "")
         if folder.is_dir():
             unsafe = degraded and (verdict.word not in GOOD or bool(why))

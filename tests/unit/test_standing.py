@@ -83,10 +83,11 @@ def run(unfinished, tmp_path):
     """A copy of that run, and the same with scores in place of what the toy would get."""
     shutil.copytree(unfinished[0], tmp_path / "run")
 
-    def finish(before=BROKEN, after=MENDED, **facts):
+    def finish(before=BROKEN, after=MENDED, request=unfinished[1].request, **facts):
         stages = {"finetuned": scores(before), "repaired": scores(after)}
         solution = replace(unfinished[1].solution, facts={**unfinished[1].solution.facts, **facts})
-        return show.show(replace(unfinished[1], stages=stages, solution=solution), tmp_path / "run", None)
+        found = replace(unfinished[1], request=request, stages=stages, solution=solution)
+        return show.show(found, tmp_path / "run", None)
 
     return tmp_path / "run", finish
 
@@ -143,6 +144,15 @@ def test_a_good_verdict_alone_lifts_the_marker(before, after, facts, marked, run
         assert ("do not deploy" in (folder / name / "README.md").read_text()) == (name in marked)
         assert read_standing(folder / name).outcome == report["outcome"]["word"]
         assert comes_from_degraded(folder / name), "whatever is made of it is not what was measured"
+
+
+def test_what_an_earlier_run_left_gets_no_verdict_of_this_one(run, unfinished):
+    folder, finish = run
+    settings = unfinished[1].request.settings
+    request = replace(unfinished[1].request, settings=replace(settings, repair=replace(settings.repair, merge=False)))
+    finish(request=request)
+    assert not is_degraded(folder / PATCH)
+    assert json.loads((folder / REPAIRED / MARKER).read_text())["outcome"] == UNMEASURED
 
 
 def test_a_marker_is_there_before_the_weights_are(run, monkeypatch, tmp_path):
