@@ -96,7 +96,7 @@ STAGES = {
     ),
     "plan": Stage(
         does="Show what a run takes in memory, disk and minutes, from config.json alone.",
-        reads=(*_REPAIR, "plan"),
+        reads=(*_REPAIR, "require", "plan"),
         examples=(
             "oneshot plan --model.path DIR_OR_HUB_ID --gpus 8 --gpu_memory 80GB",
             "oneshot plan --config llama3-70b --gpus 16 --stage finetune",
