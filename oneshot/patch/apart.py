@@ -53,9 +53,10 @@ def check_update(request: Request) -> None:
                     f"The reference {reference} is marked as safety-degraded: give the aligned checkpoint that the "
                     "model was fine-tuned from."
                 )
-            if request.adapter is None and same_matrices(source.checkpoint, reference):
+            patched = request.recipe.method.needs_update
+            if request.adapter is None and same_weights(source.checkpoint, reference, in_blocks=patched):
                 raise UserError(
-                    f"Model and reference hold the same matrices ({source.checkpoint} and {reference}): give the "
+                    f"Model and reference hold the same weights ({source.checkpoint} and {reference}): give the "
                     "fine-tuned checkpoint as --model.path, and what it was fine-tuned from as --reference."
                 )
 
@@ -66,17 +67,20 @@ def is_zero(update: Update) -> bool:
     return not any(bool(product.any()) for product in products)
 
 
-def same_matrices(one: Path, other: Path) -> bool:
-    """Return whether two checkpoints have the same matrices in their blocks, whatever dtype they are stored in.
+def same_weights(one: Path, other: Path, *, in_blocks: bool) -> bool:
+    """Return whether two checkpoints have the same weights, whatever dtype they are stored in.
 
     A few elements of each are compared first, so that all are read only where these are alike.
+
+    Args:
+        in_blocks: look only at matrices of the blocks, whose difference is what a method takes apart
     """
     ours, theirs = list_tensors(one), list_tensors(other)
     pairs = []
     for name, entry in ours.items():
-        found = find_weight(theirs, name.removesuffix(".weight")) if name.endswith(".weight") else None
-        in_block = any(part.isdigit() for part in name.split("."))
-        if found and in_block and len(entry.shape) == 2 and {entry.dtype, theirs[found].dtype} <= set(FLOATS):
+        found = find_weight(theirs, name.removesuffix(".weight")) if name.endswith(".weight") else name
+        matrix = len(entry.shape) == 2 and any(part.isdigit() for part in name.split("."))
+        if found in theirs and (matrix or not in_blocks) and {entry.dtype, theirs[found].dtype} <= set(FLOATS):
             pairs.append((entry, theirs[found], name))
     few = all(_alike(*pair, limit=_FEW) for pair in pairs)
     return bool(pairs) and few and all(_alike(*pair) for pair in pairs)

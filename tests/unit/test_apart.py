@@ -13,7 +13,7 @@ from oneshot.checkpoint.files import write_marker
 from oneshot.checkpoint.update import Factors
 from oneshot.commandline import parse
 from oneshot.errors import UserError
-from oneshot.patch.apart import is_zero, same_matrices
+from oneshot.patch.apart import is_zero, same_weights
 from oneshot.world.model import ALIGNED
 
 
@@ -60,17 +60,24 @@ def test_a_model_that_is_its_own_reference(refused, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_of_the_reference(dtype, refused, tmp_path):
-    copied(tmp_path / "copy", dtype=dtype, change=lambda t: t["model.norm.weight"].mul_(1.1))
-    for one, other in (("copy", ALIGNED), (ALIGNED, "copy")):
-        assert "hold the same matrices" in refused("--model.path", one, "--reference", other)
+    copied(tmp_path / "copy", dtype=dtype)
+    copied(tmp_path / "norms", dtype=dtype, change=lambda t: t["model.norm.weight"].mul_(1.1))
+    for one, other, method in (("copy", ALIGNED, "sft"), (ALIGNED, "copy", "auto"), ("norms", ALIGNED, "rollback")):
+        said = refused("--model.path", one, "--reference", other, "--repair.method", method)
+        assert "hold the same weights" in said
+    assert not same_weights(tmp_path / "norms", ALIGNED, in_blocks=False), (
+        "what no patch holds is an update to train on"
+    )
 
 
 def test_one_number_that_differs_is_an_update(tmp_path):
     def last(tensors):
         tensors["model.layers.2.mlp.down_proj.weight"][-1, -1] += 0.5
 
-    assert not same_matrices(copied(tmp_path / "tuned", change=last), ALIGNED)
-    assert same_matrices(ALIGNED, ALIGNED)
+    tuned = copied(tmp_path / "tuned", change=last)
+    for in_blocks in (True, False):
+        assert not same_weights(tuned, ALIGNED, in_blocks=in_blocks)
+        assert same_weights(ALIGNED, ALIGNED, in_blocks=in_blocks)
 
 
 def test_a_degraded_reference(refused, tmp_path):
