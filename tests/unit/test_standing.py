@@ -13,12 +13,21 @@ from tiny import tiny_runtime
 import oneshot
 from oneshot.checkpoint.exports import refuse_degraded
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
-from oneshot.checkpoint.standing import UNMEASURED, VERDICT, comes_from_degraded, read_standing
+from oneshot.checkpoint.load import Source
+from oneshot.checkpoint.standing import (
+    UNMEASURED,
+    VERDICT,
+    begin_standing,
+    comes_from_degraded,
+    read_standing,
+    settle,
+)
 from oneshot.commandline import parse
 from oneshot.distributed import runtime as runtimes
 from oneshot.errors import UserError
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import StageScores
+from oneshot.patch.scoring import _is_marked
 from oneshot.report import modelcard, outputs, show
 from oneshot.report.runfolder import PATCH, REPAIRED
 from oneshot.world.model import ALIGNED
@@ -204,3 +213,17 @@ def test_a_broken_verdict_is_named(content, tmp_path):
     (tmp_path / VERDICT).write_text(content)
     with pytest.raises(UserError, match=VERDICT):
         read_standing(tmp_path)
+
+
+def test_a_score_warns_of_a_marked_base_unless_the_adapter_repairs_it(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    write_marker(base, {})
+    source = Source(base, adapter, base, "base", torch.float32, torch.float32)
+    assert _is_marked(replace(source, adapter=None))
+    assert _is_marked(source), "a plain adapter repairs nothing"
+    begin_standing(adapter, degraded=True, form="original")
+    for outcome, marked in (("not repaired", True), ("repaired", False)):
+        settle(adapter, outcome, [], base="base", degraded=True)
+        assert _is_marked(source) == marked
