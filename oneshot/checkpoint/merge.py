@@ -51,10 +51,10 @@ def merge(runtime: Runtime, plan: MergePlan, folder: Path, beside: Callable[[Pat
     with replacing(runtime, folder) as temporary:
         with agree(runtime, f"creating the checkpoint {folder}"):
             if runtime.is_main:
+                if beside is not None:  # first: a marker is there before the shards are
+                    beside(temporary)
                 create_shards(temporary, plan.slots, plan.headers)
                 _carry(plan, temporary)
-                if beside is not None:
-                    beside(temporary)
         with agree(runtime, f"writing the checkpoint {folder}"):
             written = _write_share(runtime, plan, shares[runtime.rank], temporary)
         count(

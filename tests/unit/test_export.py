@@ -404,7 +404,7 @@ def test_the_marker_is_there_before_the_weights_are(what, degraded, given, tmp_p
         found.append(is_degraded(folder))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((merging, "_write_share") if what == "merge" else (exports, "write_patch")), look)
+    monkeypatch.setattr(*((merging, "create_shards") if what == "merge" else (exports, "write_patch")), look)
     words = ["--model", base, "--adapter", given / "b"] if what == "merge" else ["--adapter", repair, "--rank", 1]
     with pytest.raises(SystemExit):
         run(*words, "--out", tmp_path / "out")
