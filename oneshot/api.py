@@ -221,6 +221,7 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
     """The settings with a model in memory as the one that they name, a copy of it having been written."""
     from transformers.utils import logging
 
+    from oneshot.checkpoint.standing import mark_copy
     from oneshot.distributed.runtime import start
     from oneshot.report.runfolder import new_folder
 
@@ -235,28 +236,13 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
     folder = out / _IN_MEMORY
     if folder.exists():
         raise UserError(f"{folder} is there already: give another out.")
-    _keep_marker(model, folder)
+    mark_copy(model, folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _keep_marker(model, folder)  # again: PEFT writes into the card
+    mark_copy(model, folder)  # again: PEFT writes into the card
     base = _write_base(model, out / _BASE_IN_MEMORY) or asked.model.base
     given = dataclasses.replace(asked.model, path=str(folder), base=base)
     return dataclasses.replace(asked, model=given, name=asked.name or name, out=str(out))
-
-
-def _keep_marker(model: Any, folder: Path) -> None:
-    """Mark the copy of a model in memory that was loaded from a safety-degraded folder, or stands on one."""
-    from oneshot.checkpoint.files import local_folder, write_marker
-    from oneshot.checkpoint.standing import comes_from_degraded
-
-    names = [str(model.config._name_or_path or "")]
-    for config in getattr(model, "peft_config", {}).values():
-        names += [str(getattr(config, "base_model_name_or_path", "") or "")]
-    for name in filter(None, names):
-        source = local_folder(name)
-        if source is not None and comes_from_degraded(source):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_marker(folder, {"copy_of": name})
 
 
 def _write_base(model: Any, folder: Path) -> str | None:

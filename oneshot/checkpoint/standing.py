@@ -15,7 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, MARKER, is_degraded, read_json, write_marker
+from oneshot.checkpoint.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    MARKER,
+    is_degraded,
+    local_folder,
+    read_json,
+    write_marker,
+)
 from oneshot.checkpoint.identity import DERIVED, REPAIR, check_identity, read_identity
 from oneshot.errors import UserError
 
@@ -72,6 +80,21 @@ def mark_unmeasured(folder: Path, base: str, why: str = UNMEASURED) -> None:
         why: it is not known to be safe
     """
     write_marker(folder, {"repair_of": base, "outcome": why}, _BECAUSE)
+
+
+def mark_copy(model: Any, folder: Path) -> None:
+    """Mark the folder of a copy of a model in memory, if that was loaded from a safety-degraded one or stands on one.
+
+    Args:
+        model: of transformers or PEFT
+    """
+    adapters = getattr(model, "peft_config", {}).values()
+    names = [model.config._name_or_path, *(getattr(each, "base_model_name_or_path", None) for each in adapters)]
+    for name in map(str, filter(None, names)):
+        source = local_folder(name)
+        if source is not None and comes_from_degraded(source):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_marker(folder, {"copy_of": name})
 
 
 def begin_standing(folder: Path, *, degraded: bool, form: str) -> None:
