@@ -80,18 +80,19 @@ def repair(
     """
     from oneshot.repair import run
     from oneshot.report.runfolder import PAGE, PATCH, REPAIRED
-    from oneshot.report.summary import summarize
+    from oneshot.report.verdict import verdict_of
 
     asked = _settings("repair", settings, model, tokenizer, values)
     with _own_threads():
         finished = run(asked, quiet=quiet)
     done, folder = finished.repaired, finished.run_dir
     report = _of_rank_0(finished.report)
-    chosen = done.choice.chosen
+    chosen, verdict = done.choice.chosen, verdict_of(report)
     taken = done.request.conversations[chosen.index]
     merged = folder / REPAIRED
     return Repair(
-        outcome=summarize(report).word,
+        outcome=verdict.word,
+        doubts=list(verdict.doubts),
         method=done.request.recipe.method.name,
         example={
             "id": taken.id, "prompt": taken.prompt[-1]["content"], "response": taken.response,
@@ -104,7 +105,7 @@ def repair(
         report=report,
         folder=folder,
         patch_folder=folder / PATCH,
-        merged_folder=merged if merged.is_dir() else None,
+        merged_folder=merged if asked.repair.merge and merged.is_dir() else None,
         page=folder / PAGE,
     )  # fmt: skip
 
@@ -220,6 +221,7 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
     """The settings with a model in memory as the one that they name, a copy of it having been written."""
     from transformers.utils import logging
 
+    from oneshot.checkpoint.standing import mark_copy
     from oneshot.distributed.runtime import start
     from oneshot.report.runfolder import new_folder
 
@@ -234,8 +236,10 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
     folder = out / _IN_MEMORY
     if folder.exists():
         raise UserError(f"{folder} is there already: give another out.")
+    mark_copy(model, folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    mark_copy(model, folder)  # again: PEFT writes into the card
     base = _write_base(model, out / _BASE_IN_MEMORY) or asked.model.base
     given = dataclasses.replace(asked.model, path=str(folder), base=base)
     return dataclasses.replace(asked, model=given, name=asked.name or name, out=str(out))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.phases import clock, phase
-from oneshot.errors import UserError, first_line
+from oneshot.errors import Unmet, UserError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,8 +74,9 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
 
     Raises:
         UserError: settings or a base that cannot be worked with; or, once all are through, some were not repaired
+        Unmet: all were, and some outcomes are not what the settings require
     """
-    from oneshot.distributed.runtime import start
+    from oneshot.distributed.runtime import gather_objects, start
     from oneshot.report.fleet import FLEET, print_rows, write_rows
     from oneshot.report.progress import open_console
 
@@ -92,11 +93,18 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
     if console:
         print_rows(rows, console)
         console.print(f"Table: {folder / FLEET}", highlight=False, markup=False, soft_wrap=True)
+    rows = gather_objects(runtime, rows)[0]  # rank 0 has the reports
     failed = [row for row in rows if row.problem]
     if failed:
         raise UserError(
             f"{len(failed)} of {len(rows)} adapters were not repaired, the first being {failed[0].adapter} "
             f"({failed[0].problem.rstrip('.')}): mend them and go on with --resume --out {folder}."
+        )
+    unmet = [row.name for row in rows if settings.require not in (None, row.outcome)]
+    if unmet:
+        raise Unmet(
+            f"{len(unmet)} of {len(rows)} outcomes are not {settings.require!r}, which --require asks for: "
+            f"{', '.join(unmet)}; {folder / FLEET} has the figures."
         )
     return rows
 

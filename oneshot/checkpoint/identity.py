@@ -18,7 +18,7 @@ from oneshot.checkpoint.layout import tensor_bytes
 from oneshot.errors import UserError
 
 IDENTITY = "oneshot_patch.json"
-REPAIR, UPDATE = "repair", "update"
+REPAIR, DERIVED, UPDATE = "repair", "derived", "update"
 _SCHEMA = 1
 _CHANGED, _OTHERS = 56, 8  # tensors sampled at most, of those that the patch changes and of the rest
 _SAMPLE = 1024  # bytes taken from the start, the middle and the end of a sampled tensor
@@ -29,7 +29,8 @@ class Identity:
     """What ``oneshot_patch.json`` says.
 
     Attributes:
-        kind: repair (a safety repair) or update (any other low-rank update)
+        kind: repair (a safety repair, as it was written), derived (made of patches of which one is a repair) or update
+            (any other low-rank update)
         base: name or folder of the checkpoint, for people
         tensors: SHA-256 of the sorted names, dtypes and shapes of its tensors
         changed: tensor that the patch changes -> SHA-256 of the bytes sampled from it
@@ -172,7 +173,7 @@ def _sample(entry: TensorEntry, name: str) -> str:
 
 
 def same_base(identities: list[tuple[Path, Identity | None]]) -> Identity | None:
-    """Return the identity of a sum of patches: that of the first which has one, a repair only if all are.
+    """Return the identity of what is made of patches: that of the first which has one; derived if one is a repair.
 
     Raises:
         UserError: two of them belong to different checkpoints
@@ -189,5 +190,5 @@ def same_base(identities: list[tuple[Path, Identity | None]]) -> Identity | None
                 f"The patches {first_folder} and {folder} belong to different models ({first.base} and "
                 f"{identity.base}): their sum fits neither; --force sums them anyway."
             )
-    repair = len(known) == len(identities) and all(identity.kind == REPAIR for _, identity in known)
-    return Identity(REPAIR if repair else UPDATE, first.base, first.tensors, first.changed, first.others)
+    repair = any(identity.kind != UPDATE for _, identity in known)
+    return Identity(DERIVED if repair else UPDATE, first.base, first.tensors, first.changed, first.others)

@@ -138,9 +138,9 @@ def write_sharded(
     with replacing(runtime, folder) as temporary:
         with agree(runtime, f"creating the checkpoint {folder}"):
             if runtime.is_main:
-                _create(temporary, model, tokenizer, slots, headers, dtype)
-                if beside is not None:
+                if beside is not None:  # first: a marker is there before the shards are
                     beside(temporary)
+                _create(temporary, model, tokenizer, slots, headers, dtype)
         with agree(runtime, f"writing the checkpoint {folder}"):
             written = _write_own(runtime, tensors, slots, temporary)
         everything = gather_objects(runtime, written)

@@ -10,7 +10,7 @@ import pytest
 
 from oneshot import fleet
 from oneshot.commandline import parse
-from oneshot.errors import UserError
+from oneshot.errors import Unmet, UserError
 from oneshot.patch.select import Chosen
 from oneshot.report.runfolder import write_report
 
@@ -121,6 +121,8 @@ def test_one_that_fails_stops_no_other_and_is_taken_up_again(stand, adapters, tm
     rows = fleet.run(settings(pattern, out, "--resume", "true"), stand.ways(), quiet=True)
     assert [name for name, _ in stand.chosen_for] == ["b"], "the others are through"
     assert all(row.rates["asr"] == (0.9, 0.0) and not row.problem for row in rows)
+    with pytest.raises(Unmet, match=r"3 of 3 outcomes are not 'repaired'.*a, b, c"):
+        fleet.run(settings(pattern, out, "--resume", "true", "--require", "repaired"), stand.ways(), quiet=True)
     with pytest.raises(UserError, match="already holds a fleet"):
         fleet.run(settings(pattern, out), stand.ways(), quiet=True)
 
