@@ -130,7 +130,7 @@ def recover(
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
-                total += float(loss) * len(batch)
+                total += float(loss.detach()) * len(batch)
             losses.append(total / rows)
     return {f"{name}.weight": adapter.update() for name, adapter in adapters.items()}, losses
 

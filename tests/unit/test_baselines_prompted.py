@@ -117,7 +117,7 @@ def test_what_blocks_write_is_seen_at_the_last_token_of_each_prompt() -> None:
 
 def test_layers_are_found_by_how_their_scaling_moves_refusals() -> None:
     model = tiny_model("llama")
-    first, second = (model.model.layers[i].mlp.up_proj.weight for i in (0, 1))
+    first, second = (model.model.layers[i].mlp.up_proj.weight.detach() for i in (0, 1))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     norms = float(first.norm()), float(second.norm())
 
