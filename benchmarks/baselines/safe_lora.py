@@ -30,18 +30,13 @@ def projected(
         names: the weight matrices, (m, n) each, to look at; whatever else is in the state stays as it is
         threshold: the cosine, -1 to 1, below which a layer is projected; above 1: all are
     """
+    import torch
+
     found, changed = dict(finetuned), []
     for name in names:
-        safe, cosine = safe_part(finetuned[name] - aligned[name], aligned[name] - unaligned[name])
-        if cosine < threshold:
+        delta, v = finetuned[name] - aligned[name], aligned[name] - unaligned[name]
+        safe = v @ (v.T @ delta) / v.norm().clamp_min(torch.finfo(v.dtype).tiny)  # where V is 0, so is what is safe
+        if float(torch.cosine_similarity(delta.flatten(), safe.flatten(), dim=0)) < threshold:
             found[name] = aligned[name] + safe
             changed.append(name)
     return found, changed
-
-
-def safe_part(delta: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return P D of an update D, (m, n), and the cosine of the two, by the alignment matrix V, (m, n)."""
-    import torch
-
-    safe = v @ (v.T @ delta) / v.norm().clamp_min(torch.finfo(v.dtype).tiny)  # where V is 0, so is what is safe
-    return safe, float(torch.cosine_similarity(delta.flatten(), safe.flatten(), dim=0))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from baselines.safe_lora import safe_part
+from baselines.safe_lora import projected
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +49,10 @@ def merged(
         threshold: the cosine, -1 to 1, below which a layer is merged; above 1: all are
         weight: of the safety model's update; the fine-tune's has 1 - weight
     """
-    found, changed = dict(finetuned), []
-    for name in names:
+    found = dict(finetuned)
+    changed = projected(finetuned, models.aligned, models.unaligned, names, threshold)[1]
+    for name in changed:
         aligned = models.aligned[name]
-        update = finetuned[name] - aligned
-        if safe_part(update, aligned - models.unaligned[name])[1] < threshold:
-            found[name] = aligned + (1 - weight) * update + weight * (models.safe[name] - aligned)
-            changed.append(name)
+        update, safe = finetuned[name] - aligned, models.safe[name] - aligned
+        found[name] = aligned + (1 - weight) * update + weight * safe
     return found, changed

@@ -72,7 +72,8 @@ def page_lines(findings: Findings) -> list[str]:
     training = TRAININGS["full"]
     lines = OPENING.format(
         cells=len(findings.found), steps=training.steps, batch=training.batch_size, rows=ROWS, guard=TASK_GUARD,
-        tokens=NEW_TOKENS, most=MOST, held=TASK, within=WITHIN, prompts=" or ".join(str(n) for n in sorted({c.prompts for c in findings.found})) or "none",
+        tokens=NEW_TOKENS, most=MOST, held=TASK, within=WITHIN,
+        prompts=" or ".join(str(n) for n in sorted({c.prompts for c in findings.found})) or "none",
     ).splitlines()  # fmt: skip
     lines += _codes(findings)
     for model in findings.models():
