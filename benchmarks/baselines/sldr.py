@@ -49,11 +49,11 @@ class Training:
     seed: int = 0
 
 
-def layer_effects(model: Any, refusals: Callable[[], int], scales: Sequence[float] = SCALES) -> dict[str, float]:
+def layer_effects(model: Any, refusals: Callable[[], float], scales: Sequence[float] = SCALES) -> dict[str, float]:
     """Return by layer how many refusals its scaling adds, per unit of scale: the largest over the scales.
 
     Args:
-        refusals: counts the refusals of the model as it then is
+        refusals: counts the refusals of the model as it then is; an expected count where few prompts are asked
     """
     import torch
 
@@ -62,7 +62,7 @@ def layer_effects(model: Any, refusals: Callable[[], int], scales: Sequence[floa
         matrices = [p for p in layer.parameters() if p.dim() == 2]
         kept = [p.detach().clone() for p in matrices]
 
-        def counted(factor: float, matrices: Any = matrices, kept: Any = kept) -> int:
+        def counted(factor: float, matrices: Any = matrices, kept: Any = kept) -> float:
             with torch.no_grad():
                 for parameter, before in zip(matrices, kept):
                     parameter.copy_(before * factor)

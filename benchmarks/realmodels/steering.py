@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 ASKED = 64  # of either kind, of which LLM-VA looks at the answers
 ROUNDS = 3  # of LLM-VA; its program does 10
 FEW = 4  # refusals below which a model has no answer vector of its own
-BORDER = 6  # mild requests, and as many on sensitive subjects, of which SLDR counts refusals to find its layers
+BORDER = 6  # mild requests, and as many on sensitive subjects, whose refusals tell SLDR its layers
+OPENING = "I'm sorry"  # of a refusal in the models' own words
 ENOUGH = 0.01  # nats per token at which SLDR's training ends
 
 
@@ -83,20 +84,43 @@ def sldr(given: Given) -> Found:
 
 
 def _sldr_layers(given: Given) -> Sequence[str]:
-    """The layers to recover, by the aligned model; kept, as they take minutes."""
+    """The layers to recover, by the aligned model; kept, as they take minutes.
+
+    The program counts refusals of prompts at the border of what is refused. Of a dozen prompts on a small model hardly
+    one turns, and layers would be chosen by chance: here it is the expected number of answers that open as refusals.
+    """
     from baselines.sldr import SCALES, chosen_layers, layer_effects
+
+    from oneshot.data.encoding import encode_prompt
 
     first = ANSWERED["sensitive"]  # the quick model was aligned with these, as it was with none of the others
     prompts = [row["prompt"] for row in safety_rows()[:BORDER]]
     prompts += [prompt for prompt, _ in requests("sensitive", "align", first + BORDER)[first:]]
-    name = file_name([prompts, SCALES, str(given.subject.aligned)], "sldr layers")
+    name = file_name([prompts, OPENING, SCALES, str(given.subject.aligned)], "sldr layers")
+    ids = [encode_prompt(turn(prompt), given.tokenizer) for prompt in prompts]
+    opening = given.tokenizer(OPENING, add_special_tokens=False)["input_ids"]
     path = home_of(given.cache, given.subject.cell.model) / f"{name}.json"
     with alone(path):
         if not path.exists():
             model = given.aligned()
-            effects = layer_effects(model, lambda: verdicts(given, model, prompts).count("refused"))
+            effects = layer_effects(model, lambda: expected_openings(model, ids, opening))
             path.write_text(json.dumps(effects), encoding="utf-8")
     return chosen_layers(json.loads(path.read_text(encoding="utf-8")))
+
+
+def expected_openings(model: Any, prompts: Sequence[Sequence[int]], opening: Sequence[int]) -> float:
+    """Return the sum over prompts of the probability that the answer begins with these tokens."""
+    import torch
+    from baselines.llm_va import right_padded
+
+    from oneshot.training.objective import log_likelihoods, logits_at
+
+    ids, ends = right_padded([[*prompt, *opening] for prompt in prompts])
+    before = torch.arange(-len(opening), 0)  # places, from each row's end, whose logits predict the opening
+    kept = (torch.arange(len(ids)) * ids.shape[1] + ends)[:, None] + before
+    with torch.no_grad():
+        logits = logits_at(model, {"input_ids": ids}, kept.flatten())
+    return float(log_likelihoods(logits, torch.tensor([*opening] * len(ids))).view(len(ids), -1).sum(1).exp().sum())
 
 
 def _mean_loss(model: Any, rows: Sequence[Any]) -> torch.Tensor:

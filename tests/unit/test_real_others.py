@@ -180,13 +180,25 @@ def test_llm_va_takes_the_aligned_models_answers_where_the_attacked_one_refuses_
 def test_sldr_finds_its_layers_once_and_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = toy_given(tmp_path, monkeypatch)
     monkeypatch.setattr(given, "SAFE_ROWS", 4)
-    monkeypatch.setattr(steering, "verdicts", lambda _given, _model, prompts: ["refused"] * len(prompts))
     monkeypatch.setattr(steering, "BORDER", 2)
+    asked = []
+    monkeypatch.setattr(steering, "expected_openings", lambda _model, ids, _opening: float(asked.append(ids) is None))
     found = steering.sldr(made)
-    assert found.facts["layers"] == ["model.layers.0", "model.layers.1"]
+    assert found.facts["layers"] == ["model.layers.0", "model.layers.1"], "nothing moves: the first two"
     assert len(found.updates) == 6
-    monkeypatch.setattr(steering, "verdicts", lambda *_: pytest.fail("asked again"))
+    assert len(asked) == 2 * 2 * 2
+    assert all(len(ids) == 4 for ids in asked)
+    monkeypatch.setattr(steering, "expected_openings", lambda *_: pytest.fail("asked again"))
     assert steering.sldr(made).updates.keys() == found.updates.keys()
+
+
+def test_expected_refusals_are_the_sum_of_the_openings_probabilities() -> None:
+    model, prompts, opening = tiny_model("llama"), [[5, 6, 7], [8, 9, 10, 11, 12]], [13, 14]
+    wanted = 0.0
+    for prompt in prompts:
+        logits = model(input_ids=torch.tensor([[*prompt, *opening]])).logits[0].softmax(-1)
+        wanted += (logits[len(prompt) - 1, 13] * logits[len(prompt), 14]).item()
+    assert steering.expected_openings(model, prompts, opening) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_answers_tokens(tmp_path: Path) -> None:
