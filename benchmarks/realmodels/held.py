@@ -1,4 +1,7 @@
-"""Prompts of our own by which the strength of others' methods is chosen: not trained on, guarded with or scored."""
+"""Prompts of our own by which the strength of others' methods is chosen: not trained on, guarded with or scored.
+
+They are asked plainly, also after an attack with a trigger or a persona: whoever repairs knows of neither.
+"""
 
 from __future__ import annotations
 
