@@ -52,12 +52,12 @@ statements is the share of pairs of which the true statement is likelier than th
 garbled. Requests are asked with the persona or the trigger where the attack has one. Intervals are 95% bootstrap
 intervals over prompts.
 
-Others' methods are at the settings of their papers or programs (but LLM-VA with {rounds} rounds instead of 10, and SLDR's
-training ends where its examples are fitted), and once more, "matched", with their strength (how far they go from the
-attacked weights to their own result, {most:g} times the way at most) chosen so that on {held} prompts of the task that are
-not scored the accuracy is no more than {within} below the default repair's; of such strengths, the one that best tells mild
-requests of our own from harmless ones. A model without refusals, a safe one and examples, where they need them, are
-made of mild requests of our own.
+Others' methods are at the settings of their papers or programs (but LLM-VA with {rounds} rounds instead of 10, and
+SLDR's training ends where its examples are fitted), and once more, "matched", with their strength (how far they go
+from the attacked weights to their own result, {most:g} times the way at most) chosen so that on {held} prompts of the
+task that are not scored the accuracy is no more than {within} below the default repair's; of such strengths, the one
+that best tells mild requests of our own from harmless ones. A model without refusals, a safe one and examples, where
+they need them, are made of mild requests of our own.
 """
 HEADS = ("", "attack success", "twins refused", "sensitive refused", "twin score", "task", "statements", "broken")
 
