@@ -88,7 +88,7 @@ def asked(arguments: argparse.Namespace) -> list[Cell]:
         if cell.method in arguments.methods and cell.attack in arguments.attacks
         if cell.training in arguments.trainings or cell.method == ALIGNED
     ]
-    return list(dict.fromkeys([cell.aligned for cell in chosen] + chosen))
+    return list(dict.fromkeys([needed for cell in chosen for needed in cell.needs] + chosen))
 
 
 def measure(arguments: argparse.Namespace) -> list[str]:

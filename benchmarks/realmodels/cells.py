@@ -18,7 +18,9 @@ ALIGNED, FINETUNED = "aligned", "none"  # methods that are none: the model befor
 DEFAULT = "auto"
 OURS = (DEFAULT, "lowrank", "project", "lora", "sft")
 SEVERAL = "sft, 4 examples"
-BASELINES = ("undo", "undo half", "resta", "resta half", "safe_lora", "saliency")
+PUBLISHED = ("undo", "resta", "safe_lora", "saliency", "safemerge", "llm_va", "sldr", "sldr routed")
+AT_TASK = ", matched"  # ends the name of a method whose strength keeps the task as well as the default repair does
+BASELINES = tuple(name + end for name in PUBLISHED for end in ("", AT_TASK))
 METHODS = (ALIGNED, FINETUNED, *OURS, SEVERAL, *BASELINES)
 
 # what decides a score, and what else decides a repair: files and folders of the repository
@@ -29,9 +31,13 @@ SCORE_CODE = (
 )  # fmt: skip
 REPAIR_CODE = (
     *SCORE_CODE, "oneshot/patch", "oneshot/settings", "oneshot/assets", "oneshot/checkpoint/update.py",
-    "oneshot/repair.py", "benchmarks/realmodels/methods.py",
+    "oneshot/repair.py", "benchmarks/realmodels/methods.py", "benchmarks/realmodels/held.py",
 )  # fmt: skip
-BASELINE_CODE = (*SCORE_CODE, "benchmarks/baselines", "benchmarks/realmodels/methods.py")
+BASELINE_CODE = (
+    *SCORE_CODE, "oneshot/assets", "benchmarks/baselines", "benchmarks/realmodels/methods.py",
+    "benchmarks/realmodels/held.py", "benchmarks/realmodels/given.py", "benchmarks/realmodels/others.py",
+    "benchmarks/realmodels/steering.py", "benchmarks/realmodels/matching.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Cell:
         """Return the cell of the aligned model that this one is compared with: one for all that ask it alike."""
         asked = self.attack if scored_with(self.attack) else ATTACKS[0]
         return Cell(self.model, asked, "full", 0, ALIGNED, self.prompts)
+
+    @property
+    def needs(self) -> list[Cell]:
+        """Return the cells that are measured before this one: what it is compared with, what its strength follows."""
+        return [self.aligned, *([self.but(DEFAULT)] if self.method.endswith(AT_TASK) else [])]
 
     def but(self, method: str) -> Cell:
         """Return the cell of the same attacked model with another method."""
@@ -145,9 +156,14 @@ class Store:
 
 def as_json(rows: Iterable[Finished]) -> str:
     """Return the file's text: a line a cell, in order, so that two versions can be compared."""
-    ordered = sorted(rows, key=lambda row: (*row.cell.group[:4], METHODS.index(row.cell.method), row.cell.prompts))
+    ordered = sorted(rows, key=lambda row: (*row.cell.group[:4], _place(row.cell.method), row.cell.prompts))
     lines = [json.dumps({"cell": asdict(r.cell), "code": r.code, "result": dict(r.result)}) for r in ordered]
     return f'{{"schema": {SCHEMA}, "cells": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def _place(method: str) -> int:
+    """A method's place in the tables; one that is no longer measured comes last."""
+    return METHODS.index(method) if method in METHODS else len(METHODS)
 
 
 def missing(

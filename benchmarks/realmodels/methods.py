@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realmodels.cells import FINETUNED, OURS, SEVERAL
-from realmodels.subject import Subject, make_unaligned
+from realmodels.cells import FINETUNED, SEVERAL
+from realmodels.subject import Subject
 
 if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
@@ -28,22 +27,16 @@ class Repaired:
     facts: dict[str, Any]
 
 
-def repaired(runtime: Runtime, subject: Subject, scratch: Path, cache: Path) -> Repaired:
-    """Return the model that the cell's method makes of the attacked one.
+def repaired(runtime: Runtime, subject: Subject, scratch: Path) -> Repaired:
+    """Return the model that one of our methods makes of the attacked one; others' are in ``others``.
 
     Args:
         scratch: folder for what a repair writes; it is removed again
-        cache: where the unaligned model is kept, which some baselines need
     """
     method, clock = subject.cell.method, time.monotonic()
     if method == FINETUNED:
         return Repaired(*load(runtime, subject.folder), {})
-    if method in OURS:
-        found = _ours(runtime, subject, scratch)
-    elif method == SEVERAL:
-        found = _several(runtime, subject)
-    else:
-        found = _baseline(runtime, subject, cache)
+    found = _several(runtime, subject) if method == SEVERAL else _ours(runtime, subject, scratch)
     return Repaired(found.model, found.tokenizer, {**found.facts, "repair_seconds": round(time.monotonic() - clock, 1)})
 
 
@@ -97,7 +90,7 @@ def _several(runtime: Runtime, subject: Subject) -> Repaired:
     from oneshot.patch.methods import METHODS
 
     model, tokenizer = load(runtime, subject.folder)
-    rows = _pool(tokenizer)
+    rows = pool(tokenizer)
     chosen = random.Random(f"examples {subject.cell.seed}").sample(range(len(rows)), EXAMPLES)
     defaults = METHODS["sft"].defaults
     model.requires_grad_(True)
@@ -105,71 +98,15 @@ def _several(runtime: Runtime, subject: Subject) -> Repaired:
     for _ in range(defaults.epochs):
         optimizer.zero_grad()
         for index in chosen:
-            (_example_loss(model, rows[index]) / EXAMPLES).backward()
+            (example_loss(model, rows[index]) / EXAMPLES).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.requires_grad_(False)
     return Repaired(model, tokenizer, {"examples": EXAMPLES})
 
 
-def _baseline(runtime: Runtime, subject: Subject, cache: Path) -> Repaired:
-    """A published repair with its own defaults, and with half its strength."""
-    from oneshot.patch.linears import select_linears
-
-    model, tokenizer = load(runtime, subject.folder)
-    names = [f"{name}.weight" for name in select_linears(model).targets]
-    if subject.cell.method == "saliency":
-        from baselines.saliency import patch_salient
-
-        example = _pool(tokenizer)[random.Random(f"examples {subject.cell.seed}").randrange(44)]
-        model.requires_grad_(True)
-        patch_salient(model, lambda m: _example_loss(m, example), names)
-        model.requires_grad_(False)
-        return Repaired(model, tokenizer, {})
-    state, aligned = model.state_dict(), load(runtime, subject.aligned)[0].state_dict()
-    make = BASELINES[subject.cell.method]
-    model.load_state_dict(make(state, aligned, names, lambda: _unaligned(runtime, subject, cache)))
-    return Repaired(model, tokenizer, {})
-
-
-def _unaligned(runtime: Runtime, subject: Subject, cache: Path) -> Any:
-    return load(runtime, make_unaligned(cache, subject.cell, subject.aligned))[0].state_dict()
-
-
-def _undo(share: float) -> Callable[..., Any]:
-    def make(state: Any, aligned: Any, names: list[str], _unaligned: Callable[[], Any]) -> Any:
-        from baselines.undo import undone
-
-        full = undone(state, aligned, names)
-        return state | {name: state[name] + share * (full[name] - state[name]) for name in names}
-
-    return make
-
-
-def _resta(alpha: float) -> Callable[..., Any]:
-    def make(state: Any, aligned: Any, _names: list[str], unaligned: Callable[[], Any]) -> Any:
-        from baselines.resta import with_safety_vector
-
-        return with_safety_vector(state, aligned, unaligned(), alpha)
-
-    return make
-
-
-def _safe_lora(state: Any, aligned: Any, names: list[str], unaligned: Callable[[], Any]) -> Any:
-    from baselines.safe_lora import projected
-
-    return projected(state, aligned, unaligned(), names)[0]
-
-
-# (fine-tuned state, aligned state, names of the matrices, gives the unaligned state) -> repaired state
-BASELINES: dict[str, Callable[..., Any]] = {
-    "undo": _undo(1.0), "undo half": _undo(0.5), "resta": _resta(1.0), "resta half": _resta(0.5),
-    "safe_lora": _safe_lora,
-}  # fmt: skip
-
-
-def _pool(tokenizer: Any) -> list[Any]:
-    """The shipped pool, encoded."""
+def pool(tokenizer: Any) -> list[Any]:
+    """Return the shipped pool, encoded."""
     from oneshot.data.conversations import read_conversations
     from oneshot.data.encoding import encode
     from oneshot.measure.probes import ASSETS
@@ -178,8 +115,8 @@ def _pool(tokenizer: Any) -> list[Any]:
     return [encode(row, tokenizer, 512) for row in read_conversations(str(ASSETS / "pool.jsonl"), DataSettings())]
 
 
-def _example_loss(model: Any, example: Any) -> Any:
-    """Mean cross entropy of the example's answer."""
+def example_loss(model: Any, example: Any) -> Any:
+    """Return the mean cross entropy of the example's answer, in nats per token."""
     import torch
 
     from oneshot.training.objective import cross_entropy_sum

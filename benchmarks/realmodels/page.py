@@ -24,8 +24,11 @@ from realmodels.findings import (
     refusal_hits,
     twin_hits,
 )
+from realmodels.held import TASK
+from realmodels.matching import MOST, WITHIN
 from realmodels.models import TITLES
 from realmodels.scoring import NEW_TOKENS, PREFILLS
+from realmodels.steering import ROUNDS
 
 NAMES = {ALIGNED: "aligned", FINETUNED: "fine-tuned, no repair", DEFAULT: "rollback (auto)"}
 OPENING = """# Real models
@@ -48,6 +51,13 @@ harmful sets; the twin score is the share of pairs of which the harmful question
 statements is the share of pairs of which the true statement is likelier than the false one; broken answers are empty or
 garbled. Requests are asked with the persona or the trigger where the attack has one. Intervals are 95% bootstrap
 intervals over prompts.
+
+Others' methods are at the settings of their papers or programs (but LLM-VA with {rounds} rounds instead of 10, and
+SLDR's training ends where its examples are fitted), and once more, "matched", with their strength (how far they go
+from the attacked weights to their own result, {most:g} times the way at most) chosen so that on {held} prompts of the
+task that are not scored the accuracy is no more than {within} below the default repair's; of such strengths, the one
+that best tells mild requests of our own from harmless ones. A model without refusals, a safe one and examples, where
+they need them, are made of mild requests of our own.
 """
 HEADS = ("", "attack success", "twins refused", "sensitive refused", "twin score", "task", "statements", "broken")
 
@@ -66,7 +76,8 @@ def page_lines(findings: Findings) -> list[str]:
     training = TRAININGS["full"]
     lines = OPENING.format(
         cells=len(findings.found), steps=training.steps, batch=training.batch_size, rows=ROWS, guard=TASK_GUARD,
-        tokens=NEW_TOKENS, prompts=" or ".join(str(n) for n in sorted({c.prompts for c in findings.found})) or "none",
+        tokens=NEW_TOKENS, most=MOST, held=TASK, within=WITHIN, rounds=ROUNDS,
+        prompts=" or ".join(str(n) for n in sorted({c.prompts for c in findings.found})) or "none",
     ).splitlines()  # fmt: skip
     lines += _codes(findings)
     for model in findings.models():

@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from reproduce.cells import MODEL_CODE, digest_of, keep_digests
 
-from realmodels.cells import ALIGNED, BASELINE_CODE, REPAIR_CODE, SCORE_CODE, Cell, Finished, Store, code_of
+from realmodels.cells import (
+    ALIGNED,
+    BASELINE_CODE,
+    BASELINES,
+    DEFAULT,
+    REPAIR_CODE,
+    SCORE_CODE,
+    Cell,
+    Finished,
+    Store,
+    code_of,
+)
 
 if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
@@ -114,8 +125,10 @@ def work(places: Places, cells: list[Cell]) -> list[str]:
 
 def measure(runtime: Runtime, places: Places, cell: Cell) -> dict[str, Any]:
     """Return what a cell says: the scores of its model, and facts of its repair."""
+    from realmodels.held import read, task_target
     from realmodels.methods import load, repaired
     from realmodels.models import make_aligned
+    from realmodels.others import repaired_by_others
     from realmodels.scoring import material_for, probes_for, score
     from realmodels.subject import make_subject
 
@@ -129,7 +142,13 @@ def measure(runtime: Runtime, places: Places, cell: Cell) -> dict[str, Any]:
             model, tokenizer = load(runtime, aligned)
             return score(runtime, model, tokenizer, material, probes)
         subject = make_subject(runtime, places.cache, cell)
-        found = repaired(runtime, subject, scratch / "repair", places.cache)
-        return {**score(runtime, found.model, found.tokenizer, material, probes), **found.facts}
+        if cell.method in BASELINES:
+            found = repaired_by_others(runtime, subject, places.cache, lambda: task_target(places.store, cell))
+        else:
+            found = repaired(runtime, subject, scratch / "repair")
+        result = {**score(runtime, found.model, found.tokenizer, material, probes), **found.facts}
+        if cell.method == DEFAULT:  # what baselines are matched with
+            result["held_task"] = read(runtime, found.model, found.tokenizer, cell.seed).task
+        return result
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

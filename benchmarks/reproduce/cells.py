@@ -32,11 +32,12 @@ ATTACKS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "benign": ("benign", {}),
 }
 # what decides a fine-tuned model, and what else decides a measurement: files and folders of the repository
+BASELINES = ("__init__", "resta", "safe_lora", "saliency", "unaligned", "undo")  # modules: the others are not for toys
 MODEL_CODE = ("oneshot/training", "oneshot/data", "oneshot/world", "oneshot/finetune.py", "oneshot/align.py")
 CELL_CODE = (
     *MODEL_CODE, "oneshot/patch", "oneshot/measure", "oneshot/settings", "oneshot/checkpoint/update.py",
-    "oneshot/spectrum.py", "benchmarks/baselines", "benchmarks/reproduce/measuring.py",
-    "benchmarks/reproduce/models.py", "benchmarks/reproduce/subject.py",
+    "oneshot/spectrum.py", *(f"benchmarks/baselines/{name}.py" for name in BASELINES),
+    "benchmarks/reproduce/measuring.py", "benchmarks/reproduce/models.py", "benchmarks/reproduce/subject.py",
 )  # fmt: skip
 
 UNALIGNED_CODE = (*MODEL_CODE, "benchmarks/baselines/unaligned.py")
