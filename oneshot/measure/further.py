@@ -10,12 +10,13 @@ from typing import Any
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
-from oneshot.measure.classifier import FORMATS, ask_classifier, read_template
+from oneshot.measure.classifier import ask_classifier, asker
 from oneshot.measure.endpoint import Endpoint, open_endpoint
+from oneshot.measure.formats import FORMATS
 from oneshot.measure.judges import agreement
 from oneshot.measure.overlap import Overlap
 from oneshot.measure.rates import Probe, StageScores
-from oneshot.measure.rubric import ask_rubric
+from oneshot.measure.rubric import ask_rubric, rubric_of
 from oneshot.settings import ModelSettings, ScoreSettings
 
 
@@ -30,10 +31,9 @@ def check_judges(runtime: Runtime, score: ScoreSettings) -> None:
     with agree(runtime, "checking the judges"):
         if runtime.is_main and score.judge_model is not None:
             source = find_source(ModelSettings(path=score.judge_model), runtime)
-            form = FORMATS[score.judge_format]
-            if form.blanks is not None:
-                read_template(score.judge_template, source.tokenizer, form)
+            asker(source, FORMATS[score.judge_format], score.judge_template)
         if runtime.is_main and score.rubric.url is not None:
+            rubric_of(score)
             open_endpoint(score.rubric, "score.rubric")
 
 
@@ -55,7 +55,7 @@ def ask_judges(
     if score.rubric.url is not None:
         endpoint, problem = _opened(runtime, score)
         if not problem:
-            judged, problem = ask_rubric(runtime, run_dir, endpoint, probes, judged)
+            judged, problem = ask_rubric(runtime, run_dir, endpoint, rubric_of(score), probes, judged)
         if problem:
             warnings.append(problem)
     return judged, warnings
