@@ -146,19 +146,21 @@ def _report(
         resources=resources,
         warnings=warnings,
     )
-    report |= report_fields(stages, overlaps)
+    report |= report_fields(settings.score, stages, overlaps)
     write_outputs(scored.run_dir, report, stages)
     return report
 
 
 def _show(finished: Finished, console: Console) -> None:
     """Print the table."""
+    from oneshot.report.judging import print_judging
     from oneshot.report.runfolder import PAGE
     from oneshot.report.table import print_stages
     from oneshot.report.times import print_times
 
     stages = finished.stages
     print_stages({s: dataclasses.replace(f, rates=f.rates | f.others) for s, f in stages.items()}, console)
+    print_judging(finished.report, console)
     for warning in finished.warnings:
         console.print(f"Note: {warning}", highlight=False, markup=False)
     print_times(finished.report["resources"], console)

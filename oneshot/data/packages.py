@@ -28,8 +28,8 @@ _SECONDS = 600  # that a download may take
 def package_rows(source: str, sha256: str | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (place for error messages, row) of every file that a source names, the files in the order of their names.
 
-    A .txt file has a prompt on each line, and a row {"prompt": ...} for each; .jsonl and .json are as elsewhere; of YAML
-    (.yaml, .prompt) the list below ``seeds`` counts, or the whole where that is a list.
+    A .txt file has a prompt on each line, and a row {"prompt": ...} for each; .jsonl and .json are as elsewhere; of
+    YAML (.yaml, .prompt) the list below ``seeds`` counts, or the whole where that is a list.
 
     Args:
         source: ``package:NAME==VERSION/PATH``; a * in the path stands for any letters

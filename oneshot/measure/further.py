@@ -11,6 +11,7 @@ from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.classifier import ask_classifier, asker
+from oneshot.measure.conditions import conditions, set_facts
 from oneshot.measure.endpoint import Endpoint, open_endpoint
 from oneshot.measure.formats import FORMATS
 from oneshot.measure.judges import agreement
@@ -72,11 +73,16 @@ def _opened(runtime: Runtime, score: ScoreSettings) -> tuple[Endpoint, str]:
     return endpoint, gather_objects(runtime, problem)[0]
 
 
-def report_fields(stages: Mapping[str, StageScores], overlaps: Sequence[Overlap]) -> dict[str, Any]:
-    """Return what report.json holds of all this: figures that are no shares and agreement of judges, both by stage, and
-    overlap.
+def report_fields(
+    score: ScoreSettings, stages: Mapping[str, StageScores], overlaps: Sequence[Overlap]
+) -> dict[str, Any]:
+    """Return what report.json holds of all this: under what conditions was judged, and what each figure of a set is;
+    figures that are no shares and agreement of judges, both by stage; overlap.
     """
+    found = conditions(score)
     return {
+        "conditions": found,
+        "sets": set_facts(score, found, stages),
         "figures": {
             stage: {n: rate.as_dict() for n, rate in scores.others.items()} for stage, scores in stages.items()
         },

@@ -9,6 +9,7 @@ from typing import Any
 from oneshot.checkpoint.files import write_marker
 from oneshot.report.card import front_matter
 from oneshot.report.facts import how_chosen, repair_rows
+from oneshot.report.judging import headline, judging_lines
 from oneshot.report.markdown import fenced, inline, pairs_lines, stages_lines
 from oneshot.report.runfolder import PATCH, REPAIRED, write_whole
 from oneshot.report.summary import JUDGE_NOTE, LIMIT, LIMITS, summarize
@@ -68,8 +69,15 @@ def _card(name: str, report: Mapping[str, Any], *, base: str, degraded: bool, un
         lines += [f"# {what} for {inline(Path(base).name)}", ""]
     made_from = " (marked as safety-degraded)" if degraded else ""
     lines += [f"{what} by oneshot's one-shot repair of {inline(base)}{made_from}.", ""]
-    lines += [f"Outcome: **{summary.word}**. {inline(summary.text)}", "", inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
+    contradicted = "".join(f"**{inline(line)}** " for line in headline(report))
+    lines += [
+        f"Outcome: **{summary.word}**. {contradicted}{inline(summary.text)}",
+        "",
+        inline(f"{LIMITS} {JUDGE_NOTE}"),
+        "",
+    ]
     lines += ["## Measured", "", *(stages_lines(report["stages"]) or ["Nothing was measured."]), ""]
+    lines += [text for line in judging_lines(report) for text in (inline(line), "")]
     if report.get("warnings"):
         lines += ["## Warnings", "", *(f"- {inline(warning)}" for warning in report["warnings"]), ""]
     if report.get("example"):

@@ -17,6 +17,7 @@ from oneshot.patch.choose import Choice
 from oneshot.patch.linears import Linears
 from oneshot.patch.request import Request
 from oneshot.patch.solve import Solution
+from oneshot.report.judging import print_judging
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import PAGE, PATCH, Run, build_report, write_selection
@@ -73,15 +74,16 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         resources=repaired.resources,
         warnings=warnings,
     )
+    report |= report_fields(settings.score, stages, overlaps)
     given = [folder for folder in (request.source.checkpoint, request.source.adapter) if folder is not None]
     write_model_cards(run_dir, report, base=request.source.name, degraded=any(map(is_degraded, given)))
-    report |= report_fields(stages, overlaps)
     write_outputs(run_dir, report, stages)
     for stage, scores in stages.items():
         track(stage, 0, {name: rate.value for name, rate in scores.rates.items()})
     if console:
         console.print(f"Example: {taken.id} (selected by {chosen.selected_by})", highlight=False)
         print_stages(stages, console)
+        print_judging(report, console)
         for warning in warnings:
             console.print(f"Note: {warning}", highlight=False)
         print_times(repaired.resources, console)
