@@ -92,7 +92,7 @@ def rubric_of(score: ScoreSettings) -> Rubric:
                 "{response}, as score.rubric_template."
             )
         ask = _filled(_read(score.rubric_template, blanks), blanks)
-        # 512: what its authors' evaluator cuts answers to
+        # 512: what its authors' evaluator cuts answers to, as far as we know: its text was not at hand
         return Rubric("strongreject", ask, read_strongreject, Rating("0", 0.0, False, True), 1024, 512)
     ask = _question
     if score.rubric_template is not None:
