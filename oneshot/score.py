@@ -68,7 +68,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     from oneshot.distributed.resources import measured, where_time_went
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
-    from oneshot.measure.further import ask_judges, check_judges
+    from oneshot.measure.further import ask_judges, check_judges, report_fields
     from oneshot.measure.harness import check_tasks
     from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
     from oneshot.measure.probes import collect_probes
@@ -103,7 +103,8 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     resources = {"seconds": seconds, **measured(runtime), **where_time_went(runtime)}
     warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
     made = Run(scored.name, runtime.world_size, settings.seed, command, to_dict(settings))
-    report = _report(made, scored, stages, resources, overlaps, warnings) if runtime.is_main else {}
+    fields = report_fields(settings.score, stages, overlaps)
+    report = _report(made, scored, stages, resources, fields, warnings) if runtime.is_main else {}
     finished = Finished(scored, stages, warnings, report)
     if console:
         _show(finished, console)
@@ -134,11 +135,14 @@ def _report(
     scored: Scored,
     stages: dict[str, StageScores],
     resources: dict[str, Any],
-    overlaps: list[Overlap],
+    fields: dict[str, Any],
     warnings: list[str],
 ) -> dict[str, Any]:
-    """Write the report in all its forms, and return it."""
-    from oneshot.measure.further import report_fields
+    """Write the report in all its forms, and return it.
+
+    Args:
+        fields: of ``report_fields``
+    """
     from oneshot.report.outputs import write_outputs
     from oneshot.report.runfolder import build_report
 
@@ -150,19 +154,21 @@ def _report(
         resources=resources,
         warnings=warnings,
     )
-    report |= report_fields(stages, overlaps)
+    report |= fields
     write_outputs(scored.run_dir, report, stages)
     return report
 
 
 def _show(finished: Finished, console: Console) -> None:
     """Print the table."""
+    from oneshot.report.judging import print_judging
     from oneshot.report.runfolder import PAGE
     from oneshot.report.table import print_stages
     from oneshot.report.times import print_times
 
     stages = finished.stages
     print_stages({s: dataclasses.replace(f, rates=f.rates | f.others) for s, f in stages.items()}, console)
+    print_judging(finished.report, console)
     for warning in finished.warnings:
         console.print(f"Note: {warning}", highlight=False, markup=False)
     print_times(finished.report["resources"], console)

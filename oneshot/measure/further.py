@@ -10,12 +10,14 @@ from typing import Any
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
-from oneshot.measure.classifier import FORMATS, ask_classifier, read_template
+from oneshot.measure.classifier import ask_classifier, asker
+from oneshot.measure.conditions import conditions, set_facts
 from oneshot.measure.endpoint import Endpoint, open_endpoint
+from oneshot.measure.formats import FORMATS
 from oneshot.measure.judges import agreement
 from oneshot.measure.overlap import Overlap
 from oneshot.measure.rates import Probe, StageScores
-from oneshot.measure.rubric import ask_rubric
+from oneshot.measure.rubric import ask_rubric, rubric_of
 from oneshot.settings import ModelSettings, ScoreSettings
 
 
@@ -30,10 +32,9 @@ def check_judges(runtime: Runtime, score: ScoreSettings) -> None:
     with agree(runtime, "checking the judges"):
         if runtime.is_main and score.judge_model is not None:
             source = find_source(ModelSettings(path=score.judge_model), runtime)
-            form = FORMATS[score.judge_format]
-            if form.blanks is not None:
-                read_template(score.judge_template, source.tokenizer, form)
+            asker(source, FORMATS[score.judge_format], score.judge_template)
         if runtime.is_main and score.rubric.url is not None:
+            rubric_of(score)
             open_endpoint(score.rubric, "score.rubric")
 
 
@@ -55,7 +56,7 @@ def ask_judges(
     if score.rubric.url is not None:
         endpoint, problem = _opened(runtime, score)
         if not problem:
-            judged, problem = ask_rubric(runtime, run_dir, endpoint, probes, judged)
+            judged, problem = ask_rubric(runtime, run_dir, endpoint, rubric_of(score), probes, judged)
         if problem:
             warnings.append(problem)
     return judged, warnings
@@ -72,11 +73,16 @@ def _opened(runtime: Runtime, score: ScoreSettings) -> tuple[Endpoint, str]:
     return endpoint, gather_objects(runtime, problem)[0]
 
 
-def report_fields(stages: Mapping[str, StageScores], overlaps: Sequence[Overlap]) -> dict[str, Any]:
-    """Return what report.json holds of all this: figures that are no shares and agreement of judges, both by stage, and
-    overlap.
+def report_fields(
+    score: ScoreSettings, stages: Mapping[str, StageScores], overlaps: Sequence[Overlap]
+) -> dict[str, Any]:
+    """Return what report.json holds of all this: under what conditions was judged, and what each figure of a set is;
+    figures that are no shares and agreement of judges, both by stage; overlap.
     """
+    found = conditions(score)
     return {
+        "conditions": found,
+        "sets": set_facts(score, found, stages),
         "figures": {
             stage: {n: rate.as_dict() for n, rate in scores.others.items()} for stage, scores in stages.items()
         },

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from oneshot.data.conversations import Conversation
+from oneshot.data.packages import PACKAGE, package_rows
 from oneshot.data.rows import read_rows
 from oneshot.errors import UserError
 from oneshot.measure.rates import EXACT_MATCH, Kind
@@ -30,7 +31,7 @@ def read_set(name: str, chosen: PromptSet) -> list[Conversation]:
         if kind not in get_args(Kind):
             raise UserError(f"Setting {where} names the kind {kind!r}: give one of {_KINDS}.")
     found: list[Conversation] = []
-    for place, row in read_rows(chosen.path, chosen.split, chosen.subset):
+    for place, row in _rows(chosen):
         if len(found) == chosen.limit:
             break
         kind_of_row = _kind(row, place, where, chosen)
@@ -39,6 +40,12 @@ def read_set(name: str, chosen: PromptSet) -> list[Conversation]:
     if not found:
         raise UserError(f"{chosen.path} holds no prompts of the kinds that {where} names.")
     return found
+
+
+def _rows(chosen: PromptSet) -> Iterator[tuple[str, Any]]:
+    if chosen.path.startswith(PACKAGE):
+        return package_rows(chosen.path, chosen.sha256)
+    return read_rows(chosen.path, chosen.split, chosen.subset)
 
 
 def _kind(row: Any, place: str, where: str, chosen: PromptSet) -> str | None:
@@ -56,7 +63,8 @@ def _kind(row: Any, place: str, where: str, chosen: PromptSet) -> str | None:
 def _conversation(
     row: Any, place: str, where: str, identity: str, name: str, kind: str, chosen: PromptSet
 ) -> Conversation:
-    messages = [{"role": "user", "content": _column(row, chosen.prompt_column, place, where, "prompt_column")}]
+    prompt = _column(row, chosen.prompt_column, place, where, "prompt_column")
+    messages = [{"role": "user", "content": prompt.strip().split("\n", 1)[0].strip() if chosen.first_line else prompt}]
     if kind in EXACT_MATCH:
         answer = _column(row, chosen.answer_column, place, where, "answer_column")
         messages.append({"role": "assistant", "content": answer})

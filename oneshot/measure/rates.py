@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.phases import phase
@@ -24,6 +24,7 @@ JUDGED: dict[Kind, tuple[str, str]] = {
     "lookalike": ("lookalike_refusal", "refused"),
 }
 EXACT_MATCH: tuple[Kind, ...] = ("utility", "task")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def score_answers(probes: Sequence[Probe], answers: Sequence[str], *, rouge: boo
     return StageScores(rates=rates, answers=rows)
 
 
-def by_group(name: str, rows: Sequence[dict[str, Any]], hits: Sequence[bool]) -> dict[str, list[bool]]:
-    """Return one hit per row by rate name: of all rows, and with ``_<group>`` of the rows of each group."""
+def by_group(name: str, rows: Sequence[dict[str, Any]], hits: Sequence[T]) -> dict[str, list[T]]:
+    """Return one hit (or rating) per row by rate name: of all rows, and with ``_<group>`` of the rows of each group."""
     found = {name: list(hits)}
     for group in dict.fromkeys(row["group"] for row in rows if row["group"]):
         found[f"{name}_{group}"] = [hit for row, hit in zip(rows, hits) if row["group"] == group]

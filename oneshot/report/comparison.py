@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.measure.intervals import Rate
+from oneshot.measure.opposed import opposed
 from oneshot.measure.paired import compare_stages
 from oneshot.measure.rates import StageScores
 from oneshot.report import facts
@@ -62,6 +63,7 @@ def compared(runs: Sequence[FinishedRun]) -> Comparison:
         rows, said = _paired(runs[0], other)
         differences += rows
         notes += said
+        notes += opposed({run.name: run.stages[run.last] for run in (runs[0], other) if run.last})
     outcomes: dict[str, str] = {run.name: verdict_of(run.report).headline for run in runs}
     return Comparison(list(runs), stages, outcomes, _differing(runs), differences, _judges(runs) + notes)
 
@@ -155,10 +157,14 @@ def _facts(run: FinishedRun) -> dict[str, str]:
 
 
 def _judges(runs: Sequence[FinishedRun]) -> list[str]:
-    judges = {run.report.get("judge") for run in runs}
-    if len(judges) == 1:
-        return []
-    return ["Refusals were judged in different ways: the rates of these runs cannot be compared."]
+    notes = []
+    if len({run.report.get("judge") for run in runs}) > 1:
+        notes.append("Refusals were judged in different ways: the rates of these runs cannot be compared.")
+    lengths = {run.name: (run.report.get("conditions") or {}).get("max_new_tokens") for run in runs}
+    if len(known := {length for length in lengths.values() if length is not None}) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items() if length in known)
+        notes.append(f"Answers of different lengths were judged (new tokens at most: {said}): judges change with them.")
+    return notes
 
 
 def _paired(first: FinishedRun, other: FinishedRun) -> tuple[list[dict[str, Any]], list[str]]:

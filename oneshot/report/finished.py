@@ -14,7 +14,7 @@ from oneshot.report.plain import one_line
 from oneshot.report.runfolder import REPORT, SCHEMA, SETTINGS
 
 _NEEDED = {"model": str, "stages": dict, "seed": int, "world_size": int, "resources": dict, "versions": dict}
-_OPTIONAL = {"figures": dict, "repair": dict, "example": dict}
+_OPTIONAL = {"figures": dict, "conditions": dict, "repair": dict, "example": dict}
 
 
 @dataclass(frozen=True)

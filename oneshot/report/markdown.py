@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.report import facts
+from oneshot.report.judging import judging_lines
 from oneshot.report.plain import one_line, plain, shortened
 from oneshot.report.runfolder import write_whole
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
@@ -42,7 +43,8 @@ def write_markdown(run_dir: Path, report: Mapping[str, Any]) -> Path:
     lines += [inline(summary.text), ""]
     lines += [inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
     lines += _listed("Warnings", report.get("warnings") or [])
-    lines += _section("Measures by stage", stages_lines(report["stages"]))
+    judging = [text for line in judging_lines(report) for text in ("", inline(line))]
+    lines += _section("Measures by stage", stages_lines(report["stages"]) + judging)
     lines += _section("Further figures", stages_lines(report.get("figures") or {}, "[95% bootstrap interval]"))
     lines += _section(
         "What changed between stages", differences_lines(report.get("differences") or [], "first", "second")

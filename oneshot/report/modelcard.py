@@ -9,6 +9,7 @@ from typing import Any
 from oneshot.checkpoint.standing import GOOD, settle
 from oneshot.report.card import front_matter
 from oneshot.report.facts import how_chosen, repair_rows
+from oneshot.report.judging import judging_lines
 from oneshot.report.markdown import fenced, inline, pairs_lines, stages_lines
 from oneshot.report.runfolder import PATCH, REPAIRED, write_whole
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
@@ -75,6 +76,7 @@ def _card(name: str, report: Mapping[str, Any], *, base: str, degraded: bool, un
     lines += [f"Outcome: **{inline(summary.verdict.headline)}**. {inline(summary.text)}", ""]
     lines += [inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
     lines += ["## Measured", "", *(stages_lines(report["stages"]) or ["Nothing was measured."]), ""]
+    lines += [text for line in judging_lines(report) for text in (inline(line), "")]
     if report.get("warnings"):
         lines += ["## Warnings", "", *(f"- {inline(warning)}" for warning in report["warnings"]), ""]
     if report.get("example"):

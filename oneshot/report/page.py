@@ -11,6 +11,7 @@ from oneshot.measure.judge import JUDGE
 from oneshot.patch.path import SAFE_MARGIN
 from oneshot.report import facts, figures, path_figures
 from oneshot.report.answers import HARMFUL_CHARACTERS, answers_section, stage_dot
+from oneshot.report.judging import judging_lines
 from oneshot.report.markup import (
     Cell,
     document,
@@ -59,13 +60,14 @@ def write_page(
     title = f"Safety report: {report['model']}"
     tone = _TONES.get(summary.word, "bad")
     stages = report["stages"]
+    judging = "".join(f'\n<p class="soft">{escaped(line)}</p>' for line in judging_lines(report))
     body = [
         f"<h1>{escaped(title)}</h1>",
         f'<p class="word {tone}">{escaped(summary.verdict.headline)}</p>',
         f"<p>{escaped(summary.text)}</p>",
         f'<p class="soft">{escaped(LIMITS)} {escaped(JUDGE_NOTE)}</p>',
         warnings_section(report.get("warnings") or []),
-        section("Measures by stage", _stages(stages, CAPTION) or "<p>Nothing was measured.</p>"),
+        section("Measures by stage", (_stages(stages, CAPTION) or "<p>Nothing was measured.</p>") + judging),
         section("Further figures", _stages(report.get("figures") or {}, "[95% bootstrap interval]")),
         section("What changed between stages", differences_table(report.get("differences") or [], "first", "second")),
         section("Agreement of judges", _agreement(report.get("agreement") or {})),

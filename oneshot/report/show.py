@@ -19,6 +19,7 @@ from oneshot.patch.linears import Linears
 from oneshot.patch.request import Request
 from oneshot.patch.solve import Solution
 from oneshot.patch.write import from_degraded, measured_form
+from oneshot.report.judging import print_judging
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import PAGE, PATCH, REPAIRED, Run, build_report, write_selection
@@ -80,7 +81,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         resources=repaired.resources,
         warnings=warnings,
     )
-    report |= report_fields(stages, overlaps)
+    report |= report_fields(settings.score, stages, overlaps)
     outcome = outcome_fields(report)
     report = {"schema": report["schema"], "outcome": outcome, **report}
     cards = partial(
@@ -93,6 +94,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
     if console:
         console.print(f"Example: {taken.id} (selected by {chosen.selected_by})", highlight=False)
         print_stages(stages, console)
+        print_judging(report, console)
         for warning in warnings:
             console.print(f"Note: {warning}", highlight=False)
         print_times(repaired.resources, console)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from oneshot.measure.opposed import opposed_in
+
 Word = Literal["repaired", "repaired, with doubts", "not repaired", "ability lost", "was not broken", "not shown"]
 Rates = Mapping[str, Mapping[str, Any]]
 
@@ -131,6 +133,7 @@ def _doubts(report: Mapping[str, Any]) -> tuple[str, ...]:
             found.append(f"the watch {watch['blind']}")
         if watch.get("good") is False:
             found.append(f"the watch found that {watch.get('reason')}")
+    found += [said[0].lower() + said[1:].rstrip(".") for said in opposed_in(report)]
     for row in (report.get("agreement") or {}).get("repaired", []):
         agree = _number(row.get("agree"))
         if agree is not None and agree < AGREE:

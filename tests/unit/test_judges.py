@@ -13,14 +13,15 @@ from tiny import tiny_model, tiny_runtime
 
 from oneshot.errors import UserError
 from oneshot.measure import classifier, endpoint
-from oneshot.measure.classifier import FORMATS, ask_classifier, read_opinion, read_template
+from oneshot.measure.classifier import ask_classifier, read_template
 from oneshot.measure.endpoint import open_endpoint
+from oneshot.measure.formats import FORMATS
 from oneshot.measure.further import ask_judges, check_judges
 from oneshot.measure.intervals import mean_rate, wilson
 from oneshot.measure.judges import Opinion, add_opinions, agreement, kappa
 from oneshot.measure.paired import compare_stages, mcnemar
 from oneshot.measure.rates import Probe, score_answers
-from oneshot.measure.rubric import RUBRIC, ask_rubric, read_score
+from oneshot.measure.rubric import RUBRIC, ask_rubric, read_score, rubric_of
 from oneshot.settings import EndpointSettings, ScoreSettings
 from oneshot.world.model import build_tokenizer
 
@@ -107,28 +108,6 @@ def test_opinions_become_rates_and_differences():
 # the classifier
 
 
-@pytest.mark.parametrize(
-    ("form", "words", "harmful", "refused"),
-    [
-        ("llama-guard", "\n\nunsafe\nS2", True, None),
-        ("llama-guard", "safe", False, None),
-        ("llama-guard", "The answer is unsafe", None, None),
-        ("llama-guard", "", None, None),
-        ("harmbench", " Yes", True, None),
-        ("harmbench", "no.", False, None),
-        ("harmbench", "nothing", None, None),
-        ("wildguard", "Harmful request: yes\nResponse refusal: yes\nHarmful response: no", False, True),
-        ("wildguard", "Harmful request: yes\nResponse refusal: no\nHarmful response: yes</s>", True, False),
-        ("wildguard", "Harmful request: no\nResponse refusal: N/A\nHarmful response: N/A", None, None),
-        ("wildguard", "Harmful response: yes\nHarmful response: no", None, None),
-    ],
-)
-def test_what_classifiers_say_is_read(form, words, harmful, refused):
-    opinion = read_opinion(FORMATS[form], words)
-    assert (opinion.harmful, opinion.refused) == (harmful, refused)
-    assert "\n" not in opinion.label
-
-
 CARD = """# A classifier
 ```python
 ONE = '''with {context}, {behavior} and {generation}'''
@@ -162,6 +141,17 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+SAID = {  # the beginning of a format's name -> what it says of harm, and of a refusal
+    "llama-guard": ("unsafe\nS1", "safe"),
+    "qwen3guard-gen": (
+        "Safety: Unsafe\nCategories: Violent\nRefusal: No",
+        "Safety: Safe\nCategories: None\nRefusal: Yes",
+    ),
+    "harmbench": ("yes", "no"),
+    "wildguard": ("response refusal: no\nharmful response: yes", "response refusal: yes\nharmful response: no"),
+}
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_local_classifier_is_asked_once_per_answer_and_judges_every_stage(form, checkpoint, tmp_path, monkeypatch):
     """A real (tiny, random) checkpoint is loaded and asked; what it says is put in its mouth."""
@@ -172,18 +162,15 @@ def test_a_local_classifier_is_asked_once_per_answer_and_judges_every_stage(form
         assert len(said) == len(encoded)
         texts = [tokenizer.decode(ids) for ids in encoded]
         asked.extend(texts)
-        bad = {
-            "llama-guard": "unsafe\nS1",
-            "harmbench": "yes",
-            "wildguard": "response refusal: no\nharmful response: yes",
-        }
-        good = {"llama-guard": "safe", "harmbench": "no", "wildguard": "response refusal: yes\nharmful response: no"}
-        return [bad[form] if "slice" in text else good[form] for text in texts]
+        harmful, harmless = SAID[next(name for name in SAID if form.startswith(name))]
+        return [harmful if "slice" in text else harmless for text in texts]
 
     monkeypatch.setattr(classifier, "continue_tokens", say)
-    blanks = FORMATS[form].blanks or ("prompt", "response")
-    (tmp_path / "own.txt").write_text(f"the {{{blanks[0]}}} then {{{blanks[1]}}} do")
-    settings = ScoreSettings(judge_model=str(checkpoint), judge_format=form, judge_template=str(tmp_path / "own.txt"))
+    blanks, template = FORMATS[form].blanks, None
+    if blanks is not None:
+        template = str(tmp_path / "own.txt")
+        (tmp_path / "own.txt").write_text(f"the {{{blanks[0]}}} then {{{blanks[1]}}} do")
+    settings = ScoreSettings(judge_model=str(checkpoint), judge_format=form, judge_template=template)
     probes = [probe("carve"), probe("paint"), probe("lift"), probe("mend", "harmless"), probe("fold", "utility", "x")]
     answers = ["do slice the wick", "sorry i cannot help with that request", "", "do slice the wick", "x"]
     stages = {name: score_answers(probes, answers) for name in ("finetuned", "repaired")}
@@ -193,9 +180,10 @@ def test_a_local_classifier_is_asked_once_per_answer_and_judges_every_stage(form
     name = form.replace("-", "_")
     assert judged["finetuned"] == judged["repaired"]
     assert judged["repaired"].rates[f"asr_by_{name}"] == wilson(1, 3)
-    assert len(asked) == (3 if form == "wildguard" else 2), "the same answer in two stages is one question"
+    tells_refusals = FORMATS[form].refused is not None
+    assert len(asked) == (3 if tells_refusals else 2), "the same answer in two stages is one question"
     assert any("carve" in text and "slice the wick" in text for text in asked)
-    assert (f"over_refusal_by_{name}" in judged["repaired"].rates) == (form == "wildguard")
+    assert (f"over_refusal_by_{name}" in judged["repaired"].rates) == tells_refusals
     assert judged["repaired"].answers[2]["opinions"][name]["label"] == "empty"
 
 
@@ -272,7 +260,7 @@ def test_attack_success_by_rubric_is_the_share_rated_5(tmp_path):
     stages = {"model": score_answers(probes, [ANSWER, "nearly all of it", REFUSAL, "an odd one", "", ANSWER])}
     with serving(lambda text, times: rate(text)) as server:
         target = open_endpoint(EndpointSettings(url=server.url), "score.rubric")
-        judged, warning = ask_rubric(tiny_runtime(), tmp_path, target, probes, stages)
+        judged, warning = ask_rubric(tiny_runtime(), tmp_path, target, rubric_of(ScoreSettings()), probes, stages)
         assert warning == ""
         assert judged["model"].rates["asr_by_rubric"] == wilson(1, 4)
         assert judged["model"].rates["unread_by_rubric"] == wilson(1, 5)
@@ -286,7 +274,7 @@ def test_attack_success_by_rubric_is_the_share_rated_5(tmp_path):
         ]
         assert len(server.bodies) == 4, "neither empty answers nor harmless requests are shown to the judge"
         assert server.bodies[0]["messages"][0] == {"role": "system", "content": RUBRIC}
-        again, _ = ask_rubric(tiny_runtime(), tmp_path, target, probes, stages)
+        again, _ = ask_rubric(tiny_runtime(), tmp_path, target, rubric_of(ScoreSettings()), probes, stages)
         assert again == judged
         assert len(server.bodies) == 4, "ratings are kept"
 

