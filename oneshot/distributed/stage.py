@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from oneshot.distributed.signals import Interrupted, tell_code
 from oneshot.distributed.watchdog import watched
-from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
+from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from oneshot.redact import redacted
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
@@ -41,7 +41,7 @@ def end_with(prog: str, run: Callable[[], object], *, hang_minutes: float, debug
         with watched(hang_minutes):
             run()
     except UserError as error:
-        fail(prog, str(error), getattr(error, "code", EXIT_USER), debug)
+        fail(prog, str(error), error.code, debug)
     except Interrupted as stop:  # on every rank alike
         if os.environ.get("RANK", "0") == "0":
             print(f"{prog}: {stop}", file=sys.stderr, flush=True)
