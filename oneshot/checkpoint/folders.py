@@ -68,7 +68,7 @@ def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[
                 _take_place(temporary, folder, sync)
     except BaseException:
         if runtime.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         raise
 
 
@@ -82,7 +82,7 @@ def clean(folder: Path) -> None:
     half = re.compile(re.escape(folder.name) + _UNIQUE + re.escape(PARTIAL))
     for path in list(folder.parent.iterdir()) if folder.parent.is_dir() else []:
         if half.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def clean_inside(parent: Path) -> None:
@@ -97,7 +97,15 @@ def discard(folder: Path) -> None:
     """Remove a folder, under the name of a half one: under its own it is whole, whenever a crash comes."""
     partial = folder.with_name(f"{folder.name.removesuffix(OLD)}.{secrets.token_hex(4)}{PARTIAL}")
     os.replace(folder, partial)
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as the system lets, weights first: no model is left without its marker."""
+    for path in folder.rglob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_back(folder: Path) -> None:
@@ -146,7 +154,7 @@ def _take_place(temporary: Path, folder: Path, sync: bool) -> None:
         discard(old)
     if sync:
         sync_entries(folder.parent)
-    shutil.rmtree(temporary, ignore_errors=True)  # the new folder stands: what stays behind is the next save's to clean
+    _remove(temporary)  # the new folder stands: what stays behind is the next save's to clean
 
 
 def _stands(folder: Path) -> tuple[int, int] | None:

@@ -71,7 +71,7 @@ def take(folder: Path, *, beside: bool = False) -> None:
     held = _held.get(path)
     if held is not None and (held.process, held.thread) == (os.getpid(), threading.get_ident()):
         return
-    missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()] if beside else []
+    missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     line = own_line()
     try:
