@@ -126,7 +126,8 @@ def _open(runtime: Runtime, settings: Settings, name: str) -> Path:
                     raise UserError(f"{out} holds a repair, not a scoring: give another --out.")
                 (out / REPORT).unlink(missing_ok=True)  # made anew from the answers beside it
                 settings_module.write(settings, out / SETTINGS)
-    return open_run(settings.out, name, settings, runtime)
+    # an answer on disk is named after all that it depends on: how the rest is asked and judged is free to change
+    return open_run(settings.out, name, settings, runtime, lambda setting: not setting.startswith("score."))
 
 
 def _report(

@@ -117,10 +117,13 @@ def put_back(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path, needed: int | None = None) -> Iterator[None]:
     """Have the errors that the block meets on disk name ``path``, which some system calls and the Rust libraries don't.
 
     The latter raise bare exceptions, of which other ranks would not learn: they become errors of the user's disk.
+
+    Args:
+        needed: bytes that the block writes, for the error of a full disk
     """
     from safetensors import SafetensorError
 
@@ -129,11 +132,13 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.strerror:  # both or none, or the message is lost
             error.filename = str(path)
+        if needed is not None and is_full(error):
+            raise disk_full(path, needed) from error
         raise
     except Exception as error:
         if type(error) is Exception or isinstance(error, SafetensorError):
             if is_full(error):
-                raise disk_full(path) from error
+                raise disk_full(path, needed) from error
             raise UserError(f"{path} could not be written: {error}") from error
         raise
 

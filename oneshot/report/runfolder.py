@@ -195,13 +195,12 @@ def _resumed(folder: Path, settings: Settings, counts: Callable[[str], bool]) ->
     return folder
 
 
-def _given(folder: Path) -> Path:
+def _given(folder: Path) -> None:
+    """Raise UserError if a run cannot begin in the user's folder."""
     if any((folder / name).exists() for name in (SETTINGS, REPORT)):
         raise UserError(f"Folder {folder} already holds a run: give another --out, or remove the folder first.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give --out a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _first_free(model_name: str) -> Path:
