@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
-from oneshot.checkpoint.folders import bytes_in
+from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.update import Update
-from oneshot.distributed.phases import count, counting, phase
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError
 from oneshot.patch.bench import Bench
@@ -30,16 +30,15 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
             "The repair found no step that helps, so there is no patch to write: the model may refuse the example "
             "already (oneshot score measures it); give another --example, or another repair.method."
         )
-    with agree(request.runtime, f"writing the patch {patch}"):
+    with replacing(request.runtime, patch) as temporary, agree(request.runtime, f"writing the patch {patch}"):
         if request.runtime.is_main:
-            if request.adapter is not None and method.keeps_adapter:
-                write_repaired_adapter(patch, request.adapter, update)
-            else:
-                write_patch(patch, update, bench.linears.every, source.name, source.written)
-            request.tokenizer.save_pretrained(patch)
-            write_identity(patch, source.checkpoint, kind=REPAIR, base=source.name)
-            if counting():
-                count(written=bytes_in(patch))
+            with naming(temporary):
+                if request.adapter is not None and method.keeps_adapter:
+                    write_repaired_adapter(temporary, request.adapter, update)
+                else:
+                    write_patch(temporary, update, bench.linears.every, source.name, source.written)
+                request.tokenizer.save_pretrained(temporary)
+                write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
     if merged is None:
         return
     if method.changes_all:
