@@ -85,8 +85,10 @@ def new_folder(out: str | None, name: str) -> Path:
 def append_event(run_dir: Path, **fields: Any) -> None:
     """Append one line to events.jsonl, on disk before this returns; call it on rank 0.
 
-    A ``time`` field (seconds since 1970) is added where there is none; numbers that JSON lacks become null.
+    A ``time`` field (seconds since 1970) is added where there is none; numbers that JSON lacks become null. A run whose
+    folder another one has taken over (it looked dead) ends here.
     """
+    lock.still_held(run_dir)
     line = json.dumps(_json_value({"time": round(time.time(), 3), **fields}), ensure_ascii=False, allow_nan=False)
     try:
         with (run_dir / EVENTS).open("a", encoding="utf-8", errors="replace") as stream:

@@ -16,7 +16,6 @@ from oneshot.checkpoint.lock import LOCK, released, take
 from oneshot.errors import DiskFull, UserError
 from oneshot.measure.cache import RESPONSES, Responses
 from oneshot.report.answers import write_answers
-from oneshot.report.page import write_page
 from oneshot.report.resume import forget_attempt, forget_events
 from oneshot.report.runfolder import append_event, open_run
 from oneshot.settings import FinetuneSettings, RepairSettings, Settings
@@ -112,6 +111,17 @@ def test_a_run_holds_its_folder_until_it_ends(tmp_path):
         open_run(str(tmp_path / "run"), "toy", Settings(), tiny_runtime())
         assert (tmp_path / "run" / LOCK).is_file()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["settings.yaml"]
+
+
+def test_a_run_that_was_taken_for_dead_tells_of_no_more_steps(tmp_path):
+    with released():
+        open_run(str(tmp_path), "toy", Settings(), tiny_runtime())
+        append_event(tmp_path, stage="finetune", step=1)
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).write_text('{"host": "node7", "pid": 4711}\n')
+        with pytest.raises(UserError, match=r"taken over by another run \(process 4711, on node7\)"):
+            append_event(tmp_path, stage="finetune", step=2)
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
 
 
 # --- what comes again -------------------------------------------------------------------------------------------------
@@ -224,9 +234,7 @@ def test_what_is_published_honours_the_umask(mask, tmp_path):
 def test_prompts_and_answers_are_the_users_alone(mask, tmp_path):
     Responses(tmp_path).put("key", "answer")
     write_answers(tmp_path, {"model": []})
-    report = {"model": "m", "world_size": 1, "seed": 0, "stages": {}, "resources": {}, "versions": {}}
-    write_page(tmp_path, report, {})
-    assert {mode(tmp_path / name) for name in (RESPONSES, "answers.jsonl", "report.html")} == {0o600}
+    assert {mode(tmp_path / name) for name in (RESPONSES, "answers.jsonl")} == {0o600}
 
 
 def test_the_lock_itself_can_be_read_by_whom_the_umask_lets(mask, tmp_path):
