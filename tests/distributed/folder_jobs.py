@@ -50,7 +50,7 @@ def run(runtime: Runtime, stage: str, argv: list[str], seconds: float = 0.0) -> 
 
 
 def on_a_full_disk(runtime: Runtime, argv: list[str], disk: str) -> dict[str, Any]:
-    """Repair into a folder of a small file system, which is full at the start, then when the patch comes, then not.
+    """Repair where a small file system has no room for the lock, for settings.yaml, for the patch, and then has some.
 
     Returns:
         what was said, and what the run's folder held afterwards, each time; nothing where no file system can be mounted
@@ -62,7 +62,7 @@ def on_a_full_disk(runtime: Runtime, argv: list[str], disk: str) -> dict[str, An
         if subprocess.run(command, check=False).returncode != 0:
             return {}
     found: dict[str, Any] = {}
-    for name, left in (("start", 0), ("patch", 40_000), ("enough", 4_000_000)):
+    for name, left in (("lock", 0), ("settings", 4096), ("patch", 40_000), ("enough", 4_000_000)):
         _fill(place / "filler", left)
         said = run(runtime, "repair", [*argv, "--out", f"{disk}/run"])
         there = sorted(path.name for path in (place / "run").iterdir()) if (place / "run").exists() else []
