@@ -200,14 +200,13 @@ def agree(runtime: Runtime, what: str) -> Iterator[None]:
         UserError: on every rank alike if the block failed on any of them with an OSError or UserError, naming the
             first rank and its error; other exceptions are left to end the run
     """
-    problem = ("", 0)
+    problem, where = ("", 0), f"{what} failed on rank {runtime.rank}: "
     try:
         yield
     except OSError as error:
-        text = f"{what} failed on rank {runtime.rank}: {error.strerror or error} ({error.filename or 'no file'})"
-        problem = (text, UserError.code)
+        problem = (f"{where}{error.strerror or error} ({error.filename or 'no file'})", UserError.code)
         if is_full(error) and error.filename:
-            problem = (str(disk_full(Path(error.filename))), DiskFull.code)
+            problem = (f"{where}{disk_full(Path(error.filename))}", DiskFull.code)
     except UserError as error:
         problem = (str(error), error.code)
     problems = [(text, code) for text, code in gather_objects(runtime, problem) if text]
