@@ -6,6 +6,14 @@ from __future__ import annotations
 class UserError(ValueError):
     """A mistake that the user can mend. The message is one sentence: what is wrong, where, and what to do."""
 
+    code = 2  # EXIT_USER
+
+
+class DiskFull(UserError):
+    """There is no room for what is to be written. The message says where, and of how many bytes."""
+
+    code = 1  # EXIT_FAILED
+
 
 def first_line(error: Exception) -> str:
     """Return the first line of a library's error without its full stop, to be quoted; its class where it says none."""

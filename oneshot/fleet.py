@@ -11,9 +11,11 @@ import dataclasses
 import glob
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.lock import released
 from oneshot.distributed.phases import clock, phase
 from oneshot.errors import Unmet, UserError, first_line
 
@@ -64,6 +66,7 @@ class Ways:
     repair: Callable[[Request, Path, Console | None, Shared], tuple[Chosen, dict[str, Any]]]
 
 
+@released()
 def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
     """Repair every adapter that ``model.paths`` names, and write the table of them all. Collective.
 
@@ -238,8 +241,11 @@ def _finished(run_dir: Path, place: Path, runtime: Runtime) -> dict[str, Any] | 
 
 def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | None) -> Request:
     """The checked request of one adapter, whose run folder is opened. Collective."""
+    from oneshot.distributed.runtime import agree
     from oneshot.report.preflight import look_around
+    from oneshot.report.resume import forget_attempt
     from oneshot.report.runfolder import open_run
+    from oneshot.stages import reads
 
     with phase("check"):
         request = ways.check(settings, runtime)
@@ -253,7 +259,10 @@ def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | No
                 f"The tokenizer or chat template of {settings.model.path} differs from that of "
                 f"{shared.request.settings.model.path}: repair it alone, with --model.path."
             )
-        run_dir = open_run(settings.out, settings.called, settings, runtime)
+        run_dir = open_run(settings.out, settings.called, settings, runtime, partial(reads, "repair"))
+        with agree(runtime, "removing what an interrupted repair left"):
+            if settings.resume and runtime.is_main:
+                forget_attempt(run_dir)
         if shared is None:
             look_around(runtime, settings.preflight, run_dir, 0, request.source.checkpoint, None)
     return request

@@ -41,7 +41,7 @@ def put(content: bytes, path: Path) -> None:
     """Put a file into the cache, by one rename; a cache that cannot be written is no reason to stop a run."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are in it, as tokens
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)

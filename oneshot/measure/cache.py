@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from oneshot.whole import disk_full, is_full
 
 RESPONSES = "responses.jsonl"
 
@@ -44,7 +47,17 @@ class Responses:
         """Keep an answer; it is handed to the operating system before this returns."""
         # ASCII only: an answer may hold half a surrogate pair, which no encoding takes
         line = json.dumps({"key": key, "answer": answer}, ensure_ascii=True)
-        with self.path.open("a", encoding="ascii") as stream:
-            stream.write(f"\n{line}\n" if self._torn else f"{line}\n")
+        try:
+            with open(self.path, "a", encoding="ascii", opener=_private) as stream:
+                stream.write(f"\n{line}\n" if self._torn else f"{line}\n")
+        except OSError as error:
+            if is_full(error):
+                raise disk_full(self.path, len(line)) from error
+            raise
         self._torn = False
         self.known[key] = answer
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that, where it is new, the user alone may read."""
+    return os.open(path, flags, 0o600)
