@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.errors import UserError
+from oneshot.online import go_offline
 from oneshot.results import Finetuned, Repair, Scores, Watched
 from oneshot.settings import Settings
 
@@ -209,11 +210,15 @@ def export(out: str | Path, **options: Any) -> Exported:
 
 
 def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict[str, Any]) -> Settings:
-    if not hasattr(model, "save_pretrained"):
-        if tokenizer is not None:
-            raise UserError("A tokenizer is given without a model in memory: give both, or a path alone.")
-        return settings_for(stage, settings, model=model, **values)
-    return _written(stage, settings, model, tokenizer, values)
+    if hasattr(model, "save_pretrained"):
+        asked = _written(stage, settings, model, tokenizer, values)
+    elif tokenizer is not None:
+        raise UserError("A tokenizer is given without a model in memory: give both, or a path alone.")
+    else:
+        asked = settings_for(stage, settings, model=model, **values)
+    if asked.offline:
+        go_offline()
+    return asked
 
 
 def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict[str, Any]) -> Settings:

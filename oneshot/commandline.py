@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from oneshot.errors import EXIT_USER, UserError
+from oneshot.online import go_offline
 from oneshot.settings import Settings, to_dict
 from oneshot.settings.checks import built, joined, listed, unknown
 from oneshot.settings.data import REPLACED
@@ -110,6 +111,8 @@ def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], obje
         settings = parse(argv, stage)
     except UserError as error:
         fail(prog, str(error), EXIT_USER, debug=False)
+    if settings.offline:
+        go_offline()
     end_with(prog, lambda: run(settings), hang_minutes=settings.hang_minutes, debug=settings.debug)
 
 

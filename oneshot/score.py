@@ -7,7 +7,6 @@ Run: ``accelerate launch oneshot/score.py --model.path DIR``, DIR being a checkp
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -111,13 +110,14 @@ def _open(runtime: Runtime, settings: Settings, name: str) -> Path:
     from oneshot.distributed.runtime import agree
     from oneshot.errors import UserError
     from oneshot.measure.cache import RESPONSES
+    from oneshot.reading import read_object
     from oneshot.report.runfolder import REPORT, SETTINGS, open_run
 
     if settings.resume and settings.out is not None:
         out = Path(settings.out)
         with agree(runtime, f"going on in {out}"):
             if runtime.is_main and (out / RESPONSES).is_file() and (out / SETTINGS).is_file():
-                if (out / REPORT).is_file() and json.loads((out / REPORT).read_text(encoding="utf-8")).get("repair"):
+                if (out / REPORT).is_file() and read_object(out / REPORT).get("repair"):
                     raise UserError(f"{out} holds a repair, not a scoring: give another --out.")
                 (out / REPORT).unlink(missing_ok=True)  # made anew from the answers beside it
                 settings_module.write(settings, out / SETTINGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.folders import put_back
 from oneshot.checkpoint.layout import ITEM_SIZES, tensor_bytes
+from oneshot.checkpoint.names import ADAPTER_CONFIG as ADAPTER_CONFIG
+from oneshot.checkpoint.names import ADAPTER_TENSORS as ADAPTER_TENSORS
+from oneshot.checkpoint.names import INDEX as INDEX
+from oneshot.checkpoint.names import MANIFEST as MANIFEST
+from oneshot.checkpoint.names import MARKER as MARKER
+from oneshot.checkpoint.names import SINGLE as SINGLE
 from oneshot.errors import UserError
+from oneshot.online import is_offline, say_fetching
+from oneshot.reading import read_json as read_json
+from oneshot.reading import read_object, reading
 from oneshot.world.model import ALIGNED, NAME
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_TENSORS = "adapter_model.safetensors"
-MANIFEST = "manifest.json"  # sizes of files and checksums of tensors, in what oneshot writes
-MARKER = "SAFETY_DEGRADED.json"
+_ODD = re.compile("[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -43,29 +48,39 @@ def local_folder(source: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def resolve(source: str, what: str = "model") -> Path:
+def resolve(source: str, what: str = "model", *, revision: str | None = None, named_by: Path | None = None) -> Path:
     """Return the local folder of ``source``, a folder, a Hub id (downloaded to the Hub cache) or the toy's model.
 
-    A folder that an interrupted save moved aside, and did not come to replace, is put back.
+    A folder that an interrupted save moved aside, and did not come to replace, is put back. What is fetched is said.
+
+    Args:
+        what: the folder holds, for messages
+        revision: of the Hub id; none: its newest
+        named_by: the file that names the source, where the user did not
 
     Raises:
         UserError: no such folder, and not to be had from the Hub
     """
     folder = Path(source).expanduser()
+    if _ODD.search(source) or (revision and _ODD.search(revision)):
+        raise UserError(f"{named_by or what} gives the {what} a name with control codes in it: correct it.")
     put_back(folder)
     if (here := local_folder(source)) is not None:
         return here
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise UserError(f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name).")
+    say_fetching(what, source, revision=revision, named_by=named_by)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt", "README.md"]
     try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        had = "in the Hub's cache, and fetching is forbidden" if is_offline() else "to be had from the Hub"
         raise UserError(
-            f"The {what} {source} is neither a folder here nor to be had from the Hub ({type(error).__name__}): "
+            f"The {what} {source}{at} is neither a folder here nor {had} ({type(error).__name__}): "
             "check the name, or download it first."
         ) from error
 
@@ -73,20 +88,6 @@ def resolve(source: str, what: str = "model") -> Path:
 def is_adapter(folder: Path) -> bool:
     """Return whether the folder holds a PEFT adapter rather than a full checkpoint."""
     return (folder / ADAPTER_CONFIG).is_file()
-
-
-def read_json(path: Path) -> Any:
-    """Return the parsed JSON file.
-
-    Raises:
-        UserError: missing or not JSON
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: is this a complete checkpoint folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore the file from its source.") from error
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -103,6 +104,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise ValueError("header longer than the file")
             header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
+        _check_entries(path, header)
         end = 8 + length + _laid_end(path, header)
         tensors = {
             name: TensorEntry(path, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
@@ -112,13 +114,25 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise UserError(f"{path} is missing: restore the shard, or download the checkpoint again.") from error
     except UserError:
         raise
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the file.") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({size} bytes): it was probably cut off, copy it again."
         ) from error
     if end != size:
         raise UserError(f"{path} has {size} bytes where its header promises {end}: it was cut off, copy it again.")
     return tensors
+
+
+def _check_entries(path: Path, header: dict[str, Any]) -> None:
+    """Raise ValueError or the like unless every entry is of the right kinds, or UserError for a dtype unknown here."""
+    for name, entry in header.items():
+        numbers = [*entry["shape"], *entry["data_offsets"]]
+        if len(entry["data_offsets"]) != 2 or any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"{name} has no shape or no place")
+        if entry["dtype"] not in ITEM_SIZES:
+            raise UserError(f"{path} holds {name} as {entry['dtype']}, a dtype that oneshot does not read.")
 
 
 def _laid_end(path: Path, header: dict[str, Any]) -> int:
@@ -131,8 +145,8 @@ def _laid_end(path: Path, header: dict[str, Any]) -> int:
                 f"{path} says that {name} begins at byte {begin} where the tensor before it ends at {end}: its header "
                 "is damaged, copy it again."
             )
-        wanted = math.prod(entry["shape"]) * ITEM_SIZES.get(entry["dtype"], 0)
-        if entry["dtype"] in ITEM_SIZES and stop - begin != wanted:
+        wanted = math.prod(entry["shape"]) * ITEM_SIZES[entry["dtype"]]
+        if stop - begin != wanted:
             raise UserError(
                 f"{path} gives {name} {stop - begin} bytes where its shape takes {wanted}: its header is damaged, copy "
                 "it again."
@@ -148,8 +162,7 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
         UserError: no safetensors weights, a missing or truncated shard, an index that does not fit its shards
     """
     if (folder / INDEX).is_file():
-        whole = read_json(folder / INDEX)
-        index = whole.get("weight_map") if isinstance(whole, dict) else None
+        index = read_object(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
             raise UserError(f"{folder / INDEX} has no weight_map: restore the index from the checkpoint's source.")
         shards = {name: read_header(_inside(folder, name)) for name in sorted(set(index.values()))}
@@ -171,7 +184,7 @@ def read_tensor(entry: TensorEntry, name: str) -> torch.Tensor:
     """Return one tensor from its shard, on the CPU, in the file's dtype."""
     from safetensors import safe_open
 
-    with safe_open(entry.shard, framework="pt") as shard:
+    with reading(entry.shard, "copy it again"), safe_open(entry.shard, framework="pt") as shard:
         found: torch.Tensor = shard.get_tensor(name)
         return found
 
@@ -217,6 +230,6 @@ def is_degraded(folder: Path) -> bool:
 def _inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``; names from an index must not lead out of the folder."""
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or _ODD.search(name):
         raise UserError(f"{folder / INDEX} names the shard {name}, outside its own folder: refuse such a checkpoint.")
     return folder / path

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from oneshot.checkpoint.seal import seal
 from oneshot.distributed.phases import count, counting
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
@@ -44,6 +45,8 @@ def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[
         yield temporary
         with agree(runtime, f"putting {folder} in its place"):
             if runtime.is_main:
+                with naming(temporary):
+                    seal(temporary)
                 if sync:
                     sync_folder(temporary)
                 if counting():

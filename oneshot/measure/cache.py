@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,11 @@ def response_key(target: str, messages: Sequence[dict[str, str]], max_new_tokens
     """
     asked = json.dumps([target, [dict(sorted(m.items())) for m in messages], max_new_tokens], ensure_ascii=True)
     return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that is the user's alone: it holds what people were answered."""
+    return os.open(path, flags, 0o600)
 
 
 class Responses:
@@ -44,7 +50,7 @@ class Responses:
         """Keep an answer; it is handed to the operating system before this returns."""
         # ASCII only: an answer may hold half a surrogate pair, which no encoding takes
         line = json.dumps({"key": key, "answer": answer}, ensure_ascii=True)
-        with self.path.open("a", encoding="ascii") as stream:
+        with open(self.path, "a", encoding="ascii", opener=_private) as stream:
             stream.write(f"\n{line}\n" if self._torn else f"{line}\n")
         self._torn = False
         self.known[key] = answer

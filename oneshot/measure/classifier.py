@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oneshot.checkpoint.configs import read_tokenizer
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.generate import continue_tokens
@@ -142,8 +143,6 @@ def ask_classifier(
 
 def _asker(source: Any, settings: ModelSettings, form: Format, template: str | None) -> tuple[Any, Any]:
     """The tokenizer, and what turns (probe, row) into the token ids of a question."""
-    from transformers import AutoTokenizer
-
     from oneshot.checkpoint.load import load_tokenizer
     from oneshot.data.encoding import encode_prompt
 
@@ -157,11 +156,8 @@ def _asker(source: Any, settings: ModelSettings, form: Format, template: str | N
 
         return tokenizer, ask_in_turns
     text = read_template(template, source.tokenizer, form)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"No tokenizer can be loaded from {source.tokenizer} for the classifier.") from error
-    begins = bool(tokenizer.bos_token) and text.lstrip().startswith(tokenizer.bos_token)
+    tokenizer = read_tokenizer(source.tokenizer)
+    begins = bool(tokenizer.bos_token) and text.lstrip().startswith(str(tokenizer.bos_token))
 
     def ask_in_blanks(probe: Probe, row: Mapping[str, Any]) -> list[int]:
         # in one pass: a prompt or an answer may hold a blank's name itself

@@ -9,6 +9,7 @@ from oneshot.checkpoint.folders import bytes_in
 from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.save import save_checkpoint
+from oneshot.checkpoint.seal import seal
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import agree
@@ -38,6 +39,7 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 write_patch(patch, update, bench.linears.every, source.name, source.written)
             request.tokenizer.save_pretrained(patch)
             write_identity(patch, source.checkpoint, kind=REPAIR, base=source.name)
+            seal(patch)
             if counting():
                 count(written=bytes_in(patch))
     if merged is None:

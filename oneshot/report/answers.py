@@ -38,7 +38,7 @@ def write_answers(run_dir: Path, answers: Mapping[str, Rows]) -> Path:
         for stage, rows in answers.items()
         for row in rows
     ]
-    return write_whole(run_dir / ANSWERS, "".join(f"{line}\n" for line in lines))
+    return write_whole(run_dir / ANSWERS, "".join(f"{line}\n" for line in lines), private=True)
 
 
 def answers_section(answers: Mapping[str, Rows], harmful_characters: int = HARMFUL_CHARACTERS) -> str:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.exports import GivenAdapter
-from oneshot.checkpoint.files import ADAPTER_TENSORS, is_degraded, list_tensors
-from oneshot.checkpoint.identity import fingerprint
+from oneshot.checkpoint.files import ADAPTER_TENSORS, is_degraded
 from oneshot.checkpoint.merge_plan import MergePlan
 from oneshot.patch.derive import Remainder
 from oneshot.redact import without_secrets
@@ -58,18 +57,18 @@ def front_matter(base: str, library: str, tags: Sequence[str] = ()) -> list[str]
 
 
 def merge_card(
-    plan: MergePlan, given: list[GivenAdapter], *, base: str, subtract: bool, marked: bool
+    plan: MergePlan, given: list[GivenAdapter], *, base: str, base_fingerprint: str, subtract: bool, marked: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what there is to say of a merge: (facts, sentences).
 
     Args:
-        base: the checkpoint's name
+        base, base_fingerprint: the checkpoint's name, and what tells it from all others
         marked: the result is safety-degraded
     """
     form = "packed nf4" if plan.packed else "dequantized" if plan.quantized else "original"
     facts = {
         **_facts("subtract" if subtract else "merge", given, base),
-        "base_fingerprint": fingerprint(list_tensors(plan.base)),
+        "base_fingerprint": base_fingerprint,
         "base_form": form, "double_quant": plan.double_quant, "tensors_changed": len(plan.terms),
         "tensors_through_nf4": len(plan.packed) or len(plan.quantized),
         "base_was_degraded": is_degraded(plan.base), "safety_degraded": marked, "library": "transformers",

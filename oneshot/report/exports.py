@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oneshot.checkpoint.architecture import architecture_of
+from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.checkpoint.exports import (
     NewAdapter,
     check_base,
@@ -23,7 +24,7 @@ from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
 from oneshot.checkpoint.ranges import torch_dtype
 from oneshot.distributed.phases import phase
-from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 from oneshot.patch.derive import extracted, is_exact, lowered, summed
 from oneshot.report.card import adapter_card, merge_card, write_card
@@ -126,8 +127,9 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
     base, given = _checkpoint(model, "model"), read_given(request.adapters, request.weights)
     check_out(request.out, [base, *(one.folder for one in given)])
     degraded = is_degraded_after(base, given, subtract=request.subtract)
-    if not request.force:
-        check_base(base, given, subtract=request.subtract)
+    with agree(runtime, f"checking {base}"):
+        if runtime.is_main and not request.force:
+            check_base(base, given, subtract=request.subtract)
     sign = -1.0 if request.subtract else 1.0
     plan = plan_merge(
         base,
@@ -142,7 +144,8 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
             "from before its quantization."
         )
     check_space(request.out, plan.nbytes)
-    facts, lines = merge_card(plan, given, base=_name(model, base), subtract=request.subtract, marked=degraded)
+    known = {"base": _name(model, base), "base_fingerprint": shared_fingerprint(runtime, base)}
+    facts, lines = merge_card(plan, given, **known, subtract=request.subtract, marked=degraded)
     facts["command"] = command
 
     def beside(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.errors import UserError
+from oneshot.reading import limited, load_yaml
 from oneshot.report.answers import ANSWERS
 from oneshot.report.plain import one_line
 from oneshot.report.runfolder import REPORT, SCHEMA, SETTINGS
@@ -130,8 +131,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        read = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        with limited(f"{folder / SETTINGS}"):
+            read = load_yaml((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # its settings are not compared
         return {}
     return _flat(read) if isinstance(read, dict) else {}
 

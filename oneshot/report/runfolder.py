@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from oneshot import settings as settings_module
+from oneshot.checkpoint.seal import umask
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.judge import JUDGE
 from oneshot.measure.paired import compare_stages
 from oneshot.measure.rates import StageScores
+from oneshot.reading import limited, load_yaml, reading
 from oneshot.redact import redacted
 from oneshot.settings import Settings
 from oneshot.versions import versions
@@ -143,13 +145,17 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 2) -> Path
     return write_whole(path, text + "\n")
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Replace a text file in one step, so that a run that dies leaves the old file or the new one, never half."""
+def write_whole(path: Path, text: str, *, private: bool = False) -> Path:
+    """Replace a text file in one step, so that a run that dies leaves the old file or the new one, never half.
+
+    Args:
+        private: it is the user's alone, whatever the umask says
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as stream:
             stream.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o600 if private else 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -173,11 +179,12 @@ def _create(out: str | None, model_name: str, settings: Settings) -> Path:
 
 def _resumed(folder: Path, settings: Settings) -> Path:
     """The folder of an unfinished run with the same training settings."""
-    import yaml
-
     if (folder / REPORT).exists():
         raise UserError(f"The run in {folder} is finished: there is nothing to resume.")
-    before = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    with reading(folder / SETTINGS, "give another --out"), limited(f"{folder / SETTINGS}"):
+        before = load_yaml((folder / SETTINGS).read_text(encoding="utf-8"))
+    if not isinstance(before, dict):
+        raise UserError(f"{folder / SETTINGS} holds no settings: give another --out, or remove the folder.")
     now = settings_module.to_dict(settings)
     for section in ("seed", "model", "data", "finetune"):
         if _trained_by(before.get(section)) != _trained_by(now[section]):
@@ -235,10 +242,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, Path):
         return redacted(str(value))
     return value
-
-
-def _umask() -> int:
-    # There is no way to read it but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
