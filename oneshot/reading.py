@@ -134,7 +134,10 @@ def read_json(path: Path) -> Any:
         UserError: missing, not JSON, or nested too deeply
     """
     with reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not valid JSON ({error.reason}, byte {error.start}): {_RESTORE}.") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from oneshot.checkpoint.names import SINGLE as SINGLE
 from oneshot.errors import UserError
 from oneshot.online import is_offline, say_fetching
 from oneshot.reading import read_json as read_json
-from oneshot.reading import read_object, reading
+from oneshot.reading import reading
 from oneshot.world.model import ALIGNED, NAME
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
         UserError: no safetensors weights, a missing or truncated shard, an index that does not fit its shards
     """
     if (folder / INDEX).is_file():
-        index = read_object(folder / INDEX).get("weight_map")
+        whole = read_json(folder / INDEX)
+        index = whole.get("weight_map") if isinstance(whole, dict) else None
         if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
             raise UserError(f"{folder / INDEX} has no weight_map: restore the index from the checkpoint's source.")
         shards = {name: read_header(_inside(folder, name)) for name in sorted(set(index.values()))}

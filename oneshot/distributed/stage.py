@@ -16,8 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from oneshot.distributed.signals import Interrupted, tell_code
 from oneshot.distributed.watchdog import watched
 from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
-from oneshot.redact import redacted
-from oneshot.shown import one_line
+from oneshot.shown import one_line, plain
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
 # what gloo and NCCL say of a peer that is gone, or silent for too long
@@ -166,4 +165,4 @@ def _say(prog: str, message: str) -> None:
 
 def _trace() -> None:
     """Show the traceback of what is being handled, without keys and tokens."""
-    print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
+    print(plain(traceback.format_exc()), file=sys.stderr, flush=True)
