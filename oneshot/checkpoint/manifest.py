@@ -46,13 +46,13 @@ def read_pieces(folder: Path, tensors: dict[str, TensorEntry]) -> Pieces:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not {"files", "pieces"} & manifest.keys():
         return {}  # another program's file of this common name
-    check_sealed(folder, CONFIGS)
     problem = _misfit(folder, tensors, manifest)
     if problem:
         raise UserError(
             f"{folder / MANIFEST} does not fit the files beside it: {problem}; copy the checkpoint again, or remove "
             "the manifest if you changed the files yourself."
         )
+    check_sealed(folder, CONFIGS)
     return {name: [(*piece,) for piece in found] for name, found in manifest["pieces"].items()}
 
 

@@ -37,7 +37,8 @@ ADAPTER = (ADAPTER_CONFIG, ADAPTER_TENSORS)
 SEALED = (*CONFIGS, *ADAPTER, *TOKENIZER)
 _FIELD = "sha256"
 _WITH_NAMES = (ADAPTER_CONFIG, CONFIG, GENERATION, "tokenizer_config.json", MARKER, IDENTITY, EXPORT)
-_OF_PLACE = ("base_model_name_or_path", "revision")  # where an adapter's base is: its users move it, and say so there
+# the checksums themselves, and where an adapter's base is: its users move it, and say so there
+_NOT_TOLD = (_FIELD, "base_model_name_or_path", "revision")
 _BLOCK = 1 << 20
 
 
@@ -48,10 +49,10 @@ def seal(folder: Path) -> None:
             _strike(folder / name)
     found = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and _is(path.name, SEALED)}
     holder = folder / (IDENTITY if (folder / IDENTITY).is_file() else MANIFEST)
-    if found:
-        facts = read_json(holder) if holder.is_file() else {}
-        if isinstance(facts, dict):
-            holder.write_text(json.dumps({**facts, _FIELD: found}) + "\n", encoding="utf-8")
+    facts = read_json(holder) if holder.is_file() else {}
+    if isinstance(facts, dict) and (found or facts):
+        found[holder.name] = _digest_of(facts)
+        holder.write_text(json.dumps({**facts, _FIELD: found}) + "\n", encoding="utf-8")
     mode = 0o666 & ~umask()
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -62,7 +63,7 @@ def check_sealed(folder: Path, patterns: Iterable[str] = SEALED) -> None:
     """Compare a folder's small files with the checksums that it was sealed with, where it was.
 
     Args:
-        patterns: of the names of the files to compare
+        patterns: of the names of the files to compare; what holds the checksums is compared with its own in any case
 
     Raises:
         UserError: one is missing or is not what was written
@@ -76,7 +77,11 @@ def check_sealed(folder: Path, patterns: Iterable[str] = SEALED) -> None:
         raise UserError(f"{holder} names files that are not in this folder: restore it from its source.")
     wanted = tuple(patterns)
     for name, digest in noted.items():
-        if _is(name, wanted) and _digest(folder / name) != digest:
+        if name == holder.name:
+            found: str | None = _digest_of(facts)
+        else:
+            found = _digest(folder / name) if _is(name, wanted) else None
+        if found not in (None, digest):
             raise UserError(
                 f"{folder / name} is not the file that was written (its SHA-256 is another than {holder.name} says): "
                 f"copy it again, or, if you changed it yourself, remove {_FIELD} from {holder.name}."
@@ -103,11 +108,16 @@ def _is(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
+def _digest_of(fields: dict[str, Any]) -> str:
+    """The SHA-256 of what a JSON file says: of the checksums' own holder and of adapters' configs."""
+    told = {key: value for key, value in fields.items() if key not in _NOT_TOLD}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def _digest(path: Path) -> str:
     """The SHA-256 of a file; of an adapter's config that of what it says, its base's place left out."""
     if path.name == ADAPTER_CONFIG and isinstance(fields := read_json(path), dict):
-        told = {key: value for key, value in fields.items() if key not in _OF_PLACE}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return _digest_of(fields)
     digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
         while data := file.read(_BLOCK):
