@@ -216,8 +216,7 @@ def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dic
         raise UserError("A tokenizer is given without a model in memory: give both, or a path alone.")
     else:
         asked = settings_for(stage, settings, model=model, **values)
-    if asked.offline:
-        go_offline()
+    go_offline(asked.offline)
     return asked
 
 

@@ -111,8 +111,7 @@ def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], obje
         settings = parse(argv, stage)
     except UserError as error:
         fail(prog, str(error), EXIT_USER, debug=False)
-    if settings.offline:
-        go_offline()
+    go_offline(settings.offline)
     end_with(prog, lambda: run(settings), hang_minutes=settings.hang_minutes, debug=settings.debug)
 
 

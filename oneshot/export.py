@@ -30,8 +30,7 @@ def run(argv: list[str]) -> None:
     from oneshot.online import go_offline
     from oneshot.report.exports import ExportRequest, check_request, export
 
-    if options.pop("offline"):
-        go_offline()
+    go_offline(options.pop("offline"))
     request = ExportRequest(**options)
     check_request(request)  # before a run of many processes is joined
     from oneshot.distributed.phases import clock

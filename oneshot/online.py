@@ -12,15 +12,15 @@ from oneshot.shown import one_line
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
-def go_offline() -> None:
-    """Have nothing be fetched from the Hub by this process: what is in its cache is used."""
-    for name in _VARIABLES:
+def go_offline(asked: bool) -> None:
+    """Have nothing be fetched from the Hub by this process, where that is asked: what is in its cache is used."""
+    for name in _VARIABLES if asked else ():
         os.environ[name] = "1"
     for module, constant in (
         ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
         ("datasets.config", "HF_DATASETS_OFFLINE"),
     ):
-        if module in sys.modules:  # it has looked at the environment already
+        if asked and module in sys.modules:  # it has looked at the environment already
             setattr(sys.modules[module], constant, True)
 
 

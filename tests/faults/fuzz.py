@@ -1,7 +1,7 @@
 """Damage every kind of file that oneshot reads, at random, and look at how each command takes it.
 
-``python tests/faults/fuzz.py --count 5000 --seed 0`` prints a table, and each bad outcome with the seed that repeats it
-(``make fuzz N=5000``). What there may be: the same result; one sentence and exit code 2; the problem named and exit code
+``python tests/faults/fuzz.py --count 5000 --seed 0`` (``make fuzz N=5000``) prints a table, and of each bad outcome what
+repeats it. What there may be: the same result; one sentence and exit code 2; the problem named and exit code
 1; and another result, where nothing could tell the damaged file from a file that is meant to be so.
 """
 

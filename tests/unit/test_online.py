@@ -78,7 +78,7 @@ def test_names_of_wrong_types_go_nowhere(fields, hub, lora):
 
 def test_offline_nothing_is_said_or_fetched(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    online.go_offline()
+    online.go_offline(True)
     assert huggingface_hub.constants.HF_HUB_OFFLINE is True
     with pytest.raises(UserError, match="fetching is forbidden"):
         resolve("someone/model-that-is-not-here")

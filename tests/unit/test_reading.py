@@ -196,14 +196,19 @@ def test_chat_templates_that_are_traps_are_given_up(template, monkeypatch):
     says(Path("the/model"), lambda: encode_prompt([{"role": "user", "content": "hello"}], tokenizer))
 
 
+def count_for_ever():
+    with limited("Counting", seconds=0.05):
+        while True:
+            pass
+
+
 def test_limits_end_with_the_block_and_leave_other_timers_alone():
     heard = []
     before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.15)
-        with pytest.raises(UserError, match=r"Counting takes more than 0\.05 s"), limited("Counting", seconds=0.05):
-            while True:
-                pass
+        with pytest.raises(UserError, match=r"Counting takes more than 0\.05 s"):
+            count_for_ever()
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
         assert heard == []
         time.sleep(0.3)
@@ -248,10 +253,7 @@ def test_configs_and_tokenizers_of_wrong_types_name_their_folder(name, text, tmp
     read = (
         read_tokenizer if name.startswith("tok") else read_generation_config if name.startswith("gen") else read_config
     )
-    try:
-        read(tmp_path)
-    except UserError as error:
-        assert str(tmp_path) in str(error)
-        assert "\n" not in str(error)
+    if text.startswith('{"max_new_tokens"'):
+        read(tmp_path)  # transformers takes any value of a generation config
     else:
-        assert name == "generation_config.json", "transformers takes any value of a generation config"
+        says(tmp_path, lambda: read(tmp_path))
