@@ -1,4 +1,4 @@
-"""300 damaged files: no traceback, no hang, no silently different weights or verdicts; ``make fuzz N=5000`` tries more."""
+"""300 damaged files: no traceback, no hang, no silently different weights or verdicts (``make fuzz`` tries more)."""
 
 from __future__ import annotations
 
