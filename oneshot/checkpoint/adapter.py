@@ -14,7 +14,7 @@ from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors, Update, scaled
 from oneshot.errors import UserError
 from oneshot.reading import first_match, limited, read_object, reading
-from oneshot.redact import redacted
+from oneshot.redact import redacted, without_secrets
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,8 @@ def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> No
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(adapter.dtype).cpu().contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.to(adapter.dtype).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
+    config = without_secrets(adapter.config)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _save_checked(folder / ADAPTER_TENSORS, tensors)
 
 

@@ -1,8 +1,8 @@
 """Damage every kind of file that oneshot reads, at random, and look at how each command takes it.
 
 ``python tests/faults/fuzz.py --count 5000 --seed 0`` (``make fuzz N=5000``) prints a table, and what repeats each bad
-outcome. What there may be: the same result; one sentence and exit code 2; the problem named and exit code 1; and another
-result, where nothing could tell the damaged file from a file that is meant to be so.
+outcome. What there may be: the same result; one sentence and exit code 2; the problem named and exit code 1; and
+another result, where nothing could tell the damaged file from a file that is meant to be so.
 """
 
 from __future__ import annotations
