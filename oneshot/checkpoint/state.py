@@ -39,6 +39,7 @@ from oneshot.distributed.optimizer_state import StateShare, allocate, held_state
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
 from oneshot.reading import reading
+from oneshot.shown import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +145,7 @@ def newest_whole(runtime: Runtime, folder: Path) -> Path | None:
         except UserError as error:  # which every rank has
             problems.append(str(error))
             if runtime.is_main:
-                print(f"Passed over {state}: {error}", flush=True)
+                print(f"Passed over {state}: {one_line(error)}", flush=True)
     if problems:
         raise UserError(f"No state in {folder} is whole, so there is nothing to resume from: {problems[0]}")
     return None
