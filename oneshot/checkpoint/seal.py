@@ -19,6 +19,7 @@ from typing import Any
 from oneshot.checkpoint.names import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
+    CARD,
     CONFIG,
     EXPORT,
     GENERATION,
@@ -30,7 +31,7 @@ from oneshot.checkpoint.names import (
 )
 from oneshot.errors import UserError
 from oneshot.reading import read_json, reading
-from oneshot.redact import without_secrets
+from oneshot.redact import redacted, without_secrets
 
 CONFIGS = (CONFIG, GENERATION, INDEX)
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_TENSORS)
@@ -47,6 +48,10 @@ def seal(folder: Path) -> None:
     for name in _WITH_NAMES:
         if (folder / name).is_file():
             _strike(folder / name)
+    if (folder / CARD).is_file():  # PEFT's names the base
+        text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+        if (plain := redacted(text)) != text:
+            (folder / CARD).write_text(plain, encoding="utf-8")
     found = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and _is(path.name, SEALED)}
     holder = folder / (IDENTITY if (folder / IDENTITY).is_file() else MANIFEST)
     facts = read_json(holder) if holder.is_file() else {}

@@ -211,6 +211,7 @@ def test_no_file_of_a_published_folder_holds_a_key(tmp_path):
         write_identity(temporary, ALIGNED, kind="repair", base=f"/models/{key}/base")
         (temporary / "config.json").write_text(json.dumps({"_name_or_path": f"https://me:{'p/a@b'}@host/{key}"}))
         (temporary / "SAFETY_DEGRADED.json").write_text(json.dumps({"fine_tuned_from": key}))
+        (temporary / "README.md").write_text(f"base_model: {key}")
     for path in (tmp_path / "patch").iterdir():
         assert key.encode() not in path.read_bytes(), path
         assert b"p/a@b" not in path.read_bytes(), path
