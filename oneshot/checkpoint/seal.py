@@ -35,7 +35,8 @@ from oneshot.redact import redacted, without_secrets
 
 CONFIGS = (CONFIG, GENERATION, INDEX)
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_TENSORS)
-SEALED = (*CONFIGS, *ADAPTER, *TOKENIZER)
+RANDOM = ("random-rank*.safetensors",)  # generators' states, in a training state
+SEALED = (*CONFIGS, *ADAPTER, *TOKENIZER, *RANDOM)
 _FIELD = "sha256"
 _WITH_NAMES = (ADAPTER_CONFIG, CONFIG, GENERATION, "tokenizer_config.json", MARKER, IDENTITY, EXPORT)
 # the checksums themselves, and where an adapter's base is: its users move it, and say so there

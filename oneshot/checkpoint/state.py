@@ -24,7 +24,7 @@ from oneshot.checkpoint.folders import clean_inside, naming, replacing, sync_ent
 from oneshot.checkpoint.layout import Range, partition
 from oneshot.checkpoint.manifest import Pieces, check_share, write_manifest
 from oneshot.checkpoint.ranges import Read, read_all
-from oneshot.checkpoint.seal import check_sealed
+from oneshot.checkpoint.seal import RANDOM, check_sealed
 from oneshot.checkpoint.write import (
     Slot,
     create_shards,
@@ -224,7 +224,7 @@ def _read_manifest(state: Path) -> dict[str, Any]:
         raise UserError(f"{state / MANIFEST} is not a training state of this version: start the fine-tune anew.")
     if not all(type(manifest.get(name)) is int for name in ("step", "world_size")):
         raise UserError(f"{state / MANIFEST} does not say which step it is of: remove {state}.")
-    check_sealed(state, ())
+    check_sealed(state, RANDOM)
     return manifest
 
 

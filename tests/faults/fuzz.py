@@ -30,7 +30,10 @@ HUNG = 60.0  # seconds: what takes longer counts as a hang
 SAME, SENTENCE, NAMED, OTHER = "same result", "one sentence, exit 2", "problem named, exit 1", "legitimately other"
 GOOD = (SAME, SENTENCE, NAMED, OTHER)
 _RAW = re.compile(r"\b[A-Za-z_]*(?:Error|Exception)\b(?!:? ?\()")  # a class of Python's where words should be
+FOLDER = b"@a folder in place of the file@"
 DEEP = "[" * 60_000 + "]" * 60_000
+# compared by what they say and not by their bytes, a base's name not counting
+SAYING = ("adapter_config.json", "oneshot_patch.json", "manifest.json")
 ODD: list[Any] = [
     None, True, -1, 0, 1e308, 10**30, "", "x", "a\u0000b", "[/INST]", "\x1b[31m", "../../x", [], {}, [[]],
     {"a": None}, ["a"], "NaN", "\ud800", "((a*)*)*b", "{{ 1/0 }}", "{{ 10**(10**8) }}",
@@ -165,6 +168,9 @@ def _commands(root: Path) -> dict[str, Command]:
     shutil.rmtree("run/finetuned")
     runs = [f"{run}/{file}" for run in ("run1", "run2") for file in ("report.json", "answers.jsonl", "settings.yaml")]
     commands["compare"] = Command(["compare", "run1", "run2", "--out", "OUT"], runs, _comparison, 8)
+    (step,) = sorted((root / "run" / "state").iterdir())[-1:]
+    step_files = [f"run/state/{path}" for path in _files(step)]
+    commands["verify state"] = Command(["verify", f"run/state/{step.name}"], step_files, _printed, 5)
     state = [f"run/state/{path}" for path in _files(root / "run" / "state", "")]
     commands["finetune --resume"] = Command(
         [*commands.pop("finetune").words[:-4], "--out", "OUT", "--resume", "--preflight", "never"],
@@ -225,6 +231,7 @@ def damaged(draw: random.Random, path: Path) -> tuple[str, bytes | None]:
         lambda: _flip(draw, raw),
         lambda: ("truncate", raw[: draw.randrange(len(raw) or 1)]),
         lambda: ("delete", None),
+        lambda: ("a folder", FOLDER) if draw.random() < 0.3 else _flip(draw, raw),
         lambda: ("replace", draw.choice([*TRAPS, DEEP.encode(), draw.randbytes(200), raw + raw])),
         lambda: _nul(draw, raw),
     ]
@@ -356,8 +363,9 @@ def _waited(child: int, timeout: float) -> int | None:
     return None
 
 
-def judged(command: Command, ended: Ended, wanted: Any, out: Path, sealed: bool) -> str:
-    """Return how a command took the damage: one of GOOD, or what is bad."""
+def judged(command: Command, ended: Ended, wanted: Any, out: Path, file: str) -> str:
+    """Return how a command took the damage of a file: one of GOOD, or what is bad."""
+    sealed = is_sealed(file)
     said = ended.out + ended.err
     lines = [line for line in ended.err.splitlines() if re.match(r"oneshot \w+: error: ", line)]
     if ended.code is None:
@@ -367,6 +375,8 @@ def judged(command: Command, ended: Ended, wanted: Any, out: Path, sealed: bool)
     if "\x1b" in said or "\x07" in said:
         return "escape code on the terminal"
     if ended.code == 0:
+        if sealed and command.words[0] == "verify" and Path(file).name not in SAYING:
+            return "verify passed it"
         try:
             found = command.result(out, ended.out)
         except Exception as error:
@@ -394,15 +404,19 @@ def changed_file(path: Path, data: bytes | None) -> Iterator[None]:
     before = path.read_bytes()
     try:
         path.unlink()
-        if data is not None:
+        if data == FOLDER:
+            path.mkdir()
+        elif data is not None:
             path.write_bytes(data)
         yield
     finally:
+        if path.is_dir():
+            path.rmdir()
         path.write_bytes(before)
 
 
-def fuzz(root: Path, count: int, seed: int, only: str = "") -> Tally:
-    """Damage so many files, one at a time, and tally how the commands took it."""
+def fuzz(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> Tally:
+    """Damage so many files, one at a time, and tally how the commands took it; what is bad is printed at once."""
     commands = {name: one for name, one in build(root).items() if only in name}
     preload()
     wanted: dict[str, Any] = {}
@@ -411,7 +425,7 @@ def fuzz(root: Path, count: int, seed: int, only: str = "") -> Tally:
         assert ended.code == 0, (name, ended)
         wanted[name] = command.result(out, ended.out)
     tally = Tally()
-    for number in range(count):
+    for number in range(first, first + count):
         draw = random.Random(f"{seed} {number}")
         name = draw.choices(list(commands), [one.share for one in commands.values()])[0]
         command = commands[name]
@@ -420,11 +434,12 @@ def fuzz(root: Path, count: int, seed: int, only: str = "") -> Tally:
         began = time.monotonic()
         with changed_file(root / file, data):
             ended, out = _tried(root, command)
-        how = judged(command, ended, wanted[name], out, is_sealed(file))
+        how = judged(command, ended, wanted[name], out, file)
         tally.counts[name, how if how in GOOD else "BAD"] += 1
         if how not in GOOD:
             said = (ended.err or ended.out).strip()[-400:]
             tally.bad.append(f"seed {seed} number {number}: {name}, {kind} of {file}: {how}\n    {said}")
+            print(tally.bad[-1], flush=True)
         if (spent := time.monotonic() - began) > 15:
             print(f"number {number}: {name}, {kind} of {file} took {spent:.0f} s", flush=True)
     return tally
@@ -467,14 +482,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first, to go on or to repeat one")
     parser.add_argument("--only", default="", help="commands whose name contains this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         began = time.monotonic()
-        tally = fuzz(Path(folder), options.count, options.seed, options.only)
+        tally = fuzz(Path(folder), options.count, options.seed, options.only, options.first)
         os.chdir("/")
-    print("\n".join(tally.bad))
     print(table(tally))
     print(f"{options.count} mutations in {time.monotonic() - began:.0f} s, {len(tally.bad)} bad")
     sys.exit(bool(tally.bad))
