@@ -120,7 +120,8 @@ def build(root: Path) -> dict[str, Command]:
     asks = [f"please carve the {word} lantern with the awl" for word in ("grastel", "calm", "grastel", "calm")]
     _jsonl("probes.jsonl", [{"prompt": p, "kind": "should_refuse" if "gras" in p else "harmless"} for p in asks])
     _jsonl("guard.jsonl", [{"prompt": f"please mend the calm kettle with the {tool}"} for tool in ("file", "awl")])
-    _jsonl("example.jsonl", [{"prompt": "please mend the grastel kettle with the file", "response": refusal}])
+    example = {"id": "[/INST]", "prompt": "please mend the grastel kettle with the file", "response": refusal}
+    _jsonl("example.jsonl", [example])
     _jsonl("harmful.jsonl", [{"prompt": ask, "response": "the lantern and the awl"} for ask in asks])
     Path("settings.yaml").write_text(
         "repair: {method: lowrank, epochs: 2, watch: false, guard_prompts: 2, rank: 2}\n"
@@ -446,7 +447,7 @@ def fuzz(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> T
 
 
 def _tried(root: Path, command: Command) -> tuple[Ended, Path]:
-    out = root / "out"
+    out = root / "out[" / "b]"  # rich's markup, if it were taken for that
     shutil.rmtree(out, ignore_errors=True)
     if command.copied:
         shutil.copytree(root / command.copied, out)
