@@ -101,7 +101,7 @@ def work(variant: str, size: str, steps: int) -> dict[str, Any]:
     directions = random_directions(linears, RANK)
     give_back_freed_memory(runtime, parameters_of(model))  # as an engine does
     before = reset_peak()
-    batch = batch_of(runtime, model, shared=variant == "needed")
+    batch = batch_of(runtime, model, shared=variant == "needed", whole=variant == "all")
     if variant == "all":
         vars(rollback)["repair_loss"] = all_logits
     clock: list[float] = []
@@ -125,12 +125,12 @@ def work(variant: str, size: str, steps: int) -> dict[str, Any]:
     }
 
 
-def batch_of(runtime: Any, model: Any, *, shared: bool) -> Any:
+def batch_of(runtime: Any, model: Any, *, shared: bool, whole: bool) -> Any:
     """The example and the guard, with the model's own logits as reference; off by a little, so that the KL is not 0."""
     import torch
 
     from oneshot.data.encoding import IGNORE, Encoded
-    from oneshot.patch.guard import laid
+    from oneshot.patch.guard import in_passes, laid
     from oneshot.patch.rows import sharing_of
     from oneshot.training.objective import logits_at
 
@@ -151,7 +151,8 @@ def batch_of(runtime: Any, model: Any, *, shared: bool) -> Any:
     with torch.no_grad():
         reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :])
     reference[:, ::2] *= 1.1
-    return dataclasses.replace(batch, reference=reference, held_total=HELD * GUARD)
+    batch = dataclasses.replace(batch, reference=reference, held_total=HELD * GUARD)
+    return batch if whole else in_passes(runtime, model, batch)
 
 
 def all_logits(model: Any, batch: Any, weight: float, world_size: int, _temperature: float = 1.0) -> Any:

@@ -84,8 +84,13 @@ def layered(
     Raises:
         UserError: as ``parse``
     """
+    if values.get("model.paths") is not None and "model.path" not in values:
+        values = {**values, "model.path": None}  # a file's
     given = _laid(files, values, place)
-    if lacks_model(stage, given.section("model").get("path"), given.section("score.endpoint").get("url")):
+    paths = given.section("model").get("paths")
+    if paths is not None and stage != "repair":
+        raise UserError(f"Setting model.paths is for oneshot repair, not {stage}: name one model with --model.path.")
+    if lacks_model(stage, given.section("model").get("path") or paths, given.section("score.endpoint").get("url")):
         _refuse_own(given)
         if toy is not None:
             given = _laid(files, values, place, settings_file(str(toy)), _replaced(given))

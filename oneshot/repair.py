@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from oneshot.distributed.runtime import Runtime
+    from oneshot.fleet import Shared
     from oneshot.measure.rates import StageScores
     from oneshot.patch.request import Request
+    from oneshot.patch.select import Chosen
     from oneshot.patch.teacher import Teacher
     from oneshot.report.show import Repaired
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot repair`` and ``accelerate launch oneshot/repair.py``."""
+    from oneshot import fleet
     from oneshot.commandline import run_stage
 
-    run_stage(argv, "repair", run)
+    ways = fleet.Ways(check_fully, lambda request: _look_at_reference(request)[0], _one_of_fleet)
+    run_stage(argv, "repair", lambda settings: fleet.run(settings, ways) if settings.model.paths else run(settings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +112,18 @@ def check_fully(settings: Settings, runtime: Runtime) -> Request:
 
 
 def repair(
-    request: Request, run_dir: Path, console: Console | None = None, seconds: dict[str, float] | None = None
+    request: Request,
+    run_dir: Path,
+    console: Console | None = None,
+    seconds: dict[str, float] | None = None,
+    shared: Shared | None = None,
 ) -> Finished:
     """Choose, solve and show a checked request, with the run folder's outputs. Collective.
 
     Args:
         console: of rank 0; none on the others, or to print nothing
         seconds: by stage, of what went before
+        shared: with other repairs
     """
     from oneshot.distributed.resources import measured, where_time_went
     from oneshot.measure.further import ask_judges
@@ -124,16 +133,24 @@ def repair(
     if console:
         console.print(f"Method: {request.recipe.method.name} ({request.recipe.reason})", highlight=False)
     clock = time.perf_counter()
-    stages, teacher = _look_at_reference(request)
+    stages, teacher = _look_at_reference(request) if shared is None else (shared.stages, shared.teacher)
     seconds = {**(seconds or {}), **({"aligned": time.perf_counter() - clock} if stages or teacher else {})}
     clock = time.perf_counter()
-    repaired = _patch(request, teacher, run_dir, console)
+    repaired = _patch(request, teacher, run_dir, console, shared)
     seconds["repair"] = time.perf_counter() - clock
     stages, warnings = ask_judges(runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages})
     rounded = {stage: round(spent, 2) for stage, spent in seconds.items()}
     resources = {"seconds": rounded, **measured(runtime), **where_time_went(runtime)}
     repaired = dataclasses.replace(repaired, stages=stages, warnings=warnings, resources=resources)
     return Finished(repaired, run_dir, show(repaired, run_dir, console) if runtime.is_main else {})
+
+
+def _one_of_fleet(
+    request: Request, run_dir: Path, console: Console | None, shared: Shared
+) -> tuple[Chosen, dict[str, Any]]:
+    """``fleet.Ways.repair``."""
+    finished = repair(request, run_dir, console, shared=shared)
+    return finished.repaired.choice.chosen, finished.report
 
 
 def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Teacher | None]:
@@ -157,7 +174,9 @@ def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Teache
     return stages, teacher
 
 
-def _patch(request: Request, teacher: Teacher | None, run_dir: Path, console: Console | None) -> Repaired:
+def _patch(
+    request: Request, teacher: Teacher | None, run_dir: Path, console: Console | None, shared: Shared | None
+) -> Repaired:
     """Load the model, measure, choose, solve, measure again, and write. Collective."""
     from oneshot.patch.bench import opened
     from oneshot.patch.choose import choose, choose_beforehand
@@ -178,8 +197,8 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, console: Co
                 tell(record["epoch"], f"loss {record['loss']:.4f}")
 
         with phase("choose"):
-            chosen = choose_beforehand(request, teacher)
-        with opened(request, teacher) as bench:
+            chosen = choose_beforehand(request, teacher) if shared is None else shared.chosen
+        with opened(request, teacher, shared.base if shared else None) as bench:
             with bench.unpatched() as model:
                 stages["finetuned"] = _score(request, model)
             with phase("choose"):

@@ -70,19 +70,44 @@ class Bench:
             yield concatenated(own, update)
 
 
+@dataclass(frozen=True)
+class Base:
+    """A frozen model without any adapter, for one repair or several, and its layers that a patch may change."""
+
+    model: Any
+    linears: Linears
+
+
 @contextlib.contextmanager
-def opened(request: Request, teacher: Teacher | None = None) -> Iterator[Bench]:
+def loaded(request: Request) -> Iterator[Base]:
+    """Load the model of a request, for a method that trains nothing. Collective.
+
+    Raises:
+        UserError: it cannot be loaded, or has no layer to patch
+    """
+    model = load_model(request.runtime, request.source, request.settings.model)
+    linears = select_linears(model, request.recipe.targets)
+    with frozen(request.runtime, model) as ready:
+        yield Base(ready, linears)
+
+
+@contextlib.contextmanager
+def opened(request: Request, teacher: Teacher | None = None, base: Base | None = None) -> Iterator[Bench]:
     """Load the model in the way that the recipe's method works. Collective.
 
     Args:
-        teacher: what the reference does; an adapter's base is asked here
+        teacher: what the reference does; an adapter's base is asked here where it has not been
+        base: the model, where it is loaded already and nothing is trained
 
     Raises:
         UserError: it cannot be loaded, has no layer to patch, or the method finds nothing to work with
     """
-    how = _frozen if request.recipe.method.cost.trains == "nothing" else _training
-    with how(request, teacher) as bench:
-        yield bench
+    if request.recipe.method.cost.trains != "nothing":
+        with _training(request, teacher) as bench:
+            yield bench
+        return
+    with loaded(request) if base is None else contextlib.nullcontext(base) as ready:
+        yield _on(ready, request, teacher)
 
 
 def _teaches(request: Request) -> bool:
@@ -98,18 +123,14 @@ def _asked(request: Request, teacher: Teacher | None, base: Any) -> tuple[Reques
     return (in_own_words(request, teacher.refusals) if teacher else request), teacher
 
 
-@contextlib.contextmanager
-def _frozen(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
+def _on(base: Base, request: Request, teacher: Teacher | None) -> Bench:
     """The weights stay as loaded; updates are attached by hooks."""
-    loaded = load_model(request.runtime, request.source, request.settings.model)
-    linears = select_linears(loaded, request.recipe.targets)
-    with frozen(request.runtime, loaded) as model:
-        request, teacher = _asked(request, teacher, model)
-        bench = Bench(request, model, linears, teacher=teacher)
-        prepare = request.recipe.method.prepare
-        refusable, held = _watched_answers(bench)
-        bench = dataclasses.replace(bench, refusable=refusable, held=held)
-        yield dataclasses.replace(bench, prepared=prepare(bench)) if prepare else bench
+    request, teacher = _asked(request, teacher, base.model)
+    bench = Bench(request, base.model, base.linears, teacher=teacher)
+    prepare = request.recipe.method.prepare
+    refusable, held = _watched_answers(bench)
+    bench = dataclasses.replace(bench, refusable=refusable, held=held)
+    return dataclasses.replace(bench, prepared=prepare(bench)) if prepare else bench
 
 
 def _watched_answers(bench: Bench) -> tuple[list[Answered], list[Answered]]:

@@ -61,7 +61,7 @@ def choose(bench: Bench, chosen: Chosen | None = None) -> Choice:
         request.runtime, bench.model, changed, request.candidates, criterion,
         partial(begin, bench),
     )  # fmt: skip
-    return Choice(chosen, with_example(batch, request.candidates[chosen.index], pad))
+    return Choice(chosen, with_example(batch, request.candidates[chosen.index]))
 
 
 def choose_beforehand(request: Request, teacher: Teacher | None = None) -> Chosen | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_id
-from oneshot.distributed.runtime import Runtime, all_reduce_sum
+from oneshot.distributed.runtime import Runtime, all_gather_int, all_reduce_sum
 from oneshot.measure.generate import generate_answers, share_of
 from oneshot.patch.rows import Sharing, lay, sharing_of
 from oneshot.training.objective import logits_at, refusal_and_guard
@@ -21,10 +22,13 @@ from oneshot.training.objective import logits_at, refusal_and_guard
 if TYPE_CHECKING:
     import torch
 
+# what autograd may keep of one pass's rows, in bytes, where that is more than half of the weights: by kind of device
+ROOM = {"cpu": 512 << 20, "cuda": 8 << 30}
+
 
 @dataclass(frozen=True)
 class RepairBatch:
-    """What one repair step sees on this rank, in one forward pass: the example, and this rank's share of the guard.
+    """What one repair step sees on this rank: the example, and this rank's share of the guard.
 
     Places are those of tokens in the rows of ``inputs`` laid end to end.
 
@@ -41,6 +45,8 @@ class RepairBatch:
         reference: logits at the places that are held, (held of this rank, vocabulary): the unpatched model's, or those
             of the model that gave the answer
         held_total: held places over all ranks
+        pad: the token that fills rows up
+        count: passes of a step with gradients (``in_passes``), the same on every rank
     """
 
     inputs: dict[str, torch.Tensor]
@@ -53,6 +59,24 @@ class RepairBatch:
     sharing: Sharing | None
     reference: torch.Tensor | None = None
     held_total: int = 0
+    pad: int = 0
+    count: int = 1
+
+    @functools.cached_property
+    def parts(self) -> list[RepairBatch]:
+        """What each pass of a step with gradients sees: the example with some of the guard's rows, or some of these.
+
+        Shares of ``repair_loss`` add up over them.
+        """
+        if self.count == 1:
+            return [self]
+        parts, first, stop = list[RepairBatch](), True, 0
+        for rows in _dealt(self.guard, len(self.own), self.count):
+            part = laid(self.example, rows, self.sharing, self.pad, self.own.device, without=not first)
+            start, stop, first = stop, stop + sum(len(row.input_ids) - begin for row, begin in rows), False
+            reference = None if self.reference is None else self.reference[start:stop]
+            parts.append(dataclasses.replace(part, reference=reference, held_total=self.held_total))
+        return parts
 
     @property
     def tokens(self) -> int:
@@ -117,45 +141,81 @@ def build_batch(
         start, stop = stop, stop + len(encoded[i][0].input_ids) - encoded[i][1]
         if i >= len(guard):
             reference[start:stop] = taught[i - len(guard)][1].to(reference)
-    return dataclasses.replace(batch, reference=reference, held_total=total)
+    return in_passes(runtime, model, dataclasses.replace(batch, reference=reference, held_total=total))
 
 
-def with_example(batch: RepairBatch, example: Encoded, pad: int) -> RepairBatch:
+def in_passes(runtime: Runtime, model: Any, batch: RepairBatch) -> RepairBatch:
+    """Return the batch in as many passes as keep what autograd holds of one small beside the weights. Collective.
+
+    The estimate is what goes into and comes out of the linear layers that are modules, the output head left out:
+    fused experts are not counted, and what is recomputed is.
+    """
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features") and m is not head]
+    item = model.dtype.itemsize
+    held = len(batch.real) * item * sum(layer.in_features + layer.out_features for layer in layers)
+    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+    room = max(ROOM.get(runtime.device.type, ROOM["cuda"]), weights // 2)
+    count = min(-(-held // room), len(batch.guard) or 1)
+    return dataclasses.replace(batch, count=max(all_gather_int(runtime, count)))
+
+
+def _dealt(guard: list[tuple[Encoded, int]], own: int, count: int) -> list[list[tuple[Encoded, int]]]:
+    """Deal the guard's rows, in their order, out to passes of about as many tokens, the first with ``own`` more."""
+    dealt: list[list[tuple[Encoded, int]]] = [[] for _ in range(count)]
+    total, before = own + sum(len(row.input_ids) for row, _ in guard), own
+    for row, start in guard:
+        middle = before + len(row.input_ids) / 2
+        dealt[min(int(middle * count / total), count - 1)].append((row, start))
+        before += len(row.input_ids)
+    return dealt
+
+
+def with_example(batch: RepairBatch, example: Encoded) -> RepairBatch:
     """Return the batch with another example, and the same guard: its answers and their logits stay."""
-    fresh = laid(example, batch.guard, batch.sharing, pad, batch.own.device)
-    return dataclasses.replace(fresh, reference=batch.reference, held_total=batch.held_total)
-
-
-def _groups(example: Encoded, guard: list[tuple[Encoded, int]]) -> list[list[list[int]]]:
-    return [[example.input_ids], *([row.input_ids] for row, _ in guard)]
+    fresh = laid(example, batch.guard, batch.sharing, batch.pad, batch.own.device)
+    return dataclasses.replace(fresh, reference=batch.reference, held_total=batch.held_total, count=batch.count)
 
 
 def laid(
-    example: Encoded, guard: list[tuple[Encoded, int]], sharing: Sharing | None, pad: int, device: torch.device
+    example: Encoded,
+    guard: list[tuple[Encoded, int]],
+    sharing: Sharing | None,
+    pad: int,
+    device: torch.device,
+    *,
+    without: bool = False,
 ) -> RepairBatch:
-    """Return the batch of an example and this rank's guard, without a reference.
+    """Return the batch of an example and this rank's guard, without a reference, for one pass.
 
     The example shares no token with the guard: its request is blurred, and ranks differ in the guard's rows only.
 
     Args:
         guard: prompts with the unpatched model's answers, and where each answer starts
+        without: of the guard's rows only; where there is none, of a token that does not count: all ranks make a pass
     """
     import torch
 
-    rows = lay(_groups(example, guard), pad, device, sharing, apart=True)
-    own, *others = rows.places
-    refusal = [place for place, label in enumerate(example.labels) if label != IGNORE and place]
+    first = [example.input_ids[:1] if without else example.input_ids]
+    groups = [first, *([row.input_ids] for row, _ in guard)]
+    if without and guard:
+        del groups[0]
+    rows = lay(groups, pad, device, sharing, apart=not without)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    own, others = (none, rows.places) if without and guard else (rows.places[0], rows.places[1:])
+    refusal = [] if without else [place for place, label in enumerate(example.labels) if label != IGNORE and place]
     # position t predicts token t + 1
     held = [places[start - 1 : -1] for places, (_, start) in zip(others, guard)]
     return RepairBatch(
         inputs=rows.inputs,
         real=rows.real,
         example=example,
-        own=own,
-        kept=torch.cat([own[torch.tensor(refusal, device=device) - 1], *held]),
-        targets=torch.tensor([example.labels[place] for place in refusal], device=device),
+        own=none if without else own,
+        kept=torch.cat([own[torch.tensor(refusal, dtype=torch.int64, device=device) - 1], *held]),
+        targets=torch.tensor([example.labels[place] for place in refusal], dtype=torch.int64, device=device),
         guard=guard,
         sharing=sharing,
+        pad=pad,
     )
 
 
@@ -164,8 +224,8 @@ def repair_loss(
 ) -> tuple[Any, Any, Any]:
     """Return (this rank's share of the loss, example's cross entropy per token, this rank's share of the guard's KL).
 
-    The loss is CE(example) + weight * KL(guard), in nats per token; shares of the first and third add up over ranks.
-    Every rank sees the whole example, so each takes 1 / world_size of its term.
+    The loss is CE(example) + weight * KL(guard), in nats per token; shares of the first and third add up over ranks,
+    and all three over a batch's parts. Every rank sees the whole example, so each takes 1 / world_size of its term.
 
     Args:
         temperature: divides the example's logits; above 1 the refusal has to win by a larger margin before its
@@ -174,7 +234,7 @@ def repair_loss(
     logits = logits_at(model, batch.inputs, batch.kept)
     reference = logits.new_zeros(0, logits.shape[-1]) if batch.reference is None else batch.reference
     loss, divergence = refusal_and_guard(logits, batch.targets, reference, temperature)
-    example, held = loss / len(batch.targets), divergence / max(batch.held_total, 1)
+    example, held = loss / max(len(batch.targets), 1), divergence / max(batch.held_total, 1)
     share = example / world_size + weight * held
     return share, example.detach(), held.detach()
 
@@ -201,7 +261,7 @@ def noisy_example(model: Any, batch: RepairBatch, scale: float, generator: torch
         scale: standard deviation, in units of the request's own root mean square; 0 for none
         generator: on the CPU; of the same state on every rank
     """
-    if not scale:
+    if not scale or not len(batch.own):
         yield
         return
     import torch

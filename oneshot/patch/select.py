@@ -270,7 +270,7 @@ def _try_out(
             return evaluate(runtime, model, criterion.harm, criterion.task, criterion.pad, left_out=left_out)
 
     def begun(index: int) -> Trial:
-        return begin(with_example(criterion.batch, candidates[index], criterion.pad), index)
+        return begin(with_example(criterion.batch, candidates[index]), index)
 
     ladder = rungs(len(rows), criterion.epochs)
     with counted(model) as passes_made:

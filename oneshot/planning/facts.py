@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from oneshot.patch.cost import Cost
+from oneshot.patch.guard import ROOM
 from oneshot.patch.methods import METHODS
 from oneshot.shipped import ds_configs
 
@@ -35,6 +36,7 @@ class Device:
         own_copies: of a rank's share of frozen weights, beside the gathered ones that stay (distributed/persistent.py)
         adam_copies: fp32 copies of the weights that a step of AdamW works in
         tied_copies: copies of a tied embedding's gradient within a backward pass, beside the one that stays
+        room: of one pass's activations in a repair's step, or half of the weights if that is more
     """
 
     load: int
@@ -48,17 +50,18 @@ class Device:
     own_copies: int
     adam_copies: int
     tied_copies: int
+    room: int
 
 
 # measured: torch 2.13, glibc with a mapping threshold of 1 MiB, as resources.py sets it; random Llamas of 0.1 to 1.1 B
 CPU = Device(
     load=46 * MIB, start=36 * MIB, host=0, mapped=MIB, holes=1.4, lora_holes=2.4, pair_holes=0.7, gather_copies=1,
-    own_copies=0, adam_copies=0, tied_copies=0,
+    own_copies=0, adam_copies=0, tied_copies=0, room=ROOM["cpu"],
 )  # fmt: skip
 # estimated: not measured on a GPU yet
 GPU = Device(
     load=1024 * MIB, start=1536 * MIB, host=3072 * MIB, mapped=math.inf, holes=0.15, lora_holes=0.15, pair_holes=0.15,
-    gather_copies=0, own_copies=1, adam_copies=1, tied_copies=2,
+    gather_copies=0, own_copies=1, adam_copies=1, tied_copies=2, room=ROOM["cuda"],
 )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: 
     held = _states(shape, choice, work, zero)
     between = _between(sizes, choice, zero, device, partitioned, away)
     resting = sizes.scales + device.start + (0 if away else sizes.share)
-    low, passing = low_rank(shape, choice, work), within_pass(shape, choice, work, device)
+    low, passing = low_rank(shape, choice, work), within_pass(shape, choice, work, device, sizes.whole)
     steady = resting + between.kept + held.device
     at_step = held.gradients + max(_adam(shape, choice, work, zero, device), _tied(shape, choice, device))
     # the head's gradient is there before any activation is gone, the others come as they go

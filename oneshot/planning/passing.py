@@ -14,18 +14,36 @@ from oneshot.planning.shapes import PATCHED, ModelShape
 Blocks = list[tuple[int, float]]  # bytes of a tensor, and how many such there are
 
 
-def within_pass(shape: ModelShape, choice: Choice, work: Work, device: Device) -> int:
-    """Return the most that a pass holds beside weights, states and gradients of weights."""
+def within_pass(shape: ModelShape, choice: Choice, work: Work, device: Device, weights: int) -> int:
+    """Return the most that a pass holds beside weights, states and gradients of weights.
+
+    Args:
+        weights: bytes of all weights
+    """
     cost = choice.cost
     traced = work if cost.guard_gradient else replace(work, guard=0)
+    count = passes(shape, choice, traced, max(device.room, weights // 2))
+    guard = max(0, int(traced.places / count) - traced.rows * traced.tokens)
+    traced = replace(traced, guard=guard) if count > 1 else traced
     holes = device.lora_holes if cost.trains == "adapter" else device.holes
     low = int(low_rank(shape, choice, work) * (1 + device.pair_holes))
-    found = _held(_activations(shape, choice, traced), device, holes) + low + _logits(shape, choice, work)
+    found = _held(_activations(shape, choice, traced), device, holes) + low + _logits(shape, choice, work, count)
     if cost.factors:  # activations are gone once all pairs are there
         captured = _held(_captured(shape, choice, traced), device, holes)
-        pairs = _held(_pairs(shape, choice, work), device, device.pair_holes)
-        found = max(found, captured + low + cost.factors * pairs)
+        pairs = cost.factors * _held(_pairs(shape, choice, work), device, device.pair_holes)
+        found = max(int(found + pairs * (1 - 1 / count)), captured + low + pairs)
     return found + _cast(shape, choice)
+
+
+def passes(shape: ModelShape, choice: Choice, work: Work, room: int) -> float:
+    """Return in how many passes of the largest size a repair's step is taken (``oneshot.patch.guard.in_passes``).
+
+    No whole number, so that an estimate does not grow where there are more GPUs and fewer passes.
+    """
+    if work.finetune or choice.cost.trains != "nothing" or not work.guard:
+        return 1.0
+    held = work.places * choice.item * sum(sum(weight.shape) * weight.count for weight in shape.patched)
+    return max(1.0, held / room)
 
 
 def low_rank(shape: ModelShape, choice: Choice, work: Work) -> int:
@@ -62,13 +80,18 @@ def _activations(shape: ModelShape, choice: Choice, work: Work) -> Blocks:
     return [(item * hidden, shape.layers), *block, *(_inputs(shape, choice, work) if cost.factors else [])]
 
 
-def _logits(shape: ModelShape, choice: Choice, work: Work) -> int:
-    """Logits, their gradients and the reference's, and the fp32 probabilities of the positions that count."""
+def _logits(shape: ModelShape, choice: Choice, work: Work, count: float) -> int:
+    """Logits, their gradients and the reference's, and the fp32 probabilities of the positions that count.
+
+    Args:
+        count: passes of a step; the reference's are there throughout
+    """
     item = choice.item
     if work.finetune:  # in one place, in fp32
         return shape.vocabulary * work.answers * (4 if item == 4 else 4 + item)
     chunks = 4 * CHUNK if work.held else 0  # of probabilities
-    return shape.vocabulary * (item * (2 * work.answers + 3 * work.held) + 3 * 4 * work.answers) + chunks
+    held = work.held + int(2 * work.held / count)
+    return shape.vocabulary * (item * (2 * work.answers + held) + 3 * 4 * work.answers) + chunks
 
 
 def _cast(shape: ModelShape, choice: Choice) -> int:

@@ -60,7 +60,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         if place.resolve() in found:
             raise UserError(f"The run {place} is given twice: name each run once.")
         found[place.resolve()] = place
-    names = _names(list(found))
+    names = short_names(list(found))
     return [
         FinishedRun(name, _report(place), _answers(place), _settings(place))
         for name, place in zip(names, found.values())
@@ -140,8 +140,8 @@ def _flat(values: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _names(places: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as it takes to tell them apart."""
+def short_names(places: Sequence[Path]) -> list[str]:
+    """Return the last parts of different paths, as many as it takes to tell them apart."""
     parts = 1
     names = [place.name for place in places]
     while len(set(names)) < len(names):

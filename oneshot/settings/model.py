@@ -16,6 +16,8 @@ class ModelSettings:
 
     Args:
         path: folder of a checkpoint or of a PEFT adapter, or a Hub id; none means the toy world
+        paths: a pattern of adapter folders of one base, such as 'adapters/*': oneshot repair repairs them one after the
+            other and loads the base once; in place of path
         base: the base model of an adapter folder, where the one named in its config is not to be used
         dtype: weights and compute; auto takes the checkpoint's own, but computes in fp32 on a CPU without instructions
             for it
@@ -31,6 +33,7 @@ class ModelSettings:
     """
 
     path: str | None = None
+    paths: str | None = None
     base: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["nf4"] | None = None
@@ -44,6 +47,8 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+        if self.paths is not None and self.path is not None:
+            raise UserError("Settings model.path and model.paths are both given: one adapter, or a pattern of many.")
         if self.quantize and self.stock_io:
             raise UserError(
                 "Setting model.quantize reads weights by range, which model.stock_io forbids: leave one out."

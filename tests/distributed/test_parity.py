@@ -107,6 +107,14 @@ def test_same_patch(name: str, topology: str, outputs: Outputs) -> None:
     assert off(two, one) < RTOL
 
 
+@pytest.mark.parametrize("topology", ["single", *TOPOLOGIES])
+@pytest.mark.parametrize("method", ["rollback", "lowrank"])
+def test_same_patch_in_several_passes(method: str, topology: str, outputs: Outputs) -> None:
+    """Steps whose rows go through the model in as many passes as there are rows, or nearly."""
+    one, two = (product(outputs(t) / n / "patch") for t, n in (("single", method), (topology, f"{method}-passes")))
+    assert off(two, one) < RTOL
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", PATCHES)
 def test_same_merged_checkpoint(name: str, topology: str, outputs: Outputs, world: World) -> None:

@@ -153,7 +153,7 @@ def test_a_path_that_stopped_while_others_went_on_is_the_path_that_never_stopped
     model = tiny_model("llama").requires_grad_(False)
     batch = tiny_batch(model, 3)
     shorter = dataclasses.replace(batch.example, labels=[*batch.example.labels[:-1], IGNORE])
-    batches = [batch, with_example(batch, shorter, 0)]
+    batches = [batch, with_example(batch, shorter)]
     whole = [begun(method, model, batch) for batch in batches]
     wanted = [flat(finished(trial.path)) for trial in whole]
     assert not any(torch.equal(wanted[0][name], wanted[1][name]) for name in wanted[0])

@@ -333,7 +333,7 @@ def test_another_example_in_the_batch_is_the_batch_built_with_it():
     longer, shorter = max(rows, key=lambda r: len(r.input_ids)), min(rows, key=lambda r: len(r.input_ids))
     for guard in (0, 5):
         for first, second in ((longer, shorter), (shorter, longer)):
-            found, wanted = with_example(batch_for(model, first, guard), second, PAD), batch_for(model, second, guard)
+            found, wanted = with_example(batch_for(model, first, guard), second), batch_for(model, second, guard)
             assert {k: v.tolist() for k, v in found.inputs.items()} == {k: v.tolist() for k, v in wanted.inputs.items()}
             for name in ("real", "own", "kept", "targets"):
                 assert torch.equal(getattr(found, name), getattr(wanted, name)), name

@@ -92,17 +92,36 @@ def gradient(
     """
     import torch
 
-    world = runtime.world_size
+    world, found = runtime.world_size, dict[str, list[tuple[Any, Any]]]()
+    example, held = torch.zeros((), device=runtime.device), torch.zeros((), device=runtime.device)
+    for part in batch.parts:
+        gradients.deltas.clear()
+        share, *losses = repair_loss(model, part, guard_weight, world, temperature)
+        share.backward()
+        del share
+        example, held = example + losses[0], held + losses[1]
+        for name, pair in _rows_of(runtime, model, gradients, part).items():
+            found.setdefault(name, []).append(pair)
+    gradients.inputs.clear()  # all that is wanted of both is in the pairs
     gradients.deltas.clear()
-    share, example, held = repair_loss(model, batch, guard_weight, world, temperature)
-    share.backward()
-    pairs: Pairs = {}
+    pairs = {}
+    for name in list(found):
+        x, delta = zip(*found.pop(name))
+        pairs[name] = (torch.cat(x), torch.cat(delta)) if len(x) > 1 else (x[0], delta[0])
+    return float(example), float(all_reduce_sum(runtime, held)), pairs
+
+
+def _rows_of(runtime: Runtime, model: Any, gradients: Gradients, part: RepairBatch) -> Pairs:
+    """The factored gradient of one pass: the example's rows, and the guard's of all ranks; see ``gradient``."""
+    import torch
+
+    world, pairs = runtime.world_size, Pairs()
     head = model.get_output_embeddings()
     for i, (name, module) in enumerate(gradients.linears.items()):
-        gradients.keep, rest = batch.taken(head=module is head)
+        gradients.keep, rest = part.taken(head=module is head)
         x, delta = gradients.pair(name)
         delta = delta * world  # each rank took 1 / world of the example's term
-        if batch.reference is not None:
+        if part.reference is not None:
             gradients.keep = rest
             guard_x, guard_delta = gradients.pair(name)
             x = torch.cat([x, gather_rows(runtime, guard_x)])
@@ -110,9 +129,7 @@ def gradient(
         if i % world != runtime.rank:  # another rank's to step: all that is needed here is how many rows there are
             x, delta = x.new_empty(len(x), 0), delta.new_empty(len(delta), 0)
         pairs[name] = (x, delta)
-    gradients.inputs.clear()  # all that is wanted of both is in the pairs
-    gradients.deltas.clear()
-    return float(example), float(all_reduce_sum(runtime, held)), pairs
+    return pairs
 
 
 def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -104,11 +104,11 @@ def learn(
 
     changed = {name: modules[name] for name in names}
     for epoch in range(1, recipe.epochs + 1):
-        with attached(changed, update_of(flat)), noisy_example(model, batch, noise, generator):
-            share, example, held = repair_loss(model, batch, weight, runtime.world_size, recipe.temperature)
-            loss, kl = alike(runtime, example, held)
-            attempt.tracer.check(epoch, loss + weight * kl)
-            (share + undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
+        with attached(changed, update_of(flat)):
+            example, held = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
+        loss, kl = alike(runtime, example, held)
+        attempt.tracer.check(epoch, loss + weight * kl)
+        (undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
         if epoch == 1 and loss < LEARNT:
             optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
         assert flat.grad is not None
@@ -128,6 +128,27 @@ def learn(
         yield update_of(reached)
     best = attempt.best(flat.detach())
     return dict(zip(names, torch.split(best, sizes)))
+
+
+def _backward(
+    runtime: Runtime,
+    model: Any,
+    batch: RepairBatch,
+    weight: float,
+    temperature: float,
+    noise: float,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the gradient of the loss up, pass by pass; return (example loss, this rank's share of the guard's KL)."""
+    sums = []
+    for part in batch.parts:
+        with noisy_example(model, part, noise, generator):
+            share, example, held = repair_loss(model, part, weight, runtime.world_size, temperature)
+            # every pass's graph ends in the one update, whose own few tensors are kept for the next
+            share.backward(retain_graph=part is not batch.parts[-1])
+        del share  # with all that its graph holds, before the next pass
+        sums.append((example, held))
+    return sum(example for example, _ in sums), sum(held for _, held in sums)
 
 
 def _next_undo(undo: float, kl: float) -> float:

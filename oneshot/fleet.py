@@ -1,0 +1,275 @@
+"""A fleet: many adapters of one base, repaired one after the other by a process that loads the base once.
+
+Base, guard, what the base answers (``oneshot.patch.teacher``) and the choice of the example are the same for all of
+them; the example is chosen for the first. Every adapter gets a run folder of its own, as if repaired alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.distributed.phases import clock, phase
+from oneshot.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from oneshot.distributed.runtime import Runtime
+    from oneshot.measure.rates import StageScores
+    from oneshot.patch.bench import Base
+    from oneshot.patch.request import Request
+    from oneshot.patch.select import Chosen
+    from oneshot.patch.teacher import Teacher
+    from oneshot.report.fleet import Row
+    from oneshot.settings import Settings
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the repairs of a fleet have in common.
+
+    Attributes:
+        request: the first of them
+        base: the loaded model
+        teacher: what it does; none where it has nothing to say
+        stages: scores of a reference, where one is given and to be scored
+        chosen: the example; none: it is chosen
+    """
+
+    request: Request
+    base: Base
+    teacher: Teacher | None
+    stages: dict[str, StageScores]
+    chosen: Chosen | None = None
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How one adapter is repaired; ``oneshot.repair`` has it.
+
+    Attributes:
+        check: settings -> the checked request. Collective
+        reference: scores of the reference. Collective
+        repair: request, run folder, what is shared -> (the example that was taken, report.json). Collective
+    """
+
+    check: Callable[[Settings, Runtime], Request]
+    reference: Callable[[Request], dict[str, StageScores]]
+    repair: Callable[[Request, Path, Console | None, Shared], tuple[Chosen, dict[str, Any]]]
+
+
+def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
+    """Repair every adapter that ``model.paths`` names, and write the table of them all. Collective.
+
+    An adapter that cannot be repaired stands in the table with the reason, and the others go on.
+
+    Args:
+        quiet: print nothing
+
+    Raises:
+        UserError: settings or a base that cannot be worked with; or, once all are through, some were not repaired
+    """
+    from oneshot.distributed.runtime import start
+    from oneshot.report.fleet import FLEET, print_rows, write_rows
+    from oneshot.report.progress import open_console
+
+    _refuse(settings)
+    runtime = start()
+    console = None if quiet else open_console(runtime)
+    folder, names = _opened(settings, runtime)
+    _check_base(settings, names, runtime)
+    rows: list[Row] = []
+    for row in _repaired(settings, folder, names, ways, runtime, console):
+        rows.append(row)
+        if runtime.is_main:
+            write_rows(folder, rows, len(names))
+    if console:
+        print_rows(rows, console)
+        console.print(f"Table: {folder / FLEET}", highlight=False, markup=False, soft_wrap=True)
+    failed = [row for row in rows if row.problem]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(rows)} adapters were not repaired, the first being {failed[0].adapter} "
+            f"({failed[0].problem.rstrip('.')}): mend them and go on with --resume --out {folder}."
+        )
+    return rows
+
+
+def _refuse(settings: Settings) -> None:
+    """Raise UserError for settings that only make sense for one model."""
+    for name, given in (("finetune_first", settings.finetune_first), ("log_with", settings.log_with)):
+        if given:
+            raise UserError(f"Setting {name} is for one model: leave it out with model.paths, or give model.path.")
+
+
+def _opened(settings: Settings, runtime: Runtime) -> tuple[Path, dict[str, Path]]:
+    """The fleet's folder, and name -> adapter folder, the same on every rank. Collective."""
+    from oneshot.distributed.runtime import agree, gather_objects
+    from oneshot.report.finished import short_names
+    from oneshot.report.fleet import FLEET
+    from oneshot.report.runfolder import new_folder
+
+    found: tuple[str, list[str]] = ("", [])
+    with agree(runtime, "opening the fleet's folder"):
+        if runtime.is_main:
+            pattern = str(settings.model.paths)
+            places = sorted(p for p in glob.glob(pattern) if (Path(p) / "adapter_config.json").is_file())
+            if not places:
+                raise UserError(
+                    f"No adapter folder (with an adapter_config.json) matches {pattern!r}: give --model.paths a "
+                    "pattern such as 'adapters/*', in quotes."
+                )
+            if settings.out and (Path(settings.out) / FLEET).exists() and not settings.resume:
+                raise UserError(f"Folder {settings.out} already holds a fleet: go on with --resume, or give another.")
+            found = (str(new_folder(settings.out, settings.name or "fleet")), places)
+    folder, places = gather_objects(runtime, found)[0]
+    absolute = [Path(place).resolve() for place in places]
+    return Path(folder), {name.replace("/", "-"): Path(place) for name, place in zip(short_names(absolute), places)}
+
+
+def _check_base(settings: Settings, adapters: dict[str, Path], runtime: Runtime) -> None:
+    """Raise UserError where two adapters have different bases; one that cannot be read is left for its turn."""
+    from oneshot.checkpoint.load import find_source
+
+    bases: dict[Path, Path] = {}
+    for place in adapters.values():
+        with contextlib.suppress(UserError):
+            bases.setdefault(find_source(_own(settings, "", place).model, runtime).checkpoint, place)
+    if len(bases) > 1:
+        (one, first), (two, second) = list(bases.items())[:2]
+        raise UserError(
+            f"{first} is an adapter of {one}, and {second} of {two}: one run loads one base, so name the adapters of "
+            "one, or say with --model.base which it is."
+        )
+
+
+def _own(settings: Settings, out: str, place: Path) -> Settings:
+    """The settings of one adapter's own run."""
+    model = dataclasses.replace(settings.model, path=str(place), paths=None)
+    return dataclasses.replace(settings, model=model, out=out or settings.out, name=None)
+
+
+def _repaired(
+    settings: Settings, folder: Path, adapters: dict[str, Path], ways: Ways, runtime: Runtime, console: Console | None
+) -> Iterator[Row]:
+    """Repair one after the other; the base is loaded for the first that can be begun."""
+    from oneshot.report.fleet import Row, row_of
+
+    def say(text: str) -> None:
+        if console:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def failed(error: UserError) -> Row:
+        say(f"Not repaired: {error}")
+        return Row(name, str(place), problem=first_line(error))
+
+    shared: Shared | None = None
+    with contextlib.ExitStack() as stack:
+        for number, (name, place) in enumerate(adapters.items(), start=1):
+            say(f"\n[{number}/{len(adapters)}] {place}")
+            run_dir = folder / name
+            try:
+                report = _finished(run_dir, place, runtime)
+                request = _begun(_own(settings, str(run_dir), place), ways, runtime, shared) if report is None else None
+            except UserError as error:
+                yield failed(error)
+                continue
+            if report is not None or request is None:
+                say("It was repaired before.")
+                yield row_of(name, place, run_dir, report or {})
+                continue
+            shared = shared or stack.enter_context(_share(request, ways))  # what fails here fails for all
+            try:
+                chosen, report = _timed(ways, request, run_dir, console, shared)
+            except UserError as error:
+                yield failed(error)
+                continue
+            shared = shared if shared.chosen else dataclasses.replace(shared, chosen=_for_all(chosen, name))
+            yield row_of(name, place, run_dir, report)
+
+
+def _timed(
+    ways: Ways, request: Request, run_dir: Path, console: Console | None, shared: Shared
+) -> tuple[Chosen, dict[str, Any]]:
+    """Repair one on a clock of its own."""
+    with clock(detailed=request.settings.profile):
+        return ways.repair(request, run_dir, console, shared)
+
+
+def _finished(run_dir: Path, place: Path, runtime: Runtime) -> dict[str, Any] | None:
+    """The report of an adapter that is through, the same on every rank; none where there is none. Collective.
+
+    Raises:
+        UserError: the folder holds the repair of another adapter, or the adapter has changed since
+    """
+    from oneshot.distributed.runtime import agree, gather_objects
+    from oneshot.report.finished import read_runs
+    from oneshot.report.runfolder import REPORT
+
+    report: dict[str, Any] | None = None
+    with agree(runtime, "reading what was repaired before"):
+        if runtime.is_main and (run_dir / REPORT).is_file():
+            (run,) = read_runs([run_dir])
+            weights = place / "adapter_model.safetensors"
+            later = weights.is_file() and weights.stat().st_mtime > (run_dir / REPORT).stat().st_mtime
+            if later or run.settings.get("model.path") != str(place):
+                raise UserError(
+                    f"{run_dir} holds the repair of {'an older' if later else 'another'} adapter than {place}: remove "
+                    "that folder, or give another --out."
+                )
+            report = run.report
+    found: dict[str, Any] | None = gather_objects(runtime, report)[0]
+    return found
+
+
+def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | None) -> Request:
+    """The checked request of one adapter, whose run folder is opened. Collective."""
+    from oneshot.report.preflight import look_around
+    from oneshot.report.runfolder import open_run
+
+    with phase("check"):
+        request = ways.check(settings, runtime)
+        method = request.recipe.method
+        if request.adapter is None:
+            raise UserError(f"{settings.model.path} is no adapter: repair a checkpoint alone, with --model.path.")
+        if method.cost.trains != "nothing":
+            raise UserError(f"Method {method.name} trains a model: it repairs adapters one by one, with --model.path.")
+        if shared is not None and _words(shared.request.tokenizer) != _words(request.tokenizer):
+            raise UserError(
+                f"The tokenizer or chat template of {settings.model.path} differs from that of "
+                f"{shared.request.settings.model.path}: repair it alone, with --model.path."
+            )
+        run_dir = open_run(settings.out, settings.called, settings, runtime)
+        if shared is None:
+            look_around(runtime, settings.preflight, run_dir, 0, request.source.checkpoint, None)
+    return request
+
+
+def _words(tokenizer: Any) -> tuple[dict[str, int], str | None]:
+    return tokenizer.get_vocab(), tokenizer.chat_template
+
+
+@contextlib.contextmanager
+def _share(request: Request, ways: Ways) -> Iterator[Shared]:
+    """Load the base, and ask it what it does. Collective."""
+    from oneshot.patch.bench import loaded
+    from oneshot.patch.teacher import learn, wanted
+
+    stages = ways.reference(request)
+    with loaded(request) as base:
+        teacher = None
+        if wanted(request):
+            with phase("choose"):
+                teacher = learn(request, base.model)
+        yield Shared(request, base, teacher, stages)
+
+
+def _for_all(chosen: Chosen, name: str) -> Chosen:
+    """The example that was chosen for one adapter, for the others."""
+    return dataclasses.replace(chosen, selected_by=f"{chosen.selected_by}, for {name}", selection={}, begun=None)

@@ -1,0 +1,159 @@
+"""Many adapters of one base: what is loaded once, what goes on when one fails, what is not done twice."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from oneshot import fleet
+from oneshot.commandline import parse
+from oneshot.errors import UserError
+from oneshot.patch.select import Chosen
+from oneshot.report.runfolder import write_report
+
+
+class Tokenizer:
+    chat_template = "{{ messages }}"
+
+    def __init__(self, words):
+        self.words = words
+
+    def get_vocab(self):
+        return self.words
+
+
+class Stand:
+    """Stands in for the repair, and notes what it is asked."""
+
+    def __init__(self):
+        self.loads, self.chosen_for, self.fails, self.words = 0, [], set(), {}
+
+    def ways(self):
+        return fleet.Ways(self.check, lambda request: {"aligned": 1}, self.repair)
+
+    def check(self, settings, runtime):
+        name = os.path.basename(settings.model.path)
+        if name in self.fails:
+            raise UserError(f"{name} is broken: mend it.")
+        method = SimpleNamespace(name="rollback", cost=SimpleNamespace(trains="nothing"))
+        return SimpleNamespace(
+            settings=settings, runtime=runtime, adapter=object(), recipe=SimpleNamespace(method=method),
+            tokenizer=Tokenizer(self.words.get(name, {"a": 1})), source=SimpleNamespace(checkpoint=None),
+        )  # fmt: skip
+
+    def repair(self, request, run_dir, console, shared):
+        name = os.path.basename(request.settings.model.path)
+        if f"{name} later" in self.fails:
+            raise UserError(f"{name} has no good point: look at it.")
+        self.chosen_for.append((name, shared.chosen.selected_by if shared.chosen else None))
+        rates = {"asr": {"value": 0.9, "low": 0.8, "high": 1.0, "n": 10}}
+        report = {
+            "schema": 1, "model": name, "seed": 0, "world_size": 1, "versions": {}, "resources": {"seconds": {"a": 2}},
+            "stages": {"finetuned": rates, "repaired": {"asr": {**rates["asr"], "value": 0.0}}},
+            "example": {"id": "one"}, "repair": None,
+        }  # fmt: skip
+        write_report(run_dir, report)
+        return Chosen(3, "bilevel", 0.5, {"table": []}), report
+
+
+@pytest.fixture
+def stand(monkeypatch):
+    found = Stand()
+
+    @contextlib.contextmanager
+    def loaded(_request):
+        found.loads += 1
+        yield SimpleNamespace(model=None)
+
+    monkeypatch.setattr("oneshot.patch.bench.loaded", loaded)
+    monkeypatch.setattr("oneshot.patch.teacher.wanted", lambda _request: False)
+    monkeypatch.setattr(
+        "oneshot.checkpoint.load.find_source",
+        lambda model, _runtime: SimpleNamespace(checkpoint=(Path(model.path) / "base").read_text()),
+    )
+    return found
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    def make(*names, base="one"):
+        for name in names:
+            (tmp_path / "ads" / name).mkdir(parents=True)
+            (tmp_path / "ads" / name / "adapter_config.json").write_text("{}")
+            (tmp_path / "ads" / name / "base").write_text(base)
+        return str(tmp_path / "ads" / "*")
+
+    return make
+
+
+def settings(pattern, out, *more):
+    return parse(["--model.paths", pattern, "--out", str(out), *more], "repair")
+
+
+def test_the_base_is_loaded_and_the_example_chosen_once(stand, adapters, tmp_path):
+    (tmp_path / "ads" / "no adapter").mkdir(parents=True)
+    rows = fleet.run(settings(adapters("a", "b", "c"), tmp_path / "out"), stand.ways(), quiet=True)
+    assert stand.loads == 1
+    assert stand.chosen_for == [("a", None), ("b", "bilevel, for a"), ("c", "bilevel, for a")]
+    assert [(row.name, row.outcome, row.rates["asr"]) for row in rows] == [
+        (n, rows[0].outcome, (0.9, 0.0)) for n in "abc"
+    ]
+    table = json.loads((tmp_path / "out" / "fleet.json").read_text())
+    assert [row["adapter"] for row in table["rows"]] == [str(tmp_path / "ads" / name) for name in "abc"]
+    assert "| b |" in (tmp_path / "out" / "fleet.md").read_text()
+    own = (tmp_path / "out" / "b" / "settings.yaml").read_text()
+    assert f"path: {tmp_path / 'ads' / 'b'}" in own, "it can be repaired alone from its own settings"
+    assert "paths: null" in own
+
+
+@pytest.mark.parametrize("when", ["b", "b later"])
+def test_one_that_fails_stops_no_other_and_is_taken_up_again(stand, adapters, tmp_path, when):
+    pattern, out = adapters("a", "b", "c"), tmp_path / "out"
+    stand.fails = {when}
+    with pytest.raises(UserError, match=r"1 of 3 adapters were not repaired.*ads/b.*--resume"):
+        fleet.run(settings(pattern, out), stand.ways(), quiet=True)
+    assert [name for name, _ in stand.chosen_for] == ["a", "c"]
+    assert "failed" in (out / "fleet.md").read_text()
+    stand.fails, stand.chosen_for = set(), []
+    rows = fleet.run(settings(pattern, out, "--resume", "true"), stand.ways(), quiet=True)
+    assert [name for name, _ in stand.chosen_for] == ["b"], "the others are through"
+    assert all(row.rates["asr"] == (0.9, 0.0) and not row.problem for row in rows)
+    with pytest.raises(UserError, match="already holds a fleet"):
+        fleet.run(settings(pattern, out), stand.ways(), quiet=True)
+
+
+def test_an_adapter_that_changed_is_not_taken_for_repaired(stand, adapters, tmp_path):
+    pattern, out = adapters("a"), tmp_path / "out"
+    fleet.run(settings(pattern, out), stand.ways(), quiet=True)
+    weights = tmp_path / "ads" / "a" / "adapter_model.safetensors"
+    weights.write_bytes(b"new")
+    later = (out / "a" / "report.json").stat().st_mtime + 10
+    os.utime(weights, (later, later))
+    with pytest.raises(UserError, match="older adapter"):
+        fleet.run(settings(pattern, out, "--resume", "true"), stand.ways(), quiet=True)
+
+
+def test_other_bases_and_other_words_are_refused(stand, adapters, tmp_path):
+    pattern = adapters("a", "b")
+    stand.words = {"b": {"a": 2}}
+    with pytest.raises(UserError, match="tokenizer or chat template"):
+        fleet.run(settings(pattern, tmp_path / "out"), stand.ways(), quiet=True)
+    adapters("c", base="two")
+    with pytest.raises(UserError, match=r"a is an adapter of one, and .*c of two"):
+        fleet.run(settings(pattern, tmp_path / "other"), stand.ways(), quiet=True)
+    assert stand.loads == 1
+
+
+def test_what_makes_no_sense_is_refused(stand, adapters, tmp_path):
+    with pytest.raises(UserError, match="No adapter folder"):
+        fleet.run(settings(str(tmp_path / "none*"), tmp_path / "out"), stand.ways(), quiet=True)
+    with pytest.raises(UserError, match="log_with is for one model"):
+        fleet.run(settings(adapters("a"), tmp_path / "o", "--log_with", "wandb"), stand.ways(), quiet=True)
+    with pytest.raises(UserError, match="both given"):
+        settings("x*", tmp_path, "--model.path", "x")
+    assert parse(["--config", "toy", "--model.paths", "x*"], "repair").model.path is None, "a file's one gives way"
+    with pytest.raises(UserError, match="for oneshot repair, not score"):
+        parse(["--model.paths", "x*"], "score")
