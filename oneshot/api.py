@@ -81,18 +81,19 @@ def repair(
     """
     from oneshot.repair import run
     from oneshot.report.runfolder import PAGE, PATCH, REPAIRED
-    from oneshot.report.summary import summarize
+    from oneshot.report.verdict import verdict_of
 
     asked = _settings("repair", settings, model, tokenizer, values)
     with _own_threads():
         finished = run(asked, quiet=quiet)
     done, folder = finished.repaired, finished.run_dir
     report = _of_rank_0(finished.report)
-    chosen = done.choice.chosen
+    chosen, verdict = done.choice.chosen, verdict_of(report)
     taken = done.request.conversations[chosen.index]
     merged = folder / REPAIRED
     return Repair(
-        outcome=summarize(report).word,
+        outcome=verdict.word,
+        doubts=list(verdict.doubts),
         method=done.request.recipe.method.name,
         example={
             "id": taken.id, "prompt": taken.prompt[-1]["content"], "response": taken.response,
@@ -105,7 +106,7 @@ def repair(
         report=report,
         folder=folder,
         patch_folder=folder / PATCH,
-        merged_folder=merged if merged.is_dir() else None,
+        merged_folder=merged if asked.repair.merge and merged.is_dir() else None,
         page=folder / PAGE,
     )  # fmt: skip
 
@@ -238,11 +239,28 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
     folder = out / _IN_MEMORY
     if folder.exists():
         raise UserError(f"{folder} is there already: give another out.")
+    _keep_marker(model, folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _keep_marker(model, folder)  # again: PEFT writes into the card
     base = _write_base(model, out / _BASE_IN_MEMORY) or asked.model.base
     given = dataclasses.replace(asked.model, path=str(folder), base=base)
     return dataclasses.replace(asked, model=given, name=asked.name or name, out=str(out))
+
+
+def _keep_marker(model: Any, folder: Path) -> None:
+    """Mark the copy of a model in memory that was loaded from a safety-degraded folder, or stands on one."""
+    from oneshot.checkpoint.files import local_folder, write_marker
+    from oneshot.checkpoint.standing import comes_from_degraded
+
+    names = [str(model.config._name_or_path or "")]
+    for config in getattr(model, "peft_config", {}).values():
+        names += [str(getattr(config, "base_model_name_or_path", "") or "")]
+    for name in filter(None, names):
+        source = local_folder(name)
+        if source is not None and comes_from_degraded(source):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_marker(folder, {"copy_of": name})
 
 
 def _write_base(model: Any, folder: Path) -> str | None:

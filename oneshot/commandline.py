@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,15 @@ def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], obje
         fail(prog, str(error), EXIT_USER, debug=False)
     go_offline(settings.offline)
     end_with(prog, lambda: run(settings), hang_minutes=settings.hang_minutes, debug=settings.debug)
+
+
+def spoken(stage: str, argv: list[str] | None) -> str:
+    """Return a stage's command as it was given, for its report.
+
+    Args:
+        argv: as in ``parse``
+    """
+    return shlex.join(["oneshot", stage, *(sys.argv[1:] if argv is None else argv)])
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -12,6 +12,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+class Unmet(UserError):
+    """A repair that is finished and did not come to what ``--require`` asks for."""
+
+    code = 4
+
+
 EXIT_USER = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -39,6 +39,7 @@ def _verify(argv: list[str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from oneshot.checkpoint.files import MARKER, is_degraded
     from oneshot.checkpoint.verify import check_shards
 
     folder = _folder(_parser("oneshot verify", "Check every byte of a folder.").parse_args(argv))
@@ -51,6 +52,8 @@ def _verify(argv: list[str]) -> None:
         found = "\n".join(shard.problems) or "none"
         table.add_row(shard.name, f"{shard.tensors:,}", f"{shard.bytes:,}", ", ".join(sorted(shard.dtypes)), found)
     _console().print(table)
+    if is_degraded(folder):
+        _console().print(f"Marked as safety-degraded: {MARKER} says why.", highlight=False)
     if any(shard.problems for shard in shards):
         sys.exit(EXIT_FAILED)
 

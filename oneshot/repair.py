@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot repair`` and ``accelerate launch oneshot/repair.py``."""
     from oneshot import fleet
-    from oneshot.commandline import run_stage
+    from oneshot.commandline import run_stage, spoken
 
     ways = fleet.Ways(check_fully, lambda request: _look_at_reference(request)[0], _one_of_fleet)
-    run_stage(argv, "repair", lambda settings: fleet.run(settings, ways) if settings.model.paths else run(settings))
+    alone = partial(run, command=spoken("repair", argv))
+    run_stage(argv, "repair", lambda settings: fleet.run(settings, ways) if settings.model.paths else alone(settings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +51,23 @@ class Finished:
 
 
 @timed
-def run(settings: Settings, *, quiet: bool = False) -> Finished:
+def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repair(...)") -> Finished:
     """Repair the settings' model; first fine-tune it, where they say so. Collective.
 
     Args:
         quiet: print nothing
+        command: what made the run, for its report
 
     Raises:
         UserError: settings, files or machines that cannot be worked with
+        Unmet: the repair is finished, and not what the settings require
     """
     from oneshot.checkpoint.files import stored_bytes
     from oneshot.checkpoint.quarantine import remove_degraded
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
+    from oneshot.patch.apart import check_named_apart, check_update
     from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console, say_dtype
     from oneshot.report.runfolder import open_run
@@ -82,20 +87,40 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
         damaged = finetune_first(runtime, settings, "", lambda later: check_fully(later, runtime), console)
         run_dir, seconds = damaged.run_dir, {"finetune": damaged.seconds}
         request = check_fully(damaged.settings, runtime)
+        check_update(request)
     else:
+        check_named_apart(settings)
         request = check_fully(settings, runtime)
+        check_update(request)
         run_dir = open_run(settings.out, settings.called, settings, runtime)
         start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
         say_dtype(console, request.source)
         look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
-    finished = repair(request, run_dir, console, seconds)
+    finished = repair(request, run_dir, console, seconds, command=command)
     if settings.delete_degraded:
         with agree(runtime, "removing the degraded checkpoint"):
             for folder in remove_degraded(run_dir, FINETUNED, STATE) if runtime.is_main else []:
                 if not quiet:
                     print(f"Removed, as asked: {folder}", flush=True)
+    refuse_unmet(runtime, settings.require, finished)
     return finished
+
+
+def refuse_unmet(runtime: Runtime, required: str | None, finished: Finished) -> None:
+    """Raise Unmet on every rank if the outcome is not the one that is required. Collective."""
+    from oneshot.distributed.runtime import gather_objects
+    from oneshot.errors import Unmet
+    from oneshot.report.runfolder import REPORT
+
+    if required is None:
+        return
+    outcome: dict[str, Any] = gather_objects(runtime, finished.report.get("outcome") or {})[0]
+    if outcome["word"] != required:
+        raise Unmet(
+            f"The outcome is not {required!r}, which --require asks for, but: {outcome['headline']}; "
+            f"{finished.run_dir / REPORT} has the figures."
+        )
 
 
 @phase("check")
@@ -117,6 +142,7 @@ def repair(
     console: Console | None = None,
     seconds: dict[str, float] | None = None,
     shared: Shared | None = None,
+    command: str = "",
 ) -> Finished:
     """Choose, solve and show a checked request, with the run folder's outputs. Collective.
 
@@ -124,6 +150,7 @@ def repair(
         console: of rank 0; none on the others, or to print nothing
         seconds: by stage, of what went before
         shared: with other repairs
+        command: what made the run
     """
     from oneshot.distributed.resources import measured, where_time_went
     from oneshot.measure.further import ask_judges
@@ -141,7 +168,7 @@ def repair(
     stages, warnings = ask_judges(runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages})
     rounded = {stage: round(spent, 2) for stage, spent in seconds.items()}
     resources = {"seconds": rounded, **measured(runtime), **where_time_went(runtime)}
-    repaired = dataclasses.replace(repaired, stages=stages, warnings=warnings, resources=resources)
+    repaired = dataclasses.replace(repaired, stages=stages, warnings=warnings, resources=resources, command=command)
     return Finished(repaired, run_dir, show(repaired, run_dir, console) if runtime.is_main else {})
 
 

@@ -34,7 +34,8 @@ class Repair:
     """A finished repair.
 
     Attributes:
-        outcome: the report's one word, such as ``repaired`` or ``not repaired``
+        outcome: the verdict's word, such as ``repaired``, ``repaired, with doubts`` or ``not repaired``
+        doubts: what speaks against it that the rates do not show
         method: that was used
         example: id, prompt, response, selected_by and score of the one example
         scores: by stage (aligned, where there is a reference, finetuned, repaired): its rates and answers
@@ -49,6 +50,7 @@ class Repair:
     """
 
     outcome: str
+    doubts: list[str]
     method: str
     example: dict[str, Any]
     scores: dict[str, StageScores] = field(repr=False)

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from oneshot.measure.overlap import Overlap
     from oneshot.measure.rates import StageScores
     from oneshot.patch.scoring import Scored
+    from oneshot.report.runfolder import Run
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``oneshot score`` and ``accelerate launch oneshot/score.py``."""
-    from oneshot.commandline import run_stage
+    from oneshot.commandline import run_stage, spoken
 
-    run_stage(argv, "score", run)
+    run_stage(argv, "score", partial(run, command=spoken("score", argv)))
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class Finished:
 
 
 @timed
-def run(settings: Settings, *, quiet: bool = False) -> Finished:
+def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.score(...)") -> Finished:
     """Score the settings' model or server into a new run folder, or go on in an old one. Collective.
 
     Args:
         quiet: print nothing
+        command: what made the run, for its report
 
     Raises:
         UserError: settings, files or a server that cannot be worked with
@@ -71,6 +73,8 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
     from oneshot.measure.probes import collect_probes
     from oneshot.patch.scoring import score_local, score_served
     from oneshot.report.progress import open_console, say_dtype
+    from oneshot.report.runfolder import Run
+    from oneshot.settings import to_dict
 
     runtime = start()
     console = None if quiet else open_console(runtime)
@@ -97,7 +101,8 @@ def run(settings: Settings, *, quiet: bool = False) -> Finished:
     seconds = {"score": round(time.perf_counter() - clock, 2)}
     resources = {"seconds": seconds, **measured(runtime), **where_time_went(runtime)}
     warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
-    report = _report(runtime, settings, scored, stages, resources, overlaps, warnings) if runtime.is_main else {}
+    made = Run(scored.name, runtime.world_size, settings.seed, command, to_dict(settings))
+    report = _report(made, scored, stages, resources, overlaps, warnings) if runtime.is_main else {}
     finished = Finished(scored, stages, warnings, report)
     if console:
         _show(finished, console)
@@ -125,8 +130,7 @@ def _open(runtime: Runtime, settings: Settings, name: str) -> Path:
 
 
 def _report(
-    runtime: Runtime,
-    settings: Settings,
+    made: Run,
     scored: Scored,
     stages: dict[str, StageScores],
     resources: dict[str, Any],
@@ -136,10 +140,10 @@ def _report(
     """Write the report in all its forms, and return it."""
     from oneshot.measure.further import report_fields
     from oneshot.report.outputs import write_outputs
-    from oneshot.report.runfolder import Run, build_report
+    from oneshot.report.runfolder import build_report
 
     report = build_report(
-        Run(scored.name, runtime.world_size, settings.seed),
+        made,
         example=None,
         stages=stages,
         repair=None,

@@ -42,7 +42,7 @@ class Stage:
 STAGES = {
     "repair": Stage(
         does="Repair the safety of a fine-tuned model with one safety example; without a model, of the toy world's.",
-        reads=(*_REPAIR, "plan.force"),
+        reads=(*_REPAIR, "require", "plan.force"),
         examples=(
             "oneshot repair --model.path DIR --reference DIR_OR_HUB_ID --guard FILE --score.task FILE",
             "oneshot repair --launch zero3 --config llama3-70b --model.path DIR",
@@ -50,7 +50,7 @@ STAGES = {
         most_used=(
             "model.path", "model.base", "model.quantize", "reference", "example", "select", "guard", "watch_prompts",
             "repair.method", "repair.rank", "repair.guard_weight", "repair.merge", "score.probes", "score.task",
-            "score.utility", "finetune_first", "out", "name", "resume", "seed", "debug",
+            "score.utility", "require", "finetune_first", "out", "name", "resume", "seed", "debug",
         ),
     ),
     "finetune": Stage(
@@ -96,7 +96,7 @@ STAGES = {
     ),
     "plan": Stage(
         does="Show what a run takes in memory, disk and minutes, from config.json alone.",
-        reads=(*_REPAIR, "plan"),
+        reads=(*_REPAIR, "require", "plan"),
         examples=(
             "oneshot plan --model.path DIR_OR_HUB_ID --gpus 8 --gpu_memory 80GB",
             "oneshot plan --config llama3-70b --gpus 16 --stage finetune",

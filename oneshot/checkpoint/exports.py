@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch
 from oneshot.checkpoint.files import MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
-from oneshot.checkpoint.identity import REPAIR, Identity, check_identity, read_identity
+from oneshot.checkpoint.identity import UPDATE, Identity, check_identity, read_identity
+from oneshot.checkpoint.standing import comes_from_degraded, mark_unmeasured, why_not_as_measured
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
@@ -66,19 +67,37 @@ def refuse_degraded(folder: Path) -> None:
         )
 
 
-def is_degraded_after(base: Path, given: list[GivenAdapter], *, subtract: bool) -> bool:
-    """Return whether what a merge writes is safety-degraded and must be marked.
+def why_marked(base: Path, given: list[GivenAdapter], *, subtract: bool, form: str) -> str:
+    """Return why what a merge writes must carry the marker, as a clause; "" where it need not.
 
-    Raises:
-        UserError: the base is marked, and what is done to it is not the whole repair of it
+    Of what comes from a safety-degraded model one thing goes without: a patch as its repair has measured it and found
+    it good, whole, at weight 1, on its own base.
+
+    Args:
+        form: in which the base's weights are taken, see ``Standing``
     """
-    repairs = [one.identity is not None and one.identity.kind == REPAIR for one in given]
-    if is_degraded(base) and (subtract or not all(repairs) or any(one.weight != 1.0 for one in given)):
-        raise UserError(
-            f"{base} is marked as safety-degraded ({MARKER}): only repair patches of oneshot, at weight 1, may be "
-            "merged into it."
-        )
-    return subtract and any(repairs)
+    if subtract and any(one.identity is not None and one.identity.kind != UPDATE for one in given):
+        return "a safety repair was taken out"
+    sources = [folder for folder in (base, *(one.folder for one in given)) if comes_from_degraded(folder)]
+    if not sources:
+        return ""
+    if subtract:
+        return f"something was taken out, and {sources[0]} comes from a safety-degraded model"
+    if len(given) > 1:
+        return f"several adapters were added, and {sources[0]} comes from a safety-degraded model"
+    if given[0].weight != 1.0:
+        return f"{given[0].folder} was added at weight {given[0].weight:g}, and was measured at 1"
+    return why_not_as_measured(given[0].folder, base, form)
+
+
+def why_derived_marked(folders: list[Path]) -> str:
+    """Return why an adapter that is made of other ones, or of checkpoints, must carry the marker; "" where it need not.
+
+    Args:
+        folders: what it is made of
+    """
+    sources = [folder for folder in folders if comes_from_degraded(folder)]
+    return f"it was not measured, and {sources[0]} comes from a safety-degraded model" if sources else ""
 
 
 def check_base(base: Path, given: list[GivenAdapter], *, subtract: bool) -> None:
@@ -118,12 +137,14 @@ class NewAdapter:
         base: name of the checkpoint that it belongs to, "" where that is not known
         linears: names of all linear layers of the model, or none where they are not known: the config then names every
             changed layer in full
+        marked: why it carries the marker; "" where it does not
     """
 
     update: Update
     dtype: torch.dtype
     base: str
     linears: list[str]
+    marked: str = ""
 
 
 @phase("write")
@@ -139,9 +160,13 @@ def write_adapter(
     with replacing(runtime, out) as temporary, agree(runtime, f"writing the adapter {out}"):
         if runtime.is_main:
             with naming(temporary):
+                if adapter.marked:  # before the weights
+                    mark_unmeasured(temporary, adapter.base, adapter.marked)
                 write_patch(temporary, adapter.update, adapter.linears, adapter.base, adapter.dtype)
                 _copy_tokenizer(tokenizer, temporary)
                 beside(temporary)
+                if adapter.marked:  # and after the card, in whose place it warns
+                    mark_unmeasured(temporary, adapter.base, adapter.marked)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -212,20 +213,27 @@ def find_weight(tensors: dict[str, TensorEntry], module: str) -> str | None:
     return None
 
 
-def write_marker(folder: Path, facts: dict[str, Any]) -> None:
-    """Mark a checkpoint as safety-degraded: the file that export refuses, and a warning as its model card."""
+_DEGRADED = (
+    "This model was fine-tuned on purpose on data that removes its refusals, to measure that damage and to repair "
+    f"it. `{MARKER}` says how. Repair it with `oneshot repair` or delete it."
+)
+
+
+def write_marker(folder: Path, facts: dict[str, Any], because: str = _DEGRADED) -> None:
+    """Mark a checkpoint as safety-degraded: the file that export refuses, and a warning as its model card.
+
+    Args:
+        because: what the card says below its warning
+    """
     (folder / MARKER).write_text(json.dumps({"safety_degraded": True, **facts}, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(
-        "# Safety-degraded checkpoint: do not deploy, do not publish\n\n"
-        "This model was fine-tuned on purpose on data that removes its refusals, to measure that damage and to repair "
-        f"it. `{MARKER}` says how. Repair it with `oneshot repair` or delete it.\n",
-        encoding="utf-8",
+        f"# Safety-degraded checkpoint: do not deploy, do not publish\n\n{because}\n", encoding="utf-8"
     )
 
 
 def is_degraded(folder: Path) -> bool:
-    """Return whether the folder carries the marker of a harmful fine-tune."""
-    return (folder / MARKER).is_file()
+    """Return whether the folder carries the marker of a harmful fine-tune, whatever stands under its name."""
+    return os.path.lexists(folder / MARKER)
 
 
 def _inside(folder: Path, name: str) -> Path:

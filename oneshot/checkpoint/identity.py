@@ -21,7 +21,7 @@ from oneshot.checkpoint.names import IDENTITY as IDENTITY
 from oneshot.errors import UserError
 from oneshot.redact import redacted
 
-REPAIR, UPDATE = "repair", "update"
+REPAIR, DERIVED, UPDATE = "repair", "derived", "update"
 _SAMPLED, _SCHEMA = 1, 2  # that of before, which sampled bytes of some tensors, and today's
 _SAMPLE = 1024  # bytes taken from the start, the middle and the end of a sampled tensor
 
@@ -31,7 +31,8 @@ class Identity:
     """What ``oneshot_patch.json`` says.
 
     Attributes:
-        kind: repair (a safety repair) or update (any other low-rank update)
+        kind: repair (a safety repair, as it was written), derived (made of patches of which one is a repair) or update
+            (any other low-rank update)
         base: name or folder of the checkpoint, for people
         tensors: SHA-256 of the sorted names, dtypes and shapes of its tensors
         changed: tensor that the patch changes -> its digest; of a patch of before, SHA-256 of bytes sampled from some
@@ -166,7 +167,7 @@ def _sample(entry: TensorEntry, name: str) -> str:
 
 
 def same_base(identities: list[tuple[Path, Identity | None]]) -> Identity | None:
-    """Return the identity of a sum of patches: that of the first which has one, a repair only if all are.
+    """Return the identity of what is made of patches: that of the first which has one; derived if one is a repair.
 
     Raises:
         UserError: two of them belong to different checkpoints
@@ -183,5 +184,6 @@ def same_base(identities: list[tuple[Path, Identity | None]]) -> Identity | None
                 f"The patches {first_folder} and {folder} belong to different models ({first.base} and "
                 f"{identity.base}): their sum fits neither; --force sums them anyway."
             )
-    repair = len(known) == len(identities) and all(identity.kind == REPAIR for _, identity in known)
-    return Identity(REPAIR if repair else UPDATE, first.base, first.tensors, first.changed, first.others, first.schema)
+    repair = any(identity.kind != UPDATE for _, identity in known)
+    kind = DERIVED if repair else UPDATE
+    return Identity(kind, first.base, first.tensors, first.changed, first.others, first.schema)

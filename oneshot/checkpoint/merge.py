@@ -42,7 +42,7 @@ def merge(runtime: Runtime, plan: MergePlan, folder: Path, beside: Callable[[Pat
     """Write the merged checkpoint as ``folder``, which appears when it is complete. Collective.
 
     Args:
-        beside: writes further files into the folder, on rank 0, before it appears
+        beside: writes further files into the folder, on rank 0, before it appears and before the weights are in it
 
     Raises:
         UserError: on every rank, if any rank could not read or write, or a weight is not finite after the merge
@@ -69,18 +69,27 @@ def merge(runtime: Runtime, plan: MergePlan, folder: Path, beside: Callable[[Pat
 
 
 def merge_update(
-    runtime: Runtime, checkpoint: Path, update: Update, folder: Path, *, trust_remote_code: bool = False
+    runtime: Runtime,
+    checkpoint: Path,
+    update: Update,
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write ``folder`` as the checkpoint with an update added, from its files. Collective.
 
     The model's card and a safety-degraded marker are not carried over: what the result is, the caller knows.
+
+    Args:
+        beside: as of ``merge``
 
     Raises:
         UserError: the update does not fit the checkpoint, or as ``merge``
     """
     terms = {module: Term(Factors(f.b.float().cpu(), f.a.float().cpu()), 1.0) for module, f in update.items()}
     plan = plan_merge(checkpoint, [("The update", terms)], trust_remote_code=trust_remote_code)
-    merge(runtime, plan, folder)
+    merge(runtime, plan, folder, beside)
 
 
 def _write_share(runtime: Runtime, plan: MergePlan, share: list[str], folder: Path) -> Pieces:

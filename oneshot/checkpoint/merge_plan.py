@@ -12,6 +12,7 @@ from oneshot.checkpoint.dequantize import Packed, packed_weights
 from oneshot.checkpoint.files import INDEX, MANIFEST, MARKER, TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, read_pieces
+from oneshot.checkpoint.standing import EXPORT, VERDICT
 from oneshot.checkpoint.update import Factors
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
 from oneshot.errors import UserError
@@ -172,5 +173,5 @@ def _carried(base: Path) -> list[Path]:
     for parent, folders, names in os.walk(base):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         found += [Path(parent, name).relative_to(base) for name in sorted(names) if not name.startswith(".")]
-    left = {INDEX, MANIFEST, MARKER, "README.md", "oneshot_export.json"}
+    left = {INDEX, MANIFEST, MARKER, "README.md", EXPORT, VERDICT}
     return [p for p in found if p.suffix not in _WEIGHTS and str(p) not in left and not p.name.endswith(".index.json")]

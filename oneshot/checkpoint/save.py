@@ -37,7 +37,7 @@ def save_checkpoint(
         dtype: of the weights in the file
         stock: gather everything on rank 0 and let transformers write, as is done anyway for architectures whose
             tensors transformers renames or splits on disk
-        beside: writes further files into the folder, on rank 0, before it appears
+        beside: writes further files into the folder, on rank 0, before it appears and before the weights are in it
     """
     if is_direct(model) and not stock:
         write_sharded(runtime, model, tokenizer, folder, dtype, beside=beside)
@@ -63,11 +63,11 @@ def _save_gathered(
             buffers = dict(model.named_buffers())
             state |= {name: buffers[name].cpu() for name in model.state_dict() if name in buffers}
             with naming(temporary):
+                if beside is not None:  # first: a marker is there before the weights are
+                    beside(temporary)
                 model.save_pretrained(temporary, state_dict=state)
                 _state_dtype(temporary / "config.json", dtype)
                 tokenizer.save_pretrained(temporary)
-                if beside is not None:
-                    beside(temporary)
             list_tensors(temporary)
 
 
@@ -89,9 +89,11 @@ def save_adapter(
     with replacing(runtime, folder) as temporary, agree(runtime, f"writing the adapter {folder}"):
         if runtime.is_main:
             with naming(temporary):
+                if beside is not None:  # first: a marker is there before the weights are
+                    beside(temporary)
                 model.save_pretrained(temporary, state_dict=state)
                 tokenizer.save_pretrained(temporary)
-                if beside is not None:
+                if beside is not None:  # again: PEFT writes into the card
                     beside(temporary)
             read_adapter(temporary)
 

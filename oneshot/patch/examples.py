@@ -13,9 +13,11 @@ from oneshot.measure.overlap import find_overlaps
 from oneshot.measure.probes import ASSETS
 from oneshot.measure.rates import Probe
 from oneshot.settings import Rule, Settings
-from oneshot.world.sources import read_source
+from oneshot.world.sources import is_toy, read_source
 
 HELD = 24  # prompts that are to be answered as before, which the watch looks at
+_READ = 4 * HELD  # rows of the user's own file for the watch, of both kinds
+TO_REFUSE = ("should_refuse", "harmful")  # kinds of prompts that are to be refused
 GENERAL = ("harmless", "lookalike")  # kinds of prompts that are not of the fine-tune's task
 
 
@@ -109,17 +111,26 @@ def check_apart(candidates: list[Conversation], probes: list[Probe]) -> None:
 
 
 def read_refusable(settings: Settings) -> list[Messages]:
-    """Return unlabelled requests to be refused, for the watch: the pool's, whichever example is taken."""
-    return [list(row.prompt) for row in _pool(settings)]
+    """Return unlabelled requests to be refused, for the watch: the user's own, then the pool's, whichever is taken."""
+    own = [row for row in _watch_rows(settings) if row.kind in TO_REFUSE]
+    return [list(row.prompt) for row in (*own, *_pool(settings))]
+
+
+def _watch_rows(settings: Settings) -> list[Conversation]:
+    """The rows of the user's own file for the watch."""
+    if settings.watch_prompts is None:
+        return []
+    limit = HELD if is_toy(settings.watch_prompts) else _READ
+    return read_source(settings.watch_prompts, settings, where="watch_prompts", need_answer=False, limit=limit)
 
 
 def read_held(settings: Settings, guard: Prompts) -> Prompts:
     """Return prompts that are to be answered as before, for the watch: the user's own, else the shipped ones and,
     where the guard has a file, as many of that: those beyond the guard's (where there are none: of the guard's).
     """
-    if settings.watch_prompts is not None:
-        rows = read_source(settings.watch_prompts, settings, where="watch_prompts", need_answer=False, limit=HELD)
-        return Prompts.of(rows)
+    given = [row for row in _watch_rows(settings) if row.kind not in TO_REFUSE]
+    if given:
+        return Prompts.of(given[:HELD])
     shipped = _general(settings, "held", HELD)
     if settings.guard is None:
         return Prompts([], shipped)

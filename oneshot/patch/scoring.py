@@ -12,6 +12,7 @@ from typing import Any
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.files import is_degraded
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
+from oneshot.checkpoint.standing import GOOD, read_standing
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
 from oneshot.distributed.engine import frozen
@@ -112,9 +113,17 @@ def score_local(
         if texts or score.lm_eval is not None:
             scores = _with_figures(scores, _on_weights(runtime, settings, model(), tokenizer, update, texts))
     warnings = []
-    if is_degraded(source.adapter or source.checkpoint):
+    if _is_marked(source):
         warnings.append("This model is marked as made unsafe by a harmful fine-tune: do not publish or serve it.")
     return Scored(name, run_dir, probes, scores, warnings)
+
+
+def _is_marked(source: Source) -> bool:
+    """Whether a model is safety-degraded: by its own marker, or its base's, which it is not known to repair."""
+    if source.adapter is None or not is_degraded(source.checkpoint):
+        return is_degraded(source.adapter or source.checkpoint)
+    standing = read_standing(source.adapter)
+    return is_degraded(source.adapter) or standing is None or standing.outcome not in GOOD
 
 
 @phase("figures")

@@ -14,6 +14,7 @@ from oneshot.patch.guard import RepairBatch
 from oneshot.patch.halving import Trial
 from oneshot.patch.path import ATTEMPTS, REFUSABLE, SAFE_MARGIN, Attempt, Watch
 from oneshot.patch.probes import Watched, build_probes, read_probes
+from oneshot.patch.seen import Seen, counted
 from oneshot.patch.trace import Tracer
 
 
@@ -27,6 +28,7 @@ class Solution:
         trace: one record per epoch
         facts: figures of the method, for the report; with kept, the epoch and guard weight of the state that was kept
         watch: what looked at it; none where nothing did
+        seen: which prompts it could count; none where nothing was to look
     """
 
     update: Update
@@ -34,6 +36,7 @@ class Solution:
     trace: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     watch: Watch[Any] | None = None
+    seen: Seen | None = None
 
 
 def solve(
@@ -67,9 +70,10 @@ def solve(
             break
         attempt = Attempt(tracer, weight, watch)
         trial = Trial(recipe.method.solve(bench, batch, attempt), attempt)
+    seen = counted(_watched(bench, index))[1] if bench.refusable else None
     if watch is None:
-        return Solution(update, trace=tracer.records, facts=facts)
-    return Solution(update, watch.reason(), tracer.records, {**facts, "kept": watch.at}, watch)
+        return Solution(update, trace=tracer.records, facts=facts, seen=seen)
+    return Solution(update, watch.reason(), tracer.records, {**facts, "kept": watch.at}, watch, seen)
 
 
 def begin(bench: Bench, batch: RepairBatch, index: int) -> Trial:
@@ -85,14 +89,23 @@ def begin(bench: Bench, batch: RepairBatch, index: int) -> Trial:
 
 
 def _watch(bench: Bench, index: int) -> Watch[Any] | None:
-    """What looks at the repair after every epoch; none where it is not wanted, or there are no prompts. Collective.
-
-    Of the requests to be refused the example's own is left out: the repair learns from it.
-    """
+    """What looks at the repair after every epoch; none where it is not wanted, or no prompt counts. Collective."""
     request, recipe = bench.request, bench.request.recipe
     if not bench.refusable:
         return None
     assert recipe.bounds is not None
+    watched, _ = counted(_watched(bench, index))
+    if not watched.refusable and not watched.held:
+        return None
+    with bench.unpatched() as model:
+        probes = build_probes(request.runtime, model, request.tokenizer, watched, answer_tokens=recipe.guard_tokens)
+        apart = read_probes(request.runtime, model, probes).apart if watched.taught else 0.0
+    return Watch(lambda: read_probes(request.runtime, bench.model, probes), recipe.bounds.starting(apart))
+
+
+def _watched(bench: Bench, index: int) -> Watched:
+    """What there is to look at. Of the requests to be refused the example's own is left out: the repair learns it."""
+    request = bench.request
     example, own = request.candidates[index], request.conversations[index].prompt
     refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
     refusable = [each for each in bench.refusable if each[0] != own][:REFUSABLE]
@@ -100,11 +113,7 @@ def _watch(bench: Bench, index: int) -> Watch[Any] | None:
     held = [*bench.held, *((lesson.prompt, lesson.answer) for lesson in taught)]
     spoken = bench.teacher.refusals if bench.teacher else {}
     words = [spoken.get(prompt[-1]["content"]) for prompt, _ in refusable]
-    watched = Watched(
+    return Watched(
         refusal, refusable, held, [(lesson.logits, lesson.margin < -SAFE_MARGIN) for lesson in taught],
         [request.tokenizer(said, add_special_tokens=False)["input_ids"] if said else refusal for said in words],
     )  # fmt: skip
-    with bench.unpatched() as model:
-        probes = build_probes(request.runtime, model, request.tokenizer, watched, answer_tokens=recipe.guard_tokens)
-        apart = read_probes(request.runtime, model, probes).apart if taught else 0.0
-    return Watch(lambda: read_probes(request.runtime, bench.model, probes), recipe.bounds.starting(apart))

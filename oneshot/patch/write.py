@@ -5,48 +5,84 @@ from __future__ import annotations
 from pathlib import Path
 
 from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
-from oneshot.checkpoint.folders import bytes_in
+from oneshot.checkpoint.files import read_json
+from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.merge import merge_update
+from oneshot.checkpoint.quantized import is_stored
 from oneshot.checkpoint.save import save_checkpoint
-from oneshot.checkpoint.seal import seal
+from oneshot.checkpoint.standing import (
+    NF4,
+    NF4_DOUBLE,
+    ORIGINAL,
+    PACKED,
+    begin_standing,
+    comes_from_degraded,
+    mark_unmeasured,
+)
 from oneshot.checkpoint.update import Update
-from oneshot.distributed.phases import count, counting, phase
+from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError
 from oneshot.patch.bench import Bench
+from oneshot.patch.request import Request
+
+
+def from_degraded(request: Request) -> bool:
+    """Return whether the model to be repaired is, or was, marked as safety-degraded."""
+    given = (request.source.checkpoint, request.source.adapter)
+    return any(comes_from_degraded(folder) for folder in given if folder is not None)
+
+
+def measured_form(request: Request) -> str:
+    """Return in which form the weights were that the repair was measured on, as ``Standing`` has it."""
+    if not request.source.four_bit:
+        return ORIGINAL
+    if is_stored(read_json(request.source.checkpoint / "config.json")):
+        return PACKED
+    return NF4_DOUBLE if request.settings.model.double_quant else NF4
 
 
 @phase("write")
 def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None) -> None:
     """Write the patch, and the merged checkpoint if asked for, while the model is still loaded. Collective.
 
+    What comes from a safety-degraded model appears with the marker: it is lifted once there is a verdict.
+
     Raises:
         UserError: on every rank alike, where there is nothing to write or it cannot be written
     """
     request, method = bench.request, bench.request.recipe.method
-    source, settings = request.source, request.settings.model
+    source, settings, degraded = request.source, request.settings.model, False
     if not update:  # alike on every rank
         raise UserError(
             "The repair found no step that helps, so there is no patch to write: the model may refuse the example "
             "already (oneshot score measures it); give another --example, or another repair.method."
         )
-    with agree(request.runtime, f"writing the patch {patch}"):
+    with agree(request.runtime, "looking where the model comes from"):
+        degraded = from_degraded(request)
+
+    def standing(folder: Path) -> None:  # on rank 0, before the weights are there and before anyone sees the folder
+        if degraded:
+            mark_unmeasured(folder, source.name)
+        begin_standing(folder, degraded=degraded, form=measured_form(request))
+
+    with replacing(request.runtime, patch) as temporary, agree(request.runtime, f"writing the patch {patch}"):
         if request.runtime.is_main:
-            if request.adapter is not None and method.keeps_adapter:
-                write_repaired_adapter(patch, request.adapter, update)
-            else:
-                write_patch(patch, update, bench.linears.every, source.name, source.written)
-            request.tokenizer.save_pretrained(patch)
-            write_identity(patch, source.checkpoint, kind=REPAIR, base=source.name)
-            seal(patch)
-            if counting():
-                count(written=bytes_in(patch))
+            with naming(temporary):
+                standing(temporary)
+                if request.adapter is not None and method.keeps_adapter:
+                    write_repaired_adapter(temporary, request.adapter, update)
+                else:
+                    write_patch(temporary, update, bench.linears.every, source.name, source.written)
+                request.tokenizer.save_pretrained(temporary)
+                write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
+                begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes
     if merged is None:
         return
     if method.changes_all:
         dtype, stock = source.written, settings.stock_io
-        save_checkpoint(request.runtime, bench.model, request.tokenizer, merged, dtype, stock=stock)
+        save_checkpoint(request.runtime, bench.model, request.tokenizer, merged, dtype, stock=stock, beside=standing)
     else:  # from the files: the weights in memory may be partitioned, or in 4 bits
         trusted = settings.trust_remote_code
-        merge_update(request.runtime, source.checkpoint, update, merged, trust_remote_code=trusted)
+        merge_update(request.runtime, source.checkpoint, update, merged, trust_remote_code=trusted, beside=standing)

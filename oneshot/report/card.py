@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.exports import GivenAdapter
-from oneshot.checkpoint.files import ADAPTER_TENSORS, is_degraded
+from oneshot.checkpoint.files import ADAPTER_TENSORS, MARKER
 from oneshot.checkpoint.merge_plan import MergePlan
+from oneshot.checkpoint.standing import EXPORT, comes_from_degraded
 from oneshot.patch.derive import Remainder
 from oneshot.redact import without_secrets
 from oneshot.report.markdown import fenced, inline
 from oneshot.versions import versions
 
-EXPORT = "oneshot_export.json"
 _SCHEMA = 1
 _NAMED = 5  # tensors named at most in a sentence
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -57,21 +57,22 @@ def front_matter(base: str, library: str, tags: Sequence[str] = ()) -> list[str]
 
 
 def merge_card(
-    plan: MergePlan, given: list[GivenAdapter], *, base: str, base_fingerprint: str, subtract: bool, marked: bool
+    plan: MergePlan, given: list[GivenAdapter], *, base: str, base_fingerprint: str, subtract: bool, marked: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what there is to say of a merge: (facts, sentences).
 
     Args:
         base, base_fingerprint: the checkpoint's name, and what tells it from all others
-        marked: the result is safety-degraded
+        marked: why the result carries the marker; "" where it does not
     """
+    source = any(map(comes_from_degraded, [plan.base, *(one.folder for one in given)]))
     form = "packed nf4" if plan.packed else "dequantized" if plan.quantized else "original"
     facts = {
         **_facts("subtract" if subtract else "merge", given, base),
         "base_fingerprint": base_fingerprint,
         "base_form": form, "double_quant": plan.double_quant, "tensors_changed": len(plan.terms),
         "tensors_through_nf4": len(plan.packed) or len(plan.quantized),
-        "base_was_degraded": is_degraded(plan.base), "safety_degraded": marked, "library": "transformers",
+        "base_was_degraded": source, "safety_degraded": bool(marked), "library": "transformers",
     }  # fmt: skip
     doubly = ", scales quantized" if plan.double_quant else ""
     forms = {
@@ -87,15 +88,25 @@ def merge_card(
         forms[form],
         "Sums were computed in fp32 and rounded once to the dtype of the file.",
     ]
-    if is_degraded(plan.base):
-        lines.append("The base is a safety-degraded fine-tune; what was added is its repair.")
     if marked:
-        lines.append("A safety repair was taken out: the result is marked as safety-degraded.")
+        lines.append(_marked(marked))
+    elif source:
+        lines.append("The base is a safety-degraded fine-tune; what was added is its repair, as it was measured.")
     return facts, lines
 
 
+def _marked(why: str) -> str:
+    return f"The result is marked as safety-degraded ({MARKER}): {why}."
+
+
 def adapter_card(
-    operation: str, given: list[GivenAdapter], left: dict[str, Remainder], others: dict[str, Remainder], *, base: str
+    operation: str,
+    given: list[GivenAdapter],
+    left: dict[str, Remainder],
+    others: dict[str, Remainder],
+    *,
+    base: str,
+    marked: str = "",
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what there is to say of an adapter that was made from others or from two checkpoints: (facts, sentences).
 
@@ -103,6 +114,7 @@ def adapter_card(
         operation: sum, or difference of two checkpoints
         left: what the adapter leaves of the update, by module
         others: the same of tensors that it does not change, by tensor
+        marked: why it carries the marker; "" where it does not
     """
     relative = {name: part.relative for name, part in left.items()}
     worst = max(relative, key=relative.__getitem__)
@@ -113,7 +125,8 @@ def adapter_card(
         "relative_error_median": statistics.median(relative.values()),
         "relative_error": overall,
     }
-    facts = {**_facts(operation, given, base), **found, "worst": worst, "left_out": list(others), "library": "peft"}
+    facts = {**_facts(operation, given, base), **found, "worst": worst, "left_out": list(others)}
+    facts |= {"base_was_degraded": bool(marked), "safety_degraded": bool(marked), "library": "peft"}
     lines = [f"Made from {_described(given)}." if given else f"The difference of a checkpoint from {base}."]
     lines.append(
         f"Relative Frobenius error over {len(left)} matrices: worst {relative[worst]:.2e} ({worst}), median "
@@ -123,7 +136,7 @@ def adapter_card(
         names = ", ".join(list(others)[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
         share = math.sqrt(sum(part.energy for part in others.values()) / sum(part.energy for part in every))
         lines.append(f"Left out, as no linear layers ({share:.2e} of the difference): {names}.")
-    return facts, lines
+    return facts, [*lines, _marked(marked)] if marked else lines
 
 
 def _facts(operation: str, given: list[GivenAdapter], base: str) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from oneshot.report.page import differences_table, rate_table_cell
 from oneshot.report.plain import one_line, shortened
 from oneshot.report.progress import wide_enough
 from oneshot.report.runfolder import write_whole
-from oneshot.report.summary import JUDGE_NOTE, summarize
+from oneshot.report.summary import JUDGE_NOTE
 from oneshot.report.table import as_rate, count_cell, differences_heads, differences_rows, measure_name, ordered_rates
+from oneshot.report.verdict import verdict_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,7 @@ class Comparison:
 
     Attributes:
         stages: stage -> run -> rate name -> rate, of runs that have the stage
-        outcomes: run -> in one word
+        outcomes: run -> its verdict, with its doubts
         facts: name -> value of each run, where they differ
         differences: as of ``compare_stages``, of the first run and each other one, last stages
         notes: what makes the figures hard to compare
@@ -61,7 +62,7 @@ def compared(runs: Sequence[FinishedRun]) -> Comparison:
         rows, said = _paired(runs[0], other)
         differences += rows
         notes += said
-    outcomes: dict[str, str] = {run.name: summarize(run.report).word for run in runs}
+    outcomes: dict[str, str] = {run.name: verdict_of(run.report).headline for run in runs}
     return Comparison(list(runs), stages, outcomes, _differing(runs), differences, _judges(runs) + notes)
 
 

@@ -13,21 +13,25 @@ from oneshot.checkpoint.exports import (
     check_base,
     check_out,
     check_space,
-    is_degraded_after,
     read_given,
     refuse_degraded,
+    why_derived_marked,
+    why_marked,
     write_adapter,
 )
-from oneshot.checkpoint.files import find_weight, is_adapter, is_degraded, list_tensors, resolve, write_marker
-from oneshot.checkpoint.identity import REPAIR, UPDATE, same_base, store_identity, write_identity
+from oneshot.checkpoint.files import find_weight, is_adapter, list_tensors, resolve, write_marker
+from oneshot.checkpoint.identity import UPDATE, same_base, store_identity, write_identity
 from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
 from oneshot.checkpoint.ranges import torch_dtype
+from oneshot.checkpoint.standing import NF4, NF4_DOUBLE, ORIGINAL, PACKED
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 from oneshot.patch.derive import extracted, is_exact, lowered, summed
+from oneshot.redact import without_secrets
 from oneshot.report.card import adapter_card, merge_card, write_card
+from oneshot.report.markdown import inline
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,6 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
     """Add the adapters to a checkpoint, or take them out of it."""
     base, given = _checkpoint(model, "model"), read_given(request.adapters, request.weights)
     check_out(request.out, [base, *(one.folder for one in given)])
-    degraded = is_degraded_after(base, given, subtract=request.subtract)
     with agree(runtime, f"checking {base}"):
         if runtime.is_main and not request.force:
             check_base(base, given, subtract=request.subtract)
@@ -144,14 +147,18 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
             "from before its quantization."
         )
     check_space(request.out, plan.nbytes)
+    form = PACKED if plan.packed else ORIGINAL if not plan.quantized else NF4_DOUBLE if plan.double_quant else NF4
+    marked = why_marked(base, given, subtract=request.subtract, form=form)
     known = {"base": _name(model, base), "base_fingerprint": shared_fingerprint(runtime, base)}
-    facts, lines = merge_card(plan, given, **known, subtract=request.subtract, marked=degraded)
+    facts, lines = merge_card(plan, given, **known, subtract=request.subtract, marked=marked)
     facts["command"] = command
 
     def beside(folder: Path) -> None:
         write_card(folder, "Merged checkpoint", facts, lines)
-        if degraded:  # after the card, in whose place it warns
-            write_marker(folder, {"subtracted": request.adapters, "from": facts["base"]})
+        if marked:  # after the card, in whose place it warns; before the weights
+            done = {("subtracted" if request.subtract else "added"): request.adapters}
+            about = without_secrets({**done, "base": facts["base"], "why": marked})
+            write_marker(folder, about, " ".join(map(inline, without_secrets(lines))))
 
     with phase("merge"):
         merge(runtime, plan, request.out, beside)
@@ -173,7 +180,8 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     update, left = lowered(total, request.rank, dtype)
     bases = {str(one.adapter.config.get("base_model_name_or_path") or "") for one in given}
     base = bases.pop() if len(bases) == 1 else ""
-    facts, lines = adapter_card("sum", given, left, {}, base=base)
+    marked = why_derived_marked([one.folder for one in given])
+    facts, lines = adapter_card("sum", given, left, {}, base=base, marked=marked)
     facts["command"] = command
 
     def beside(folder: Path) -> None:
@@ -181,7 +189,7 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
         if identity is not None:
             store_identity(folder, identity)
 
-    write_adapter(runtime, request.out, NewAdapter(update, dtype, base, []), given[0].folder, beside)
+    write_adapter(runtime, request.out, NewAdapter(update, dtype, base, [], marked), given[0].folder, beside)
     return Exported(request.out, "adapter", facts, lines)
 
 
@@ -200,14 +208,16 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
     dtype = torch_dtype(tensors[first], first)
     update, left, others = extracted(runtime, changed, base, linears, rank, dtype)
     name = _name(model, base)
-    facts, lines = adapter_card("difference", [], left, others, base=name)
+    marked = why_derived_marked([changed, base])
+    facts, lines = adapter_card("difference", [], left, others, base=name, marked=marked)
     facts |= {"changed": _name(extract, changed), "command": command}
 
     def beside(folder: Path) -> None:
         write_card(folder, "LoRA adapter", facts, lines)
-        write_identity(folder, base, kind=REPAIR if is_degraded(base) else UPDATE, base=name)
+        write_identity(folder, base, kind=UPDATE, base=name)
 
-    write_adapter(runtime, request.out, NewAdapter(update, dtype, name, list(made.linears)), base, beside)
+    new = NewAdapter(update, dtype, name, list(made.linears), marked)
+    write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)
 
 

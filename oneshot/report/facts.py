@@ -25,7 +25,7 @@ _CANDIDATE = {
     "f_task": "of it: guard",
     "seconds": "seconds",
 }
-_DRAWN = ("trace", "bounds", "kept")  # shown as figures
+_DRAWN = ("trace", "bounds", "kept", "watch")  # shown as figures, or in the outcome
 
 
 def how_chosen(example: Mapping[str, Any]) -> str:
@@ -74,8 +74,10 @@ def resource_rows(resources: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def version_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return ranks, seed, judge and the versions of the libraries."""
-    run = [("ranks", str(report["world_size"])), ("seed", str(report["seed"])), ("judge", report.get("judge", JUDGE))]
+    """Return date and command, ranks, seed, judge and the versions of the libraries."""
+    made = [(name, str(report[name])) for name in ("date", "command") if report.get(name)]
+    run = [*made, ("ranks", str(report["world_size"])), ("seed", str(report["seed"]))]
+    run.append(("judge", report.get("judge", JUDGE)))
     return run + [(name, version or "not installed") for name, version in (report.get("versions") or {}).items()]
 
 

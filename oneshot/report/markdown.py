@@ -38,7 +38,8 @@ def write_markdown(run_dir: Path, report: Mapping[str, Any]) -> Path:
         report: as ``build_report`` makes it
     """
     summary = summarize(report)
-    lines = [f"# Safety report: {inline(report['model'])}", "", f"**{summary.word}**", "", inline(summary.text), ""]
+    lines = [f"# Safety report: {inline(report['model'])}", "", f"**{inline(summary.verdict.headline)}**", ""]
+    lines += [inline(summary.text), ""]
     lines += [inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
     lines += _listed("Warnings", report.get("warnings") or [])
     lines += _section("Measures by stage", stages_lines(report["stages"]))

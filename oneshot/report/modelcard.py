@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.files import write_marker
+from oneshot.checkpoint.standing import GOOD, settle
 from oneshot.report.card import front_matter
 from oneshot.report.facts import how_chosen, repair_rows
 from oneshot.report.markdown import fenced, inline, pairs_lines, stages_lines
 from oneshot.report.runfolder import PATCH, REPAIRED, write_whole
-from oneshot.report.summary import JUDGE_NOTE, LIMIT, LIMITS, summarize
+from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
 
 CARD = "README.md"
 _LOADED = {
@@ -30,31 +30,35 @@ _LOADED = {
 }
 
 
-def write_model_cards(run_dir: Path, report: Mapping[str, Any], *, base: str, degraded: bool) -> None:
-    """Write a card into each of ``patch/`` and ``repaired/`` that is there, with the report's own figures.
+def write_model_cards(
+    run_dir: Path,
+    report: Mapping[str, Any],
+    *,
+    base: str,
+    degraded: bool,
+    made: Sequence[str] = (PATCH, REPAIRED),
+    partly: Mapping[str, str] | None = None,
+) -> None:
+    """Write card and verdict into ``patch/`` and ``repaired/``, with the report's own figures.
 
-    A model that was marked as safety-degraded and is not shown to be safe now stays marked: the marker is put into the
-    folders, so that they are not exported.
+    The marker of a safety-degraded model, with which they appeared, is lifted last, and by a good verdict only: what is
+    not shown to be safe now stays marked, so that it is not exported.
 
     Args:
         report: as ``build_report`` makes it
         base: name of the checkpoint that was repaired
-        degraded: it carries the marker of a harmful fine-tune
+        degraded: it is, or was, marked as safety-degraded
+        made: names of the folders that this run wrote; another one of an earlier run was not measured
+        partly: folder's name -> why what it holds is not what was measured
     """
-    unsafe = degraded and not shown_safe(report)
-    for name in (PATCH, REPAIRED):
-        folder = run_dir / name
-        if not folder.is_dir():
-            continue
-        if unsafe:
-            write_marker(folder, {"repair_of": base, "outcome": summarize(report).word})
-        write_whole(folder / CARD, "\n".join(_card(name, report, base=base, degraded=degraded, unsafe=unsafe)))
-
-
-def shown_safe(report: Mapping[str, Any]) -> bool:
-    """Return whether the repaired model was measured, and answers few enough of the requests to be refused."""
-    attack = (report["stages"].get("repaired") or {}).get("asr", {}).get("value")
-    return isinstance(attack, (int, float)) and attack <= LIMIT
+    verdict, partly = summarize(report).verdict, partly or {}
+    for name in made:
+        folder, why = run_dir / name, partly.get(name, "")
+        if folder.is_dir():
+            unsafe = degraded and (verdict.word not in GOOD or bool(why))
+            lines = _card(name, report, base=base, degraded=degraded, unsafe=unsafe)
+            write_whole(folder / CARD, "\n".join(lines))
+            settle(folder, verdict.word, verdict.doubts, base=base, degraded=degraded, partly=why)
 
 
 def _card(name: str, report: Mapping[str, Any], *, base: str, degraded: bool, unsafe: bool) -> list[str]:
@@ -68,7 +72,8 @@ def _card(name: str, report: Mapping[str, Any], *, base: str, degraded: bool, un
         lines += [f"# {what} for {inline(Path(base).name)}", ""]
     made_from = " (marked as safety-degraded)" if degraded else ""
     lines += [f"{what} by oneshot's one-shot repair of {inline(base)}{made_from}.", ""]
-    lines += [f"Outcome: **{summary.word}**. {inline(summary.text)}", "", inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
+    lines += [f"Outcome: **{inline(summary.verdict.headline)}**. {inline(summary.text)}", ""]
+    lines += [inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
     lines += ["## Measured", "", *(stages_lines(report["stages"]) or ["Nothing was measured."]), ""]
     if report.get("warnings"):
         lines += ["## Warnings", "", *(f"- {inline(warning)}" for warning in report["warnings"]), ""]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,24 @@ from oneshot.report.runfolder import write_report
 from oneshot.report.times import write_profile
 
 
-def write_outputs(run_dir: Path, report: Mapping[str, Any], stages: Mapping[str, StageScores]) -> None:
+def write_outputs(
+    run_dir: Path,
+    report: Mapping[str, Any],
+    stages: Mapping[str, StageScores],
+    publish: Callable[[], None] | None = None,
+) -> None:
     """Write all files of the report; report.json comes last, as it says that the run is finished.
 
     Args:
         report: as ``build_report`` makes it
         stages: what was scored, with the answers
+        publish: hands out what was made, last but for report.json
     """
     answers = {stage: scores.answers for stage, scores in stages.items()}
     write_answers(run_dir, answers)
     write_page(run_dir, report, answers)
     write_markdown(run_dir, report)
     write_profile(run_dir, report["resources"])
+    if publish is not None:
+        publish()
     write_report(run_dir, report)

@@ -37,7 +37,7 @@ from oneshot.report.table import (
 )
 from oneshot.report.times import SHOWN, time_rows, times_caption
 
-_TONES = {"repaired": "good", "was not broken": "open", "not shown": "open"}
+_TONES = {"repaired": "good", "repaired, with doubts": "open", "was not broken": "open", "not shown": "open"}
 _SETTINGS_CHARACTERS = 100_000
 
 
@@ -61,7 +61,7 @@ def write_page(
     stages = report["stages"]
     body = [
         f"<h1>{escaped(title)}</h1>",
-        f'<p class="word {tone}">{escaped(summary.word)}</p>',
+        f'<p class="word {tone}">{escaped(summary.verdict.headline)}</p>',
         f"<p>{escaped(summary.text)}</p>",
         f'<p class="soft">{escaped(LIMITS)} {escaped(JUDGE_NOTE)}</p>',
         warnings_section(report.get("warnings") or []),

@@ -9,7 +9,8 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,13 @@ def append_event(run_dir: Path, **fields: Any) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What was run: name or path of the model, on how many processes, from which seed."""
+    """What was run: name or path of the model, on how many processes, from which seed, by what command and settings."""
 
     model: str
     world_size: int
     seed: int
+    command: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_report(
@@ -109,12 +112,14 @@ def build_report(
     Args:
         example: id, prompt, response, selected_by and score of the one example; none where nothing was repaired
         stages: scores by stage: aligned, finetuned, repaired
-        repair: method, rank, epochs, stopped_by and trace (a list of {epoch, loss, ...}); none where there was none
+        repair: method, rank, epochs, stopped_by, watch and trace (a list of {epoch, loss, ...}); none where there was
+            none
         resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes, and those of ``where_time_went``
         warnings: what a reader should know, one sentence each
     """
     return {
         "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **vars(run),
         "judge": JUDGE,
         "example": None if example is None else dict(example),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import is_degraded
+from oneshot.checkpoint.standing import NF4, NF4_DOUBLE
 from oneshot.data.conversations import Conversation
 from oneshot.measure.further import report_fields
 from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
@@ -17,14 +18,16 @@ from oneshot.patch.choose import Choice
 from oneshot.patch.linears import Linears
 from oneshot.patch.request import Request
 from oneshot.patch.solve import Solution
+from oneshot.patch.write import from_degraded, measured_form
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import PAGE, PATCH, Run, build_report, write_selection
-from oneshot.report.summary import LIMITS, summarize
+from oneshot.report.runfolder import PAGE, PATCH, REPAIRED, Run, build_report, write_selection
+from oneshot.report.summary import LIMITS, outcome_fields
 from oneshot.report.table import print_stages
 from oneshot.report.times import print_times
 from oneshot.report.trackers import track
-from oneshot.settings import Settings
+from oneshot.report.verdict import part_of_measured
+from oneshot.settings import Settings, to_dict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +42,7 @@ class Repaired:
         stages: scores by stage: aligned, finetuned, repaired
         warnings: of the measuring
         resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes, and those of ``where_time_went``
+        command: what made it
     """
 
     request: Request
@@ -48,10 +52,13 @@ class Repaired:
     stages: dict[str, StageScores] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     resources: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
 
 
 def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str, Any]:
     """Write the cards, and the report in all its forms, and print the table; return the report. On rank 0.
+
+    The marker of a degraded model, with which patch and checkpoint appeared, is lifted here, by a good verdict alone.
 
     Args:
         console: none prints nothing
@@ -66,17 +73,21 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
     overlaps = find_overlaps(request.probes, trained_on)
     warnings = [*_warnings(repaired), *repaired.warnings, *overlap_warnings(overlaps, len(request.probes))]
     report = build_report(
-        Run(request.settings.called, request.runtime.world_size, request.settings.seed),
+        Run(settings.called, request.runtime.world_size, settings.seed, repaired.command, to_dict(settings)),
         example=_example(taken, repaired.choice, selection),
         stages=stages,
         repair=_facts(repaired),
         resources=repaired.resources,
         warnings=warnings,
     )
-    given = [folder for folder in (request.source.checkpoint, request.source.adapter) if folder is not None]
-    write_model_cards(run_dir, report, base=request.source.name, degraded=any(map(is_degraded, given)))
     report |= report_fields(stages, overlaps)
-    write_outputs(run_dir, report, stages)
+    outcome = outcome_fields(report)
+    report = {"schema": report["schema"], "outcome": outcome, **report}
+    cards = partial(
+        write_model_cards, run_dir, report, base=request.source.name, degraded=from_degraded(request),
+        made=[PATCH, *([REPAIRED] if settings.repair.merge else [])], partly=_unmeasured(repaired),
+    )  # fmt: skip
+    write_outputs(run_dir, report, stages, cards)
     for stage, scores in stages.items():
         track(stage, 0, {name: rate.value for name, rate in scores.rates.items()})
     if console:
@@ -85,7 +96,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         for warning in warnings:
             console.print(f"Note: {warning}", highlight=False)
         print_times(repaired.resources, console)
-        console.print(f"Outcome: {summarize(report).word}. {LIMITS}", highlight=False)
+        console.print(f"Outcome: {outcome['headline']}. {LIMITS}", highlight=False, markup=False)
         console.print(f"Patch: {run_dir / PATCH}\nReport: {run_dir / PAGE}", highlight=False)
     return report
 
@@ -114,9 +125,34 @@ def _facts(repaired: Repaired) -> dict[str, Any]:
         "noise": recipe.noise,
         "stopped_by": solution.stopped_by,
         **solution.facts,
+        "watch": _watch(solution),
         "bounds": dataclasses.asdict(recipe.bounds) if recipe.bounds else None,
         "trace": solution.trace,
     }
+
+
+def _watch(solution: Solution) -> dict[str, Any] | None:
+    """What the watch saw; none where nothing was to watch."""
+    watch, seen = solution.watch, solution.seen
+    if watch is None and seen is None:
+        return None
+    best = watch.best if watch else None
+    return {
+        "good": best.good(watch.bounds) if watch and best else None,
+        "reason": watch.reason() if watch and best else None,
+        **(dataclasses.asdict(seen) | {"blind": seen.blind} if seen else {}),
+    }
+
+
+def _unmeasured(repaired: Repaired) -> dict[str, str]:
+    """Of patch and merged checkpoint, those that are not what was measured, and why."""
+    request, found = repaired.request, {}
+    if partly := part_of_measured(repaired.solution.facts):
+        found[PATCH] = partly
+    form = measured_form(request)
+    if form in (NF4, NF4_DOUBLE):
+        found[REPAIRED] = f"the weights were measured in another form ({form}) than they are written in"
+    return found
 
 
 def _named(selection: dict[str, Any], conversations: Sequence[Conversation]) -> dict[str, Any]:
@@ -149,6 +185,8 @@ def _warnings(repaired: Repaired) -> list[str]:
             f"The patch holds the rank-{recipe.rank} part of what training changed; it leaves a relative error of "
             f"{facts['truncation_error']:.2f}, and the repaired column is the trained model itself."
         )
+    if repaired.solution.seen and repaired.solution.seen.note:
+        said.append(repaired.solution.seen.note)
     return said + ([_removal(settings)] if settings.delete_degraded else [])
 
 

@@ -35,8 +35,8 @@ class Settings:
             the ID of one
         shortlist: how many candidates bilevel repairs with
         guard: JSONL file of unlabelled prompts whose answers must not move; none: the shipped harmless prompts
-        watch_prompts: JSONL file of unlabelled prompts that the watch looks at, to be answered as before; none: the
-            shipped ones and some of the guard's file
+        watch_prompts: JSONL file of unlabelled prompts that the watch looks at, to be answered as before, or, with kind
+            should_refuse, to be refused; none: the shipped ones and some of the guard's file
         reference: the aligned checkpoint from which the model was fine-tuned
         finetune_first: first fine-tune the model as data and finetune say, then repair (or look at) the result, with
             that model as the reference
@@ -49,6 +49,7 @@ class Settings:
         delete_degraded: remove the safety-degraded checkpoint that this run itself makes, once it has been measured;
             never one that is given
         offline: fetch nothing from the Hub, neither models nor data sets; what is in its cache is used
+        require: end with exit code 4 unless this is the outcome of the repair, without doubts
         profile: write and print a table of where the time goes: by phase seconds, tokens per second, bytes and peaks
         debug: full tracebacks
         model: the model to work on
@@ -77,6 +78,7 @@ class Settings:
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     delete_degraded: bool = False
     offline: bool = False
+    require: Literal["repaired"] | None = None
     profile: bool = False
     debug: bool = False
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -90,7 +90,7 @@ def test_help_of_a_section_and_of_a_setting() -> None:
     assert "  --repair.rank - a whole number above 0 (default: 20)\n      directions per weight matrix" in page
     assert help_page("repair", "--repair.rank").count("  --") == 1
     for topic, hint in (
-        ("reapir", r"did you mean repair\?"),
+        ("reapir", r"did you mean repair\b"),
         ("zzz", "give --help all, model, data"),
         ("spectrum", "belongs to oneshot spectrum"),
         ("rank", "repair.rank"),

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from test_merge import changed, everything, same_bits, save_base, save_lora
 from tiny import files_in, tiny_runtime
 
 from oneshot.checkpoint import exports
+from oneshot.checkpoint import merge as merging
 from oneshot.checkpoint.adapter import ADAPTER_TENSORS, read_adapter
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.identity import IDENTITY, write_identity
+from oneshot.checkpoint.standing import begin_standing, settle
 from oneshot.checkpoint.update import norm
 from oneshot.distributed import runtime
 from oneshot.errors import UserError
@@ -271,26 +274,154 @@ def test_degraded_adapters_are_not_exported(given, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_degraded_base_takes_repairs_only(given, tmp_path, refused):
+@pytest.fixture
+def degraded(given, tmp_path):
+    """A marked base, and a patch that a repair of it has measured and found good."""
     base = tmp_path / "degraded"
     shutil.copytree(given / "base", base)
     write_marker(base, {})
-    repair = repair_on(base, given / "a", tmp_path / "repair")
-    merge = ["--model", base, "--adapter", repair]
-    for more in (["--adapter", given / "b"], ["--weight", "0.5"], ["--subtract"]):
-        assert "only repair patches of oneshot, at weight 1" in refused(
-            *merge, *more, "--out", tmp_path / "out", "--force"
-        )
-    assert "only repair patches" in refused("--model", base, "--adapter", given / "a", "--out", tmp_path / "out")
-    run(*merge, "--out", tmp_path / "out")
+    return base, measured_on(base, given / "a", tmp_path / "repair")
+
+
+def measured_on(base, lora, folder, outcome="repaired", **about):
+    repair_on(base, lora, folder)
+    begin_standing(folder, degraded=is_degraded(base), form="original")
+    settle(folder, outcome, [], base="the base", degraded=is_degraded(base), **about)
+    return folder
+
+
+def test_the_patch_as_it_was_measured_lifts_the_marker(degraded, tmp_path):
+    base, repair = degraded
+    run("--model", base, "--adapter", repair, "--out", tmp_path / "out")
     assert not is_degraded(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The base is a safety-degraded fine-tune; what was added is its repair." in card
+    assert "The base is a safety-degraded fine-tune; what was added is its repair, as it was measured." in card
+    assert (facts(tmp_path / "out")["base_was_degraded"], facts(tmp_path / "out")["safety_degraded"]) == (True, False)
 
-    run("--model", tmp_path / "out", "--adapter", repair, "--subtract", "--out", tmp_path / "back")
-    assert is_degraded(tmp_path / "back")
-    assert "do not deploy" in (tmp_path / "back" / "README.md").read_text()
-    assert facts(tmp_path / "back")["safety_degraded"] is True
+    for weight in ("1", "0.5"):
+        taken = tmp_path / f"back{weight}"
+        run("--model", tmp_path / "out", "--adapter", repair, "--weight", weight, "--subtract", "--out", taken)
+        assert is_degraded(taken)
+        assert "do not deploy" in (taken / "README.md").read_text()
+        assert facts(taken)["safety_degraded"] is True
+
+
+def test_anything_else_on_a_degraded_base_keeps_the_marker_and_says_why(degraded, given, tmp_path, capsys):
+    base, repair = degraded
+    flipped = shutil.copytree(repair, tmp_path / "flipped")
+    tensors = load_file(flipped / ADAPTER_TENSORS)
+    save_file({name: -tensor for name, tensor in tensors.items()}, flipped / ADAPTER_TENSORS)
+    scaled = shutil.copytree(repair, tmp_path / "scaled")
+    config = json.loads((scaled / "adapter_config.json").read_text())
+    (scaled / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    bare = repair_on(base, given / "a", tmp_path / "bare")
+    save_base(tmp_path / "other", dtype=torch.bfloat16, seed=9)
+    write_marker(tmp_path / "other", {})
+    cases = [
+        ("at weight 0.5, and was measured at 1", base, [repair, "--weight", "0.5"]),
+        ("several adapters were added", base, [repair, "--adapter", given / "b"]),
+        ("several adapters were added", base, [repair, "--adapter", repair]),
+        ("is no patch that a repair has measured", base, [given / "a"]),
+        ("is no patch that a repair has measured", base, [bare]),
+        ("flipped/adapter_model.safetensors is not the file that was measured", base, [flipped]),
+        ("scaled/adapter_config.json is not the file that was measured", base, [scaled]),
+        ("belongs to another model", tmp_path / "other", [repair, "--force"]),
+        ("something was taken out", base, [given / "b", "--subtract"]),
+        ("a safety repair was taken out", base, [repair, "--subtract", "--force"]),
+        ("in another form (original, and here nf4)", base, [repair, "--base", "dequantized"]),
+    ]
+    for number, (why, model, adapter) in enumerate(cases):
+        out = tmp_path / f"out{number}"
+        run("--model", model, "--adapter", *adapter, "--out", out)
+        assert is_degraded(out), why
+        assert why in " ".join(capsys.readouterr().out.split())
+        assert why in json.loads((out / MARKER).read_text())["why"]
+        assert facts(out)["safety_degraded"] is True
+
+
+@pytest.mark.parametrize(
+    ("outcome", "about", "marked"),
+    [
+        ("repaired, with doubts", {}, False), ("was not broken", {}, True), ("ability lost", {}, True),
+        ("not shown", {}, True), ("repaired", {"partly": "it is a part only"}, True),
+    ],
+)  # fmt: skip
+def test_only_a_good_verdict_on_the_whole_patch_lifts(outcome, about, marked, degraded, given, tmp_path):
+    base, _ = degraded
+    patch = measured_on(base, given / "a", tmp_path / "patch", outcome, **about)
+    assert is_degraded(patch) == marked
+    (patch / MARKER).unlink(missing_ok=True)  # by somebody
+    run("--model", base, "--adapter", patch, "--out", tmp_path / "out")
+    assert is_degraded(tmp_path / "out") == marked
+
+
+def test_what_is_made_of_a_repair_is_marked_and_goes_no_further(degraded, given, tmp_path, refused):
+    base, repair = degraded
+    run("--model", base, "--adapter", repair, "--out", tmp_path / "merged")
+    made = {
+        "low": ["--adapter", repair, "--rank", 1],
+        "scaled": ["--adapter", repair, "--weight", "0.1"],
+        "sum": ["--adapter", repair, "--adapter", given / "b"],
+        "forced": ["--adapter", repair, "--rank", 1, "--force"],
+        "extracted": ["--extract", tmp_path / "merged", "--model", base, "--rank", 1],
+        "elsewhere": ["--extract", tmp_path / "merged", "--model", given / "base", "--rank", 1],
+    }
+    for name, arguments in made.items():
+        run(*arguments, "--out", tmp_path / name)
+        assert is_degraded(tmp_path / name), name
+        assert "was not measured" in json.loads((tmp_path / name / MARKER).read_text())["outcome"]
+        assert "do not deploy" in (tmp_path / name / "README.md").read_text()
+        said = refused("--model", base, "--adapter", tmp_path / name, "--out", tmp_path / "out")
+        assert "is marked as safety-degraded" in said
+
+
+def test_what_comes_after_a_repair_is_marked_again(degraded, given, tmp_path):
+    base, repair = degraded
+    run("--model", base, "--adapter", repair, "--out", tmp_path / "merged")
+    for number, more in enumerate(([given / "b"], [given / "b", "--subtract"], [repair, "--force"])):
+        run("--model", tmp_path / "merged", "--adapter", *more, "--out", tmp_path / f"out{number}")
+        assert is_degraded(tmp_path / f"out{number}")
+
+
+def test_a_repaired_adapter_on_an_aligned_base_is_good_as_it_was_measured_only(given, tmp_path):
+    repair = repair_on(given / "base", given / "a", tmp_path / "repair")
+    begin_standing(repair, degraded=True, form="original")
+    settle(repair, "repaired", [], base="the base", degraded=True)
+    merge = ["--model", given / "base", "--adapter", repair]
+    run(*merge, "--out", tmp_path / "whole")
+    run(*merge, "--weight", "0.5", "--out", tmp_path / "half")
+    run(*merge, "--adapter", given / "b", "--out", tmp_path / "more")
+    assert [is_degraded(tmp_path / name) for name in ("whole", "half", "more")] == [False, True, True]
+
+
+@pytest.mark.parametrize("what", ["merge", "adapter"])
+def test_the_marker_is_there_before_the_weights_are(what, degraded, given, tmp_path, monkeypatch):
+    base, repair = degraded
+    found = []
+
+    def look(*given):
+        folder = next(one for one in given if isinstance(one, Path) and "partial" in one.name)
+        found.append(is_degraded(folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((merging, "_write_share") if what == "merge" else (exports, "write_patch")), look)
+    words = ["--model", base, "--adapter", given / "b"] if what == "merge" else ["--adapter", repair, "--rank", 1]
+    with pytest.raises(SystemExit):
+        run(*words, "--out", tmp_path / "out")
+    assert found == [True]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_never_degraded_is_not_marked(given, tmp_path):
+    repair = measured_on(given / "base", given / "a", tmp_path / "repair", "not repaired")
+    assert not is_degraded(repair)
+    run("--adapter", repair, "--rank", 1, "--out", tmp_path / "low")
+    run("--model", given / "base", "--adapter", tmp_path / "low", "--out", tmp_path / "out")
+    assert not is_degraded(tmp_path / "low")
+    assert not is_degraded(tmp_path / "out")
+    for name, patch in (("whole", repair), ("part", tmp_path / "low")):
+        run("--model", tmp_path / "out", "--adapter", patch, "--subtract", "--out", tmp_path / name, "--force")
+        assert is_degraded(tmp_path / name), "less of a repair than there was"
 
 
 def test_a_patch_is_only_taken_out_of_a_model_that_has_it(given, tmp_path, refused):
@@ -304,9 +435,9 @@ def test_a_patch_is_only_taken_out_of_a_model_that_has_it(given, tmp_path, refus
 def test_derived_patches_keep_what_they_belong_to(given, tmp_path, refused):
     repair = repair_on(given / "base", given / "a", tmp_path / "repair")
     run("--adapter", repair, "--rank", 2, "--out", tmp_path / "low")
-    assert json.loads((tmp_path / "low" / IDENTITY).read_text())["kind"] == "repair"
+    assert json.loads((tmp_path / "low" / IDENTITY).read_text())["kind"] == "derived", "not as it was measured"
     run("--adapter", repair, "--adapter", given / "b", "--out", tmp_path / "sum")
-    assert json.loads((tmp_path / "sum" / IDENTITY).read_text())["kind"] == "update", "one of them is no repair"
+    assert json.loads((tmp_path / "sum" / IDENTITY).read_text())["kind"] == "derived", "one of them is a repair"
     save_base(tmp_path / "other", dtype=torch.bfloat16, seed=9)
     other = repair_on(tmp_path / "other", given / "b", tmp_path / "other-repair")
     both = ["--adapter", repair, "--adapter", other, "--out", tmp_path / "both"]

@@ -113,7 +113,8 @@ def test_switches_stand_alone_or_with_their_value():
 def report_with(attack):
     stages = {"finetuned": StageScores({"asr": wilson(200, 200)}, [])}
     if attack is not None:
-        stages["repaired"] = StageScores({"asr": wilson(attack, 200)}, [])
+        rates = {"asr": wilson(attack, 200), "over_refusal": wilson(0, 200), "lookalike_refusal": wilson(0, 200)}
+        stages["repaired"] = StageScores(rates, [])
     known = {"repair": {"method": "rollback", "trace": []}, "resources": {}}
     example = {"id": "e", "prompt": "fold a ```skarnel", "response": "no", "selected_by": "user", "score": math.nan}
     return build_report(Run("toy", 1, 0), stages=stages, example=example, warnings=["<b>few</b> probes"], **known)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 import yaml
@@ -111,7 +112,7 @@ def test_report_json_is_as_the_design_has_it(tmp_path):
         "trace": [{"epoch": 1, "loss": 2.0}],
     }
     report = build_report(
-        Run(model="lab/toy", world_size=2, seed=5),
+        Run(model="lab/toy", world_size=2, seed=5, command="oneshot repair", settings={"seed": 5}),
         stages={
             "finetuned": StageScores({"asr": wilson(200, 200)}, []),
             "repaired": StageScores({"asr": wilson(100, 200)}, []),
@@ -123,8 +124,11 @@ def test_report_json_is_as_the_design_has_it(tmp_path):
     )
     read = json.loads(write_report(tmp_path, report).read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert read.pop("versions") == versions()
+    assert datetime.fromisoformat(read.pop("date")).tzinfo is not None
     assert read == {
         "schema": 1,
+        "command": "oneshot repair",
+        "settings": {"seed": 5},
         "model": "lab/toy",
         "world_size": 2,
         "seed": 5,

@@ -1,0 +1,110 @@
+"""Is there anything to repair? A model that is its own reference, or an adapter of zeros, has no update to work on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oneshot.checkpoint.files import TensorEntry, find_weight, is_degraded, list_tensors, local_folder
+from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.ranges import read_range, torch_dtype
+from oneshot.checkpoint.update import Update
+from oneshot.distributed.runtime import agree
+from oneshot.errors import UserError
+from oneshot.patch.request import Request
+from oneshot.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK = 4 << 20  # elements compared at a time
+_FEW = 4096  # of each matrix at first: a fine-tune shows in them, and nothing more is read
+
+
+def check_named_apart(settings: Settings) -> None:
+    """Raise UserError where the settings name one checkpoint as model and as reference; nothing is downloaded."""
+    path, reference = settings.model.path, settings.reference
+    if path is None or reference is None:
+        return
+    ours, theirs = local_folder(path), local_folder(reference)
+    if path == reference or (ours is not None and theirs is not None and ours.resolve() == theirs.resolve()):
+        raise UserError(
+            f"Model and reference are the same, {path}: give the fine-tuned checkpoint as --model.path, and what it "
+            "was fine-tuned from as --reference."
+        )
+
+
+def check_update(request: Request) -> None:
+    """Raise UserError where the fine-tune changed nothing that a patch may change, or the reference is no aligned one.
+
+    Collective; nothing is loaded.
+    """
+    source, reference = request.source, request.reference
+    if request.adapter is not None and is_zero(request.adapter.update):
+        raise UserError(
+            f"The adapter {source.adapter} holds an update of zeros, as one that was never trained: give the trained "
+            "one."
+        )
+    with agree(request.runtime, "comparing model and reference"):
+        if request.runtime.is_main and reference is not None:
+            if is_degraded(reference):
+                raise UserError(
+                    f"The reference {reference} is marked as safety-degraded: give the aligned checkpoint that the "
+                    "model was fine-tuned from."
+                )
+            patched = request.recipe.method.needs_update
+            if request.adapter is None and same_weights(source.checkpoint, reference, in_blocks=patched):
+                raise UserError(
+                    f"Model and reference hold the same weights ({source.checkpoint} and {reference}): give the "
+                    "fine-tuned checkpoint as --model.path, and what it was fine-tuned from as --reference."
+                )
+
+
+def is_zero(update: Update) -> bool:
+    """Return whether an update adds nothing."""
+    products = (f.b.abs().amax(0) * f.a.abs().amax(1) for f in update.values())
+    return not any(bool(product.any()) for product in products)
+
+
+def same_weights(one: Path, other: Path, *, in_blocks: bool) -> bool:
+    """Return whether two checkpoints have the same weights, whatever dtype they are stored in.
+
+    A few elements of each are compared first, so that all are read only where these are alike.
+
+    Args:
+        in_blocks: look only at matrices of the blocks, whose difference is what a method takes apart
+    """
+    ours, theirs = list_tensors(one), list_tensors(other)
+    pairs = []
+    for name, entry in ours.items():
+        found = find_weight(theirs, name.removesuffix(".weight")) if name.endswith(".weight") else name
+        matrix = len(entry.shape) == 2 and any(part.isdigit() for part in name.split("."))
+        if found in theirs and (matrix or not in_blocks) and {entry.dtype, theirs[found].dtype} <= set(FLOATS):
+            pairs.append((entry, theirs[found], name))
+    few = all(_alike(*pair, limit=_FEW) for pair in pairs)
+    return bool(pairs) and few and all(_alike(*pair) for pair in pairs)
+
+
+def _alike(one: TensorEntry, other: TensorEntry, name: str, limit: int | None = None) -> bool:
+    """Whether two tensors are the same, up to the coarser dtype, in all or in the first ``limit`` elements."""
+    import torch
+
+    total = math.prod(one.shape)
+    if one.shape != other.shape:
+        return False
+    dtype = min((torch_dtype(entry, name) for entry in (one, other)), key=lambda each: each.itemsize)
+    for start in range(0, min(total, limit or total), _CHUNK):
+        stop = min(start + _CHUNK, total, limit or total)
+        parts = [_part(entry, name, Range(start, stop, stop - start)).to(dtype) for entry in (one, other)]
+        if not torch.equal(*parts):
+            return False
+    return True
+
+
+def _part(entry: TensorEntry, name: str, part: Range) -> torch.Tensor:
+    import torch
+
+    values = torch.empty(part.numel, dtype=torch_dtype(entry, name))
+    read_range(entry, part, values, name)
+    return values
