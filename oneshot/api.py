@@ -6,15 +6,15 @@ collective: call it on all ranks alike. Several calls in one process are fine.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.distributed.resources import own_threads
 from oneshot.errors import UserError
 from oneshot.online import go_offline
-from oneshot.results import Finetuned, Repair, Scores, Watched
+from oneshot.results import Finetuned, Repair, Scores, watched_of
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def repair(
     from oneshot.report.verdict import verdict_of
 
     asked = _settings("repair", settings, model, tokenizer, values)
-    with _own_threads():
+    with own_threads():
         finished = run(asked, quiet=quiet)
     done, folder = finished.repaired, finished.run_dir
     report = _of_rank_0(finished.report)
@@ -101,7 +101,7 @@ def repair(
         },
         scores=done.stages,
         trace=done.solution.trace,
-        watch=_watched(done.solution.watch),
+        watch=watched_of(done.solution.watch),
         patch=done.solution.update,
         report=report,
         folder=folder,
@@ -131,7 +131,7 @@ def finetune(
     from oneshot.finetune import run
 
     asked = _settings("finetune", settings, model, tokenizer, values)
-    with _own_threads():
+    with own_threads():
         folder = run(asked, quiet=quiet)
     return Finetuned(folder, folder.parent)
 
@@ -156,7 +156,7 @@ def score(
     from oneshot.score import run
 
     asked = _settings("score", settings, model, tokenizer, values)
-    with _own_threads():
+    with own_threads():
         finished = run(asked, quiet=quiet)
     (stage,) = finished.stages.values()
     return Scores(
@@ -294,25 +294,7 @@ def _changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
     return dataclasses.replace(settings, **{name: over(getattr(settings, name), values[name]) for name in values})
 
 
-def _watched(watch: Any) -> Watched | None:
-    if watch is None or watch.best is None:
-        return None
-    return Watched(watch.best.good(watch.bounds), watch.reason(), dict(watch.at), dict(vars(watch.best)))
-
-
 def _of_rank_0(report: dict[str, Any]) -> dict[str, Any]:
     from oneshot.distributed.runtime import gather_objects, start
 
     return gather_objects(start(), report)[0]
-
-
-@contextlib.contextmanager
-def _own_threads() -> Iterator[None]:
-    """Leave torch's number of threads as it was: a run on a small model takes one."""
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
+from oneshot.checkpoint.lock import released
 from oneshot.distributed.phases import timed
 from oneshot.settings import Settings
 
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @timed
+@released()
 def run(settings: Settings, *, quiet: bool = False) -> Path:
     """Fine-tune into a new run folder; return the folder of the safety-degraded model.
 
@@ -54,6 +57,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     from oneshot.report.runfolder import open_run
     from oneshot.report.times import print_times, write_profile
     from oneshot.report.trackers import check_installed
+    from oneshot.stages import reads
     from oneshot.training.finetune import FINETUNED, prepare
 
     runtime = start()
@@ -71,7 +75,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
         item=prepared.source.dtype.itemsize,
     )
     console = None if quiet else open_console(runtime)
-    run_dir = open_run(settings.out, settings.called, settings, runtime)
+    run_dir = open_run(settings.out, settings.called, settings, runtime, partial(reads, "finetune"))
     begin(runtime, settings, run_dir, prepared, console)
     if (run_dir / FINETUNED).exists():
         raise UserError(f"The fine-tune in {run_dir} is finished: there is nothing to resume.")
@@ -100,6 +104,7 @@ def begin(runtime: Runtime, settings: Settings, run_dir: Path, prepared: Prepare
 def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:
     """Fine-tune what was prepared into ``run_dir``, showing and recording every step. Collective."""
     from oneshot.report.progress import heartbeat, progress
+    from oneshot.report.resume import forget_events
     from oneshot.report.runfolder import append_event
     from oneshot.report.trackers import track
     from oneshot.training.finetune import finetune
@@ -108,10 +113,15 @@ def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Co
         if console:
             console.print(text)
 
+    again = prepared.settings.resume  # until the first step, of which an interrupted run may have told
     with progress(console, "fine-tune", prepared.steps) as tell:
 
         def told(result: StepResult, facts: dict[str, float]) -> None:
+            nonlocal again
             if runtime.is_main:
+                if again:
+                    forget_events(run_dir, "finetune", result.step)
+                    again = False
                 append_event(run_dir, stage="finetune", **facts, **result.figures())
                 track("finetune", result.step, {**facts, **result.figures()})
                 tell(result.step, heartbeat(result.loss, facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -63,9 +64,11 @@ def copy_shipped(folder: Path, *, force: bool = False) -> list[Path]:
     written = [name for name in names if name in differ or not (folder / name).exists()]
     for name in written:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root() / name, folder / name)
+        half = (folder / name).with_name(f".{name.name}.oneshot-partial")
+        shutil.copyfile(root() / name, half)
         # an installer may have dropped the bit; scripts start each other by path
-        (folder / name).chmod(0o755 if name.suffix == ".sh" else 0o644)
+        half.chmod(0o755 if name.suffix == ".sh" else 0o644)
+        os.replace(half, folder / name)
     return written
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
+from oneshot.checkpoint.lock import released
 from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
@@ -51,6 +52,7 @@ class Finished:
 
 
 @timed
+@released()
 def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repair(...)") -> Finished:
     """Repair the settings' model; first fine-tune it, where they say so. Collective.
 
@@ -70,8 +72,10 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
     from oneshot.patch.apart import check_named_apart, check_update
     from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console, say_dtype
+    from oneshot.report.resume import forget_attempt
     from oneshot.report.runfolder import open_run
     from oneshot.report.trackers import check_installed, start_tracking
+    from oneshot.stages import reads
     from oneshot.training.finetune import FINETUNED, STATE
 
     runtime = start()
@@ -92,11 +96,14 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
         check_named_apart(settings)
         request = check_fully(settings, runtime)
         check_update(request)
-        run_dir = open_run(settings.out, settings.called, settings, runtime)
+        run_dir = open_run(settings.out, settings.called, settings, runtime, partial(reads, "repair"))
         start_tracking(runtime, settings.log_with, run_dir)
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
         say_dtype(console, request.source)
         look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
+    with agree(runtime, "removing what an interrupted repair left"):
+        if settings.resume and runtime.is_main:
+            forget_attempt(run_dir)
     finished = repair(request, run_dir, console, seconds, command=command)
     if settings.delete_degraded:
         with agree(runtime, "removing the degraded checkpoint"):

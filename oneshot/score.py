@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
+from oneshot.checkpoint.lock import released
 from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
@@ -54,6 +55,7 @@ class Finished:
 
 
 @timed
+@released()
 def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.score(...)") -> Finished:
     """Score the settings' model or server into a new run folder, or go on in an old one. Collective.
 
@@ -112,21 +114,25 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
 def _open(runtime: Runtime, settings: Settings, name: str) -> Path:
     """The run folder; with --resume one that has answers, whatever was scored there, is gone on in. Collective."""
     from oneshot import settings as settings_module
+    from oneshot.checkpoint import lock
+    from oneshot.checkpoint.files import read_json
     from oneshot.distributed.runtime import agree
     from oneshot.errors import UserError
     from oneshot.measure.cache import RESPONSES
-    from oneshot.reading import read_object
     from oneshot.report.runfolder import REPORT, SETTINGS, open_run
 
     if settings.resume and settings.out is not None:
         out = Path(settings.out)
         with agree(runtime, f"going on in {out}"):
             if runtime.is_main and (out / RESPONSES).is_file() and (out / SETTINGS).is_file():
-                if (out / REPORT).is_file() and read_object(out / REPORT).get("repair"):
+                lock.take(out)
+                report = read_json(out / REPORT) if (out / REPORT).is_file() else {}
+                if not isinstance(report, dict) or report.get("repair"):
                     raise UserError(f"{out} holds a repair, not a scoring: give another --out.")
                 (out / REPORT).unlink(missing_ok=True)  # made anew from the answers beside it
                 settings_module.write(settings, out / SETTINGS)
-    return open_run(settings.out, name, settings, runtime)
+    # an answer on disk is named after all that it depends on: how the rest is asked and judged is free to change
+    return open_run(settings.out, name, settings, runtime, lambda setting: not setting.startswith("score."))
 
 
 def _report(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import read_header
+from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors, Update, scaled
@@ -148,7 +149,8 @@ def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     assert tensors, "an empty adapter must never be written"
     assert all(t.numel() > 0 for t in tensors.values()), "an empty factor must never be written"
-    save_file(tensors, path, metadata={"format": "pt"})
+    with naming(path, sum(t.nbytes for t in tensors.values())):
+        save_file(tensors, path, metadata={"format": "pt"})
     again = load_file(path)
     if set(again) != set(tensors) or not all(torch.equal(again[k], t) for k, t in tensors.items()):
         raise OSError(f"{path} does not read back as it was written: is the disk full or failing?")

@@ -6,17 +6,22 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from oneshot.checkpoint.lock import still_held
 from oneshot.checkpoint.seal import seal
 from oneshot.distributed.phases import count, counting
-from oneshot.distributed.runtime import Runtime, agree
+from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
+from oneshot.whole import disk_full, is_full, sync_entry
 
 # names that nobody gives a folder of their own: what bears them beside a checkpoint is removed
 PARTIAL, OLD = ".oneshot-partial", ".oneshot-old"
+_UNIQUE = r"(\.[0-9a-f]{8})?"  # before PARTIAL: no two saves write into one folder
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -25,21 +30,26 @@ def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[
     """Yield a temporary folder beside ``folder``, created by rank 0, that takes its place after the block. Collective.
 
     A crash at any moment leaves the old folder whole, and at most a half one (``PARTIAL``) beside it, which the next
-    save removes. The temporary folder is removed if the block raises.
+    save removes. The temporary folder is removed if the block raises. Saves of two processes into one folder are kept
+    apart by their lock (``oneshot.checkpoint.lock``), at the latest before the renaming.
 
     Args:
         sync: whether all is on disk before the folder appears; if not, a power loss may leave it damaged
 
     Raises:
-        UserError: on every rank, if there is no place for the folder; what was there before still is
+        UserError: on every rank, if there is no place for the folder, or another run has put one there meanwhile; what
+            was there before still is
     """
     folder = _real(folder)
-    temporary = folder.with_name(folder.name + PARTIAL)
+    unique = gather_objects(runtime, secrets.token_hex(4) if runtime.is_main else "")[0]
+    temporary = folder.with_name(f"{folder.name}.{unique}{PARTIAL}")
+    before = None
     with agree(runtime, f"creating {temporary}"):
         if runtime.is_main:
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file where a folder is to be written: move it, or name another folder.")
             clean(folder)
+            before = _stands(folder)
             temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -51,10 +61,16 @@ def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[
                     sync_folder(temporary)
                 if counting():
                     count(written=bytes_in(temporary))
+                still_held(folder)
+                if _stands(folder) != before:
+                    raise UserError(
+                        f"{folder} was written by another program while this run was writing it, and is left as it is: "
+                        "name another folder."
+                    )
                 _take_place(temporary, folder, sync)
     except BaseException:
         if runtime.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         raise
 
 
@@ -62,18 +78,36 @@ def clean(folder: Path) -> None:
     """Remove what an interrupted save left beside ``folder``; put the old folder back if it was moved aside."""
     put_back(folder)
     folder = _real(folder)
-    old, partial = folder.with_name(folder.name + OLD), folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    old = folder.with_name(folder.name + OLD)
     if old.exists():
-        _remove(old, partial)
+        discard(old)
+    half = re.compile(re.escape(folder.name) + _UNIQUE + re.escape(PARTIAL))
+    for path in list(folder.parent.iterdir()) if folder.parent.is_dir() else []:
+        if half.fullmatch(path.name):
+            _remove(path)
 
 
 def clean_inside(parent: Path) -> None:
     """Do the same for every folder in ``parent``, which is not there yet if nothing was ever saved."""
-    names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-    for name in names:
-        if name.endswith((PARTIAL, OLD)):
-            clean(parent / name.removesuffix(PARTIAL).removesuffix(OLD))
+    for name in [path.name for path in parent.iterdir()] if parent.is_dir() else []:
+        saved = re.fullmatch(f"(.+?)(?:{_UNIQUE}{re.escape(PARTIAL)}|{re.escape(OLD)})", name)
+        if saved:
+            clean(parent / saved[1])
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, under the name of a half one: under its own it is whole, whenever a crash comes."""
+    partial = folder.with_name(f"{folder.name.removesuffix(OLD)}.{secrets.token_hex(4)}{PARTIAL}")
+    os.replace(folder, partial)
+    _remove(partial)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder as far as the system lets, weights first: no model is left without its marker."""
+    for path in folder.rglob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_back(folder: Path) -> None:
@@ -85,10 +119,13 @@ def put_back(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path, needed: int | None = None) -> Iterator[None]:
     """Have the errors that the block meets on disk name ``path``, which some system calls and the Rust libraries don't.
 
     The latter raise bare exceptions, of which other ranks would not learn: they become errors of the user's disk.
+
+    Args:
+        needed: bytes that the block writes, for the error of a full disk
     """
     from safetensors import SafetensorError
 
@@ -97,16 +134,20 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.strerror:  # both or none, or the message is lost
             error.filename = str(path)
+        if needed is not None and is_full(error):
+            raise disk_full(path, needed) from error
         raise
     except Exception as error:
         if type(error) is Exception or isinstance(error, SafetensorError):
+            if is_full(error):
+                raise disk_full(path, needed) from error
             raise UserError(f"{path} could not be written: {error}") from error
         raise
 
 
 def _take_place(temporary: Path, folder: Path, sync: bool) -> None:
-    if not folder.exists():
-        os.replace(temporary, folder)
+    if _stands(folder) is None:
+        os.replace(temporary, folder)  # refused by the system if the folder has got something in it since
     elif not _exchange(temporary, folder):
         # no exchange on this file system: for a moment only the moved-aside folder is whole, which clean() knows
         old = folder.with_name(folder.name + OLD)
@@ -117,16 +158,19 @@ def _take_place(temporary: Path, folder: Path, sync: bool) -> None:
             if old.exists() and not folder.exists():
                 os.replace(old, folder)
             raise
-        _remove(old, temporary)
+        discard(old)
     if sync:
         sync_entries(folder.parent)
-    shutil.rmtree(temporary, ignore_errors=True)  # the new folder stands: what stays behind is the next save's to clean
+    _remove(temporary)  # the new folder stands: what stays behind is the next save's to clean
 
 
-def _remove(old: Path, partial: Path) -> None:
-    """Remove a moved-aside folder, under the name of a half one: under its own it is whole, whenever a crash comes."""
-    os.replace(old, partial)
-    shutil.rmtree(partial, ignore_errors=True)
+def _stands(folder: Path) -> tuple[int, int] | None:
+    """Which folder stands there, if any; an empty one is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if any(folder.iterdir()):
+            found = folder.stat()
+            return found.st_dev, found.st_ino
+    return None
 
 
 def _real(folder: Path) -> Path:
@@ -163,9 +207,5 @@ def sync_folder(folder: Path) -> None:
 
 def sync_entries(folder: Path) -> None:
     """Have the entries of a folder, or the bytes of a file, on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(folder):
+        sync_entry(folder)

@@ -7,10 +7,8 @@ may read it whom the umask lets, and the checksums of its config, tokenizer, cha
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,6 +30,7 @@ from oneshot.checkpoint.names import (
 from oneshot.errors import UserError
 from oneshot.reading import read_json, reading
 from oneshot.redact import redacted, without_secrets
+from oneshot.whole import readable
 
 CONFIGS = (CONFIG, GENERATION, INDEX)
 ADAPTER = (ADAPTER_CONFIG, ADAPTER_TENSORS)
@@ -59,10 +58,7 @@ def seal(folder: Path) -> None:
     if isinstance(facts, dict) and (found or facts):
         found[holder.name] = _digest_of(facts)
         holder.write_text(json.dumps({**facts, _FIELD: found}) + "\n", encoding="utf-8")
-    mode = 0o666 & ~umask()
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(mode)  # safetensors makes its files private
+    readable(folder)  # safetensors makes its files private
 
 
 def check_sealed(folder: Path, patterns: Iterable[str] = SEALED) -> None:
@@ -92,15 +88,6 @@ def check_sealed(folder: Path, patterns: Iterable[str] = SEALED) -> None:
                 f"{folder / name} is not the file that was written (its SHA-256 is another than {holder.name} says): "
                 f"copy it again, or, if you changed it yourself, remove {_FIELD} from {holder.name}."
             )
-
-
-@functools.cache
-def umask() -> int:
-    """Return what the process takes from the modes of new files."""
-    # There is no way to read it but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _strike(path: Path) -> None:

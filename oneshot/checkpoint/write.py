@@ -184,7 +184,7 @@ def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes
     for shard, header in headers.items():
         descriptor = os.open(folder / shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            with naming(folder / shard):
+            with naming(folder / shard, sum(ends.values())):
                 os.posix_fallocate(descriptor, 0, ends[shard])
                 _write_all(descriptor, memoryview(header), 0)
         finally:

@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from oneshot.distributed import instructions
 from oneshot.distributed.phases import phase
-from oneshot.errors import UserError
+from oneshot.errors import DiskFull, UserError
+from oneshot.whole import disk_full, is_full
 
 if TYPE_CHECKING:
     import torch
@@ -198,16 +200,20 @@ def agree(runtime: Runtime, what: str) -> Iterator[None]:
         UserError: on every rank alike if the block failed on any of them with an OSError or UserError, naming the
             first rank and its error; other exceptions are left to end the run
     """
-    problem = ""
+    problem = ("", 0)
     try:
         yield
     except OSError as error:
-        problem = f"{what} failed on rank {runtime.rank}: {error.strerror or error} ({error.filename or 'no file'})"
+        text = f"{what} failed on rank {runtime.rank}: {error.strerror or error} ({error.filename or 'no file'})"
+        problem = (text, UserError.code)
+        if is_full(error) and error.filename:
+            problem = (str(disk_full(Path(error.filename))), DiskFull.code)
     except UserError as error:
-        problem = str(error)
-    problems = [text for text in gather_objects(runtime, problem) if text]
+        problem = (str(error), error.code)
+    problems = [(text, code) for text, code in gather_objects(runtime, problem) if text]
     if problems:
-        raise UserError(problems[0])
+        text, code = problems[0]
+        raise DiskFull(text) if code == DiskFull.code else UserError(text)
 
 
 def _timeout(minutes: float | None) -> timedelta:

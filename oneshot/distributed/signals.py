@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from oneshot.whole import write_whole
+
 _ECHO = 2.0  # seconds
 # Slurm's --signal=USR1@300, a scheduler's or launcher's SIGTERM, and Ctrl-C
 NOTED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -53,7 +55,7 @@ def tell_progress(step: int) -> None:
     """Tell the job script, if there is one, that a state was saved: what ends now may be started again."""
     path = os.environ.get(PROGRESS_FILE)
     if path:
-        Path(path).write_text(f"{step}\n", encoding="utf-8")
+        write_whole(Path(path), f"{step}\n")
 
 
 def tell_code(code: int) -> None:

@@ -11,12 +11,14 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from oneshot.distributed.signals import Interrupted, tell_code
 from oneshot.distributed.watchdog import watched
-from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, UserError
+from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from oneshot.shown import one_line, plain
+from oneshot.whole import disk_full, is_full
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
 # what gloo and NCCL say of a peer that is gone, or silent for too long
@@ -41,7 +43,7 @@ def end_with(prog: str, run: Callable[[], object], *, hang_minutes: float, debug
         with watched(hang_minutes):
             run()
     except UserError as error:
-        fail(prog, str(error), getattr(error, "code", EXIT_USER), debug)
+        fail(prog, str(error), error.code, debug)
     except Interrupted as stop:  # on every rank alike
         if os.environ.get("RANK", "0") == "0":
             print(f"{prog}: {stop}", file=sys.stderr, flush=True)
@@ -49,6 +51,8 @@ def end_with(prog: str, run: Callable[[], object], *, hang_minutes: float, debug
     except KeyboardInterrupt:
         fail(prog, "interrupted", EXIT_INTERRUPTED, debug)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename and is_full(error):
+            fail(prog, str(disk_full(Path(error.filename))), EXIT_FAILED, debug)
         hint = "" if debug else " (--debug shows the traceback)"
         if _ranks() > 1 and any(words in str(error).lower() for words in _LOST):
             hint = f"; another rank, its node or the network is gone, or needs more ONESHOT_TIMEOUT_MINUTES{hint}"

@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from oneshot.whole import disk_full, is_full
+
 RESPONSES = "responses.jsonl"
 
 
@@ -19,11 +21,6 @@ def response_key(target: str, messages: Sequence[dict[str, str]], max_new_tokens
     """
     asked = json.dumps([target, [dict(sorted(m.items())) for m in messages], max_new_tokens], ensure_ascii=True)
     return hashlib.sha256(asked.encode()).hexdigest()
-
-
-def _private(path: str, flags: int) -> int:
-    """Open a file that is the user's alone: it holds what people were answered."""
-    return os.open(path, flags, 0o600)
 
 
 class Responses:
@@ -50,7 +47,17 @@ class Responses:
         """Keep an answer; it is handed to the operating system before this returns."""
         # ASCII only: an answer may hold half a surrogate pair, which no encoding takes
         line = json.dumps({"key": key, "answer": answer}, ensure_ascii=True)
-        with open(self.path, "a", encoding="ascii", opener=_private) as stream:
-            stream.write(f"\n{line}\n" if self._torn else f"{line}\n")
+        try:
+            with open(self.path, "a", encoding="ascii", opener=_private) as stream:
+                stream.write(f"\n{line}\n" if self._torn else f"{line}\n")
+        except OSError as error:
+            if is_full(error):
+                raise disk_full(self.path, len(line)) from error
+            raise
         self._torn = False
         self.known[key] = answer
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that, where it is new, the user alone may read."""
+    return os.open(path, flags, 0o600)

@@ -21,6 +21,7 @@ from oneshot.checkpoint.exports import (
 )
 from oneshot.checkpoint.files import find_weight, is_adapter, list_tensors, resolve, write_marker
 from oneshot.checkpoint.identity import UPDATE, same_base, store_identity, write_identity
+from oneshot.checkpoint.lock import locked
 from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
 from oneshot.checkpoint.ranges import torch_dtype
@@ -119,6 +120,11 @@ def export(runtime: Runtime, request: ExportRequest, command: str) -> Exported:
             written; nothing is left behind
     """
     check_request(request)
+    with locked(runtime, request.out):
+        return _export(runtime, request, command)
+
+
+def _export(runtime: Runtime, request: ExportRequest, command: str) -> Exported:
     if request.extract and request.model and request.rank:
         return _extract(runtime, request, command, request.extract, request.model, request.rank)
     if request.model:

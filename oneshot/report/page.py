@@ -77,7 +77,7 @@ def write_page(
         section("Resources", _resources(report.get("resources") or {})),
         section("Settings and versions", _settings(run_dir) + pairs(facts.version_rows(report))),
     ]
-    return write_whole(run_dir / PAGE, document(title, body))
+    return write_whole(run_dir / PAGE, document(title, body), private=True)  # the answers are in it
 
 
 def rate_table_cell(rate: Rate | None) -> Cell:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from oneshot import settings as settings_module
-from oneshot.checkpoint.seal import umask
+from oneshot.checkpoint import lock
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.judge import JUDGE
 from oneshot.measure.paired import compare_stages
 from oneshot.measure.rates import StageScores
-from oneshot.reading import limited, load_yaml, reading
 from oneshot.redact import redacted
 from oneshot.settings import Settings
 from oneshot.versions import versions
+from oneshot.whole import disk_full, is_full
+from oneshot.whole import write_whole as write_whole  # for who writes into a run folder
 
 RUNS = "runs"
 SETTINGS, EVENTS, REPORT, PAGE = "settings.yaml", "events.jsonl", "report.json", "report.html"
@@ -32,29 +31,37 @@ SELECTION, PATCH, REPAIRED = "selection.json", "patch", "repaired"
 SCHEMA = 1
 
 
-def open_run(out: str | None, model_name: str, settings: Settings, runtime: Runtime) -> Path:
-    """Create the run folder and write the settings into it; a collective: call it on every rank.
+def open_run(
+    out: str | None,
+    model_name: str,
+    settings: Settings,
+    runtime: Runtime,
+    counts: Callable[[str], bool] = lambda name: True,
+) -> Path:
+    """Create the run folder, lock it and write the settings into it; a collective: call it on every rank.
 
     Args:
         out: the folder; none takes the first free ``runs/<model_name>-N``
         model_name: a name, a Hub id or a path, of which the last part counts
+        counts: whether a setting, by its full name, must be the same for the run to be gone on with
 
     Returns:
-        the folder, the same on every rank; only rank 0 touches the disk
+        the folder, the same on every rank; only rank 0 touches the disk. It stays locked until the end of the function
+        that ``lock.released`` decorates
 
     Raises:
-        UserError: on every rank alike, where the folder holds another run or cannot be created
+        UserError: on every rank alike, where the folder holds another run, is another run's or cannot be created
     """
-    decision = ("", "")
+    decision, failed = ("", ""), UserError
     if runtime.is_main:
         try:
-            decision = (str(_create(out, model_name, settings)), "")
+            decision = (str(_create(out, model_name, settings, counts)), "")
         except UserError as error:
-            decision = ("", str(error))
+            decision, failed = ("", str(error)), type(error)
     # Shared before anyone raises: a rank that is alone in failing would leave the others waiting.
     path, problem = gather_objects(runtime, decision)[0]
     if problem:
-        raise UserError(problem)
+        raise failed(problem)
     return Path(path)
 
 
@@ -82,9 +89,13 @@ def append_event(run_dir: Path, **fields: Any) -> None:
     A ``time`` field (seconds since 1970) is added where there is none; numbers that JSON lacks become null.
     """
     line = json.dumps(_json_value({"time": round(time.time(), 3), **fields}), ensure_ascii=False, allow_nan=False)
-    with (run_dir / EVENTS).open("a", encoding="utf-8", errors="replace") as stream:
-        stream.write(line + "\n")
-        stream.flush()
+    try:
+        with (run_dir / EVENTS).open("a", encoding="utf-8", errors="replace") as stream:
+            stream.write(line + "\n")
+    except OSError as error:
+        if is_full(error):
+            raise disk_full(run_dir / EVENTS, len(line)) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -150,29 +161,20 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 2) -> Path
     return write_whole(path, text + "\n")
 
 
-def write_whole(path: Path, text: str, *, private: bool = False) -> Path:
-    """Replace a text file in one step, so that a run that dies leaves the old file or the new one, never half.
-
-    Args:
-        private: it is the user's alone, whatever the umask says
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _create(out: str | None, model_name: str, settings: Settings, counts: Callable[[str], bool]) -> Path:
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o600 if private else 0o666 & ~umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _create(out: str | None, model_name: str, settings: Settings) -> Path:
-    try:
-        if settings.resume and out is not None and (Path(out) / SETTINGS).is_file():
-            return _resumed(Path(out), settings)
-        folder = _first_free(model_name) if out is None else _given(Path(out))
+        if out is None:
+            folder = _first_free(model_name)
+            lock.take(folder)
+        else:
+            folder = Path(out)
+            for _ in range(2):  # a folder of another run is left as it is; and while it was being locked one may end
+                goes_on = settings.resume and (folder / SETTINGS).is_file()
+                if not goes_on:
+                    _given(folder)
+                lock.take(folder)
+            if goes_on:
+                return _resumed(folder, settings, counts)
         settings_module.write(settings, folder / SETTINGS)
     except OSError as error:
         where = out if out is not None else RUNS
@@ -182,39 +184,28 @@ def _create(out: str | None, model_name: str, settings: Settings) -> Path:
     return folder
 
 
-def _resumed(folder: Path, settings: Settings) -> Path:
-    """The folder of an unfinished run with the same training settings."""
+def _resumed(folder: Path, settings: Settings, counts: Callable[[str], bool]) -> Path:
+    """The folder of an unfinished run with the same settings; those that are free to change are written anew."""
     if (folder / REPORT).exists():
         raise UserError(f"The run in {folder} is finished: there is nothing to resume.")
-    with reading(folder / SETTINGS, "give another --out"), limited(f"{folder / SETTINGS}"):
-        before = load_yaml((folder / SETTINGS).read_text(encoding="utf-8"))
-    if not isinstance(before, dict):
-        raise UserError(f"{folder / SETTINGS} holds no settings: give another --out, or remove the folder.")
-    now = settings_module.to_dict(settings)
-    for section in ("seed", "model", "data", "finetune"):
-        if _trained_by(before.get(section)) != _trained_by(now[section]):
-            raise UserError(f"{folder / SETTINGS} has other {section} settings than this run: resume with the same.")
+    path = folder / SETTINGS
+    changed = settings_module.differences(settings_module.read(path), settings, counts)
+    if changed:
+        raise UserError(
+            f"The run in {folder} was begun with other settings ({'; '.join(changed)}): resume with those of "
+            f"{SETTINGS}, or give another --out."
+        )
+    if path.read_text(encoding="utf-8") != settings_module.as_text(settings):
+        settings_module.write(settings, path)
     return folder
 
 
-def _trained_by(section: Any) -> Any:
-    """A section of the settings without what does not change the result."""
-    if not isinstance(section, dict):
-        return section
-    return {
-        name: value
-        for name, value in section.items()
-        if name not in ("save_every", "keep", "state_moments", "stock_io", "cache")
-    }
-
-
-def _given(folder: Path) -> Path:
+def _given(folder: Path) -> None:
+    """Raise UserError if a run cannot begin in the user's folder."""
     if any((folder / name).exists() for name in (SETTINGS, REPORT)):
         raise UserError(f"Folder {folder} already holds a run: give another --out, or remove the folder first.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give --out a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _first_free(model_name: str) -> Path:

@@ -8,7 +8,8 @@ offload are not here: the DeepSpeed JSON in ``ds_configs/`` owns them. What read
 from oneshot.settings.data import DataPart, DataSettings
 from oneshot.settings.model import ModelSettings
 from oneshot.settings.plan import PlanSettings, SpectrumSettings
-from oneshot.settings.run import Rule, Settings, to_dict, write
+from oneshot.settings.run import Rule, Settings, as_text, to_dict, write
+from oneshot.settings.same import differences, read
 from oneshot.settings.score import EndpointSettings, PromptSet, ScoreSettings
 from oneshot.settings.training import FinetuneSettings, RepairSettings, rate_for
 
@@ -25,7 +26,10 @@ __all__ = [
     "ScoreSettings",
     "Settings",
     "SpectrumSettings",
+    "as_text",
+    "differences",
     "rate_for",
+    "read",
     "to_dict",
     "write",
 ]

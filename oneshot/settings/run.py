@@ -16,6 +16,7 @@ from oneshot.settings.model import ModelSettings
 from oneshot.settings.plan import PlanSettings, SpectrumSettings
 from oneshot.settings.score import ScoreSettings
 from oneshot.settings.training import FinetuneSettings, RepairSettings
+from oneshot.whole import write_whole
 
 Rule = Literal["bilevel", "alignment", "random", "hardest"]
 
@@ -107,7 +108,12 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 
 
 def write(settings: Settings, path: Path) -> None:
-    """Write the resolved settings as YAML that ``--config`` reads back."""
+    """Write the resolved settings, whole or not at all, as YAML that ``--config`` reads back."""
+    write_whole(path, as_text(settings))
+
+
+def as_text(settings: Settings) -> str:
+    """Return the settings as YAML."""
     import yaml
 
-    path.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(to_dict(settings), sort_keys=False)

@@ -70,7 +70,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name: str, whole: dict[str, Pa
     out = interrupted(whole[name], tmp_path / "run")
     said = finetune(sharding, processes, out, "--resume")
     assert f"Resumed at step {SAVED} " in said
-    assert losses(out)[STEPS:] == losses(whole[name])[SAVED:]
+    assert losses(out) == losses(whole[name])
     written, expected = (load_file(p / "finetuned" / "model.safetensors") for p in (out, whole[name]))
     assert all(written[key].equal(expected[key]) for key in expected)
     assert written.keys() == expected.keys()
@@ -91,7 +91,7 @@ def test_resume_elsewhere_continues_the_same_loss_curve(
 ) -> None:
     out = interrupted(whole[writer], tmp_path / "run")
     finetune(*reader, out, "--resume")
-    resumed, expected = losses(out)[STEPS:], losses(whole[writer])[SAVED:]
+    resumed, expected = losses(out), losses(whole[writer])
     assert [step for step, _ in resumed] == [step for step, _ in expected]
     for (_, loss), (_, wanted) in zip(resumed, expected):
         assert loss == pytest.approx(wanted, rel=1e-5)
@@ -137,13 +137,13 @@ def test_for_an_altered_state_an_older_one_is_taken(whole: dict[str, Path], tmp_
     said = finetune("zero3", 2, out, "--resume")
     assert said.count(f"Passed over {out}/state/step-{2 * SAVED}: ") == 1
     assert f"Resumed at step {SAVED} " in said
-    assert losses(out)[STEPS:] == losses(whole["zero3"])[SAVED:]
+    assert losses(out) == losses(whole["zero3"])
     assert sorted(path.name for path in (out / "state").iterdir()) == [f"step-{SAVED}", f"step-{2 * SAVED}"]
 
 
 def test_resume_with_other_settings_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
     out = interrupted(whole["single"], tmp_path / "run")
     said = finetune("none", 1, out, "--resume", "--seed", "7", code=1)
-    assert "has other seed settings" in said
+    assert "seed was 0 and is 7" in said
     assert "No saved state: starting anew" in finetune("none", 1, tmp_path / "none", "--resume")
     assert "is finished" in finetune("none", 1, whole["single"], "--resume", code=1)

@@ -508,7 +508,7 @@ def test_a_full_disk_is_found_before_anything_is_written(given, tmp_path, refuse
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(exports.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10, 10))
     said = refused("--model", given / "base", "--adapter", given / "a", "--out", tmp_path / "deep" / "out")
-    assert f"{tmp_path} has 0.00 GB free" in said
+    assert f"{tmp_path / 'deep'} has 0.00 GB free" in said
     assert list(tmp_path.iterdir()) == []
 
 
