@@ -443,6 +443,8 @@ def fuzz(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> T
             print(tally.bad[-1], flush=True)
         if (spent := time.monotonic() - began) > 15:
             print(f"number {number}: {name}, {kind} of {file} took {spent:.0f} s", flush=True)
+        if number % 500 == 499:  # a long run may be cut short
+            print(table(tally), flush=True)
     return tally
 
 
