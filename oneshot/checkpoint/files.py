@@ -104,7 +104,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if length > min(size, 100_000_000):
                 raise ValueError("header longer than the file")
             header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
+        notes = header.pop("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError("notes that are no texts, which safetensors itself refuses")
         _check_entries(path, header)
         end = 8 + length + _laid_end(path, header)
         tensors = {

@@ -29,7 +29,7 @@ from typing import Any
 HUNG = 60.0  # seconds: what takes longer counts as a hang
 SAME, SENTENCE, NAMED, OTHER = "same result", "one sentence, exit 2", "problem named, exit 1", "legitimately other"
 GOOD = (SAME, SENTENCE, NAMED, OTHER)
-_RAW = re.compile(r"\b[A-Za-z_]*(?:Error|Exception)\b(?!:? ?\()")  # a class of Python's where words should be
+_RAW = re.compile(r"\b(?:[A-Za-z_]+Error|[A-Za-z_]*Exception)\b")  # a class of Python's where words should be
 FOLDER = b"@a folder in place of the file@"
 DEEP = "[" * 60_000 + "]" * 60_000
 # compared by what they say and not by their bytes, a base's name not counting
@@ -443,6 +443,8 @@ def fuzz(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> T
             print(tally.bad[-1], flush=True)
         if (spent := time.monotonic() - began) > 15:
             print(f"number {number}: {name}, {kind} of {file} took {spent:.0f} s", flush=True)
+        if number % 500 == 499:  # a long run may be cut short
+            print(table(tally), flush=True)
     return tally
 
 

@@ -75,6 +75,8 @@ def test_whatever_a_library_raises_becomes_a_sentence(error):
         '{"a": 1}',
         "[]",
         '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        '{"__metadata__": "x", "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"__metadata__": {"x": 1}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}',
