@@ -9,6 +9,7 @@ from oneshot.checkpoint.names import CONFIG, GENERATION, TOKENIZER
 from oneshot.checkpoint.seal import CONFIGS, check_sealed
 from oneshot.data.protocols import Tokenizer
 from oneshot.reading import read_object, reading
+from oneshot.shown import printed_plainly
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -45,6 +46,6 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
     from transformers import AutoTokenizer
 
     check_sealed(folder, TOKENIZER)
-    with reading(f"The tokenizer in {folder}"):
+    with reading(f"The tokenizer in {folder}"), printed_plainly():
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return tokenizer
