@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+_STDOUT = 1  # the descriptor: other languages know no other
 # Control codes (a terminal's colours and cursor among them), marks that turn the direction of what follows, letters
 # without width, separators that some programs take for new lines, and halves of surrogate pairs.
 _CONTROL = re.compile(
@@ -44,6 +50,28 @@ def open_console(**options: Any) -> Console:
     """
     made: Console = _kind()(**options)
     return made
+
+
+@contextlib.contextmanager
+def printed_plainly() -> Iterator[None]:
+    """Have what libraries of other languages print on stdout in the block, past Python, come out ``plain``."""
+    sys.stdout.flush()
+    try:
+        before = os.dup(_STDOUT)
+    except OSError:  # it is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), _STDOUT)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(before, _STDOUT)
+            os.close(before)
+            file.seek(0)
+            if said := file.read().decode("utf-8", errors="replace"):
+                sys.stdout.write(plain(said))
 
 
 @lru_cache

@@ -8,7 +8,9 @@ from typing import Any
 from oneshot.checkpoint.names import CONFIG, GENERATION, TOKENIZER
 from oneshot.checkpoint.seal import CONFIGS, check_sealed
 from oneshot.data.protocols import Tokenizer
+from oneshot.errors import UserError
 from oneshot.reading import read_object, reading
+from oneshot.shown import printed_plainly
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -33,7 +35,11 @@ def read_generation_config(folder: Path) -> Any:
         return None
     read_object(folder / GENERATION)
     with reading(folder / GENERATION):
-        return GenerationConfig.from_pretrained(folder)
+        found = GenerationConfig.from_pretrained(folder)
+    ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
+    if any(end is not None and type(end) is not int for end in ends):
+        raise UserError(f"{folder / GENERATION} has an eos_token_id that is no token's number: restore it.")
+    return found
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -45,6 +51,6 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
     from transformers import AutoTokenizer
 
     check_sealed(folder, TOKENIZER)
-    with reading(f"The tokenizer in {folder}"):
+    with reading(f"The tokenizer in {folder}"), printed_plainly():
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return tokenizer

@@ -242,6 +242,8 @@ def test_in_another_thread_what_is_limited_runs():
         ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
         ("generation_config.json", "[]"),
         ("generation_config.json", '{"max_new_tokens": "x", "temperature": []}'),
+        ("generation_config.json", '{"eos_token_id": [[]]}'),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
         ("tokenizer.json", "{}"),
         ("tokenizer.json", DEEP),
         ("tokenizer_config.json", "[]"),

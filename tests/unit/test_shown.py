@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import struct
 import sys
 
@@ -16,7 +17,7 @@ from oneshot import cli
 from oneshot.distributed import stage
 from oneshot.redact import STRUCK, redacted
 from oneshot.report.progress import progress, wide_enough
-from oneshot.shown import open_console
+from oneshot.shown import open_console, printed_plainly
 
 ESCAPE = "\x1b]0;title\x07\x1b[31mred"
 KEY = "hf_" + "Ab1" * 8
@@ -90,6 +91,15 @@ def test_errors_hold_no_escape_code_and_tracebacks_no_key(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main()
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_what_a_library_in_rust_prints_is_plain_too(capfd):
+    with printed_plainly():
+        os.write(1, ESCAPE.encode())
+    print("after")
+    said = capfd.readouterr().out
+    assert "\x1b" not in said
+    assert said.endswith("<U+001B>[31mredafter\n")
 
 
 @pytest.mark.parametrize(
