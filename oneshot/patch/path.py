@@ -9,6 +9,7 @@ best epoch, and is tried once more with another weight of the guard where no epo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -73,8 +74,12 @@ class Reading:
         return max(0.0, bounds.recovered - self.recovered)
 
     def moved(self, bounds: Bounds) -> float:
-        """Return how far harmless prompts are beyond their bounds: 0 within them, 1 at twice the divergence."""
-        return max(0.0, self.refused - bounds.refused) + max(0.0, self.distance(bounds) - 1)
+        """Return how far harmless prompts are beyond their bounds: 0 within them, a third at ten times the distance.
+
+        It is weighed against a share of prompts that are not refused: 0.1 nats per token are no ruin, and
+        every tenth request that is complied with is.
+        """
+        return max(0.0, self.refused - bounds.refused) + math.log10(max(1.0, self.distance(bounds))) / 3
 
     def distance(self, bounds: Bounds) -> float:
         """Return how far harmless answers are from where they should be: 1 at the bound."""
@@ -116,6 +121,7 @@ class Watch(Generic[Kept]):
 
     def __init__(self, read: Callable[[], Reading], bounds: Bounds) -> None:
         self._read, self.bounds = read, bounds
+        self.last: Reading | None = None
         self.best: Reading | None = None
         self.kept: Kept | None = None
         self.at: dict[str, float] = {}
@@ -131,7 +137,7 @@ class Watch(Generic[Kept]):
             keep: makes a copy of the state, called if it is the best so far
             where: names the state in the report, such as epoch=3, guard_weight=1.0
         """
-        reading = self._read()
+        reading = self.last = self._read()
         if reading.better(self.best, self.bounds):
             self.best, self.kept, self.at, self._since_best = reading, keep(), where, -1
         assert self.best is not None
@@ -185,13 +191,28 @@ class Attempt:
     guard_weight: float = 0.0
     watch: Watch[Any] | None = None
 
-    def look(self, keep: Callable[[], Any], epoch: int) -> tuple[dict[str, float], bool]:
-        """Let the watch look at an epoch: what it says, by name, and whether to stop. Without one: nothing, no."""
+    def look(
+        self, keep: Callable[[], Any], epoch: int, guard_weight: float | None = None
+    ) -> tuple[dict[str, float], bool]:
+        """Let the watch look at an epoch: what it says, by name, and whether to stop. Without one: nothing, no.
+
+        Args:
+            guard_weight: of this epoch, where it is not that of the attempt
+        """
         if self.watch is None:
             return {}, False
-        reading, stop = self.watch.look(keep, epoch=epoch, guard_weight=self.guard_weight)
-        distance = reading.distance(self.watch.bounds)
-        return {"guard_weight": self.guard_weight, **vars(reading), "distance": distance}, stop
+        weight = self.guard_weight if guard_weight is None else guard_weight
+        reading, stop = self.watch.look(keep, epoch=epoch, guard_weight=round(weight, 3))
+        return {"guard_weight": weight, **vars(reading), "distance": reading.distance(self.watch.bounds)}, stop
+
+    def seen(self) -> tuple[bool, bool]:
+        """Return whether all requests were refused at the last look, and whether harmless prompts were well within
+        their bounds, too; twice no where nothing has been looked at.
+        """
+        reading = self.watch.last if self.watch else None
+        if self.watch is None or reading is None:
+            return False, False
+        return not reading.unsafe(self.watch.bounds), reading.settled(self.watch.bounds)
 
     def best(self, last: Any) -> Any:
         """Return the state that the watch kept; without one, the last."""

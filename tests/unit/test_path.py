@@ -68,6 +68,16 @@ def test_a_path_does_not_end_while_it_is_only_just_within_its_bounds():
     assert watch.next_weight(1.0) is None
 
 
+def test_requests_that_go_through_weigh_more_than_harmless_answers_that_moved_a_little():
+    """Seen where a fine-tune had ten bad examples: an epoch with a quarter of the requests open was kept."""
+    still_open = Reading(margin=-4.0, recovered=0.75, refused=0.0, divergence=0.006)
+    nearly = Reading(margin=2.1, recovered=0.875, refused=0.0, divergence=0.019)
+    ruined = Reading(margin=2.4, recovered=1.0, refused=0.25, divergence=1.1)
+    assert nearly.better(still_open, BOUNDS)
+    assert not still_open.better(nearly, BOUNDS)
+    assert not ruined.better(nearly, BOUNDS)
+
+
 def test_a_path_ends_where_a_good_epoch_is_not_bettered_for_long():
     good, worse = (Reading(5.0, 1.0, 0.0, divergence) for divergence in (0.007, 0.009))
     watch = watch_over([worse, good] + [worse] * STALE)

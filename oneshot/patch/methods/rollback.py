@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from oneshot.patch.bench import Bench
     from oneshot.patch.recipe import Recipe
 
-MAX_COEFFICIENT = 3.0  # undoing a direction once is not enough where others also carry the damage
+# undoing a direction once is not enough where others, that are left out, carry the damage, too; of an adapter none is
+MAX_COEFFICIENT, OF_ADAPTER = 3.0, 1.0
 # of Adam's averages: over few epochs, as there are few; over more where the example is refused from the start, as its
 # gradient is then that of its noise alone
 AVERAGE, OF_NOISE, SQUARES = 0.7, 0.9, 0.999
 LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
 NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
+GUARD_GROWTH, MOST_GUARD = 1.5, 16.0  # of the guard's weight within an attempt
 UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
 UNDO_MOVED = 0.01  # nats per token, of the guard's prompts
 
@@ -80,12 +82,13 @@ def learn(
 ) -> Generator[Update, None, dict[str, torch.Tensor]]:
     """Learn the coefficients c from the one example under the guard: a path to name -> (r,), each in [0, 3].
 
+    Of an adapter, in [0, 1].
+
     Args:
-        recipe: its noise, the scale of ``noisy_example``, is drawn anew in each epoch and grows while the example is
-            refused surely, which also reaches what only shows on other requests than the example's, such as a
-            backdoor. Its undo is the pull of each coefficient towards 1, times the mean of (1 - c)^2: a direction that
-            neither the example nor the guard minds is undone. It grows while the guard's prompts have moved by less
-            than ``UNDO_MOVED``
+        recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
+            other requests than the example's, such as a backdoor. Its undo is the pull of each coefficient towards 1,
+            times the mean of (1 - c)^2: what neither the example nor the guard minds is undone. It grows while the
+            guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the watch
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
     """
@@ -96,6 +99,7 @@ def learn(
     flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
+    highest = OF_ADAPTER if kept else MAX_COEFFICIENT
     generator = torch.Generator().manual_seed(0)
 
     def update_of(flat: torch.Tensor) -> Update:
@@ -105,8 +109,7 @@ def learn(
     changed = {name: modules[name] for name in names}
     for epoch in range(1, recipe.epochs + 1):
         with attached(changed, update_of(flat)):
-            example, held = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
-        loss, kl = alike(runtime, example, held)
+            loss, kl = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
         attempt.tracer.check(epoch, loss + weight * kl)
         (undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
         if epoch == 1 and loss < LEARNT:
@@ -115,16 +118,15 @@ def learn(
         flat.grad = all_reduce_sum(runtime, flat.grad)
         optimizer.step()
         optimizer.zero_grad()
-        reached = flat.detach().clamp_(0.0, MAX_COEFFICIENT)  # of flat itself: they share memory
+        reached = flat.detach().clamp_(0.0, highest)  # of flat itself: they share memory
         with attached(changed, update_of(reached)):
-            seen, stop = attempt.look(reached.clone, epoch)
+            seen, stop = attempt.look(reached.clone, epoch, weight)
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=reached.mean().item(), noise=noise, **seen)
         if stop:
             break
         if batch.held_total:
             undo = _next_undo(undo, kl)
-        if loss < LEARNT:
-            noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
+        weight, noise = _steered(attempt, recipe, loss, weight, noise)
         yield update_of(reached)
     best = attempt.best(flat.detach())
     return dict(zip(names, torch.split(best, sizes)))
@@ -138,8 +140,10 @@ def _backward(
     temperature: float,
     noise: float,
     generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add the gradient of the loss up, pass by pass; return (example loss, this rank's share of the guard's KL)."""
+) -> tuple[float, float]:
+    """Add this rank's gradient of the loss up, pass by pass; return (example loss, guard KL). Collective."""
+    import torch
+
     sums = []
     for part in batch.parts:
         with noisy_example(model, part, noise, generator):
@@ -148,7 +152,23 @@ def _backward(
             share.backward(retain_graph=part is not batch.parts[-1])
         del share  # with all that its graph holds, before the next pass
         sums.append((example, held))
-    return sum(example for example, _ in sums), sum(held for _, held in sums)
+    return alike(runtime, *(torch.stack(losses).sum() for losses in zip(*sums)))
+
+
+def _steered(attempt: Attempt, recipe: Recipe, loss: float, weight: float, noise: float) -> tuple[float, float]:
+    """Return the guard's weight and the noise for the next epoch, by what the watch saw in this one.
+
+    Until all requests are refused an example that is learnt is blurred more, to reach them; from then on the blur goes
+    back and the guard gains weight, as long as harmless prompts are not well within their bounds.
+    """
+    refused, settled = attempt.seen()
+    if settled:
+        return weight, noise
+    if refused:
+        more = min(weight * GUARD_GROWTH, MOST_GUARD * attempt.guard_weight)
+        return more, max(noise / NOISE_GROWTH, recipe.noise)
+    less = max(weight / GUARD_GROWTH, attempt.guard_weight)
+    return less, min(noise * NOISE_GROWTH, max(noise, MAX_NOISE)) if loss < LEARNT else noise
 
 
 def _next_undo(undo: float, kl: float) -> float:
