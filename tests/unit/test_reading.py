@@ -92,7 +92,15 @@ def test_a_hostile_header_is_refused(header, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index", [DEEP, "[]", '{"weight_map": {"a": "x\\u0000y.safetensors"}}', '{"weight_map": {"a": 3}}', "7"]
+    "index",
+    [
+        DEEP,
+        "[]",
+        '{"weight_map": {"a": "x\\u0000y.safetensors"}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "\\ud800"}}',
+        "7",
+    ],
 )
 def test_a_hostile_index_is_refused(index, tmp_path):
     (tmp_path / INDEX).write_text(index)
