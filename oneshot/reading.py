@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SECONDS = 10.0  # that reading or rendering one thing may take: the largest that are known take a tenth of one
 MEMORY = 2 << 30  # bytes that it may take beyond what the process holds
+_AGAIN = 60.0  # seconds
 _VALUES = 100_000  # that a YAML file may hold, its aliases written out: they are walked, and written again
 _RESTORE = "restore it from its source"
 
@@ -84,17 +85,22 @@ def limited(what: str, seconds: float = SECONDS, memory: int = MEMORY) -> Iterat
     timed = threading.current_thread() is threading.main_thread()
     if timed:
         handler, began = signal.signal(signal.SIGALRM, _overrun), time.monotonic()
-        # again after the first time, for the case that something in the block caught it all the same
-        left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+        # again after the first time, for the case that something in the block caught it all the same; but not so soon
+        # that it could come while the first is on its way out, which takes long where the machine is busy
+        left, every = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     before = _cap(memory)
     try:
-        yield
+        try:
+            yield
+        finally:
+            if timed:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
     except (_Overrun, MemoryError) as error:
         most = f"{seconds:g} s or {memory >> 20} MiB"
         raise UserError(f"{what} takes more than {most}: it is damaged or hostile, leave it out.") from error
     finally:
         if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.setitimer(signal.ITIMER_REAL, 0.0)  # where the last moment was the one in which it came
             signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
             if left:  # whoever had set it is to be told in time
                 signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)), every)

@@ -28,7 +28,7 @@ from oneshot.world.model import ALIGNED, NAME
 if TYPE_CHECKING:
     import torch
 
-_ODD = re.compile("[\x00-\x1f\x7f]")
+_ODD = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # in no name of a file or model
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         UserError: the file is missing, truncated or not safetensors
     """
+    size = 0
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -38,11 +38,9 @@ def bomb(levels: int = 9) -> str:
 
 
 def says(path: Path, call) -> str:
-    """The sentence of the UserError that ``call`` must raise, which names the file, within seconds."""
-    began = time.monotonic()
+    """The sentence of the UserError that ``call`` must raise, which names the file."""
     with pytest.raises(UserError) as error:
         call()
-    assert time.monotonic() - began < 20
     said = str(error.value)
     assert str(path) in said
     assert "\n" not in said
@@ -92,7 +90,15 @@ def test_a_hostile_header_is_refused(header, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index", [DEEP, "[]", '{"weight_map": {"a": "x\\u0000y.safetensors"}}', '{"weight_map": {"a": 3}}', "7"]
+    "index",
+    [
+        DEEP,
+        "[]",
+        '{"weight_map": {"a": "x\\u0000y.safetensors"}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "\\ud800"}}',
+        "7",
+    ],
 )
 def test_a_hostile_index_is_refused(index, tmp_path):
     (tmp_path / INDEX).write_text(index)
@@ -163,9 +169,7 @@ def test_settings_files_that_are_traps_are_refused(text, tmp_path):
 
 def test_settings_of_a_compared_run_that_are_a_trap_are_passed_over(tmp_path):
     (tmp_path / "settings.yaml").write_text(bomb())
-    began = time.monotonic()
     assert _settings(tmp_path) == {}
-    assert time.monotonic() - began < 20
 
 
 def test_yaml_with_some_aliases_is_read():
@@ -207,17 +211,17 @@ def count_for_ever():
 def test_limits_end_with_the_block_and_leave_other_timers_alone():
     heard = []
     before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    others = signal.setitimer(signal.ITIMER_REAL, 600.0)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.15)
         with pytest.raises(UserError, match=r"Counting takes more than 0\.05 s"):
             count_for_ever()
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
         assert heard == []
-        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGALRM)
         assert heard == [1]
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *others)
 
 
 def test_in_another_thread_what_is_limited_runs():
