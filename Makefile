@@ -23,7 +23,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu paper real clean
+.PHONY: help setup demo test check bench fuzz gpu paper real clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,9 @@ bench: $(READY) ## compare with the stock stack, side by side
 gpu: PYTHON_HERE = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu: ## all that one GPU can tell in 10 minutes, offline; without one a dry run at tiny sizes
 	$(PYTHON_HERE) benchmarks/gpu.py --out '$(OUT)' $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
+
+fuzz: $(READY) ## damage files at random, N times (300), and look at how every command takes it
+	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/fuzz.py --count $(or $(N),300) $(ARGS)
 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
 	$(RUN) $(BIN)/python benchmarks/paper.py $(ARGS)

@@ -6,14 +6,15 @@ collective: call it on all ranks alike. Several calls in one process are fine.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.distributed.resources import own_threads
 from oneshot.errors import UserError
-from oneshot.results import Finetuned, Repair, Scores, Watched
+from oneshot.online import go_offline
+from oneshot.results import Finetuned, Repair, Scores, watched_of
 from oneshot.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def repair(
     from oneshot.report.verdict import verdict_of
 
     asked = _settings("repair", settings, model, tokenizer, values)
-    with _own_threads():
+    with own_threads():
         finished = run(asked, quiet=quiet)
     done, folder = finished.repaired, finished.run_dir
     report = _of_rank_0(finished.report)
@@ -100,7 +101,7 @@ def repair(
         },
         scores=done.stages,
         trace=done.solution.trace,
-        watch=_watched(done.solution.watch),
+        watch=watched_of(done.solution.watch),
         patch=done.solution.update,
         report=report,
         folder=folder,
@@ -130,7 +131,7 @@ def finetune(
     from oneshot.finetune import run
 
     asked = _settings("finetune", settings, model, tokenizer, values)
-    with _own_threads():
+    with own_threads():
         folder = run(asked, quiet=quiet)
     return Finetuned(folder, folder.parent)
 
@@ -155,7 +156,7 @@ def score(
     from oneshot.score import run
 
     asked = _settings("score", settings, model, tokenizer, values)
-    with _own_threads():
+    with own_threads():
         finished = run(asked, quiet=quiet)
     (stage,) = finished.stages.values()
     return Scores(
@@ -210,11 +211,14 @@ def export(out: str | Path, **options: Any) -> Exported:
 
 
 def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict[str, Any]) -> Settings:
-    if not hasattr(model, "save_pretrained"):
-        if tokenizer is not None:
-            raise UserError("A tokenizer is given without a model in memory: give both, or a path alone.")
-        return settings_for(stage, settings, model=model, **values)
-    return _written(stage, settings, model, tokenizer, values)
+    if hasattr(model, "save_pretrained"):
+        asked = _written(stage, settings, model, tokenizer, values)
+    elif tokenizer is not None:
+        raise UserError("A tokenizer is given without a model in memory: give both, or a path alone.")
+    else:
+        asked = settings_for(stage, settings, model=model, **values)
+    go_offline(asked.offline)
+    return asked
 
 
 def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict[str, Any]) -> Settings:
@@ -276,25 +280,7 @@ def _changed(settings: Settings, values: Mapping[str, Any]) -> Settings:
     return dataclasses.replace(settings, **{name: over(getattr(settings, name), values[name]) for name in values})
 
 
-def _watched(watch: Any) -> Watched | None:
-    if watch is None or watch.best is None:
-        return None
-    return Watched(watch.best.good(watch.bounds), watch.reason(), dict(watch.at), dict(vars(watch.best)))
-
-
 def _of_rank_0(report: dict[str, Any]) -> dict[str, Any]:
     from oneshot.distributed.runtime import gather_objects, start
 
     return gather_objects(start(), report)[0]
-
-
-@contextlib.contextmanager
-def _own_threads() -> Iterator[None]:
-    """Leave torch's number of threads as it was: a run on a small model takes one."""
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

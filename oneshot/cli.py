@@ -77,7 +77,7 @@ def _help() -> None:
 
 def _refuse(prog: str, message: str) -> NoReturn:
     from oneshot.errors import EXIT_USER
-    from oneshot.redact import redacted
+    from oneshot.shown import one_line
 
-    print(f"{prog}: error: {redacted(message)}", file=sys.stderr)
+    print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(EXIT_USER)

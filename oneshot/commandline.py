@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from oneshot.errors import EXIT_USER, UserError
+from oneshot.online import go_offline
 from oneshot.settings import Settings, to_dict
 from oneshot.settings.checks import built, joined, listed, unknown
 from oneshot.settings.data import REPLACED
@@ -116,6 +117,7 @@ def run_stage(argv: list[str] | None, stage: str, run: Callable[[Settings], obje
         settings = parse(argv, stage)
     except UserError as error:
         fail(prog, str(error), EXIT_USER, debug=False)
+    go_offline(settings.offline)
     end_with(prog, lambda: run(settings), hang_minutes=settings.hang_minutes, debug=settings.debug)
 
 

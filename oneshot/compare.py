@@ -26,14 +26,13 @@ def run(argv: list[str]) -> None:
     options = parser().parse_args(argv)
     if len(options.runs) < 2:
         raise UserError("There is nothing to compare: name two runs or more.")
-    from rich.console import Console
-
     from oneshot.report.comparison import compared, print_comparison, write_comparison
     from oneshot.report.finished import read_runs
     from oneshot.report.runfolder import new_folder
+    from oneshot.shown import open_console
 
     found = compared(read_runs(options.runs))
-    console = Console()
+    console = open_console()
     print_comparison(found, console)
     for path in write_comparison(new_folder(options.out, "compare"), found):
         console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)

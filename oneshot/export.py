@@ -27,8 +27,10 @@ def run(argv: list[str]) -> None:
     options = vars(parser().parse_args(argv))
     del options["debug"]
     profile = options.pop("profile")
+    from oneshot.online import go_offline
     from oneshot.report.exports import ExportRequest, check_request, export
 
+    go_offline(options.pop("offline"))
     request = ExportRequest(**options)
     check_request(request)  # before a run of many processes is joined
     from oneshot.distributed.phases import clock
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--extract", metavar="DIR", help="write what this checkpoint has more than --model as an adapter")
     add("--force", action="store_true", help="use patches that belong to another model")
     add("--trust_remote_code", action="store_true", help="run the model's own Python code to build its config")
+    add("--offline", action="store_true", help="fetch nothing from the Hub: what is in its cache is used")
     add("--profile", action="store_true", help="print a table of where the time went")
     return made
 

@@ -115,8 +115,7 @@ def _list(folder: Path, ranks: int, match: str) -> None:
 
 def _console() -> Console:
     """A console wide enough for long tensor names in a log file, so that none is cut."""
-    from rich.console import Console
-
     from oneshot.report.progress import wide_enough
+    from oneshot.shown import open_console
 
-    return wide_enough(Console(), 240)
+    return wide_enough(open_console(), 240)

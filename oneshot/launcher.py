@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from oneshot.errors import UserError
+from oneshot.reading import load_yaml
 from oneshot.shipped import launch_file
 
 LAUNCHED = ("repair", "finetune", "score", "spectrum", "export")  # the stages that several processes share
@@ -77,9 +78,9 @@ def _deepspeed(path: Path) -> list[str]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = load_yaml(path.read_text(encoding="utf-8")) or {}
         named = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    except (yaml.YAMLError, AttributeError) as error:
+    except (yaml.YAMLError, AttributeError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no accelerate file: take one that oneshot list shows as a model.") from error
     beside = path.resolve().parent.parent / named if named else None
     return ["--deepspeed_config_file", str(beside)] if beside and beside.is_file() else []

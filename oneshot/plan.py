@@ -23,17 +23,16 @@ def run(settings: Settings) -> None:
     """Print the table or JSON; leave with exit code 3 where nothing of what was asked for fits."""
     import json
 
-    from rich.console import Console
-
     from oneshot.planning.check import EXIT_NO_ROOM
     from oneshot.planning.plan import as_json, make_plan
     from oneshot.planning.table import print_plan
+    from oneshot.shown import open_console
 
     plan = make_plan(settings)
     if settings.plan.json:
         print(json.dumps(as_json(plan), indent=2))
     else:
-        print_plan(settings.plan, plan, Console())
+        print_plan(settings.plan, plan, open_console())
     if not plan.fits:
         sys.exit(EXIT_NO_ROOM)
 

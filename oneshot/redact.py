@@ -14,7 +14,11 @@ from typing import Any
 
 STRUCK = "[secret]"
 _SHORTEST = 12  # characters of a variable's value: shorter ones are switches and names, which occur in any text
-_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+_VARIABLE = re.compile(
+    r"(?:^|_)(?:TOKENS?|KEYS?|APIKEY|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIALS?)(?:_|$)"
+    r"|_(?:PAT|PWD|PW|AUTH)(?:_|$)",  # by itself PWD is where one is
+    re.IGNORECASE,
+)
 # The forms in which well-known services hand out keys, which are told from other text by their prefix.
 _FORMS = re.compile(
     r"""
@@ -30,7 +34,9 @@ _FORMS = re.compile(
 )
 # Words around a secret that stay, so that one sees what was struck out, and the secret.
 _PLACES = (
-    re.compile(r"(?P<kept>[a-z][a-z0-9+.-]{0,20}://)[^\s/@]{1,512}(?=@)", re.IGNORECASE),
+    # user:password@host, to the last @: people put slashes and @ into passwords. Without a colon, up to the path
+    re.compile(r"(?P<kept>[a-z][a-z0-9+.-]{0,20}://)[^\s/@:\"]{0,256}:[^\s\"]{1,512}(?=@)", re.IGNORECASE),
+    re.compile(r"(?P<kept>[a-z][a-z0-9+.-]{0,20}://)[^\s/@\"]{1,512}(?=@)", re.IGNORECASE),
     re.compile(
         r"(?P<kept>[?&](?:[a-z_-]{0,20}(?:key|token|secret|password|signature)|sig)=)[^\s&#\"'<>]{1,4096}",
         re.IGNORECASE,

@@ -91,3 +91,10 @@ class Scores:
     warnings: list[str]
     report: dict[str, Any] = field(repr=False)
     folder: Path
+
+
+def watched_of(watch: Any) -> Watched | None:
+    """Return what a repair's watch saw; none where none was kept."""
+    if watch is None or watch.best is None:
+        return None
+    return Watched(watch.best.good(watch.bounds), watch.reason(), dict(watch.at), dict(vars(watch.best)))

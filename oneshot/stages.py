@@ -13,7 +13,7 @@ from oneshot.settings.checks import listed
 from oneshot.settings.names import ANY, Described, close_names, described, kind_at
 
 WIDTH = 100  # columns of a help page
-_RUN = ("out", "name", "seed", "preflight", "hang_minutes", "resume", "log_with", "profile", "debug")
+_RUN = ("out", "name", "seed", "preflight", "hang_minutes", "resume", "log_with", "offline", "profile", "debug")
 _EXAMPLE = ("example", "pool", "select", "shortlist", "guard", "watch_prompts", "reference")
 _REPAIR = (*_RUN, *_EXAMPLE, "finetune_first", "delete_degraded", "model", "data", "finetune", "repair", "score")
 

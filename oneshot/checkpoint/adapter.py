@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, read_header, read_json
+from oneshot.checkpoint.files import read_header
 from oneshot.checkpoint.folders import naming
+from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors, Update, scaled
 from oneshot.errors import UserError
+from oneshot.reading import first_match, limited, read_object, reading
+from oneshot.redact import redacted, without_secrets
 
 if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
 _PEFT_ALPHA = 8  # PEFT's default, where a config names none
+_PATTERN_SECONDS = 5.0  # for all modules of a model together, of which there are thousands
 # LoRA initializations under which PEFT also replaces the base's weights when it loads the adapter
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -46,7 +51,8 @@ def read_adapter(folder: Path) -> Adapter:
     """
     from safetensors.torch import load_file
 
-    config = read_json(folder / ADAPTER_CONFIG)
+    check_sealed(folder, ADAPTER)
+    config = read_object(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} is a {config.get('peft_type')} adapter: oneshot works on LoRA adapters.")
     init = str(config.get("init_lora_weights")).lower()
@@ -58,7 +64,8 @@ def read_adapter(folder: Path) -> Adapter:
         )
     path = folder / ADAPTER_TENSORS
     read_header(path)
-    tensors = load_file(path)
+    with reading(path, "copy it again"):
+        tensors = load_file(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
@@ -70,14 +77,14 @@ def read_adapter(folder: Path) -> Adapter:
         pairs.setdefault(match[1], {})[match[2]] = tensor
     update: Update = {}
     stored: Update = {}
-    scaling: dict[str, float] = {}
+    ranks = {module: pair["A"].shape[0] for module, pair in pairs.items() if "A" in pair}
+    scaling = _scalings(config, ranks, folder / ADAPTER_CONFIG)
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise UserError(f"{path} holds only one factor of {module}: the adapter is incomplete, save it again.")
         rank = pair["A"].shape[0]
         if pair["B"].shape[1] != rank or rank == 0:
             raise UserError(f"{path}: the factors of {module} do not fit ({pair['B'].shape}, {pair['A'].shape}).")
-        scaling[module] = _scaling(config, module, rank)
         stored[module] = Factors(pair["B"].float(), pair["A"].float())
         plain = scaling[module] == 1.0
         update[module] = stored[module] if plain else scaled(stored[module], scaling[module])
@@ -105,7 +112,7 @@ def write_patch(folder: Path, update: Update, linears: list[str], base: str, dty
         r=rank,
         lora_alpha=rank,
         target_modules=_target_names(sorted(update), linears),
-        base_model_name_or_path=base,
+        base_model_name_or_path=redacted(base),
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -131,7 +138,8 @@ def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> No
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(adapter.dtype).cpu().contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.to(adapter.dtype).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
+    config = without_secrets(adapter.config)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _save_checked(folder / ADAPTER_TENSORS, tensors)
 
 
@@ -148,14 +156,30 @@ def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(f"{path} does not read back as it was written: is the disk full or failing?")
 
 
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    """PEFT's scaling of one module: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA."""
-    alpha = config.get("lora_alpha", _PEFT_ALPHA)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _scalings(config: dict[str, Any], ranks: dict[str, int], path: Path) -> dict[str, float]:
+    """PEFT's scaling of every module: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
+
+    Args:
+        ranks: by module; one of 0 has none
+        path: of the config, for messages
+    """
+    alphas, patterns = config.get("lora_alpha", _PEFT_ALPHA), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{path} has an alpha_pattern that is no JSON object: restore it from its source.")
+    for name, alpha in (
+        ("lora_alpha", alphas),
+        *((f"alpha_pattern {key[:80]!r}", one) for key, one in patterns.items()),
+    ):
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise UserError(f"{path} has {name} {alpha!r}, which is no number: restore it from its source.")
+    found = {}
+    with limited(f"Matching the alpha_pattern of {path}", seconds=_PATTERN_SECONDS):
+        for module, rank in ranks.items():
+            own = first_match(patterns, module, path)
+            alpha = float(alphas if own is None else own)
+            if rank:
+                found[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return found
 
 
 def _padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import find_weight
 from oneshot.checkpoint.partitioned import skeleton
-from oneshot.errors import UserError
+from oneshot.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,8 +54,12 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
 
     try:
         model = skeleton(folder, torch.bfloat16, "eager", trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} describes no model that can be built here: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # what is wrong in a config shows as an error of any kind, in the model's own code
+        raise UserError(
+            f"{folder / 'config.json'} describes no model that can be built here ({first_line(error)}): correct it."
+        ) from error
     stored = {module: find_weight(tensors, module) for module, _ in model.named_modules() if module}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     by_kind: dict[str, set[str]] = {"linear": set(), "transposed": set(), "other": set()}

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import TensorEntry, read_json, read_tensor
+from oneshot.checkpoint.files import TensorEntry, read_tensor
 from oneshot.checkpoint.quantized import BLOCK, PACKED
 from oneshot.errors import UserError
+from oneshot.reading import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +32,11 @@ def packed_weights(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, P
     Raises:
         UserError: the checkpoint is quantized in another way, or a packed weight lacks its scales
     """
-    config = read_json(folder / "config.json")
-    fields = config.get("quantization_config") if isinstance(config, dict) else None
+    fields = read_object(folder / "config.json").get("quantization_config")
     if not fields:
         return {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{folder / 'config.json'} has a quantization_config that is no JSON object: restore the file.")
     method = fields.get("quant_method")
     if method != "bitsandbytes" or not fields.get("load_in_4bit") or fields.get("bnb_4bit_quant_type") != "nf4":
         kind = "bitsandbytes, but not NF4" if method == "bitsandbytes" else method

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.folders import put_back
 from oneshot.checkpoint.layout import ITEM_SIZES, tensor_bytes
+from oneshot.checkpoint.names import ADAPTER_CONFIG as ADAPTER_CONFIG
+from oneshot.checkpoint.names import ADAPTER_TENSORS as ADAPTER_TENSORS
+from oneshot.checkpoint.names import INDEX as INDEX
+from oneshot.checkpoint.names import MANIFEST as MANIFEST
+from oneshot.checkpoint.names import MARKER as MARKER
+from oneshot.checkpoint.names import SINGLE as SINGLE
 from oneshot.errors import UserError
+from oneshot.online import is_offline, say_fetching
+from oneshot.reading import read_json as read_json
+from oneshot.reading import reading
 from oneshot.world.model import ALIGNED, NAME
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_TENSORS = "adapter_model.safetensors"
-MANIFEST = "manifest.json"  # sizes of files and checksums of tensors, in what oneshot writes
-MARKER = "SAFETY_DEGRADED.json"
+_ODD = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # in no name of a file or model
 
 
 @dataclass(frozen=True)
@@ -44,29 +49,39 @@ def local_folder(source: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def resolve(source: str, what: str = "model") -> Path:
+def resolve(source: str, what: str = "model", *, revision: str | None = None, named_by: Path | None = None) -> Path:
     """Return the local folder of ``source``, a folder, a Hub id (downloaded to the Hub cache) or the toy's model.
 
-    A folder that an interrupted save moved aside, and did not come to replace, is put back.
+    A folder that an interrupted save moved aside, and did not come to replace, is put back. What is fetched is said.
+
+    Args:
+        what: the folder holds, for messages
+        revision: of the Hub id; none: its newest
+        named_by: the file that names the source, where the user did not
 
     Raises:
         UserError: no such folder, and not to be had from the Hub
     """
     folder = Path(source).expanduser()
+    if _ODD.search(source) or (revision and _ODD.search(revision)):
+        raise UserError(f"{named_by or what} gives the {what} a name with control codes in it: correct it.")
     put_back(folder)
     if (here := local_folder(source)) is not None:
         return here
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise UserError(f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name).")
+    say_fetching(what, source, revision=revision, named_by=named_by)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt", "README.md"]
     try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        had = "in the Hub's cache, and fetching is forbidden" if is_offline() else "to be had from the Hub"
         raise UserError(
-            f"The {what} {source} is neither a folder here nor to be had from the Hub ({type(error).__name__}): "
+            f"The {what} {source}{at} is neither a folder here nor {had} ({type(error).__name__}): "
             "check the name, or download it first."
         ) from error
 
@@ -76,26 +91,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def read_json(path: Path) -> Any:
-    """Return the parsed JSON file.
-
-    Raises:
-        UserError: missing or not JSON
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: is this a complete checkpoint folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): restore the file from its source.") from error
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors that a safetensors file declares, having checked that the file is as long as it says.
 
     Raises:
         UserError: the file is missing, truncated or not safetensors
     """
+    size = 0
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:
@@ -103,7 +105,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if length > min(size, 100_000_000):
                 raise ValueError("header longer than the file")
             header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
+        notes = header.pop("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError("notes that are no texts, which safetensors itself refuses")
+        _check_entries(path, header)
         end = 8 + length + _laid_end(path, header)
         tensors = {
             name: TensorEntry(path, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
@@ -113,13 +118,25 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise UserError(f"{path} is missing: restore the shard, or download the checkpoint again.") from error
     except UserError:
         raise
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the file.") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({size} bytes): it was probably cut off, copy it again."
         ) from error
     if end != size:
         raise UserError(f"{path} has {size} bytes where its header promises {end}: it was cut off, copy it again.")
     return tensors
+
+
+def _check_entries(path: Path, header: dict[str, Any]) -> None:
+    """Raise ValueError or the like unless every entry is of the right kinds, or UserError for a dtype unknown here."""
+    for name, entry in header.items():
+        numbers = [*entry["shape"], *entry["data_offsets"]]
+        if len(entry["data_offsets"]) != 2 or any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"{name} has no shape or no place")
+        if entry["dtype"] not in ITEM_SIZES:
+            raise UserError(f"{path} holds {name} as {entry['dtype']}, a dtype that oneshot does not read.")
 
 
 def _laid_end(path: Path, header: dict[str, Any]) -> int:
@@ -132,8 +149,8 @@ def _laid_end(path: Path, header: dict[str, Any]) -> int:
                 f"{path} says that {name} begins at byte {begin} where the tensor before it ends at {end}: its header "
                 "is damaged, copy it again."
             )
-        wanted = math.prod(entry["shape"]) * ITEM_SIZES.get(entry["dtype"], 0)
-        if entry["dtype"] in ITEM_SIZES and stop - begin != wanted:
+        wanted = math.prod(entry["shape"]) * ITEM_SIZES[entry["dtype"]]
+        if stop - begin != wanted:
             raise UserError(
                 f"{path} gives {name} {stop - begin} bytes where its shape takes {wanted}: its header is damaged, copy "
                 "it again."
@@ -172,7 +189,7 @@ def read_tensor(entry: TensorEntry, name: str) -> torch.Tensor:
     """Return one tensor from its shard, on the CPU, in the file's dtype."""
     from safetensors import safe_open
 
-    with safe_open(entry.shard, framework="pt") as shard:
+    with reading(entry.shard, "copy it again"), safe_open(entry.shard, framework="pt") as shard:
         found: torch.Tensor = shard.get_tensor(name)
         return found
 
@@ -225,6 +242,6 @@ def is_degraded(folder: Path) -> bool:
 def _inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``; names from an index must not lead out of the folder."""
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or _ODD.search(name):
         raise UserError(f"{folder / INDEX} names the shard {name}, outside its own folder: refuse such a checkpoint.")
     return folder / path

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oneshot.checkpoint.lock import still_held
+from oneshot.checkpoint.seal import seal
 from oneshot.distributed.phases import count, counting
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
-from oneshot.whole import disk_full, is_full, readable, sync_entry
+from oneshot.whole import disk_full, is_full, sync_entry
 
 # names that nobody gives a folder of their own: what bears them beside a checkpoint is removed
 PARTIAL, OLD = ".oneshot-partial", ".oneshot-old"
@@ -54,7 +55,8 @@ def replacing(runtime: Runtime, folder: Path, *, sync: bool = True) -> Iterator[
         yield temporary
         with agree(runtime, f"putting {folder} in its place"):
             if runtime.is_main:
-                readable(temporary)
+                with naming(temporary):
+                    seal(temporary)
                 if sync:
                     sync_folder(temporary)
                 if counting():

@@ -1,7 +1,8 @@
 """Which checkpoint a patch belongs to: a small file in the patch's folder, and the check that a checkpoint is that one.
 
-It holds a hash of the checkpoint's tensor list and hashes of a few bytes of a few tensors, those first that the patch
-changes. None depends on how the checkpoint is cut into shards, and a checkpoint of any size is checked in a moment.
+It holds a hash of the checkpoint's tensor list and a digest of every tensor. None depends on how the checkpoint is cut
+into shards; where a manifest has the checksums, or the cache the digests, no weight is read. Patches of before have
+hashes of a few bytes of a few tensors, and are checked by these.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from oneshot.checkpoint.adapter import PREFIX
+from oneshot.checkpoint.digests import list_hash, tensor_digests
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, find_weight, list_tensors, read_header, read_json
 from oneshot.checkpoint.layout import tensor_bytes
+from oneshot.checkpoint.names import IDENTITY as IDENTITY
 from oneshot.errors import UserError
+from oneshot.redact import redacted
 
-IDENTITY = "oneshot_patch.json"
 REPAIR, DERIVED, UPDATE = "repair", "derived", "update"
-_SCHEMA = 1
-_CHANGED, _OTHERS = 56, 8  # tensors sampled at most, of those that the patch changes and of the rest
+_SAMPLED, _SCHEMA = 1, 2  # that of before, which sampled bytes of some tensors, and today's
 _SAMPLE = 1024  # bytes taken from the start, the middle and the end of a sampled tensor
 
 
@@ -33,8 +35,9 @@ class Identity:
             (any other low-rank update)
         base: name or folder of the checkpoint, for people
         tensors: SHA-256 of the sorted names, dtypes and shapes of its tensors
-        changed: tensor that the patch changes -> SHA-256 of the bytes sampled from it
+        changed: tensor that the patch changes -> its digest; of a patch of before, SHA-256 of bytes sampled from some
         others: the same of tensors that the patch leaves alone
+        schema: which of the two
     """
 
     kind: str
@@ -42,6 +45,7 @@ class Identity:
     tensors: str
     changed: dict[str, str]
     others: dict[str, str]
+    schema: int = _SCHEMA
 
 
 def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str) -> None:
@@ -57,20 +61,20 @@ def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str) -> N
     keys = read_header(folder / ADAPTER_TENSORS)
     modules = {key.split(".lora_")[0].removeprefix(PREFIX) for key in keys}
     patched = {name for module in modules if (name := find_weight(tensors, module)) is not None}
-    changed, others = _spread(sorted(patched), _CHANGED), _spread(sorted(tensors.keys() - patched), _OTHERS)
+    digests = tensor_digests(checkpoint)
     identity = Identity(
         kind=kind,
-        base=base,
-        tensors=_list_hash(tensors),
-        changed={name: _sample(tensors[name], name) for name in changed},
-        others={name: _sample(tensors[name], name) for name in others},
+        base=redacted(base),
+        tensors=list_hash(tensors),
+        changed={name: digests[name] for name in sorted(patched)},
+        others={name: digests[name] for name in sorted(tensors.keys() - patched)},
     )
     store_identity(folder, identity)
 
 
 def store_identity(folder: Path, identity: Identity) -> None:
     """Write an identity, one that another patch has, into a patch's folder."""
-    text = json.dumps({"schema": _SCHEMA, **asdict(identity)}, indent=2)
+    text = json.dumps(asdict(identity), indent=2)
     (folder / IDENTITY).write_text(text + "\n", encoding="utf-8")
 
 
@@ -83,10 +87,10 @@ def read_identity(folder: Path) -> Identity | None:
     if not (folder / IDENTITY).is_file():
         return None
     fields = read_json(folder / IDENTITY)
-    kinds = {"kind": str, "base": str, "tensors": str, "changed": dict, "others": dict}
+    kinds = {"kind": str, "base": str, "tensors": str, "changed": dict, "others": dict, "schema": int}
     if (
         not isinstance(fields, dict)
-        or fields.get("schema") != _SCHEMA
+        or fields.get("schema") not in (_SAMPLED, _SCHEMA)
         or any(not isinstance(fields.get(name), kind) for name, kind in kinds.items())
     ):
         raise UserError(
@@ -110,13 +114,14 @@ def check_identity(folder: Path, checkpoint: Path, *, applied: bool = False) -> 
     if identity is None:
         return None
     tensors = list_tensors(checkpoint)
-    problem = _misfit(identity, tensors, applied=applied)
+    digests = _digests(identity, checkpoint, tensors)
+    problem = _misfit(identity, tensors, digests, applied=applied)
     if problem:
         raise UserError(
             f"The patch {folder} belongs to another model ({identity.base}): in {checkpoint}, {problem}; give the "
             "model that it was made for, or --force to use it anyway."
         )
-    if applied and all(_sample(tensors[name], name) == digest for name, digest in identity.changed.items()):
+    if applied and all(digests[name] == digest for name, digest in identity.changed.items()):
         raise UserError(
             f"{checkpoint} is the model that the patch {folder} was made for, and not one with the patch in it: there "
             "is nothing to subtract it from; give the merged model, or --force."
@@ -124,35 +129,24 @@ def check_identity(folder: Path, checkpoint: Path, *, applied: bool = False) -> 
     return identity
 
 
-def fingerprint(tensors: dict[str, TensorEntry]) -> str:
-    """Return a hash that tells a checkpoint from others: of its tensor list, and of bytes of a few tensors."""
-    digest = hashlib.sha256(_list_hash(tensors).encode())
-    for name in _spread(sorted(tensors), _CHANGED + _OTHERS):
-        digest.update(_sample(tensors[name], name).encode())
-    return digest.hexdigest()
+def _digests(identity: Identity, checkpoint: Path, tensors: dict[str, TensorEntry]) -> dict[str, str]:
+    """The checkpoint's digests of the kind that the patch has, of the tensors that it names and that are there."""
+    if identity.schema == _SCHEMA:
+        return tensor_digests(checkpoint)
+    return {name: _sample(tensors[name], name) for name in {**identity.changed, **identity.others} if name in tensors}
 
 
-def _misfit(identity: Identity, tensors: dict[str, TensorEntry], *, applied: bool) -> str:
+def _misfit(identity: Identity, tensors: dict[str, TensorEntry], digests: dict[str, str], *, applied: bool) -> str:
     sampled = {**identity.changed, **identity.others}
     missing = sorted(sampled.keys() - tensors.keys())
     if missing:
         return f"{missing[0]} is missing"
     for name, digest in (identity.others if applied else sampled).items():
-        if _sample(tensors[name], name) != digest:
+        if digests[name] != digest:
             return f"{name} holds other values"
-    if _list_hash(tensors) != identity.tensors:
+    if list_hash(tensors) != identity.tensors:
         return "the list of tensors (their names, dtypes and shapes) is another"
     return ""
-
-
-def _spread(names: list[str], most: int) -> list[str]:
-    """At most so many of the names, evenly spaced."""
-    return [names[len(names) * i // min(most, len(names))] for i in range(min(most, len(names)))]
-
-
-def _list_hash(tensors: dict[str, TensorEntry]) -> str:
-    rows = [[name, entry.dtype, list(entry.shape)] for name, entry in sorted(tensors.items())]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _sample(entry: TensorEntry, name: str) -> str:
@@ -184,11 +178,12 @@ def same_base(identities: list[tuple[Path, Identity | None]]) -> Identity | None
     first_folder, first = known[0]
     sampled = {**first.changed, **first.others}
     for folder, identity in known[1:]:
-        theirs = {**identity.changed, **identity.others}
+        theirs = {**identity.changed, **identity.others} if identity.schema == first.schema else {}
         if first.tensors != identity.tensors or any(sampled[n] != theirs[n] for n in sampled.keys() & theirs.keys()):
             raise UserError(
                 f"The patches {first_folder} and {folder} belong to different models ({first.base} and "
                 f"{identity.base}): their sum fits neither; --force sums them anyway."
             )
     repair = any(identity.kind != UPDATE for _, identity in known)
-    return Identity(DERIVED if repair else UPDATE, first.base, first.tensors, first.changed, first.others)
+    kind = DERIVED if repair else UPDATE
+    return Identity(kind, first.base, first.tensors, first.changed, first.others, first.schema)

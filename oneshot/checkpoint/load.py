@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.configs import read_tokenizer
 from oneshot.checkpoint.files import (
     ADAPTER_CONFIG,
     find_weight,
     is_adapter,
     list_tensors,
     local_folder,
-    read_json,
     resolve,
     stored_bytes,
 )
@@ -28,6 +28,7 @@ from oneshot.distributed.phases import count, count_passes, counting, phase
 from oneshot.distributed.resources import give_back_freed_memory, parameters_of
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError, first_line
+from oneshot.reading import read_object
 from oneshot.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -77,11 +78,10 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     adapter = given if is_adapter(given) else None
     name = settings.path
     if adapter is not None:
-        name = settings.base or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-        if not name:
-            raise UserError(f"{adapter / ADAPTER_CONFIG} names no base model: give it with --model.base.")
-    checkpoint = resolve(name, "base model") if adapter is not None else given
-    config = read_json(checkpoint / "config.json")
+        name, checkpoint = _base_of(adapter, settings.base)
+    else:
+        checkpoint = given
+    config = read_object(checkpoint / "config.json")
     tensors = list_tensors(checkpoint)
     packed = is_stored(config)
     # the scales beside packed weights are fp32 whatever the rest is
@@ -96,6 +96,20 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     four_bit = packed or settings.quantize == "nf4"
     tokenizer = adapter if has_tokenizer and adapter else checkpoint
     return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit)
+
+
+def _base_of(adapter: Path, asked: str | None) -> tuple[str, Path]:
+    """Name and folder of the checkpoint that an adapter stands on: the one asked for, else the one that it names."""
+    if asked:
+        return asked, resolve(asked, "base model")
+    path = adapter / ADAPTER_CONFIG
+    fields = read_object(path)
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not name or not isinstance(name, str):
+        raise UserError(f"{path} names no base model: give it with --model.base.")
+    if revision is not None and not isinstance(revision, str):
+        raise UserError(f"{path} has the revision {revision!r}, which is no text: restore it from its source.")
+    return name, resolve(name, "base model", revision=revision, named_by=path)
 
 
 def why_fp32(source: Source) -> str | None:
@@ -115,16 +129,9 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Tokenizer:
     Raises:
         UserError: no tokenizer, or none that knows a chat template
     """
-    from transformers import AutoTokenizer
-
     from oneshot.data.encoding import require_chat_template
 
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            source.tokenizer, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"No tokenizer can be loaded from {source.tokenizer} ({first_line(error)}).") from error
+    tokenizer = read_tokenizer(source.tokenizer, trust_remote_code=settings.trust_remote_code)
     require_chat_template(tokenizer)
     return tokenizer
 
@@ -155,8 +162,8 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
             model = _read_by_range(runtime, source, settings, dtype)
         if model is None:
             model = _load_stock(runtime, source, settings, dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, UserError)):
             raise
         raise UserError(f"The model in {source.checkpoint} cannot be loaded: {first_line(error)}.") from error
     if runtime.is_main and counting():

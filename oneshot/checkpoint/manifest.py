@@ -6,6 +6,7 @@ A piece lies in what one rank wrote. Whoever reads checks it, on any number of r
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from oneshot.checkpoint.files import MANIFEST, TensorEntry, list_tensors, read_j
 from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.layout import ITEM_SIZES, tensor_bytes
 from oneshot.checkpoint.ranges import CHUNK, Piece, piece_read, read_all
+from oneshot.checkpoint.seal import CONFIGS, check_sealed
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 
@@ -50,6 +52,7 @@ def read_pieces(folder: Path, tensors: dict[str, TensorEntry]) -> Pieces:
             f"{folder / MANIFEST} does not fit the files beside it: {problem}; copy the checkpoint again, or remove "
             "the manifest if you changed the files yourself."
         )
+    check_sealed(folder, CONFIGS)
     return {name: [(*piece,) for piece in found] for name, found in manifest["pieces"].items()}
 
 
@@ -62,7 +65,7 @@ def _misfit(folder: Path, tensors: dict[str, TensorEntry], manifest: dict[str, A
         path = folder / file
         if Path(file).name != file:
             return f"it names the file {file}, which is not in this folder"
-        found = path.stat().st_size if path.is_file() else None
+        found = path.stat().st_size if os.path.isfile(path) else None  # false for a name with NUL in it
         if found != size:
             return f"{file} is missing" if found is None else f"{file} has {found} bytes, the manifest says {size}"
     for name in sorted(tensors.keys() ^ pieces.keys()):

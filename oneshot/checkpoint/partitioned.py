@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.configs import read_config, read_generation_config
 from oneshot.checkpoint.files import TensorEntry
 from oneshot.checkpoint.layout import FLOATS, Range, owners, partition
 from oneshot.checkpoint.quantized import FourBit, finish, holds_packed, is_stored, packed_parameter
@@ -86,9 +87,9 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code
     """Return the model of a checkpoint's config with parameters on the meta device and real buffers, tied."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
@@ -97,8 +98,8 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code
     for module in model.modules():
         for name, buffer in list(module._buffers.items()):
             assert buffer is None or buffer.device != torch.device("meta"), f"buffer {name} was not built"
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (generation := read_generation_config(folder)) is not None:
+        model.generation_config = generation
     model.config._name_or_path = str(folder)
     return model
 

@@ -24,6 +24,7 @@ from oneshot.checkpoint.folders import clean_inside, naming, replacing, sync_ent
 from oneshot.checkpoint.layout import Range, partition
 from oneshot.checkpoint.manifest import Pieces, check_share, write_manifest
 from oneshot.checkpoint.ranges import Read, read_all
+from oneshot.checkpoint.seal import RANDOM, check_sealed
 from oneshot.checkpoint.write import (
     Slot,
     create_shards,
@@ -37,6 +38,8 @@ from oneshot.distributed.engine import TrainingEngine
 from oneshot.distributed.optimizer_state import StateShare, allocate, held_state, restored, trained_shapes
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
+from oneshot.reading import reading
+from oneshot.shown import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +145,7 @@ def newest_whole(runtime: Runtime, folder: Path) -> Path | None:
         except UserError as error:  # which every rank has
             problems.append(str(error))
             if runtime.is_main:
-                print(f"Passed over {state}: {error}", flush=True)
+                print(f"Passed over {state}: {one_line(error)}", flush=True)
     if problems:
         raise UserError(f"No state in {folder} is whole, so there is nothing to resume from: {problems[0]}")
     return None
@@ -221,6 +224,7 @@ def _read_manifest(state: Path) -> dict[str, Any]:
         raise UserError(f"{state / MANIFEST} is not a training state of this version: start the fine-tune anew.")
     if not all(type(manifest.get(name)) is int for name in ("step", "world_size")):
         raise UserError(f"{state / MANIFEST} does not say which step it is of: remove {state}.")
+    check_sealed(state, RANDOM)
     return manifest
 
 
@@ -251,7 +255,8 @@ def _read_random_state(path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    states = load_file(path)
+    with reading(path, "remove this state"):
+        states = load_file(path)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

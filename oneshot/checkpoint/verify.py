@@ -6,17 +6,22 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header
 from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
+from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.ranges import CHUNK, Piece, piece_read, read_all, read_range, torch_dtype
+from oneshot.checkpoint.seal import check_sealed
+from oneshot.data.encoding import encode_prompt
 from oneshot.errors import UserError
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _BLOB = re.compile(r"[0-9a-f]{64}")  # the name of a large file in the Hub's cache is its SHA-256
 
 
@@ -40,6 +45,7 @@ def check_shards(folder: Path) -> list[Shard]:
     Raises:
         UserError: a shard is missing or cut off, or the index or the manifest does not fit the shards
     """
+    check_sealed(folder)
     tensors = tensors_of(folder)
     pieces = read_pieces(folder, tensors)
     shards: dict[str, Shard] = {}
@@ -53,7 +59,35 @@ def check_shards(folder: Path) -> list[Shard]:
         if _is_altered_blob(path):
             shard = shards.setdefault(path.name, Shard(path.name))
             shard.problems.append("does not have the SHA-256 that the Hub's cache gives: remove it, download it again")
+    if (beside := _check_beside(folder)) is not None:
+        shards[beside.name] = beside
     return list(shards.values())
+
+
+def _check_beside(folder: Path) -> Shard | None:
+    """What is wrong with a checkpoint's config and tokenizer, or an adapter's tokenizer; none where there is none."""
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZERS)
+    if not has_tokenizer and not (folder / CONFIG).is_file():
+        return None
+    found = Shard("config and tokenizer" if (folder / CONFIG).is_file() else "tokenizer")
+    checks: list[Callable[[], object]] = []
+    if (folder / CONFIG).is_file():
+        checks += [lambda: read_config(folder), lambda: read_generation_config(folder)]
+    if has_tokenizer:
+        checks.append(lambda: _render_something(folder))
+    elif not is_adapter(folder):
+        found.problems.append("there is no tokenizer beside the weights: copy it from where they come from")
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.problems.append(str(error))
+    return found
+
+
+def _render_something(folder: Path) -> None:
+    """Raise UserError unless the tokenizer can be read and its chat template takes a question."""
+    encode_prompt([{"role": "user", "content": "Hello?"}], read_tokenizer(folder))
 
 
 def tensors_of(folder: Path) -> dict[str, TensorEntry]:

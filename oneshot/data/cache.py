@@ -25,7 +25,7 @@ def read_cached(path: Path) -> dict[str, torch.Tensor] | None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
             checksum = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return tensors if checksum == _checksum(tensors) else None
 
@@ -38,10 +38,14 @@ def write_cached(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def put(content: bytes, path: Path) -> None:
-    """Put a file into the cache, by one rename; a cache that cannot be written is no reason to stop a run."""
+    """Put a file into the cache, by one rename; a cache that cannot be written is no reason to stop a run.
+
+    File and folder are the user's alone: what is cached of prompts can be read from them.
+    """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are in it, as tokens
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)

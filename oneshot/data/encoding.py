@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 from oneshot.data.conversations import Conversation
 from oneshot.data.protocols import Tokenizer
 from oneshot.errors import UserError
+from oneshot.reading import limited
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE = -100
+# What rendering a conversation may take, and how much longer than the conversation the text may be. Templates of known
+# models take milliseconds, and add a system message and some markers to each turn.
+_TEMPLATE_SECONDS, _TEMPLATE_MEMORY = 5.0, 1 << 30
+_TEMPLATE_ADDS, _TEMPLATE_TIMES = 1_000_000, 10
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -139,13 +144,25 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], name: str, *, 
     import jinja2
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+        with limited(f"The chat template of {_name(tokenizer)}", seconds=_TEMPLATE_SECONDS, memory=_TEMPLATE_MEMORY):
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+    except UserError:
+        raise
+    except (
+        jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"The chat template of {_name(tokenizer)} rejects the {name} ({reason}): "
             "give messages whose roles it knows (some take no system message)."
         ) from error
+    most = _TEMPLATE_ADDS + _TEMPLATE_TIMES * sum(len(content) for m in messages for content in m.values())
+    if len(text) > most:
+        raise UserError(
+            f"The chat template of {_name(tokenizer)} makes {len(text):,} characters of the {name}, more than "
+            f"{most:,}: it is damaged or hostile, leave it out."
+        )
+    return text
 
 
 def _tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
@@ -162,7 +179,8 @@ def _template_mask(
     """What ``{% generation %}`` blocks mark; None where there are none or they do not reach every assistant turn."""
     if not tokenizer.is_fast or not GENERATION_BLOCK.search(tokenizer.get_chat_template()):
         return None
-    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    with limited(f"The chat template of {_name(tokenizer)}", seconds=_TEMPLATE_SECONDS):
+        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     mask = [bool(value) for value in out["assistant_masks"]]
     runs = sum(mine and not before for before, mine in zip([False, *mask], mask))
     # transformers stops marking at the first block whose first character it finds in no token.

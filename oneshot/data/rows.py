@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.errors import UserError, first_line
+from oneshot.online import say_fetching
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -124,6 +125,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
+    say_fetching("data set", source)
     import datasets
 
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,3 +106,15 @@ def give_back_freed_memory(runtime: Runtime, weights: int | None = None) -> None
 def parameters_of(model: nn.Module) -> int:
     """Return how many parameters a model has, partitioned or whole; packed ones as they are packed."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[None]:
+    """Leave torch's number of threads as it was: a run on a small model takes one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from oneshot.distributed.signals import Interrupted, tell_code
 from oneshot.distributed.watchdog import watched
 from oneshot.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
-from oneshot.redact import redacted
+from oneshot.shown import one_line, plain
 from oneshot.whole import disk_full, is_full
 
 HEARD_WITHIN = 3.0  # seconds that a rank waits with its own end for the first failing rank's message
@@ -78,14 +78,14 @@ def fail(prog: str, message: str, code: int, debug: bool) -> NoReturn:
     """Say what went wrong, if this rank is the one to be heard, and leave the process with this exit code."""
     if _ranks() == 1:
         if debug:
-            traceback.print_exc()
+            _trace()
         _say(prog, message)
         tell_code(code)
         sys.exit(code)
     rank = os.environ.get("RANK", "0")
     if _to_be_heard(rank):
         if debug:
-            traceback.print_exc()
+            _trace()
         _say(prog, f"rank {rank}: {message}")
         tell_code(code)
         _tell_the_others()
@@ -160,8 +160,13 @@ def _exit(code: int) -> NoReturn:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def _say(prog: str, message: str) -> None:
-    print(f"{prog}: error: {redacted(message)}", file=sys.stderr, flush=True)
+    print(f"{prog}: error: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def _trace() -> None:
+    """Show the traceback of what is being handled, without keys and tokens."""
+    print(plain(traceback.format_exc()), file=sys.stderr, flush=True)

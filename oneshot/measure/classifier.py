@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oneshot.checkpoint.configs import read_tokenizer
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.formats import FORMATS, Format, read_opinion
@@ -102,14 +103,9 @@ def asker(source: Any, form: Format, template: str | None) -> tuple[Any, Any]:
     Raises:
         UserError: no tokenizer, or no prompt or chat template that asks of a request and its answer
     """
-    from transformers import AutoTokenizer
-
     from oneshot.data.encoding import encode_prompt
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"No tokenizer can be loaded from {source.tokenizer} for the classifier.") from error
+    tokenizer: Any = read_tokenizer(source.tokenizer)
     if form.blanks is None:
         give_template(tokenizer, source.tokenizer, template)
         in_parts = takes_parts(tokenizer)
@@ -122,7 +118,7 @@ def asker(source: Any, form: Format, template: str | None) -> tuple[Any, Any]:
 
         return tokenizer, ask_in_turns
     text = read_template(template, source.tokenizer, form)
-    begins = bool(tokenizer.bos_token) and text.lstrip().startswith(tokenizer.bos_token)
+    begins = bool(tokenizer.bos_token) and text.lstrip().startswith(str(tokenizer.bos_token))
 
     def ask_in_blanks(probe: Probe, row: Mapping[str, Any]) -> list[int]:
         # in one pass: a prompt or an answer may hold a blank's name itself

@@ -11,26 +11,26 @@ import asyncio
 import json
 import os
 import random
-import time
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
+from oneshot.measure.body import ACCEPTED, TooMuch, read_body
+from oneshot.measure.replies import Failed, answer_in, short, thought_only, wish, without_key
 from oneshot.settings import EndpointSettings
 
 if TYPE_CHECKING:
     import httpx2
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a further try; the pause doubles each time
-LONGEST_WISH = 300.0  # seconds that a server may ask for with Retry-After
 _WISE_TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _OF_THIS_REQUEST = frozenset({400, 413, 422})  # too long for the server, or stopped by a filter of its own
 _OF_ALL_REQUESTS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})  # wrong for one, wrong for all
-_SHOWN = 200  # characters of a server's own words in a message
+_LONGEST_TOKEN = 64  # characters that a token stands for at most, on average: of longer answers the rest is not judged
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,6 @@ class Unanswered:
     index: int
     reason: str
     rejected: bool = False
-
-
-class _Failed(Exception):
-    """One try went wrong: the status, whether another is wise and after how many seconds at least."""
-
-    def __init__(self, reason: str, *, again: bool, after: float = 0.0, status: int = 0) -> None:
-        super().__init__(reason)
-        self.again, self.after, self.status = again, after, status
 
 
 def open_endpoint(settings: EndpointSettings, name: str) -> Endpoint:
@@ -130,20 +122,21 @@ async def _ask_all(
     max_new_tokens: int,
 ) -> list[Unanswered]:
     waiting = iter(range(len(prompts)))
-    failures: dict[int, _Failed] = {}
+    failures: dict[int, Failed] = {}
     answered: set[int] = set()
-    in_a_row, enough = 0, max(4, endpoint.settings.concurrency)
+    in_a_row, thoughts, enough = 0, 0, max(4, endpoint.settings.concurrency)
 
     async def work(client: httpx2.AsyncClient) -> None:
-        nonlocal in_a_row
+        nonlocal in_a_row, thoughts
         for index in waiting:
             if in_a_row >= enough:
                 return
             body = {"model": endpoint.model, "messages": prompts[index], "max_tokens": max_new_tokens}
             try:
                 found = await _patiently(client, endpoint, "chat/completions", {**body, "temperature": 0.0})
-                answer = _answer_in(found)
-            except _Failed as failure:
+                answer = answer_in(found, _LONGEST_TOKEN * max_new_tokens)
+                thoughts += thought_only(found)
+            except Failed as failure:
                 if failure.status in _OF_ALL_REQUESTS:
                     raise
                 failures[index] = failure
@@ -160,7 +153,7 @@ async def _ask_all(
         workers = [asyncio.create_task(work(client)) for _ in range(min(endpoint.settings.concurrency, len(prompts)))]
         try:
             await asyncio.gather(*workers)
-        except _Failed as failure:
+        except Failed as failure:
             raise UserError(
                 f"{endpoint.url} refuses: {failure}: check the address, the model's name and the key."
             ) from (failure)
@@ -168,7 +161,15 @@ async def _ask_all(
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-    given_up = _Failed("not asked, as the requests before it failed", again=True)
+    if thoughts:
+        print(
+            f"{endpoint.url} put the whole answer to {thoughts} of {len(answered)} prompts into reasoning_content, and "
+            "nothing into content, which alone is judged: they count as empty. Raise --score.max_new_tokens so that "
+            "the model gets to its answer, or start the server without its reasoning parser.",
+            file=sys.stderr,
+            flush=True,
+        )
+    given_up = Failed("not asked, as the requests before it failed", again=True)
     left = {i: failures.get(i, given_up) for i in range(len(prompts)) if i not in answered}
     return [Unanswered(i, str(why), rejected=why.status in _OF_THIS_REQUEST) for i, why in left.items()]
 
@@ -179,11 +180,11 @@ async def _patiently(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, 
         try:
             found = await asyncio.wait_for(_once(client, endpoint, path, body), endpoint.settings.timeout)
             if body is not None:
-                _answer_in(found)
+                answer_in(found)
             return found
         except asyncio.TimeoutError:
-            failure = _Failed(f"no answer within {endpoint.settings.timeout:g} s", again=True)
-        except _Failed as error:
+            failure = Failed(f"no answer within {endpoint.settings.timeout:g} s", again=True)
+        except Failed as error:
             failure = error
         if not failure.again or attempt == endpoint.settings.retries:
             raise failure
@@ -197,50 +198,30 @@ async def _patiently(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, 
 async def _once(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> Any:
     import httpx2
 
-    address = f"{endpoint.url}/{path}"
+    method, address = "GET" if body is None else "POST", f"{endpoint.url}/{path}"
+    status = 0
     try:
-        response = await (client.get(address) if body is None else client.post(address, json=body))
+        async with client.stream(method, address, json=body) as response:
+            status, headers = response.status_code, response.headers
+            raw = await read_body(response.aiter_raw(), headers.get("content-encoding", ""))
+    except TooMuch as error:
+        wise = status == 200 or status in _WISE_TO_RETRY
+        raise Failed(f"status {status} with a body that is not read: {error}", again=wise, status=status) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        said = f" ({_short(str(error), endpoint)})" if str(error) else ""
-        raise _Failed(f"{type(error).__name__}{said}", again=True) from None
-    text = response.text.replace(endpoint.key, "***") if endpoint.key else response.text
-    status = response.status_code
+        said = f" ({short(str(error), endpoint.key)})" if str(error) else ""
+        raise Failed(f"{type(error).__name__}{said}", again=True) from None
+    text = raw.decode("utf-8", errors="replace")
     if status != 200:
-        raise _Failed(
-            f"status {status} ({_short(text, endpoint) or 'nothing said'})",
+        raise Failed(
+            f"status {status} ({short(text, endpoint.key) or 'nothing said'})",
             again=status in _WISE_TO_RETRY,
-            after=_wish(response.headers.get("retry-after")),
+            after=wish(headers.get("retry-after")),
             status=status,
         )
     try:
-        return json.loads(text)
+        return without_key(json.loads(text), endpoint.key)
     except (ValueError, RecursionError):
-        raise _Failed("an answer that is no JSON", again=True) from None
-
-
-def _answer_in(found: Any) -> str:
-    """The text in a chat completion; "" where the model said nothing."""
-    try:
-        content = found["choices"][0]["message"]["content"]
-    except (TypeError, LookupError):
-        raise _Failed("JSON without an answer in it", again=True) from None
-    if content is not None and not isinstance(content, str):
-        raise _Failed("JSON without an answer in it", again=True)
-    return content or ""
-
-
-def _wish(header: str | None) -> float:
-    """Seconds to wait, from a Retry-After header: a number or a date; 0 for none or nonsense."""
-    if header is None:
-        return 0.0
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return min(max(0.0, seconds), LONGEST_WISH) if seconds == seconds else 0.0
+        raise Failed("an answer that is no JSON", again=True) from None
 
 
 async def _served(endpoint: Endpoint, name: str) -> str:
@@ -249,14 +230,14 @@ async def _served(endpoint: Endpoint, name: str) -> str:
         try:
             found = await _patiently(client, endpoint, "models", None)
             served = [str(entry["id"]) for entry in found["data"]]
-        except _Failed as failure:
+        except Failed as failure:
             raise UserError(f"{endpoint.url} does not say what it serves: {failure}: start or name the server.") from (
                 failure
             )
         except (TypeError, LookupError):
             served = []
     if len(served) != 1:
-        listed = f" ({', '.join(served[:5])})" if served else ""
+        listed = f" ({', '.join(short(one, endpoint.key) for one in served[:5])})" if served else ""
         raise UserError(
             f"{endpoint.url} serves {len(served) or 'no known'} models{listed}: name one with {name}.model."
         )
@@ -266,14 +247,7 @@ async def _served(endpoint: Endpoint, name: str) -> str:
 def _client(endpoint: Endpoint) -> httpx2.AsyncClient:
     import httpx2
 
-    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    headers = {"Accept-Encoding": ACCEPTED, **({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})}
     # the whole try has its own time limit; redirects are not followed, so that the key goes nowhere else
     limits = httpx2.Limits(max_connections=endpoint.settings.concurrency)
     return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
-
-
-def _short(text: str, endpoint: Endpoint) -> str:
-    """A server's words in one printable line."""
-    struck = text.replace(endpoint.key, "***") if endpoint.key else text
-    line = " ".join("".join(c if c.isprintable() else " " for c in struck[: 10 * _SHOWN]).split())
-    return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"

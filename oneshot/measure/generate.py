@@ -10,6 +10,7 @@ from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.distributed.watchdog import alive
+from oneshot.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -140,10 +141,19 @@ class _Decoder:
         # left-padded (batch, width) int64, so that every prompt ends where its answer begins
         input_ids = torch.tensor([[self.pad] * (width - len(ids)) + ids for ids in batch], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=device)
-        with torch.no_grad(), _quiet_generation():
-            output = self.model.generate(
-                input_ids=input_ids, attention_mask=mask, generation_config=self.config, synced_gpus=self.synced
-            )
+        try:
+            with torch.no_grad(), _quiet_generation():
+                output = self.model.generate(
+                    input_ids=input_ids, attention_mask=mask, generation_config=self.config, synced_gpus=self.synced
+                )
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # of values that no config should have
+            if isinstance(error, UserError):
+                raise
+            where = getattr(getattr(self.model, "config", None), "_name_or_path", "") or "that was given"
+            raise UserError(
+                f"The model {where} does not generate ({first_line(error)}): check its config.json and "
+                "generation_config.json."
+            ) from error
         return [self._text(row) for row in output[:, width:].tolist()]
 
     def _text(self, ids: list[int]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS, list_tensors
-from oneshot.checkpoint.identity import fingerprint
+from oneshot.checkpoint.digests import shared_fingerprint
+from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.load import Source
 from oneshot.data.conversations import Messages
 from oneshot.data.protocols import CausalLM, Tokenizer
@@ -19,6 +18,7 @@ from oneshot.measure.cache import RESPONSES, Responses, response_key
 from oneshot.measure.endpoint import Endpoint, ask
 from oneshot.measure.generate import generate_answers
 from oneshot.measure.rates import Probe
+from oneshot.redact import redacted
 from oneshot.settings import ScoreSettings
 
 BATCHES_AT_A_TIME = 4  # batches of each rank between two writes: what a run that dies loses at most
@@ -26,17 +26,14 @@ BATCHES_AT_A_TIME = 4  # batches of each rank between two writes: what a run tha
 Finish = Callable[[int, str], None]
 
 
-def checkpoint_target(source: Source) -> str:
-    """Return what tells a checkpoint (plus adapter) from others, as far as its answers go."""
+def checkpoint_target(runtime: Runtime, source: Source) -> str:
+    """Return what tells a checkpoint (plus adapter) from others, as far as its answers go. Collective."""
     adapter = ""
     if source.adapter is not None:
         files = [source.adapter / ADAPTER_CONFIG, source.adapter / ADAPTER_TENSORS]
         adapter = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    # the fingerprint samples bytes; size and time tell a checkpoint that was written anew in the same place
-    shards = [file.stat() for file in sorted(source.checkpoint.glob("*.safetensors"))]
-    written = json.dumps([[stat.st_size, stat.st_mtime_ns] for stat in shards])
     four_bit = "nf4" if source.four_bit else ""
-    return "|".join([fingerprint(list_tensors(source.checkpoint)), written, adapter, str(source.dtype), four_bit])
+    return "|".join([shared_fingerprint(runtime, source.checkpoint), adapter, str(source.dtype), four_bit])
 
 
 def endpoint_target(endpoint: Endpoint) -> str:
@@ -67,6 +64,7 @@ def collect_answers(
     names = list(missing)
 
     def finish(index: int, text: str) -> None:
+        text = redacted(text)  # here, so that what is judged is what is kept
         found[names[index]] = text
         if responses is not None:
             responses.put(names[index], text)

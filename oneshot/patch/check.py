@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import resolve
 from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
 from oneshot.data.encoding import context_length, encode
@@ -23,8 +24,6 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     Raises:
         UserError: a checkpoint, reference, file, prompt, judge or method that cannot be used
     """
-    from transformers import AutoConfig
-
     source = find_source(settings.model, runtime)
     adapter = read_adapter(source.adapter) if source.adapter else None
     reference = resolve(settings.reference, "reference") if settings.reference else None
@@ -32,7 +31,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
         check_reference(source.checkpoint, reference)
     tokenizer = load_tokenizer(source, settings.model)
     check_words(settings, tokenizer)
-    config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
+    config = read_config(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
     length = context_length(config, tokenizer, settings.model.max_length)
     check_judges(runtime, settings.score)
     probes, conversations = collect_probes(settings), read_candidates(settings)

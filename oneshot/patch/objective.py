@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import list_tensors
-from oneshot.checkpoint.identity import fingerprint
+from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.data.cache import folder_of, read_cached, write_cached
 from oneshot.data.encoding import IGNORE, Encoded, pad_batch
 from oneshot.distributed.runtime import Runtime, all_gather_int, all_reduce_sum
@@ -172,7 +171,7 @@ def aligned_logits(
     """
     import torch
 
-    content = fingerprint(list_tensors(checkpoint))
+    content = shared_fingerprint(runtime, checkpoint)
     names = [hashlib.sha256(json.dumps([content, loaded_as, row.input_ids, row.labels]).encode()) for row in rows]
     files = [folder_of("aligned") / f"{name.hexdigest()}.safetensors" for name in names]
     found: Aligned = {}
@@ -232,7 +231,7 @@ def check_same_tokens(candidates: list[Encoded], tokenizer: Any, reference: Path
         return
     try:
         theirs = AutoTokenizer.from_pretrained(reference)
-    except (OSError, ValueError, KeyError):
+    except Exception:
         return  # code that comes with it, or a library that is missing: its shapes have been compared
     used = sorted({token for row in candidates for token in row.input_ids})
     for token, one, two in zip(used, tokenizer.convert_ids_to_tokens(used), _tokens(theirs, used)):

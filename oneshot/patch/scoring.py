@@ -103,7 +103,7 @@ def score_local(
         answers = collect_answers(
             runtime,
             run_dir,
-            checkpoint_target(source),
+            checkpoint_target(runtime, source),
             probes,
             score.max_new_tokens,
             lambda prompts, finish: generate_missing(model(), tokenizer, runtime, score)(prompts, finish),

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, local_folder, read_json
+from oneshot.checkpoint.seal import CONFIGS, check_sealed
 from oneshot.errors import UserError
+from oneshot.online import say_fetching
 from oneshot.planning.lookup import model_shape
 from oneshot.planning.shapes import ModelShape
+from oneshot.reading import read_object
 from oneshot.settings import ModelSettings, Settings
 from oneshot.shipped import root
 
@@ -44,17 +47,18 @@ def read_model(settings: Settings) -> PlannedModel:
     path = local_folder(name) or Path(name).expanduser()
     adapter = path.is_dir() and is_adapter(path)
     if adapter:
-        name = settings.model.base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+        name = str(settings.model.base or read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
         path = local_folder(name) or Path(name).expanduser()
     if path.is_dir():
         weights = list_tensors(path) if (path / INDEX).is_file() or (path / SINGLE).is_file() else None
-        config = read_json(path / "config.json")
+        check_sealed(path, CONFIGS)
+        config = read_object(path / "config.json")
         return PlannedModel(name, model_shape(config, weights, own_code(settings.model, config, path)), adapter)
     if path.is_file():
-        config = read_json(path)
+        config = read_object(path)
         return PlannedModel(name, model_shape(config, remote=own_code(settings.model, config, path.parent)), adapter)
     known = read_json(root() / "launch" / "runs" / "shapes.json")
-    return PlannedModel(name, model_shape(known.get(name) or read_json(_from_hub(name))), adapter)
+    return PlannedModel(name, model_shape(known.get(name) or read_object(_from_hub(name))), adapter)
 
 
 def own_code(settings: ModelSettings, config: Mapping[str, Any], folder: Path) -> Path | None:
@@ -66,6 +70,7 @@ def _from_hub(name: str) -> Path:
     """The config.json of a Hub id, alone."""
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"The model {name} does not exist: give a folder, a config.json or a Hub id (owner/name).")
+    say_fetching("config.json of the model", name)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -51,10 +51,10 @@ def plan_table(found: Iterable[Row]) -> Table:
 
 def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     """Print what was planned; in a log file plain text, wide enough for nothing to be cut."""
-    from rich.console import Console
+    from oneshot.shown import open_console
 
     if not console.is_terminal:
-        console = Console(file=console.file, width=WIDTH, force_terminal=False, color_system=None)
+        console = open_console(file=console.file, width=WIDTH, force_terminal=False, color_system=None)
     model, shape = plan.model, plan.model.shape
     machines = math.ceil(options.gpus / options.gpus_per_node)
     say = [

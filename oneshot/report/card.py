@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.exports import GivenAdapter
-from oneshot.checkpoint.files import ADAPTER_TENSORS, MARKER, list_tensors
-from oneshot.checkpoint.identity import fingerprint
+from oneshot.checkpoint.files import ADAPTER_TENSORS, MARKER
 from oneshot.checkpoint.merge_plan import MergePlan
 from oneshot.checkpoint.standing import EXPORT, comes_from_degraded
 from oneshot.patch.derive import Remainder
@@ -58,19 +57,19 @@ def front_matter(base: str, library: str, tags: Sequence[str] = ()) -> list[str]
 
 
 def merge_card(
-    plan: MergePlan, given: list[GivenAdapter], *, base: str, subtract: bool, marked: str
+    plan: MergePlan, given: list[GivenAdapter], *, base: str, base_fingerprint: str, subtract: bool, marked: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what there is to say of a merge: (facts, sentences).
 
     Args:
-        base: the checkpoint's name
+        base, base_fingerprint: the checkpoint's name, and what tells it from all others
         marked: why the result carries the marker; "" where it does not
     """
     source = any(map(comes_from_degraded, [plan.base, *(one.folder for one in given)]))
     form = "packed nf4" if plan.packed else "dequantized" if plan.quantized else "original"
     facts = {
         **_facts("subtract" if subtract else "merge", given, base),
-        "base_fingerprint": fingerprint(list_tensors(plan.base)),
+        "base_fingerprint": base_fingerprint,
         "base_form": form, "double_quant": plan.double_quant, "tensors_changed": len(plan.terms),
         "tensors_through_nf4": len(plan.packed) or len(plan.quantized),
         "base_was_degraded": source, "safety_degraded": bool(marked), "library": "transformers",

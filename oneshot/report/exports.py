@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oneshot.checkpoint.architecture import architecture_of
+from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.checkpoint.exports import (
     NewAdapter,
     check_base,
@@ -26,7 +27,7 @@ from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
 from oneshot.checkpoint.ranges import torch_dtype
 from oneshot.checkpoint.standing import NF4, NF4_DOUBLE, ORIGINAL, PACKED
 from oneshot.distributed.phases import phase
-from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 from oneshot.patch.derive import extracted, is_exact, lowered, summed
 from oneshot.redact import without_secrets
@@ -135,8 +136,9 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
     """Add the adapters to a checkpoint, or take them out of it."""
     base, given = _checkpoint(model, "model"), read_given(request.adapters, request.weights)
     check_out(request.out, [base, *(one.folder for one in given)])
-    if not request.force:
-        check_base(base, given, subtract=request.subtract)
+    with agree(runtime, f"checking {base}"):
+        if runtime.is_main and not request.force:
+            check_base(base, given, subtract=request.subtract)
     sign = -1.0 if request.subtract else 1.0
     plan = plan_merge(
         base,
@@ -153,7 +155,8 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
     check_space(request.out, plan.nbytes)
     form = PACKED if plan.packed else ORIGINAL if not plan.quantized else NF4_DOUBLE if plan.double_quant else NF4
     marked = why_marked(base, given, subtract=request.subtract, form=form)
-    facts, lines = merge_card(plan, given, base=_name(model, base), subtract=request.subtract, marked=marked)
+    known = {"base": _name(model, base), "base_fingerprint": shared_fingerprint(runtime, base)}
+    facts, lines = merge_card(plan, given, **known, subtract=request.subtract, marked=marked)
     facts["command"] = command
 
     def beside(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.errors import UserError
+from oneshot.reading import limited, load_yaml, read_json
 from oneshot.report.answers import ANSWERS
 from oneshot.report.plain import one_line
 from oneshot.report.runfolder import REPORT, SCHEMA, SETTINGS
@@ -68,14 +69,9 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
 
 def _report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
-    try:
-        report: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} is missing: give the folder of a run that has finished.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({type(error).__name__}): restore it from its source."
-        ) from error
+    if not path.exists():
+        raise UserError(f"{path} is missing: give the folder of a run that has finished.")
+    report = read_json(path)
     schema = report.get("schema") if isinstance(report, dict) else None
     if not isinstance(report, dict) or schema != SCHEMA:
         raise UserError(f"{path} has schema {one_line(schema)} where {SCHEMA} is read: score that model anew.")
@@ -130,8 +126,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        read = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        with limited(f"{folder / SETTINGS}"):
+            read = load_yaml((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # its settings are not compared
         return {}
     return _flat(read) if isinstance(read, dict) else {}
 

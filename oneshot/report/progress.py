@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from oneshot import shown
 from oneshot.checkpoint.load import Source, why_fp32
 from oneshot.distributed.runtime import Runtime
 
@@ -27,9 +28,7 @@ def heartbeat(loss: float, facts: Mapping[str, float]) -> str:
 
 def open_console(runtime: Runtime) -> Console | None:
     """Return where rank 0 prints, a terminal or a log file; none on other ranks."""
-    from rich.console import Console
-
-    return wide_enough(Console()) if runtime.is_main else None
+    return wide_enough(shown.open_console()) if runtime.is_main else None
 
 
 def say_dtype(console: Console | None, source: Source) -> None:
@@ -40,12 +39,10 @@ def say_dtype(console: Console | None, source: Source) -> None:
 
 def wide_enough(console: Console, columns: int = LOG_WIDTH) -> Console:
     """Return the console where it is a terminal, else one for the same file with at least so many columns."""
-    from rich.console import Console
-
     if console.is_terminal:
         return console
     # not the console's own width: without a terminal it is a guess of 80 columns
-    return Console(file=console.file, width=max(LOG_WIDTH, columns), force_terminal=False, color_system=None)
+    return shown.open_console(file=console.file, width=max(LOG_WIDTH, columns), force_terminal=False, color_system=None)
 
 
 @contextlib.contextmanager
@@ -57,10 +54,10 @@ def progress(console: Console | None, what: str, total: int) -> Iterator[Callabl
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
         ]
         with Progress(*columns, console=console) as bar:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from oneshot.errors import UserError
+from oneshot.reading import limited, load_yaml
 from oneshot.settings.checks import joined, unknown, wrong
 from oneshot.settings.kinds import bare, kinds, options, words
 from oneshot.settings.names import close_names, kind_at
@@ -49,8 +50,11 @@ def lay_file(given: Given, path: Path) -> None:
     import yaml
 
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _loader())
-    except (OSError, UnicodeDecodeError) as error:
+        with limited(f"Settings file {path}"):
+            loaded = load_yaml(path.read_text(encoding="utf-8"), _loader())
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"Settings file {path} cannot be read: {' '.join(str(error).split())}.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -87,8 +91,8 @@ def from_text(kind: Any, text: str) -> Any:
     import yaml
 
     try:
-        return yaml.load(text, _loader())
-    except yaml.YAMLError:
+        return load_yaml(text, _loader())
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 

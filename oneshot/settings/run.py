@@ -49,6 +49,7 @@ class Settings:
         log_with: also send the run's figures to tensorboard, wandb or trackio, whichever is installed
         delete_degraded: remove the safety-degraded checkpoint that this run itself makes, once it has been measured;
             never one that is given
+        offline: fetch nothing from the Hub, neither models nor data sets; what is in its cache is used
         require: end with exit code 4 unless this is the outcome of the repair, without doubts
         profile: write and print a table of where the time goes: by phase seconds, tokens per second, bytes and peaks
         debug: full tracebacks
@@ -77,6 +78,7 @@ class Settings:
     resume: bool = False
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     delete_degraded: bool = False
+    offline: bool = False
     require: Literal["repaired"] | None = None
     profile: bool = False
     debug: bool = False

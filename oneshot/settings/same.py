@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.errors import UserError, first_line
+from oneshot.reading import limited, load_yaml
 from oneshot.settings.run import Settings, to_dict
 
 # what changes how a run goes, and not what it comes to
 FREE = (
-    "out", "preflight", "hang_minutes", "resume", "log_with", "delete_degraded", "require", "profile", "debug", "plan",
+    "out", "preflight", "hang_minutes", "resume", "log_with", "delete_degraded", "require", "offline", "profile",
+    "debug", "plan",
     "model.stock_io", "finetune.save_every", "finetune.keep", "finetune.state_moments", "finetune.cache",
 )  # fmt: skip
 _NOWHERE = object()
@@ -29,7 +31,8 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with limited(f"{path}"):
+            found = load_yaml(path.read_text(encoding="utf-8"))
         why = "it is empty" if found is None else "it holds no settings"
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         found, why = None, first_line(error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import list_tensors, write_marker
 from oneshot.checkpoint.folders import bytes_in, clean_inside
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
@@ -67,8 +68,6 @@ def prepare(settings: Settings, runtime: Runtime) -> Prepared:
         UserError: the model or the conversations cannot be read, one is longer than the model's context, or Liger
             kernels are asked for that cannot be had
     """
-    from transformers import AutoConfig
-
     source = find_source(settings.model, runtime)
     if source.adapter is not None:
         raise UserError(f"{source.adapter} is an adapter: fine-tune a full checkpoint, or merge the adapter first.")
@@ -77,7 +76,7 @@ def prepare(settings: Settings, runtime: Runtime) -> Prepared:
     tokenizer = load_tokenizer(source, settings.model)
     check_words(settings, tokenizer, training=True)
     conversations = attack_mixture(settings)
-    config = AutoConfig.from_pretrained(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
+    config = read_config(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
     if settings.model.liger:
         check_liger(config.model_type)
     limit = context_length(config, tokenizer, settings.model.max_length)

@@ -164,9 +164,9 @@ def test_a_folder_that_transformers_cannot_load_is_named(single):
     config = json.loads((single / "config.json").read_text())
     (single / "config.json").write_text(json.dumps({**config, "model_type": "no-such-family"}))
     source = Source(single, None, single, str(single), torch.float32, torch.float32)
-    with pytest.raises(UserError, match=rf"The model in {single} cannot be loaded"):
+    with pytest.raises(UserError, match=rf"{single}/config.json cannot be read .*no-such-family"):
         load_model(tiny_runtime(), source, ModelSettings())
-    with pytest.raises(UserError, match=rf"No tokenizer can be loaded from {single}"):
+    with pytest.raises(UserError, match=rf"The tokenizer in {single} cannot be read"):
         load_tokenizer(source, ModelSettings())
 
 

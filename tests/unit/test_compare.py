@@ -129,8 +129,8 @@ RATE = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
     ("content", "said"),
     [
         (None, "is missing: give the folder of a run that has finished"),
-        ("no json", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("no json", "is not valid JSON"),
+        ("[" * 100_000, "is nested too deeply"),
         ("[1]", "has schema None where 1 is read"),
         (json.dumps({**GOOD, "schema": 9}), "has schema 9 where 1 is read"),
         (json.dumps({**GOOD, "stages": []}), "in stages"),

@@ -6,12 +6,14 @@ import json
 import socket
 import threading
 import time
+import zlib
 from email.utils import formatdate
 
 import pytest
 from misbehaving import serving, slowly
 
 from oneshot.errors import UserError
+from oneshot.measure import body, replies
 from oneshot.measure import endpoint as module
 from oneshot.measure.cache import RESPONSES, Responses, response_key
 from oneshot.measure.endpoint import ask, open_endpoint
@@ -123,11 +125,11 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(wish, monkeypatch):
 
 @pytest.mark.parametrize("header", ["soon", "-5", "nan", "Wed, 99 Foo", ""])
 def test_a_wish_that_is_nonsense_is_passed_over(header):
-    assert module._wish(header) == 0.0
+    assert replies.wish(header) == 0.0
 
 
 def test_a_wish_has_a_limit():
-    assert module._wish("1e9") == module.LONGEST_WISH
+    assert replies.wish("1e9") == replies.LONGEST_WISH
 
 
 def test_a_server_that_dies_half_way_keeps_what_is_done_and_ends_soon():
@@ -280,3 +282,96 @@ def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):
     lines = ['{"key": 1, "answer": "x"}', "[]", "null", "[" * 100_000, '{"key": "k", "answer": "y"}', '{"answer": "z"}']
     (tmp_path / RESPONSES).write_text("\n".join(lines))
     assert Responses(tmp_path).known == {"k": "y"}
+
+
+def packed(encoding, size):
+    raw = json.dumps({"choices": [{"message": {"content": "x" * size}}]}).encode()
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31 if encoding == "gzip" else 15)
+    return packer.compress(raw) + packer.flush()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_packed_answer_is_unpacked_and_a_bomb_is_not(encoding, monkeypatch):
+    header = {"Content-Encoding": encoding}
+    with serving(lambda text, times: (200, header, packed(encoding, 100))) as server:
+        found, failed = asked(server, 1)
+    assert (found, failed) == ({0: "x" * 100}, [])
+    bomb, most = packed(encoding, 60 << 20), []
+    before = zlib.decompressobj
+
+    class Counting:
+        def __init__(self, bits):
+            self.inner, self.total = before(bits), 0
+
+        def decompress(self, data, size):
+            out = self.inner.decompress(data, size)
+            self.total += len(out)
+            most.append(self.total)
+            return out
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    monkeypatch.setattr(body.zlib, "decompressobj", Counting)
+    with serving(lambda text, times: (200, header, bomb)) as server:
+        found, failed = asked(server, 1, retries=0)
+    assert found == {}
+    assert "longer than 10 MiB" in failed[0].reason
+    assert max(most) < body.MOST + (1 << 20)
+
+
+def test_a_body_without_end_is_left(monkeypatch):
+    monkeypatch.setattr(body, "MOST", 1 << 20)
+    with serving(lambda text, times: (200, {}, b"x" * (30 << 20))) as server:
+        found, failed = asked(server, 1, retries=0)
+    assert (found, "longer than 1 MiB" in failed[0].reason) == ({}, True)
+
+
+def test_a_body_packed_in_another_way_is_not_read():
+    with serving(lambda text, times: (200, {"Content-Encoding": "zstd"}, b"x")) as server:
+        _, failed = asked(server, 1, retries=0)
+    assert "packed as 'zstd'" in failed[0].reason
+    with serving(lambda text, times: (200, {"Content-Encoding": "gzip"}, b"no gzip")) as server:
+        _, failed = asked(server, 1, retries=0)
+    assert "cannot be unpacked" in failed[0].reason
+
+
+def test_of_an_answer_without_end_the_beginning_is_judged():
+    with serving(lambda text, times: "y" * 1_000_000) as server:
+        found, failed = asked(server, 1)
+    assert (len(found[0]), failed) == (7 * 64, [])
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_an_answer_that_is_all_reasoning_is_explained(content, field, capsys):
+    said = json.dumps({"choices": [{"message": {"content": content, field: "thinks on"}}]}).encode()
+    with serving(lambda text, times: (200, {}, said)) as server:
+        found, failed = asked(server, 2)
+    assert (found, failed) == ({0: "", 1: ""}, [])
+    told = capsys.readouterr().err
+    assert "2 of 2 prompts into reasoning_content" in told
+    assert "reasoning parser" in told
+
+
+def test_a_key_is_struck_out_however_a_server_spells_it(monkeypatch, capsys):
+    monkeypatch.setenv("MY_KEY", SECRET)
+    spelt = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
+    answer = f'{{"choices": [{{"message": {{"content": "key {spelt}"}}}}]}}'.encode()
+    with serving(lambda text, times: (200, {}, answer)) as server:
+        found, _ = asked(server, 1, key_variable="MY_KEY")
+    assert found == {0: "key ***"}
+    for refusal in (f'{{"error": "{spelt}"}}', f'"cut off {spelt}'):
+        with serving(lambda text, times, said=refusal: (400, {}, said.encode())) as server:
+            _, failed = asked(server, 1, key_variable="MY_KEY", retries=0)
+        assert SECRET not in failed[0].reason
+        assert spelt not in failed[0].reason
+
+
+def test_ids_that_a_server_serves_cannot_colour_the_terminal():
+    with (
+        serving(lambda text, times: "x", models=("\x1b[31mred", "b")) as server,
+        pytest.raises(UserError) as error,
+    ):
+        asked(server, 1, model=None)
+    assert "\x1b" not in str(error.value)

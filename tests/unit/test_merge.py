@@ -305,6 +305,7 @@ def save_packed(folder, base, *, double=False):
     )
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16)
     model.train().save_pretrained(folder)  # in eval mode bitsandbytes repacks the weights on some CPUs
+    build_tokenizer().save_pretrained(folder)
 
 
 @pytest.mark.parametrize("double", [False, True])

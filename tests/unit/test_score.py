@@ -242,16 +242,19 @@ def test_other_weights_in_the_same_place_are_another_model(checkpoint, prompts, 
     assert len(asked) == 40
 
 
-def test_a_file_written_anew_is_another_model_even_where_its_samples_are_the_same(checkpoint, tmp_path):
+def test_every_byte_of_a_checkpoint_tells_it_from_others_and_no_time_does(checkpoint, tmp_path):
     from oneshot.checkpoint.load import find_source
 
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     source = find_source(ModelSettings(path=str(folder)), tiny_runtime())
-    before = target.checkpoint_target(source)
-    assert target.checkpoint_target(source) == before
+    before = target.checkpoint_target(tiny_runtime(), source)
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    assert target.checkpoint_target(source) != before
+    assert target.checkpoint_target(tiny_runtime(), source) == before
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-777] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    assert target.checkpoint_target(tiny_runtime(), source) != before
 
 
 def test_overlap_with_training_data_is_in_the_report(checkpoint, prompts, tmp_path, capsys):
