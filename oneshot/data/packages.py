@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.errors import UserError
+from oneshot.reading import load_yaml
 
 PACKAGE = "package:"
 _SOURCE = re.compile(rf"{PACKAGE}(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<files>.+)", re.ASCII)
@@ -119,6 +120,6 @@ def _yaml(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError("broken YAML") from error
