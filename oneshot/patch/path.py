@@ -191,19 +191,13 @@ class Attempt:
     guard_weight: float = 0.0
     watch: Watch[Any] | None = None
 
-    def look(
-        self, keep: Callable[[], Any], epoch: int, guard_weight: float | None = None
-    ) -> tuple[dict[str, float], bool]:
-        """Let the watch look at an epoch: what it says, by name, and whether to stop. Without one: nothing, no.
-
-        Args:
-            guard_weight: of this epoch, where it is not that of the attempt
-        """
+    def look(self, keep: Callable[[], Any], epoch: int) -> tuple[dict[str, float], bool]:
+        """Let the watch look at an epoch: what it says, by name, and whether to stop. Without one: nothing, no."""
         if self.watch is None:
             return {}, False
-        weight = self.guard_weight if guard_weight is None else guard_weight
-        reading, stop = self.watch.look(keep, epoch=epoch, guard_weight=round(weight, 3))
-        return {"guard_weight": weight, **vars(reading), "distance": reading.distance(self.watch.bounds)}, stop
+        reading, stop = self.watch.look(keep, epoch=epoch, guard_weight=self.guard_weight)
+        distance = reading.distance(self.watch.bounds)
+        return {"guard_weight": self.guard_weight, **vars(reading), "distance": distance}, stop
 
     def seen(self) -> tuple[bool, bool]:
         """Return whether all requests were refused at the last look, and whether harmless prompts were well within

@@ -130,7 +130,7 @@ def plane_figure(trace: Sequence[Record], kept: Record | None, bounds: Record | 
     highest = max((row["refused"] for a in attempts for row in a.records if _finite(row.get("refused"))), default=0.0)
     axes[1].set_ylim(-0.03, max(0.12, 1.1 * highest))
     axes[-1].locator_params(axis="x", nbins=5)
-    axes[-1].set_xlabel("harmless answers: distance from where they should be (1: the bound)")
+    axes[-1].set_xlabel("distance of harmless answers (1: the bound)")
     _legend(figure, axes[0], attempts)
     return _svg(figure, "plane", "Safety against utility along the path")
 

@@ -80,9 +80,7 @@ def learn(
     *,
     kept: bool = False,
 ) -> Generator[Update, None, dict[str, torch.Tensor]]:
-    """Learn the coefficients c from the one example under the guard: a path to name -> (r,), each in [0, 3].
-
-    Of an adapter, in [0, 1].
+    """Learn the coefficients c from the one example under the guard: a path to name -> (r,), of an adapter in [0, 1].
 
     Args:
         recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
@@ -120,8 +118,9 @@ def learn(
         optimizer.zero_grad()
         reached = flat.detach().clamp_(0.0, highest)  # of flat itself: they share memory
         with attached(changed, update_of(reached)):
-            seen, stop = attempt.look(reached.clone, epoch, weight)
-        attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=reached.mean().item(), noise=noise, **seen)
+            seen, stop = attempt.look(reached.clone, epoch)
+        now = {"undone": reached.mean().item(), "noise": noise, "weight": weight, **seen}
+        attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
         if stop:
             break
         if batch.held_total:
