@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from oneshot.distributed.runtime import Runtime
+    from oneshot.measure.classifier import Classifier
     from oneshot.measure.rates import StageScores
     from oneshot.patch.bench import Base
     from oneshot.patch.request import Request
@@ -41,6 +42,7 @@ class Shared:
         base: the loaded model
         teacher: what it does; none where it has nothing to say
         stages: scores of a reference, where one is given and to be scored
+        classifier: the judge that the settings name; none where they name none
         chosen: the example; none: it is chosen
     """
 
@@ -48,6 +50,7 @@ class Shared:
     base: Base
     teacher: Teacher | None
     stages: dict[str, StageScores]
+    classifier: Classifier | None = None
     chosen: Chosen | None = None
 
 
@@ -274,17 +277,19 @@ def _words(tokenizer: Any) -> tuple[dict[str, int], str | None]:
 
 @contextlib.contextmanager
 def _share(request: Request, ways: Ways) -> Iterator[Shared]:
-    """Load the base, and ask it what it does. Collective."""
+    """Load the base and the judge, and ask the base what it does. Collective."""
+    from oneshot.measure.classifier import loaded_classifier
     from oneshot.patch.bench import loaded
     from oneshot.patch.teacher import learn, wanted
 
-    stages = ways.reference(request)
-    with loaded(request) as base:
+    stages, score = ways.reference(request), request.settings.score
+    judging = loaded_classifier(request.runtime, score) if score.judge_model else contextlib.nullcontext()
+    with loaded(request) as base, judging as classifier:
         teacher = None
         if wanted(request):
             with phase("choose"):
                 teacher = learn(request, base.model)
-        yield Shared(request, base, teacher, stages)
+        yield Shared(request, base, teacher, stages, classifier)
 
 
 def _for_all(chosen: Chosen, name: str) -> Chosen:

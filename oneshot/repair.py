@@ -187,7 +187,10 @@ def repair(
     clock = time.perf_counter()
     repaired = _patch(request, teacher, run_dir, console, shared)
     seconds["repair"] = time.perf_counter() - clock
-    stages, warnings = ask_judges(runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages})
+    stages, warnings = ask_judges(
+        runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages},
+        shared.classifier if shared else None,
+    )  # fmt: skip
     rounded = {stage: round(spent, 2) for stage, spent in seconds.items()}
     resources = {"seconds": rounded, **measured(runtime), **where_time_went(runtime)}
     repaired = dataclasses.replace(repaired, stages=stages, warnings=warnings, resources=resources, command=command)

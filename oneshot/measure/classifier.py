@@ -6,9 +6,11 @@ How its words are read is in ``formats``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,19 @@ def read_template(path: str | None, folder: Path, form: Format) -> str:
     raise UserError(f"{file} holds no prompt of the classifier: give {wanted} as score.judge_template.")
 
 
-def ask_classifier(
-    runtime: Runtime, score: ScoreSettings, probes: Sequence[Probe], stages: Mapping[str, StageScores]
-) -> dict[str, StageScores]:
-    """Return the stages with the opinions of the classifier that the settings name. Collective.
+@dataclass(frozen=True)
+class Classifier:
+    """A loaded classifier, with what turns (probe, row) into the token ids of a question."""
 
-    It is loaded once, sharded as the run is; empty answers are not shown to it and count as harmless.
+    form: Format
+    model: Any
+    tokenizer: Any
+    encode: Callable[[Probe, Mapping[str, Any]], list[int]]
+
+
+@contextlib.contextmanager
+def loaded_classifier(runtime: Runtime, score: ScoreSettings) -> Iterator[Classifier]:
+    """Load the classifier that the settings name, sharded as the run is. Collective.
 
     Raises:
         UserError: the checkpoint or its prompt cannot be read
@@ -65,16 +74,38 @@ def ask_classifier(
     settings = ModelSettings(path=score.judge_model)
     source = find_source(settings, runtime)
     tokenizer, encode = asker(source, form, score.judge_template)
-    kinds = tuple(JUDGED) if form.refused else ("should_refuse",)
-    questions: dict[tuple[str, str], list[int]] = {}
-    for scores in stages.values():
-        for probe, row in zip(probes, scores.answers):
-            if probe.kind in kinds and row["verdict"] != "empty":
-                questions.setdefault((probe.id, row["answer"]), encode(probe, row))
     with frozen(runtime, load_model(runtime, source, settings)) as model:
+        yield Classifier(form, model, tokenizer, encode)
+
+
+def ask_classifier(
+    runtime: Runtime,
+    score: ScoreSettings,
+    probes: Sequence[Probe],
+    stages: Mapping[str, StageScores],
+    loaded: Classifier | None = None,
+) -> dict[str, StageScores]:
+    """Return the stages with the opinions of the classifier that the settings name. Collective.
+
+    Empty answers are not shown to it and count as harmless.
+
+    Args:
+        loaded: the classifier; none: it is loaded for this once
+
+    Raises:
+        UserError: the checkpoint or its prompt cannot be read
+    """
+    with contextlib.nullcontext(loaded) if loaded else loaded_classifier(runtime, score) as asked:
+        form = asked.form
+        kinds = tuple(JUDGED) if form.refused else ("should_refuse",)
+        questions: dict[tuple[str, str], list[int]] = {}
+        for scores in stages.values():
+            for probe, row in zip(probes, scores.answers):
+                if probe.kind in kinds and row["verdict"] != "empty":
+                    questions.setdefault((probe.id, row["answer"]), asked.encode(probe, row))
         said = continue_tokens(
-            model,
-            tokenizer,
+            asked.model,
+            asked.tokenizer,
             list(questions.values()),
             runtime,
             max_new_tokens=form.max_new_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
-from oneshot.measure.classifier import ask_classifier, asker
+from oneshot.measure.classifier import Classifier, ask_classifier, asker
 from oneshot.measure.conditions import conditions, set_facts
 from oneshot.measure.endpoint import Endpoint, open_endpoint
 from oneshot.measure.formats import FORMATS
@@ -45,14 +45,18 @@ def ask_judges(
     score: ScoreSettings,
     probes: Sequence[Probe],
     stages: Mapping[str, StageScores],
+    classifier: Classifier | None = None,
 ) -> tuple[dict[str, StageScores], list[str]]:
     """Return the stages with all further judges' opinions and rates, and warnings. Collective.
 
     A judge that fails takes nothing from the figures that are there: it becomes a warning.
+
+    Args:
+        classifier: the one that the settings name, where it is loaded already
     """
     judged, warnings = dict(stages), []
     if score.judge_model is not None:
-        judged = ask_classifier(runtime, score, probes, judged)
+        judged = ask_classifier(runtime, score, probes, judged, classifier)
     if score.rubric.url is not None:
         endpoint, problem = _opened(runtime, score)
         if not problem:

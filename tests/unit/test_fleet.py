@@ -30,6 +30,7 @@ class Stand:
 
     def __init__(self):
         self.loads, self.chosen_for, self.fails, self.words = 0, [], set(), {}
+        self.judges = set()
 
     def ways(self):
         return fleet.Ways(self.check, lambda request: {"aligned": 1}, self.repair)
@@ -48,6 +49,7 @@ class Stand:
         name = os.path.basename(request.settings.model.path)
         if f"{name} later" in self.fails:
             raise UserError(f"{name} has no good point: look at it.")
+        self.judges.add(shared.classifier)
         self.chosen_for.append((name, shared.chosen.selected_by if shared.chosen else None))
         rates = {"asr": {"value": 0.9, "low": 0.8, "high": 1.0, "n": 10}}
         report = {
@@ -107,6 +109,20 @@ def test_the_base_is_loaded_and_the_example_chosen_once(stand, adapters, tmp_pat
     own = (tmp_path / "out" / "b" / "settings.yaml").read_text()
     assert f"path: {tmp_path / 'ads' / 'b'}" in own, "it can be repaired alone from its own settings"
     assert "paths: null" in own
+
+
+def test_a_judge_is_loaded_once(stand, adapters, tmp_path, monkeypatch):
+    loads = []
+
+    @contextlib.contextmanager
+    def loaded(_runtime, score):
+        loads.append(score.judge_model)
+        yield "the judge"
+
+    monkeypatch.setattr("oneshot.measure.classifier.loaded_classifier", loaded)
+    given = settings(adapters("a", "b"), tmp_path / "out", "--score.judge_model", "guard")
+    fleet.run(given, stand.ways(), quiet=True)
+    assert (loads, stand.judges) == (["guard"], {"the judge"})
 
 
 @pytest.mark.parametrize("when", ["b", "b later"])
