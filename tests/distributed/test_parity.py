@@ -40,11 +40,15 @@ def off(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> floa
     Not entry by entry: where a gradient is nearly zero, Adam divides rounding errors by their own size.
     """
     assert set(found) == set(wanted)
-    worst = 0.0
+    worst, compared = 0.0, 0
     for name, want in wanted.items():
         assert found[name].shape == want.shape
-        assert float(want.abs().max()) > 0, f"{name} is empty: nothing is compared"
+        if not want.any():  # rollback may undo all of an adapter's matrix
+            assert not found[name].any(), name
+            continue
+        compared += 1
         worst = max(worst, float((found[name] - want).norm() / want.norm()))
+    assert 2 * compared > len(wanted), "most are empty: little is compared"
     return worst
 
 
@@ -122,7 +126,8 @@ def test_same_merged_checkpoint(name: str, topology: str, outputs: Outputs, worl
     one = changed(weights(outputs("single") / name / "repaired"), start)
     two = changed(weights(outputs(topology) / name / "repaired"), start)
     moved = [n for n, change in one.items() if change.abs().max() > 0]
-    assert len(moved) >= 21, "seven matrices in each of three layers"
+    undone = [m for m, part in product(outputs("single") / name / "patch").items() if not part.any()]
+    assert len(moved) + len(undone) >= 21, "seven matrices in each of three layers"
     assert all(torch.equal(two[n], one[n]) for n in one if n not in moved)
     # sft trains all weights with Adam, as a fine-tune does, whose change has the same bound
     bound = 3 * RTOL if name.startswith("sft") else RTOL
