@@ -33,11 +33,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 def write_answers(run_dir: Path, answers: Mapping[str, Rows]) -> Path:
     """Write answers.jsonl, one line per stage and probe: stage, id, kind, group, prompt, answer, verdict, correct."""
-    lines = [
-        json.dumps(without_secrets({"stage": stage, **row}), ensure_ascii=True)  # an answer may hold half a surrogate
-        for stage, rows in answers.items()
-        for row in rows
-    ]
+    found = without_secrets([{"stage": stage, **row} for stage, rows in answers.items() for row in rows])
+    lines = [json.dumps(row, ensure_ascii=True) for row in found]  # an answer may hold half a surrogate
     return write_whole(run_dir / ANSWERS, "".join(f"{line}\n" for line in lines), private=True)
 
 
