@@ -9,6 +9,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             shutil.copy(path, source)
     for name in ("wheels", "sdist", "from_sdist"):
         (folder / name).mkdir()
-    shutil.unpack_archive(built(source, "sdist", folder / "sdist"), folder / "unpacked", filter="data")
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12's Python 3.11.2 has none
+    shutil.unpack_archive(built(source, "sdist", folder / "sdist"), folder / "unpacked", **safely)
     unpacked = next((folder / "unpacked").iterdir())
     return built(source, "wheel", folder / "wheels"), built(unpacked, "wheel", folder / "from_sdist")
 
