@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.lock import released
+from oneshot.checkpoint.lock import released, take
 from oneshot.distributed.phases import clock, phase
 from oneshot.errors import Unmet, UserError, first_line
 
@@ -127,24 +127,28 @@ def _opened(settings: Settings, runtime: Runtime) -> tuple[Path, dict[str, Path]
     from oneshot.distributed.runtime import agree, gather_objects
     from oneshot.report.finished import short_names
     from oneshot.report.fleet import FLEET
+    from oneshot.report.members import matched
     from oneshot.report.runfolder import new_folder
 
     found: tuple[str, list[str]] = ("", [])
     with agree(runtime, "opening the fleet's folder"):
         if runtime.is_main:
-            pattern = str(settings.model.paths)
-            places = sorted(p for p in glob.glob(pattern) if (Path(p) / "adapter_config.json").is_file())
-            if not places:
+            places = matched(str(settings.model.paths))
+            out = None if settings.out is None else Path(settings.out)
+            if out is not None and (out / FLEET).exists() and not settings.resume:
+                raise UserError(f"Folder {out} already holds a fleet: go on with --resume, or give another.")
+            if out is not None and out.resolve() in [
+                parent for p in places for parent in (p.resolve(), *p.resolve().parents)
+            ]:
                 raise UserError(
-                    f"No adapter folder (with an adapter_config.json) matches {pattern!r}: give --model.paths a "
-                    "pattern such as 'adapters/*', in quotes."
+                    f"--out {out} would put runs among the adapters: give a folder that holds none of them."
                 )
-            if settings.out and (Path(settings.out) / FLEET).exists() and not settings.resume:
-                raise UserError(f"Folder {settings.out} already holds a fleet: go on with --resume, or give another.")
-            found = (str(new_folder(settings.out, settings.name or "fleet")), places)
-    folder, places = gather_objects(runtime, found)[0]
-    absolute = [Path(place).resolve() for place in places]
-    return Path(folder), {name.replace("/", "-"): Path(place) for name, place in zip(short_names(absolute), places)}
+            out = new_folder(settings.out, settings.name or "fleet")
+            take(out)
+            found = (str(out), [str(place) for place in places])
+    folder, listed = gather_objects(runtime, found)[0]
+    names = short_names([Path(os.path.abspath(place)) for place in listed])
+    return Path(folder), {name: Path(place) for name, place in zip(names, listed)}
 
 
 def _check_base(settings: Settings, adapters: dict[str, Path], runtime: Runtime) -> None:
@@ -189,8 +193,9 @@ def _repaired(
             say(f"\n[{number}/{len(adapters)}] {place}")
             run_dir = folder / name
             try:
-                report = _finished(run_dir, place, runtime)
-                request = _begun(_own(settings, str(run_dir), place), ways, runtime, shared) if report is None else None
+                own = _own(settings, str(run_dir), place)
+                report = _finished(own, run_dir, runtime)
+                request = _begun(own, ways, runtime, shared) if report is None else None
             except UserError as error:
                 yield failed(error)
                 continue
@@ -216,28 +221,21 @@ def _timed(
         return ways.repair(request, run_dir, console, shared)
 
 
-def _finished(run_dir: Path, place: Path, runtime: Runtime) -> dict[str, Any] | None:
+def _finished(settings: Settings, run_dir: Path, runtime: Runtime) -> dict[str, Any] | None:
     """The report of an adapter that is through, the same on every rank; none where there is none. Collective.
 
     Raises:
         UserError: the folder holds the repair of another adapter, or the adapter has changed since
     """
     from oneshot.distributed.runtime import agree, gather_objects
-    from oneshot.report.finished import read_runs
+    from oneshot.report.members import finished_report
     from oneshot.report.runfolder import REPORT
+    from oneshot.stages import reads
 
     report: dict[str, Any] | None = None
     with agree(runtime, "reading what was repaired before"):
         if runtime.is_main and (run_dir / REPORT).is_file():
-            (run,) = read_runs([run_dir])
-            weights = place / "adapter_model.safetensors"
-            later = weights.is_file() and weights.stat().st_mtime > (run_dir / REPORT).stat().st_mtime
-            if later or run.settings.get("model.path") != str(place):
-                raise UserError(
-                    f"{run_dir} holds the repair of {'an older' if later else 'another'} adapter than {place}: remove "
-                    "that folder, or give another --out."
-                )
-            report = run.report
+            report = finished_report(run_dir, settings, partial(reads, "repair"))
     found: dict[str, Any] | None = gather_objects(runtime, report)[0]
     return found
 
@@ -245,9 +243,10 @@ def _finished(run_dir: Path, place: Path, runtime: Runtime) -> dict[str, Any] | 
 def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | None) -> Request:
     """The checked request of one adapter, whose run folder is opened. Collective."""
     from oneshot.distributed.runtime import agree
+    from oneshot.report.members import OF, digests
     from oneshot.report.preflight import look_around
     from oneshot.report.resume import forget_attempt
-    from oneshot.report.runfolder import open_run
+    from oneshot.report.runfolder import open_run, write_json
     from oneshot.stages import reads
 
     with phase("check"):
@@ -266,6 +265,8 @@ def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | No
         with agree(runtime, "removing what an interrupted repair left"):
             if settings.resume and runtime.is_main:
                 forget_attempt(run_dir)
+            if runtime.is_main:
+                write_json(run_dir / OF, digests(Path(str(settings.model.path))))
         if shared is None:
             look_around(runtime, settings.preflight, run_dir, 0, request.source.checkpoint, None)
     return request

@@ -41,6 +41,11 @@ def check_update(request: Request) -> None:
     Collective; nothing is loaded.
     """
     source, reference = request.source, request.reference
+    if request.adapter is not None and not is_finite(request.adapter.update):
+        raise UserError(
+            f"The adapter {source.adapter} holds numbers that are none (NaN or infinite): its training has diverged, "
+            "so train it anew."
+        )
     if request.adapter is not None and is_zero(request.adapter.update):
         raise UserError(
             f"The adapter {source.adapter} holds an update of zeros, as one that was never trained: give the trained "
@@ -59,6 +64,11 @@ def check_update(request: Request) -> None:
                     f"Model and reference hold the same weights ({source.checkpoint} and {reference}): give the "
                     "fine-tuned checkpoint as --model.path, and what it was fine-tuned from as --reference."
                 )
+
+
+def is_finite(update: Update) -> bool:
+    """Return whether all numbers of an update's factors are finite."""
+    return all(bool(factor.isfinite().all()) for factors in update.values() for factor in (factors.a, factors.b))
 
 
 def is_zero(update: Update) -> bool:

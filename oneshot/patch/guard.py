@@ -156,7 +156,7 @@ def in_passes(runtime: Runtime, model: Any, batch: RepairBatch) -> RepairBatch:
     held = len(batch.real) * item * sum(layer.in_features + layer.out_features for layer in layers)
     weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     room = max(ROOM.get(runtime.device.type, ROOM["cuda"]), weights // 2)
-    count = min(-(-held // room), len(batch.guard) or 1)
+    count = max(1, min(-(-held // room), len(batch.guard)))
     return dataclasses.replace(batch, count=max(all_gather_int(runtime, count)))
 
 

@@ -86,7 +86,8 @@ class Reading:
         return max(self.divergence / bounds.divergence, self.apart / bounds.apart)
 
     def good(self, bounds: Bounds) -> bool:
-        return not self.unsafe(bounds) and not self.moved(bounds)
+        known = all(map(math.isfinite, vars(self).values()))
+        return known and not self.unsafe(bounds) and not self.moved(bounds)
 
     def settled(self, bounds: Bounds) -> bool:
         """Return whether it is good with room to spare: what a repair moves at first it partly takes back later."""
@@ -102,7 +103,7 @@ class Reading:
             return True
         ours, theirs = (
             (
-                r.unsafe(bounds) + min(r.moved(bounds), 1.0),
+                r.unsafe(bounds) + r.moved(bounds),
                 -min(r.margin, AMPLE_MARGIN),
                 r.distance(bounds) if r.margin > 0 else 0.0,
             )

@@ -143,15 +143,44 @@ def test_one_that_fails_stops_no_other_and_is_taken_up_again(stand, adapters, tm
         fleet.run(settings(pattern, out), stand.ways(), quiet=True)
 
 
-def test_an_adapter_that_changed_is_not_taken_for_repaired(stand, adapters, tmp_path):
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_changed_is_not_taken_for_repaired(stand, adapters, tmp_path, name):
     pattern, out = adapters("a"), tmp_path / "out"
     fleet.run(settings(pattern, out), stand.ways(), quiet=True)
-    weights = tmp_path / "ads" / "a" / "adapter_model.safetensors"
-    weights.write_bytes(b"new")
-    later = (out / "a" / "report.json").stat().st_mtime + 10
-    os.utime(weights, (later, later))
-    with pytest.raises(UserError, match="older adapter"):
+    changed = tmp_path / "ads" / "a" / name
+    changed.write_bytes(b'{"lora_alpha": 64}')
+    os.utime(changed, (1, 1))  # as cp -p and rsync leave it
+    with pytest.raises(UserError, match="another adapter"):
         fleet.run(settings(pattern, out, "--resume", "true"), stand.ways(), quiet=True)
+
+
+def test_other_settings_are_not_gone_on_with_and_another_spelling_of_the_path_is(
+    stand, adapters, tmp_path, monkeypatch
+):
+    pattern, out = adapters("a"), tmp_path / "out"
+    fleet.run(settings(pattern, out), stand.ways(), quiet=True)
+    with pytest.raises(UserError, match=r"other settings.*repair\.rank"):
+        fleet.run(settings(pattern, out, "--resume", "true", "--repair.rank", "3"), stand.ways(), quiet=True)
+    monkeypatch.chdir(tmp_path)
+    fleet.run(settings("ads/*", out, "--resume", "true"), stand.ways(), quiet=True)
+    assert [name for name, _ in stand.chosen_for] == ["a"]
+
+
+def test_links_and_names_that_look_alike_lose_no_adapter(stand, adapters, tmp_path):
+    adapters("a-b/c", "a/b-c", "x/c")
+    (tmp_path / "ads" / "x" / "latest").symlink_to(tmp_path / "ads" / "x" / "c")
+    fleet.run(settings(str(tmp_path / "ads" / "*" / "*"), tmp_path / "out"), stand.ways(), quiet=True)
+    rows = json.loads((tmp_path / "out" / "fleet.json").read_text())["rows"]
+    assert sorted(row["adapter"] for row in rows) == [str(tmp_path / "ads" / n) for n in ("a-b/c", "a/b-c", "x/c")]
+    assert len({row["name"] for row in rows}) == 3
+
+
+def test_runs_are_not_put_among_the_adapters(stand, adapters, tmp_path):
+    for out in ("ads", "ads/a"):
+        if not (tmp_path / "ads").exists():
+            adapters("a")
+        with pytest.raises(UserError, match="among the adapters"):
+            fleet.run(settings(str(tmp_path / "ads" / "*"), tmp_path / out), stand.ways(), quiet=True)
 
 
 def test_other_bases_and_other_words_are_refused(stand, adapters, tmp_path):

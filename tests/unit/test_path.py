@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,13 @@ def test_requests_that_go_through_weigh_more_than_harmless_answers_that_moved_a_
     assert nearly.better(still_open, BOUNDS)
     assert not still_open.better(nearly, BOUNDS)
     assert not ruined.better(nearly, BOUNDS)
+    untouched, mute = Reading(-20.0, 0.0, 0.0, 0.0), Reading(9.0, 1.0, 1.0, 3.0)
+    assert not mute.better(untouched, BOUNDS), "refusing everything is no better than refusing nothing"
+
+
+def test_what_is_no_number_is_not_good():
+    for broken in (Reading(9.0, 1.0, 0.0, math.nan), Reading(9.0, 1.0, 0.0, 0.0, math.nan), Reading(9, 1, math.nan, 0)):
+        assert not broken.good(BOUNDS)
 
 
 def test_a_path_ends_where_a_good_epoch_is_not_bettered_for_long():
