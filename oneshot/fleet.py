@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,13 +85,14 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
     """
     from oneshot.distributed.runtime import gather_objects, start
     from oneshot.report.fleet import FLEET, print_rows, write_rows
+    from oneshot.report.members import check_one_base
     from oneshot.report.progress import open_console
 
     _refuse(settings)
     runtime = start()
     console = None if quiet else open_console(runtime)
     folder, names = _opened(settings, runtime)
-    _check_base(settings, names, runtime)
+    check_one_base(runtime, [_own(settings, "", place).model for place in names.values()])
     rows: list[Row] = []
     for row in _repaired(settings, folder, names, ways, runtime, console):
         rows.append(row)
@@ -151,22 +153,6 @@ def _opened(settings: Settings, runtime: Runtime) -> tuple[Path, dict[str, Path]
     return Path(folder), {name: Path(place) for name, place in zip(names, listed)}
 
 
-def _check_base(settings: Settings, adapters: dict[str, Path], runtime: Runtime) -> None:
-    """Raise UserError where two adapters have different bases; one that cannot be read is left for its turn."""
-    from oneshot.checkpoint.load import find_source
-
-    bases: dict[Path, Path] = {}
-    for place in adapters.values():
-        with contextlib.suppress(UserError):
-            bases.setdefault(find_source(_own(settings, "", place).model, runtime).checkpoint, place)
-    if len(bases) > 1:
-        (one, first), (two, second) = list(bases.items())[:2]
-        raise UserError(
-            f"{first} is an adapter of {one}, and {second} of {two}: one run loads one base, so name the adapters of "
-            "one, or say with --model.base which it is."
-        )
-
-
 def _own(settings: Settings, out: str, place: Path) -> Settings:
     """The settings of one adapter's own run."""
     model = dataclasses.replace(settings.model, path=str(place), paths=None)
@@ -188,6 +174,7 @@ def _repaired(
         return Row(name, str(place), problem=first_line(error))
 
     shared: Shared | None = None
+    before: dict[str, Any] | None = None  # the example of those that are through
     with contextlib.ExitStack() as stack:
         for number, (name, place) in enumerate(adapters.items(), start=1):
             say(f"\n[{number}/{len(adapters)}] {place}")
@@ -201,9 +188,10 @@ def _repaired(
                 continue
             if report is not None or request is None:
                 say("It was repaired before.")
+                before = before or {"of": name, **((report or {}).get("example") or {})}
                 yield row_of(name, place, run_dir, report or {})
                 continue
-            shared = shared or stack.enter_context(_share(request, ways))  # what fails here fails for all
+            shared = shared or stack.enter_context(_share(request, ways, before))  # what fails here fails for all
             try:
                 chosen, report = _timed(ways, request, run_dir, console, shared)
             except UserError as error:
@@ -277,8 +265,8 @@ def _words(tokenizer: Any) -> tuple[dict[str, int], str | None]:
 
 
 @contextlib.contextmanager
-def _share(request: Request, ways: Ways) -> Iterator[Shared]:
-    """Load the base and the judge, and ask the base what it does. Collective."""
+def _share(request: Request, ways: Ways, before: dict[str, Any] | None) -> Iterator[Shared]:
+    """Load base and judge, and ask the base what it does; ``before`` is the example of those that are through."""
     from oneshot.measure.classifier import loaded_classifier
     from oneshot.patch.bench import loaded
     from oneshot.patch.teacher import learn, wanted
@@ -290,7 +278,19 @@ def _share(request: Request, ways: Ways) -> Iterator[Shared]:
         if wanted(request):
             with phase("choose"):
                 teacher = learn(request, base.model)
-        yield Shared(request, base, teacher, stages, classifier)
+        yield Shared(request, base, teacher, stages, classifier, _again(request, teacher, before))
+
+
+def _again(request: Request, teacher: Teacher | None, before: dict[str, Any] | None) -> Chosen | None:
+    """The example that others were repaired with; none where there are none, or it is no candidate any more."""
+    from oneshot.patch.select import Chosen
+    from oneshot.patch.teacher import in_own_words
+
+    rows = (in_own_words(request, teacher.refusals) if teacher else request).conversations if before else []
+    found = (i for i, row in enumerate(rows) if before and row.id == before.get("id"))
+    said = str((before or {}).get("selected_by"))
+    said = said if ", for " in said else f"{said}, for {(before or {}).get('of')}"
+    return next((Chosen(i, said, math.nan) for i in found), None)
 
 
 def _for_all(chosen: Chosen, name: str) -> Chosen:

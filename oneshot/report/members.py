@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from oneshot.checkpoint.load import find_source
+from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.report.finished import read_runs
 from oneshot.report.runfolder import SETTINGS
-from oneshot.settings import Settings, same
+from oneshot.settings import ModelSettings, Settings, same
 
 OF = "adapter.json"  # in a run folder of the fleet's: SHA-256 of the adapter's files that were repaired
 
@@ -35,6 +38,20 @@ def matched(pattern: str) -> list[Path]:
             "as 'adapters/*', in quotes."
         )
     return sorted(places.values())
+
+
+def check_one_base(runtime: Runtime, models: Sequence[ModelSettings]) -> None:
+    """Raise UserError where two adapters have different bases; one that cannot be read is left for its turn."""
+    bases: dict[Path, str] = {}
+    for model in models:
+        with contextlib.suppress(UserError):
+            bases.setdefault(find_source(model, runtime).checkpoint, str(model.path))
+    if len(bases) > 1:
+        (one, first), (two, second) = list(bases.items())[:2]
+        raise UserError(
+            f"{first} is an adapter of {one}, and {second} of {two}: one run loads one base, so name the adapters of "
+            "one, or say with --model.base which it is."
+        )
 
 
 def digests(adapter: Path) -> dict[str, str]:

@@ -42,6 +42,7 @@ class Stand:
         method = SimpleNamespace(name="rollback", cost=SimpleNamespace(trains="nothing"))
         return SimpleNamespace(
             settings=settings, runtime=runtime, adapter=object(), recipe=SimpleNamespace(method=method),
+            conversations=[SimpleNamespace(id="another"), SimpleNamespace(id="one")],
             tokenizer=Tokenizer(self.words.get(name, {"a": 1})), source=SimpleNamespace(checkpoint=None),
         )  # fmt: skip
 
@@ -50,12 +51,13 @@ class Stand:
         if f"{name} later" in self.fails:
             raise UserError(f"{name} has no good point: look at it.")
         self.judges.add(shared.classifier)
+        self.indices = {shared.chosen.index} if shared.chosen else set()
         self.chosen_for.append((name, shared.chosen.selected_by if shared.chosen else None))
         rates = {"asr": {"value": 0.9, "low": 0.8, "high": 1.0, "n": 10}}
         report = {
             "schema": 1, "model": name, "seed": 0, "world_size": 1, "versions": {}, "resources": {"seconds": {"a": 2}},
             "stages": {"finetuned": rates, "repaired": {"asr": {**rates["asr"], "value": 0.0}}},
-            "example": {"id": "one"}, "repair": None,
+            "example": {"id": "one", "selected_by": "bilevel"}, "repair": None,
         }  # fmt: skip
         write_report(run_dir, report)
         return Chosen(3, "bilevel", 0.5, {"table": []}), report
@@ -73,7 +75,7 @@ def stand(monkeypatch):
     monkeypatch.setattr("oneshot.patch.bench.loaded", loaded)
     monkeypatch.setattr("oneshot.patch.teacher.wanted", lambda _request: False)
     monkeypatch.setattr(
-        "oneshot.checkpoint.load.find_source",
+        "oneshot.report.members.find_source",
         lambda model, _runtime: SimpleNamespace(checkpoint=(Path(model.path) / "base").read_text()),
     )
     return found
@@ -135,7 +137,8 @@ def test_one_that_fails_stops_no_other_and_is_taken_up_again(stand, adapters, tm
     assert "failed" in (out / "fleet.md").read_text()
     stand.fails, stand.chosen_for = set(), []
     rows = fleet.run(settings(pattern, out, "--resume", "true"), stand.ways(), quiet=True)
-    assert [name for name, _ in stand.chosen_for] == ["b"], "the others are through"
+    assert stand.chosen_for == [("b", "bilevel, for a")], "the others are through, and their example is taken"
+    assert stand.indices == {1}
     assert all(row.rates["asr"] == (0.9, 0.0) and not row.problem for row in rows)
     with pytest.raises(Unmet, match=r"3 of 3 outcomes are not 'repaired'.*a, b, c"):
         fleet.run(settings(pattern, out, "--resume", "true", "--require", "repaired"), stand.ways(), quiet=True)
