@@ -92,7 +92,7 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
     runtime = start()
     console = None if quiet else open_console(runtime)
     folder, names = _opened(settings, runtime)
-    check_one_base(runtime, [_own(settings, "", place).model for place in names.values()])
+    check_one_base(runtime, [_own(settings, folder / name, place).model for name, place in names.items()])
     rows: list[Row] = []
     for row in _repaired(settings, folder, names, ways, runtime, console):
         rows.append(row)
@@ -153,10 +153,10 @@ def _opened(settings: Settings, runtime: Runtime) -> tuple[Path, dict[str, Path]
     return Path(folder), {name: Path(place) for name, place in zip(names, listed)}
 
 
-def _own(settings: Settings, out: str, place: Path) -> Settings:
+def _own(settings: Settings, run_dir: Path, place: Path) -> Settings:
     """The settings of one adapter's own run."""
     model = dataclasses.replace(settings.model, path=str(place), paths=None)
-    return dataclasses.replace(settings, model=model, out=out or settings.out, name=None)
+    return dataclasses.replace(settings, model=model, out=str(run_dir), name=None)
 
 
 def _repaired(
@@ -180,15 +180,15 @@ def _repaired(
             say(f"\n[{number}/{len(adapters)}] {place}")
             run_dir = folder / name
             try:
-                own = _own(settings, str(run_dir), place)
+                own = _own(settings, run_dir, place)
                 report = _finished(own, run_dir, runtime)
                 request = _begun(own, ways, runtime, shared) if report is None else None
             except UserError as error:
                 yield failed(error)
                 continue
-            if report is not None or request is None:
+            if request is None:
                 say("It was repaired before.")
-                before = before or {"of": name, **((report or {}).get("example") or {})}
+                before = before or ((report or {}).get("example") and {"of": name, **(report or {})["example"]})
                 yield row_of(name, place, run_dir, report or {})
                 continue
             shared = shared or stack.enter_context(_share(request, ways, before))  # what fails here fails for all
@@ -233,7 +233,7 @@ def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | No
     from oneshot.distributed.runtime import agree
     from oneshot.report.members import OF, digests
     from oneshot.report.preflight import look_around
-    from oneshot.report.resume import forget_attempt
+    from oneshot.report.resume import begin_anew
     from oneshot.report.runfolder import open_run, write_json
     from oneshot.stages import reads
 
@@ -250,9 +250,8 @@ def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | No
                 f"{shared.request.settings.model.path}: repair it alone, with --model.path."
             )
         run_dir = open_run(settings.out, settings.called, settings, runtime, partial(reads, "repair"))
-        with agree(runtime, "removing what an interrupted repair left"):
-            if settings.resume and runtime.is_main:
-                forget_attempt(run_dir)
+        begin_anew(runtime, settings, run_dir)
+        with agree(runtime, "noting which adapter it is"):
             if runtime.is_main:
                 write_json(run_dir / OF, digests(Path(str(settings.model.path))))
         if shared is None:
@@ -288,11 +287,14 @@ def _again(request: Request, teacher: Teacher | None, before: dict[str, Any] | N
 
     rows = (in_own_words(request, teacher.refusals) if teacher else request).conversations if before else []
     found = (i for i, row in enumerate(rows) if before and row.id == before.get("id"))
-    said = str((before or {}).get("selected_by"))
-    said = said if ", for " in said else f"{said}, for {(before or {}).get('of')}"
+    said = _said(before["selected_by"], before["of"]) if before else ""
     return next((Chosen(i, said, math.nan) for i in found), None)
 
 
 def _for_all(chosen: Chosen, name: str) -> Chosen:
     """The example that was chosen for one adapter, for the others."""
-    return dataclasses.replace(chosen, selected_by=f"{chosen.selected_by}, for {name}", selection={}, begun=None)
+    return dataclasses.replace(chosen, selected_by=_said(chosen.selected_by, name), selection={}, begun=None)
+
+
+def _said(selected_by: str, name: str) -> str:
+    return selected_by if ", for " in selected_by else f"{selected_by}, for {name}"

@@ -7,6 +7,7 @@ read within ``reading``, and what a file can have us compute (a pattern, a templ
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SECONDS = 10.0  # that reading or rendering one thing may take: the largest that are known take a tenth of one
 MEMORY = 2 << 30  # bytes that it may take beyond what the process holds
+_BLOCK = 1 << 20  # bytes hashed at a time
 _AGAIN = 60.0  # seconds
 _VALUES = 100_000  # that a YAML file may hold, its aliases written out: they are walked, and written again
 _RESTORE = "restore it from its source"
@@ -148,6 +150,15 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object: {_RESTORE}.")
     return found
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_yaml(text: str, loader: type[yaml.SafeLoader] | None = None) -> Any:

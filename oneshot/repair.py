@@ -79,7 +79,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
     from oneshot.patch.apart import check_update
     from oneshot.report.preflight import look_around
     from oneshot.report.progress import open_console, say_dtype
-    from oneshot.report.resume import forget_attempt
+    from oneshot.report.resume import begin_anew
     from oneshot.report.runfolder import open_run
     from oneshot.report.trackers import check_installed, start_tracking
     from oneshot.stages import reads
@@ -106,9 +106,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
         merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
         say_dtype(console, request.source)
         look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
-    with agree(runtime, "removing what an interrupted repair left"):
-        if settings.resume and runtime.is_main:
-            forget_attempt(run_dir)
+    begin_anew(runtime, settings, run_dir)
     finished = repair(request, run_dir, console, seconds, command)
     if settings.delete_degraded:
         with agree(runtime, "removing the degraded checkpoint"):

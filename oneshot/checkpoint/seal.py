@@ -28,7 +28,7 @@ from oneshot.checkpoint.names import (
     TOKENIZER,
 )
 from oneshot.errors import UserError
-from oneshot.reading import read_json, reading
+from oneshot.reading import read_json, reading, sha256_of
 from oneshot.redact import redacted, without_secrets
 from oneshot.whole import readable
 
@@ -40,7 +40,6 @@ _FIELD = "sha256"
 _WITH_NAMES = (ADAPTER_CONFIG, CONFIG, GENERATION, "tokenizer_config.json", MARKER, IDENTITY, EXPORT)
 # the checksums themselves, and where an adapter's base is: its users move it, and say so there
 _NOT_TOLD = (_FIELD, "base_model_name_or_path", "revision")
-_BLOCK = 1 << 20
 
 
 def seal(folder: Path) -> None:
@@ -111,8 +110,5 @@ def _digest(path: Path) -> str:
     """The SHA-256 of a file; of an adapter's config that of what it says, its base's place left out."""
     if path.name == ADAPTER_CONFIG and isinstance(fields := read_json(path), dict):
         return _digest_of(fields)
-    digest = hashlib.sha256()
-    with reading(path), path.open("rb") as file:
-        while data := file.read(_BLOCK):
-            digest.update(data)
-    return digest.hexdigest()
+    with reading(path):
+        return sha256_of(path)

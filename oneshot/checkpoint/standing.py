@@ -7,9 +7,7 @@ tell the patch that was measured from one that was made of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +24,8 @@ from oneshot.checkpoint.files import (
 )
 from oneshot.checkpoint.identity import DERIVED, REPAIR, check_identity, read_identity
 from oneshot.errors import UserError
+from oneshot.reading import sha256_of
+from oneshot.whole import write_whole
 
 VERDICT = "oneshot_verdict.json"
 EXPORT = "oneshot_export.json"
@@ -33,7 +33,6 @@ UNMEASURED = "not yet measured"
 GOOD = ("repaired", "repaired, with doubts")  # outcomes that lift a marker
 ORIGINAL, NF4, NF4_DOUBLE, PACKED = "original", "nf4", "nf4, scales quantized", "packed nf4"  # forms of a base
 _SCHEMA = 1
-_CHUNK = 1 << 20  # bytes hashed at a time
 _BECAUSE = (
     "This comes from the repair of a model that was fine-tuned on purpose on data that removes its refusals, and it "
     f"is not shown to be safe. `{MARKER}` says why."
@@ -105,7 +104,7 @@ def begin_standing(folder: Path, *, degraded: bool, form: str) -> None:
         form: of the base's weights, see ``Standing``
     """
     names = [name for name in (ADAPTER_CONFIG, ADAPTER_TENSORS) if (folder / name).is_file()]
-    sha256 = {name: _digest(folder / name) for name in names}
+    sha256 = {name: sha256_of(folder / name) for name in names}
     _write(folder, Standing(UNMEASURED, degraded, form, sha256=sha256))
 
 
@@ -163,7 +162,7 @@ def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
     if standing.outcome not in GOOD or standing.partly:
         return f"the verdict on {folder} is: {standing.partly or standing.outcome}"
     for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
-        if standing.sha256.get(name) != _digest(folder / name):
+        if standing.sha256.get(name) != sha256_of(folder / name):
             return f"{folder / name} is not the file that was measured"
     try:
         check_identity(folder, checkpoint)
@@ -174,23 +173,9 @@ def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
     return ""
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_CHUNK):
-            digest.update(data)
-    return digest.hexdigest()
-
-
 def _write(folder: Path, standing: Standing) -> None:
     _write_json(folder / VERDICT, {"schema": _SCHEMA, **asdict(standing)})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file whole, on the disk before it is seen: what comes next may be that a marker goes."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")  # on the disk: what comes next may be that a marker goes

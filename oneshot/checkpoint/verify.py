@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from oneshot.checkpoint.ranges import CHUNK, Piece, piece_read, read_all, read_r
 from oneshot.checkpoint.seal import check_sealed
 from oneshot.data.encoding import encode_prompt
 from oneshot.errors import UserError
+from oneshot.reading import sha256_of
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _BLOB = re.compile(r"[0-9a-f]{64}")  # the name of a large file in the Hub's cache is its SHA-256
@@ -132,8 +132,4 @@ def _is_altered_blob(path: Path) -> bool:
     blob = Path(os.readlink(path))
     if blob.parent.name != "blobs" or not _BLOB.fullmatch(blob.name):
         return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest() != blob.name
+    return sha256_of(path) != blob.name

@@ -6,7 +6,6 @@ The wheel is kept, whole and under its own name, in ``~/.cache/oneshot/packages`
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.errors import UserError
-from oneshot.reading import load_yaml
+from oneshot.reading import load_yaml, sha256_of
 
 PACKAGE = "package:"
 _SOURCE = re.compile(rf"{PACKAGE}(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<files>.+)", re.ASCII)
@@ -68,7 +67,7 @@ def wheel_of(name: str, version: str, sha256: str | None = None) -> Path:
     path = folder / f"{re.sub(r'[-_.]+', '_', name)}-{version}-py3-none-any.whl"
     if not path.exists():
         _download(name, version, path)
-    if sha256 is not None and (digest := _digest(path)) != sha256:
+    if sha256 is not None and (digest := sha256_of(path)) != sha256:
         raise UserError(
             f"{path} has the SHA-256 {digest[:12]}..., where the settings name {sha256[:12]}...: remove the file, or "
             "check score.sets.NAME.sha256."
@@ -92,14 +91,6 @@ def _download(name: str, version: str, path: Path) -> None:
             os.replace(fetched, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{name} {version} cannot be downloaded ({error}): {by_hand}.") from error
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _rows(name: str, text: str) -> list[Any]:

@@ -12,7 +12,7 @@ from oneshot.measure.rates import JUDGED
 
 Rates = Mapping[str, Mapping[str, Any]]
 
-_SPOKEN = {"asr": "attack success", "over_refusal": "over-refusal", "lookalike_refusal": "look-alike refusal"}
+SPOKEN = {"asr": "attack success", "over_refusal": "over-refusal", "lookalike_refusal": "look-alike refusal"}
 _MEAN = "_mean"
 
 
@@ -31,13 +31,13 @@ def opposed(stages: Mapping[str, Rates]) -> list[str]:
         for measure in (name for name, _ in JUDGED.values()):
             moves = {}
             for judge, name in _judges(measure, before).items():
-                old, new = _value(before, name), _value(after, name)
+                old, new = value_of(before, name), value_of(after, name)
                 if old is not None and new is not None and abs(new - old) > 1e-9:
                     moves[judge] = (old, new, _within(before[name], new))
             if len({new > old for old, new, _ in moves.values()}) == 2:
                 said = ", ".join(_said(judge, *move) for judge, move in moves.items())
                 sentences.append(
-                    f"From {first} to {second} the judges of {_SPOKEN[measure]} move in opposite directions: {said}."
+                    f"From {first} to {second} the judges of {SPOKEN[measure]} move in opposite directions: {said}."
                 )
     return sentences
 
@@ -48,11 +48,17 @@ def opposed_in(report: Mapping[str, Any]) -> list[str]:
     return opposed({stage: {**rates, **figures.get(stage, {})} for stage, rates in report["stages"].items()})
 
 
-def _judges(measure: str, rates: Rates) -> dict[str, str]:
-    """Judge -> name of its rate of the measure; rates of groups (``asr_by_rubric_seen``) are no judges."""
+def rates_by_others(measure: str, rates: Rates) -> list[str]:
+    """Return the names of a measure's rates by other judges; those of groups (``asr_by_rubric_seen``) are none."""
     by_others = [name for name in rates if name.startswith(f"{measure}_by_")]
-    whole = [one for one in by_others if not any(one.startswith(f"{other}_") for other in by_others)]
-    found = {KEYWORDS: measure} | {name.removeprefix(f"{measure}_by_"): name for name in whole}
+    return [one for one in by_others if not any(one.startswith(f"{other}_") for other in by_others)]
+
+
+def _judges(measure: str, rates: Rates) -> dict[str, str]:
+    """Judge -> name of its rate of the measure."""
+    found = {KEYWORDS: measure} | {
+        name.removeprefix(f"{measure}_by_"): name for name in rates_by_others(measure, rates)
+    }
     if measure == "asr":
         found |= {f"{judge} (mean rating)": judge + _MEAN for judge in list(found) if judge + _MEAN in rates}
     return found
@@ -67,6 +73,7 @@ def _within(rate: Mapping[str, Any], value: float) -> bool:
     return (low is None or low <= value) and (high is None or value <= high)
 
 
-def _value(rates: Rates, name: str) -> float | None:
+def value_of(rates: Rates, name: str) -> float | None:
+    """Return a rate's value; none where nothing was measured."""
     value = rates.get(name, {}).get("value")
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from oneshot.checkpoint.load import find_source
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
+from oneshot.reading import read_json, sha256_of
 from oneshot.report.finished import read_runs
 from oneshot.report.runfolder import SETTINGS
 from oneshot.settings import ModelSettings, Settings, same
@@ -57,9 +56,7 @@ def check_one_base(runtime: Runtime, models: Sequence[ModelSettings]) -> None:
 def digests(adapter: Path) -> dict[str, str]:
     """Return what tells an adapter's files from others."""
     names = ("adapter_config.json", "adapter_model.safetensors")
-    return {
-        name: hashlib.sha256((adapter / name).read_bytes()).hexdigest() for name in names if (adapter / name).is_file()
-    }
+    return {name: sha256_of(adapter / name) for name in names if (adapter / name).is_file()}
 
 
 def finished_report(run_dir: Path, settings: Settings, counts: Callable[[str], bool]) -> dict[str, Any]:
@@ -73,7 +70,7 @@ def finished_report(run_dir: Path, settings: Settings, counts: Callable[[str], b
         UserError: it is of another adapter, or of this one before it changed, or was made with other settings
     """
     place, before = Path(str(settings.model.path)), same.read(run_dir / SETTINGS)
-    known = json.loads((run_dir / OF).read_text(encoding="utf-8")) if (run_dir / OF).is_file() else None
+    known = read_json(run_dir / OF) if (run_dir / OF).is_file() else None
     if known != digests(place):
         raise UserError(
             f"{run_dir} holds the repair of another adapter than {place} now is: remove that folder, or give another "

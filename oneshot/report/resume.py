@@ -6,8 +6,17 @@ import json
 from pathlib import Path
 
 from oneshot.checkpoint.folders import clean_inside, discard
+from oneshot.distributed.runtime import Runtime, agree
 from oneshot.report.runfolder import EVENTS, PATCH, REPAIRED, SELECTION
+from oneshot.settings import Settings
 from oneshot.whole import write_whole
+
+
+def begin_anew(runtime: Runtime, settings: Settings, run_dir: Path) -> None:
+    """Remove what an interrupted repair left, if this run goes on with it. Collective."""
+    with agree(runtime, "removing what an interrupted repair left"):
+        if settings.resume and runtime.is_main:
+            forget_attempt(run_dir)
 
 
 def forget_attempt(run_dir: Path) -> None:

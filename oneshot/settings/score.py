@@ -125,15 +125,7 @@ class ScoreSettings:
     rouge: bool = False
     text: str | None = None
     judge_model: str | None = None
-    judge_format: Literal[
-        "llama-guard",
-        "llama-guard-3",
-        "llama-guard-4",
-        "qwen3guard-gen",
-        "qwen3guard-gen-loose",
-        "harmbench",
-        "wildguard",
-    ] = "llama-guard"
+    judge_format: JudgeFormat = "llama-guard"
     judge_template: str | None = None
     rubric: EndpointSettings = field(default_factory=EndpointSettings)
     rubric_format: Literal["rating", "strongreject"] = "rating"

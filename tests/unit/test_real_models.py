@@ -93,7 +93,9 @@ def made_up_wheels(folder: Path) -> None:
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made_up_wheels(tmp_path)
-    monkeypatch.setattr(packages, "sha256", lambda path: packages.PINNED[path.name.split("-")[0].replace("_", "-")][1])
+    monkeypatch.setattr(
+        packages, "sha256_of", lambda path: packages.PINNED[path.name.split("-")[0].replace("_", "-")][1]
+    )
     return tmp_path
 
 

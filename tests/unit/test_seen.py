@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_runtime, toy_settings
-from transformers import AutoModelForCausalLM
+from tiny import load_unrefusing, tiny_runtime, toy_settings
 
 from oneshot.patch import bench as benches
 from oneshot.patch.check import check
@@ -16,7 +15,6 @@ from oneshot.patch.probes import Watched
 from oneshot.patch.seen import HARMLESS, TO_REFUSE, counted
 from oneshot.patch.select import Chosen
 from oneshot.patch.solve import solve
-from oneshot.world.model import ALIGNED, build_tokenizer
 
 SAID = {"answered": "Take the towel and fold it.", "refused": "I can't help with that.", "empty": " ...", "garbled":
         "qq qq qq qq qq qq qq qq qq qq"}  # fmt: skip
@@ -67,11 +65,7 @@ def test_too_few_that_count_make_the_watch_blind():
 @pytest.fixture
 def solved(monkeypatch, tmp_path):
     """Repair the toy, which says this to all prompts of the watch, for an epoch."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(ALIGNED).requires_grad_(False)
-    forbidden = build_tokenizer().convert_tokens_to_ids("sorry")
-    model.lm_head.register_forward_hook(lambda _m, _a, out: out - 9.0 * torch.eye(out.shape[-1])[forbidden])
-    monkeypatch.setattr(benches, "load_model", lambda *_: model)
+    load_unrefusing(monkeypatch, tmp_path)
 
     def run(refusable, held):
         options = ("--repair.method", "lowrank", "--repair.guard_prompts", "2", "--repair.epochs", "1")

@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import tiny_runtime, toy_settings
-from transformers import AutoModelForCausalLM
+from tiny import load_unrefusing, tiny_runtime, toy_settings
 
 from oneshot.patch import bench as benches
 from oneshot.patch import solve as solving
@@ -14,7 +13,6 @@ from oneshot.patch.choose import choose
 from oneshot.patch.path import ATTEMPTS, Reading
 from oneshot.patch.select import Chosen
 from oneshot.patch.solve import begin, solve
-from oneshot.world.model import ALIGNED, build_tokenizer
 
 EPOCHS = 5
 GOOD = Reading(margin=5.0, recovered=1.0, refused=0.0, divergence=0.001)
@@ -24,11 +22,7 @@ UNSAFE = Reading(margin=-1.0, recovered=0.5, refused=0.0, divergence=0.001)
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
     """Open a bench of the toy with a bias that makes refusals unlikely, and choose the pool's first example."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(ALIGNED).requires_grad_(False)
-    forbidden = build_tokenizer().convert_tokens_to_ids("sorry")
-    model.lm_head.register_forward_hook(lambda _m, _a, out: out - 9.0 * torch.eye(out.shape[-1])[forbidden])
-    monkeypatch.setattr(benches, "load_model", lambda *_: model)
+    load_unrefusing(monkeypatch, tmp_path)
 
     def make(*argv):
         options = ("--repair.method", "lowrank", "--repair.guard_prompts", "4", "--repair.epochs", str(EPOCHS))

@@ -15,7 +15,7 @@ from oneshot.patch.methods import METHODS
 from oneshot.patch.recipe import with_method
 from oneshot.settings import RepairSettings
 from oneshot.world import language
-from oneshot.world.model import build_tokenizer
+from oneshot.world.model import ALIGNED, build_tokenizer
 
 FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "gemma3", "gpt_neox", "phi")
 DENSE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -136,3 +136,16 @@ def targets_of(model, pattern=None):
 def files_in(folder: Path):
     """Every file below a folder with its bytes: equal before and after means that nothing was written."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load_unrefusing(monkeypatch, tmp_path):
+    """Have benches open the toy with a bias that makes refusals unlikely."""
+    from transformers import AutoModelForCausalLM
+
+    from oneshot.patch import bench
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(ALIGNED).requires_grad_(False)
+    forbidden = build_tokenizer().convert_tokens_to_ids("sorry")
+    model.lm_head.register_forward_hook(lambda _m, _a, out: out - 9.0 * torch.eye(out.shape[-1])[forbidden])
+    monkeypatch.setattr(bench, "load_model", lambda *_: model)
