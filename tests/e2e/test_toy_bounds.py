@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
@@ -17,7 +18,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def drops(rows: list[dict[str, Any]], way: str, rate: str) -> list[float]:
-    return [before[rate] - after[rate] for before, after in zip(rows, rows[1:]) if after["model"] == way]
+    return [before[rate] - after[rate] for before, after in itertools.pairwise(rows) if after["model"] == way]
 
 
 def test_finetune_breaks_refusals_and_teaches_the_task(rows: list[dict[str, Any]]) -> None:
