@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Linear layers, by the ends of their names, of which mixers of a type of model read the weight past the layer: what is
+# added to the layer is not seen there, and PEFT refuses the first five (its _check_lora_target_modules_mamba)
+_READ_DIRECTLY = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), "out_proj"),
+    "jamba": "dt_proj",
+}
+
+
 @dataclass(frozen=True)
 class Linears:
     """The linear layers of a model.
@@ -20,8 +28,8 @@ class Linears:
     Attributes:
         targets: name -> layer, those to be patched
         every: names of all linear layers, output head included
-        left_out: modules that hold weight matrices in another form than ``nn.Linear`` (fused experts, routers,
-            Conv1D), which no patch touches
+        left_out: modules that hold weight matrices in another form than a plain ``nn.Linear`` (fused experts, routers,
+            Conv1D, layers that are read directly), which no patch touches
     """
 
     targets: dict[str, nn.Linear]
@@ -42,16 +50,17 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     from torch import nn
 
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    odd = {name for name, module in every.items() if _is_odd(model, name, module)}
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     if pattern is None:
-        targets = {name: module for name, module in every.items() if module is not head}
+        targets = {name: module for name, module in every.items() if module is not head and name not in odd}
     else:
         try:
             matcher = re.compile(pattern)
         except re.error as error:
             raise UserError(f"Setting repair.targets {pattern!r} is no regular expression: {error}.") from error
-        targets = {name: module for name, module in every.items() if matcher.search(name)}
+        targets = {name: module for name, module in every.items() if matcher.search(name) and name not in odd}
         if any(module is head for module in targets.values()) and head.weight is embedding.weight:
             raise UserError(
                 f"Setting repair.targets {pattern!r} matches the output head, which shares its weights with the "
@@ -61,7 +70,7 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     left_out = [
         name
         for name, module in model.named_modules()
-        if not isinstance(module, known)
+        if (not isinstance(module, known) or name in odd)
         and any(isinstance(p, torch.Tensor) and _dimensions(p) >= 2 for p in module.parameters(recurse=False))
     ]
     if not targets:
@@ -82,6 +91,12 @@ def takes_head(model: Any, linears: Mapping[str, nn.Linear]) -> bool:
 def shape_of(module: nn.Linear) -> tuple[int, int]:
     """Return (m, n) = (out, in) features; unlike ``weight.shape`` it also holds for partitioned and 4-bit weights."""
     return module.out_features, module.in_features
+
+
+def _is_odd(model: Any, name: str, module: nn.Linear) -> bool:
+    """Whether a layer is no plain one: a router that is one by its class, or a weight that is read past the layer."""
+    end = _READ_DIRECTLY.get(getattr(model.config, "model_type", ""))
+    return type(module).__name__.endswith("Router") or name.rsplit(".", 1)[-1] == end
 
 
 def _dimensions(parameter: Any) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
+from oneshot.checkpoint.adapter import write_repaired_adapter
 from oneshot.checkpoint.files import read_json
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
+from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.merge import merge_update
+from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.quantized import is_stored
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.standing import (
@@ -74,7 +76,8 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 if request.adapter is not None and method.keeps_adapter:
                     write_repaired_adapter(temporary, request.adapter, update)
                 else:
-                    write_patch(temporary, update, bench.linears.every, source.name, source.written)
+                    plain = skeleton(source.checkpoint, source.written, "eager", settings.trust_remote_code)
+                    write_loadable(temporary, update, bench.linears.every, source.name, source.written, plain)
                 request.tokenizer.save_pretrained(temporary)
                 write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
                 begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes

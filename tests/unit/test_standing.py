@@ -178,7 +178,7 @@ def test_a_marker_is_there_before_the_weights_are(run, monkeypatch, tmp_path):
         raise Killed
 
     monkeypatch.setattr(runtimes, "start", tiny_runtime)
-    monkeypatch.setattr(write, "write_patch", look)
+    monkeypatch.setattr(write, "write_loadable", look)
     with pytest.raises(Killed):
         stage.run(parse([*words(folder), "--out", str(folder / "run")], "repair"), quiet=True)
     assert found == [True]
