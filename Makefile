@@ -24,10 +24,10 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz gpu paper real clean
+.PHONY: help setup demo test check bench fuzz serve-test gpu paper real clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## create .venv with the tested versions
 
@@ -87,6 +87,16 @@ gpu: PYTHON_HERE = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu: ## all that one GPU can tell in 10 minutes, offline; without one a dry run at tiny sizes
 	$(PYTHON_HERE) benchmarks/gpu.py --out '$(OUT)' $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
+serve-test: $(READY) .vllm/.ready ## a real vLLM serves what oneshot writes, on CPUs; installs 3.5 GB into .vllm
+	$(RUN) HF_HUB_OFFLINE=1 ONESHOT_VLLM=$(CURDIR)/.vllm/bin/vllm $(BIN)/pytest tests/serve $(ARGS)
+
+# Without torchvision, torchaudio and torchcodec, whose builds on an index do not fit a CPU torch; and as vLLM looks for
+# its version under its own name.
+.vllm/.ready: tests/serve/install.py
+	$(PYTHON) -m venv --clear .vllm
+	.vllm/bin/python tests/serve/install.py $(PIP_ARGS)
+	@touch $@
+
 fuzz: $(READY) ## damage files at random, N times (300), and look at how every command takes it
 	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/fuzz.py --count $(or $(N),300) $(ARGS)
 
@@ -97,4 +107,4 @@ real: $(READY) ## attacks and repairs of real models on public prompts, in hours
 	$(RUN) $(BIN)/python benchmarks/real.py $(ARGS)
 
 clean: ## remove .venv and caches; run folders stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
