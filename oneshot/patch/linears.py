@@ -7,18 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.architecture import is_plain
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-# Linear layers, by the ends of their names, of which mixers of a type of model read the weight past the layer: what is
-# added to the layer is not seen there, and PEFT refuses the first five (its _check_lora_target_modules_mamba)
-_READ_DIRECTLY = {
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), "out_proj"),
-    "jamba": "dt_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     from torch import nn
 
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    odd = {name for name, module in every.items() if _is_odd(model, name, module)}
+    odd = {name for name, module in every.items() if not is_plain(model, name, module)}
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     if pattern is None:
@@ -91,12 +84,6 @@ def takes_head(model: Any, linears: Mapping[str, nn.Linear]) -> bool:
 def shape_of(module: nn.Linear) -> tuple[int, int]:
     """Return (m, n) = (out, in) features; unlike ``weight.shape`` it also holds for partitioned and 4-bit weights."""
     return module.out_features, module.in_features
-
-
-def _is_odd(model: Any, name: str, module: nn.Linear) -> bool:
-    """Whether a layer is no plain one: a router that is one by its class, or a weight that is read past the layer."""
-    end = _READ_DIRECTLY.get(getattr(model.config, "model_type", ""))
-    return type(module).__name__.endswith("Router") or name.rsplit(".", 1)[-1] == end
 
 
 def _dimensions(parameter: Any) -> int:
