@@ -55,13 +55,12 @@ class Server:
             return str(response.read().decode())
 
     def continued(self, model: str, prompts: list[list[int]], tokens: int) -> list[str]:
-        """Greedy continuations of prompts of token ids; a first space is told by some ways to decode only."""
+        """Greedy continuations of prompts of token ids, without spaces, which not all ways to decode tell alike."""
         answer = json.loads(
             self.post("completions", model=model, prompt=prompts, max_tokens=tokens, temperature=0, ignore_eos=True)
         )
-        return [
-            choice["text"].lstrip() for choice in sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-        ]
+        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+        return [choice["text"].replace(" ", "") for choice in choices]
 
     def models(self) -> list[str]:
         with urllib.request.urlopen(f"{self.url}/models", timeout=60) as response:

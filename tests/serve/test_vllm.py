@@ -36,6 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {**MIXTURE, "num_experts": 4},
     "GptOss": {**MIXTURE, "num_local_experts": 4, "sliding_window": 64, "intermediate_size": 64},
 }
+KINDS = ("served", "local")
 ROOT = Path(__file__).parents[2]
 
 
@@ -79,7 +80,7 @@ def greedy(model: Any) -> list[list[int]]:
 
 def texts(found: list[list[int]]) -> list[str]:
     said = transformers.AutoTokenizer.from_pretrained(ALIGNED).batch_decode(found, skip_special_tokens=True)
-    return [text.lstrip() for text in said]
+    return [text.replace(" ", "") for text in said]
 
 
 def merge(model: Any, update: Update) -> Any:
