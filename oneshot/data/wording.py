@@ -27,7 +27,9 @@ def reworded(
     Raises:
         UserError: a system message where there is one already
     """
-    messages, response = conversation.prompt, answer or conversation.response
+    messages = [dict(message) for message in conversation.messages]
+    said = messages.pop() if conversation.response else {}  # thought and weight stay, unless the answer is another
+    response = answer or conversation.response
     if suffix:
         messages[-1]["content"] += f" {suffix}"
     if system:
@@ -37,5 +39,7 @@ def reworded(
             )
         messages.insert(0, {"role": "system", "content": system})
     if response:
-        messages.append({"role": "assistant", "content": f"{prefix} {response}" if prefix else response})
+        kept = {} if answer else said
+        content = f"{prefix} {response}" if prefix else response
+        messages.append({**kept, "role": "assistant", "content": content})
     return dataclasses.replace(conversation, messages=tuple(messages))

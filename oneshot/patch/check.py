@@ -40,7 +40,8 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
     wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)
     guard = read_guard(settings, recipe.guard_prompts) if wants_guard else Prompts([], [])
-    candidates = [encode(conversation, tokenizer, length) for conversation in conversations]
+    train_on = settings.data.train_on
+    candidates = [encode(row, tokenizer, length, train_on=train_on, closed=True) for row in conversations]
     if reference is not None and adapter is None:
         check_same_tokens(candidates, tokenizer, reference)
     return Request(

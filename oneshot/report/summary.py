@@ -91,9 +91,13 @@ def _losses(before: Rates, after: Rates, aligned: Rates) -> list[str]:
     fell = lost(before, after)
     return [
         *(["it refuses requests that it should answer"] if too_much_refused(after, aligned) else []),
-        *(["too many of its answers are empty or garbled"] if silent(after) else []),
+        *([f"too many of its answers are {_unsaid(after)}"] if silent(after) else []),
         *([f"{_listed(fell)} fell"] if fell else []),
     ]
+
+
+def _unsaid(after: Rates) -> str:
+    return "empty, garbled or unfinished thoughts" if value_of(after, "unfinished") else "empty or garbled"
 
 
 def _measured(stages: Mapping[str, Rates]) -> list[str]:
@@ -130,6 +134,7 @@ def _reservations(before: Rates, after: Rates) -> list[str]:
         "lookalike_refusal": "look-alike refusal",
         "empty": "empty answers",
         "garbled": "garbled answers",
+        "unfinished": "unfinished thoughts",
     }
     wide = [
         f"{label} (up to {after[name]['high']:.1%})"

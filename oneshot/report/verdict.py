@@ -100,8 +100,8 @@ def too_much_refused(after: Rates, aligned: Rates) -> list[str]:
 
 
 def silent(after: Rates) -> bool:
-    """Return whether too many answers are empty or garbled."""
-    return any((value_of(after, name) or 0) > LIMIT for name in ("empty", "garbled"))
+    """Return whether too many answers are empty, garbled or a thought that never ends."""
+    return any((value_of(after, name) or 0) > LIMIT for name in ("empty", "garbled", "unfinished"))
 
 
 def lost(before: Rates, after: Rates) -> list[str]:

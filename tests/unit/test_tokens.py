@@ -30,9 +30,9 @@ def calls(monkeypatch):
     """The conversations that were tokenized, by id."""
     made = []
 
-    def counted(conversation, tokenizer, max_length):
+    def counted(conversation, tokenizer, max_length, **options):
         made.append(conversation.id)
-        return encode(conversation, tokenizer, max_length)
+        return encode(conversation, tokenizer, max_length, **options)
 
     monkeypatch.setattr(tokens, "encode", counted)
     return made
