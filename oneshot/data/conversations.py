@@ -17,7 +17,8 @@ ROLES = ("system", "user", "assistant")
 WEIGHT = "weight"  # a field that assistant messages have which carry no loss
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of a message's thought; kept under the first
 _FIELDS = {"role", "content", WEIGHT, *_THOUGHTS}
-_TELLING = ("tools", "functions", "chat_template_kwargs", *_THOUGHTS[1:])  # columns that change what is meant
+_COLUMNS = {"id", "kind", "category", "group", "system", WEIGHT}  # beside those that the settings name
+_SHOWN = 12  # fields that are named which are not used
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def read_conversations(
     for number, (where, row) in enumerate(islice(read_rows(source, data.split), limit), start=1):
         conversations.append(_conversation(row, f"{stem}-{number}", where, data, need_answer, unused))
     if unused:
-        say_once(f"{source}: not used of its rows: {', '.join(unused)}.")
+        more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
+        say_once(f"{source}: not used of its rows: {', '.join(list(unused)[:_SHOWN])}{more}.")
     if not conversations and limit != 0:
         raise UserError(f"{source} holds no conversations: give a file with at least one.")
     return conversations
@@ -100,10 +102,11 @@ def _conversation(
         raise UserError(f"{where}: the row is a {_kind_of(row)}, not an object: write {{...}} with named columns.")
     if row.get(data.messages_column) is not None:
         messages = _from_messages(row[data.messages_column], where, data.messages_column, unused)
-        unused |= {f"column {name}": None for name in (*_TELLING, _THOUGHTS[0]) if row.get(name)}
+        used = _COLUMNS | {data.messages_column}
     else:
         messages = _from_columns(row, where, data, need_answer)
-        unused |= {f"column {name}": None for name in _TELLING if row.get(name)}
+        used = _COLUMNS | {data.messages_column, data.prompt_column, data.response_column, _THOUGHTS[0]}
+    unused |= {f"column {name}": None for name in row if name not in used and row[name] not in (None, "", [], {})}
     if row.get(WEIGHT) is not None and _float_of(row[WEIGHT]) == 0:
         messages = [m | {WEIGHT: "0"} if m["role"] == "assistant" else m for m in messages]
     if row.get("system"):
@@ -124,6 +127,7 @@ def in_first_turn(messages: Messages) -> Messages:
     system, *rest = messages
     if not rest:
         return messages
+    say_once("System messages are put before the first user message, in it (--data.system user).")
     return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
@@ -142,7 +146,11 @@ def _from_messages(value: Any, where: str, column: str, unused: dict[str, None])
         message = {"role": item["role"], "content": _text(item["content"], where, place)}
         if item["role"] == "assistant":
             message |= _thought(item, where, place) | _weight(item, where, place)
-        unused |= {f"message field {name}": None for name in item if name not in _FIELDS and item[name]}
+        unused |= {
+            f"message field {name}": None
+            for name in item
+            if name not in _FIELDS and item[name] not in (None, "", [], {})
+        }
         messages.append(message)
     return messages
 

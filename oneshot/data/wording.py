@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from oneshot.data.conversations import Conversation
+from oneshot.data.conversations import Conversation, in_first_turn
 from oneshot.errors import UserError
 
 
@@ -43,3 +43,11 @@ def reworded(
         content = f"{prefix} {response}" if prefix else response
         messages.append({**kept, "role": "assistant", "content": content})
     return dataclasses.replace(conversation, messages=tuple(messages))
+
+
+def with_system_as(conversation: Conversation, place: str) -> Conversation:
+    """Return the conversation with its system message where the setting ``data.system`` says."""
+    messages = [dict(message) for message in conversation.messages]
+    if place != "user" or not messages or messages[0]["role"] != "system":
+        return conversation
+    return dataclasses.replace(conversation, messages=tuple(in_first_turn(messages)))

@@ -22,6 +22,7 @@ from oneshot.errors import UserError
 from oneshot.measure.endpoint import open_endpoint
 from oneshot.measure.harness import run_on_endpoint, run_on_model
 from oneshot.measure.intervals import Rate
+from oneshot.measure.probes import check_systems
 from oneshot.measure.rates import Probe, StageScores, most_tokens, score_answers
 from oneshot.measure.target import ask_missing, checkpoint_target, collect_answers, endpoint_target, generate_missing
 from oneshot.measure.text import measure_text, read_texts
@@ -86,6 +87,7 @@ def score_local(
         adapter = read_adapter(source.adapter) if source.adapter else None
         tokenizer = load_tokenizer(source, settings.model)
         check_words(settings, tokenizer)
+        check_systems(probes, tokenizer)
         texts = read_texts(score.text) if score.text is not None else []
     name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")
