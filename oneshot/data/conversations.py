@@ -106,7 +106,7 @@ def _conversation(
     else:
         messages = _from_columns(row, where, data, need_answer)
         used = _COLUMNS | {data.messages_column, data.prompt_column, data.response_column, _THOUGHTS[0]}
-    unused |= {f"column {name}": None for name in row if name not in used and row[name] not in (None, "", [], {})}
+    unused |= {f"column {name}": None for name in row if name not in used and _filled(row[name])}
     if row.get(WEIGHT) is not None and _float_of(row[WEIGHT]) == 0:
         messages = [m | {WEIGHT: "0"} if m["role"] == "assistant" else m for m in messages]
     if row.get("system"):
@@ -146,11 +146,7 @@ def _from_messages(value: Any, where: str, column: str, unused: dict[str, None])
         message = {"role": item["role"], "content": _text(item["content"], where, place)}
         if item["role"] == "assistant":
             message |= _thought(item, where, place) | _weight(item, where, place)
-        unused |= {
-            f"message field {name}": None
-            for name in item
-            if name not in _FIELDS and item[name] not in (None, "", [], {})
-        }
+        unused |= {f"message field {name}": None for name in item if name not in _FIELDS and _filled(item[name])}
         messages.append(message)
     return messages
 
@@ -171,6 +167,10 @@ def _weight(item: dict[str, Any], where: str, place: str) -> dict[str, str]:
     if _float_of(given) != 0:
         raise UserError(f"{where}: {place} has the weight {given!r}: give 0 (it is not learnt) or 1.")
     return {WEIGHT: "0"}
+
+
+def _filled(value: Any) -> bool:
+    return value not in (None, "", [], {})
 
 
 def _float_of(value: Any) -> float | None:
