@@ -12,6 +12,7 @@ from typing import Literal
 
 from oneshot.data.thoughts import taken_apart
 from oneshot.measure.garbled import is_garbled
+from oneshot.measure.moralizing import MORALIZING
 from oneshot.measure.phrases import COMPLIES_AFTER_ALL, ENGLISH, OTHERS
 
 Verdict = Literal["refused", "answered", "empty", "garbled", "unfinished"]
@@ -21,7 +22,7 @@ HEAD_CHARACTERS = 200
 """How much of the answer, after whitespace is squeezed, counts as its beginning."""
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("‘’‛ʼ`´′＇", "'"))
-_REFUSED = re.compile("|".join(f"(?:{p})" for patterns in (ENGLISH, *OTHERS.values()) for p in patterns))
+_REFUSED = re.compile("|".join(f"(?:{p})" for patterns in (ENGLISH, MORALIZING, *OTHERS.values()) for p in patterns))
 _COMPLIES = re.compile("|".join(COMPLIES_AFTER_ALL))
 _WORD = re.compile(r"[^\W_]")
 
