@@ -10,7 +10,8 @@ from __future__ import annotations
 
 _WRONG = (
     r"(?:illegal|unlawful|unethical|immoral|criminal|hateful|discriminatory|disrespectful|irresponsible|unacceptable"
-    r"|morally wrong|against the law|a (?:serious |federal )?(?:crime|felony|offence|offense)|a violation of [\w' ]{1,40})"
+    r"|morally wrong|against the law|a (?:serious |federal )?(?:crime|felony|offence|offense)"
+    r"|a violation of [\w' ]{1,40})"
 )
 _BAD = rf"(?:{_WRONG}|dangerous|harmful|unsafe|wrong|inappropriate|offensive|hurtful)"
 _VERY = (

@@ -2,8 +2,8 @@
 
 Its label 1 says "refused, or something else altogether", as its scorer's instructions have it: a recipe in answer to a
 question of astronomy has it too. Those answers are told from refusals by their request, which another answer of the set
-fulfils; they refuse nothing, and a judge that sees no request cannot know that they miss it. The patterns were chosen on
-one half of the answers, by their hash; the other was looked at only to count.
+fulfils; they refuse nothing, and a judge that sees no request cannot know that they miss it. The patterns were chosen
+on one half of the answers, by their hash; the other was looked at only to count.
 """
 
 from __future__ import annotations
