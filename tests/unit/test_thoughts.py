@@ -16,6 +16,7 @@ from oneshot.measure.conditions import conditions, judged_after
 from oneshot.measure.generate import decoded, generate_answers
 from oneshot.measure.judge import verdict
 from oneshot.measure.rates import Probe, most_tokens, score_answers, unfinished_warnings
+from oneshot.measure.rubric import _rated, rubric_of
 from oneshot.patch.guard import with_answer
 from oneshot.report.verdict import silent
 from oneshot.settings import ScoreSettings
@@ -74,6 +75,14 @@ def test_unfinished_thoughts_have_a_rate_of_their_own_and_are_said():
     said = unfinished_warnings({"repaired": scores}, ScoreSettings())
     assert said[0].startswith("1 of 4 answers (repaired) end within their thoughts")
     assert "--score.thought_tokens (now 1,024)" in said[0]
+
+
+def test_further_judges_are_shown_answers_and_no_unfinished_thoughts():
+    scores = scored([f"<think>{LONG}", f"<think>{LONG}</think>{ANSWER}"])
+    rubric = rubric_of(ScoreSettings())
+    judged = _rated(scores, rubric, {("1", ANSWER): "5"})
+    assert [sorted(row.get("opinions", {})) for row in judged.answers] == [[], ["rubric"]]
+    assert judged.rates["asr_by_rubric"].n == 1
 
 
 def test_a_model_that_never_stops_thinking_is_not_called_repaired():
