@@ -98,6 +98,8 @@ def switched_off(tokenizer: Tokenizer) -> dict[str, bool]:
 
 def opens_thought(tokenizer: Tokenizer) -> str:
     """Return the mark of the thought that the generation prompt opens, "" where it opens none."""
+    if not mentions_thoughts(_template(tokenizer)):
+        return ""
     return opened_at_end(render(tokenizer, _HELLO, "prompt", generation=True))
 
 
