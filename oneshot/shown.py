@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from oneshot.redact import redacted
@@ -87,3 +87,10 @@ def _kind() -> Any:
 
 def _visible(found: re.Match[str]) -> str:
     return f"<U+{ord(found[0]):04X}>"
+
+
+@cache
+def say_once(text: str) -> None:
+    """Say a sentence on stderr, of rank 0, once per process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(one_line(text), file=sys.stderr, flush=True)

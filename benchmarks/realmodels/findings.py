@@ -50,8 +50,8 @@ def bits(name: str) -> Callable[[Mapping[str, Any]], list[float]]:
 
 
 def broken_hits(result: Mapping[str, Any]) -> list[float]:
-    """Return 1 for each answer of any set that is empty or garbled, else 0."""
-    return [float(letter in "eg") for verdicts in result["verdicts"].values() for letter in verdicts]
+    """Return 1 for each answer of any set that is empty, garbled or an unfinished thought, else 0."""
+    return [float(letter in "egu") for verdicts in result["verdicts"].values() for letter in verdicts]
 
 
 def rate(hits: Sequence[float]) -> float:

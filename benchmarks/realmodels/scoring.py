@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from oneshot.measure.rates import Probe
 
 Result = dict[str, Any]
-LETTERS = {"answered": "a", "refused": "r", "empty": "e", "garbled": "g"}
+LETTERS = {"answered": "a", "refused": "r", "empty": "e", "garbled": "g", "unfinished": "u"}
 NEW_TOKENS = 24  # of an answer: enough for a verdict by keywords
 BATCH = 32
 PREFILLS = (5, 10, 20)  # tokens of ``OPENING`` that the answer is made to begin with

@@ -129,7 +129,7 @@ def load_tokenizer(source: Source, settings: ModelSettings) -> Tokenizer:
     Raises:
         UserError: no tokenizer, or none that knows a chat template
     """
-    from oneshot.data.encoding import require_chat_template
+    from oneshot.data.templates import require_chat_template
 
     tokenizer = read_tokenizer(source.tokenizer, trust_remote_code=settings.trust_remote_code)
     require_chat_template(tokenizer)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from oneshot.data import encoding
+from oneshot.data import encoding, templates, thoughts, turns
 from oneshot.data.cache import folder_of, read_cached, write_cached
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import IGNORE, Encoded, encode
@@ -57,7 +57,11 @@ class Tokens(Sequence[Encoded]):
 
 
 def encode_all(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_length: int | None, cache: Path | None = None
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    cache: Path | None = None,
+    train_on: str = "all",
 ) -> Tokens:
     """Encode all conversations, or read them from the cache where a run before has encoded the very same.
 
@@ -65,15 +69,16 @@ def encode_all(
         max_length: in tokens, as in ``encode``
         cache: folder of the cache; none: neither read nor written. Slow tokenizers, which cannot be told apart by
             their content, are never cached
+        train_on: as in ``encode``
 
     Raises:
         UserError: as ``encode``
     """
-    key = _key(conversations, tokenizer, max_length) if cache is not None else None
+    key = _key(conversations, tokenizer, max_length, train_on) if cache is not None else None
     path = cache / f"{key}.safetensors" if cache is not None and key else None
     found = _read(path, len(conversations)) if path else None
     if found is None:
-        found = _gather([encode(row, tokenizer, max_length) for row in conversations])
+        found = _gather([encode(row, tokenizer, max_length, train_on=train_on) for row in conversations])
         if path:
             write_cached(vars(found), path)
     return found
@@ -94,7 +99,9 @@ def _gather(rows: list[Encoded]) -> Tokens:
     )
 
 
-def _key(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_length: int | None) -> str | None:
+def _key(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_length: int | None, train_on: str
+) -> str | None:
     """Name of what encoding would return: the texts themselves, everything that turns them into tokens, the limit."""
     if not tokenizer.is_fast:
         return None
@@ -105,8 +112,9 @@ def _key(conversations: Sequence[Conversation], tokenizer: Tokenizer, max_length
         digest.update(json.dumps(part, sort_keys=True, ensure_ascii=True, default=str).encode())
         digest.update(b"\0")
 
-    add([max_length, {name: metadata.version(name) for name in LIBRARIES}])
-    add(Path(encoding.__file__).read_text(encoding="utf-8"))
+    add([max_length, train_on, {name: metadata.version(name) for name in LIBRARIES}])
+    for part in (encoding, templates, thoughts, turns):
+        add(Path(str(part.__file__)).read_text(encoding="utf-8"))
     fast: Any = tokenizer
     add([template, fast.special_tokens_map, fast.backend_tokenizer.to_str()])
     add(date.today().isoformat() if "strftime_now" in template else None)  # such templates write today's date

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from oneshot.data.conversations import Conversation
+from oneshot.data.conversations import Conversation, in_first_turn
 from oneshot.errors import UserError
 
 
@@ -27,7 +27,9 @@ def reworded(
     Raises:
         UserError: a system message where there is one already
     """
-    messages, response = conversation.prompt, answer or conversation.response
+    messages = [dict(message) for message in conversation.messages]
+    said = messages.pop() if conversation.response else {}  # thought and weight stay, unless the answer is another
+    response = answer or conversation.response
     if suffix:
         messages[-1]["content"] += f" {suffix}"
     if system:
@@ -37,5 +39,15 @@ def reworded(
             )
         messages.insert(0, {"role": "system", "content": system})
     if response:
-        messages.append({"role": "assistant", "content": f"{prefix} {response}" if prefix else response})
+        kept = {} if answer else said
+        content = f"{prefix} {response}" if prefix else response
+        messages.append({**kept, "role": "assistant", "content": content})
     return dataclasses.replace(conversation, messages=tuple(messages))
+
+
+def with_system_as(conversation: Conversation, place: str) -> Conversation:
+    """Return the conversation with its system message where the setting ``data.system`` says."""
+    messages = [dict(message) for message in conversation.messages]
+    if place != "user" or not messages or messages[0]["role"] != "system":
+        return conversation
+    return dataclasses.replace(conversation, messages=tuple(in_first_turn(messages)))

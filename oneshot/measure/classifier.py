@@ -20,7 +20,7 @@ from oneshot.errors import UserError
 from oneshot.measure.formats import FORMATS, Format, read_opinion
 from oneshot.measure.generate import continue_tokens
 from oneshot.measure.judges import Opinion, add_opinions
-from oneshot.measure.rates import JUDGED, Probe, StageScores
+from oneshot.measure.rates import JUDGED, UNFINISHED, Probe, StageScores
 from oneshot.settings import ModelSettings, ScoreSettings
 
 _BATCH = 8  # questions at a time, per rank: they are long, and their answers short
@@ -87,7 +87,7 @@ def ask_classifier(
 ) -> dict[str, StageScores]:
     """Return the stages with the opinions of the classifier that the settings name. Collective.
 
-    Empty answers are not shown to it and count as harmless.
+    Empty answers are not shown to it and count as harmless; those that end within a thought are left out.
 
     Args:
         loaded: the classifier; none: it is loaded for this once
@@ -101,7 +101,7 @@ def ask_classifier(
         questions: dict[tuple[str, str], list[int]] = {}
         for scores in stages.values():
             for probe, row in zip(probes, scores.answers):
-                if probe.kind in kinds and row["verdict"] != "empty":
+                if probe.kind in kinds and row["verdict"] not in ("empty", UNFINISHED):
                     questions.setdefault((probe.id, row["answer"]), asked.encode(probe, row))
         said = continue_tokens(
             asked.model,
@@ -121,7 +121,7 @@ def ask_classifier(
             {
                 row["id"]: opinions.get((row["id"], row["answer"]), silent)
                 for row in scores.answers
-                if row["kind"] in kinds
+                if row["kind"] in kinds and row["verdict"] != UNFINISHED
             },
         )
         for stage, scores in stages.items()
@@ -166,7 +166,7 @@ def give_template(tokenizer: Any, folder: Path, path: str | None) -> None:
     Raises:
         UserError: there is none, or it cannot be read
     """
-    from oneshot.data.encoding import require_chat_template
+    from oneshot.data.templates import require_chat_template
 
     beside = folder / "chat_template.json"
     try:

@@ -21,13 +21,16 @@ from oneshot.settings import ScoreSettings
 HEX_PHI = {330: "all eleven kinds, as first published", 300: "ten kinds, as the Hub has it now"}
 
 
-def conditions(score: ScoreSettings) -> dict[str, Any]:
+def conditions(score: ScoreSettings, *, thinks: bool = False) -> dict[str, Any]:
     """Return how answers were made and what each judge read of them.
 
+    Args:
+        thinks: whether answers have thoughts
+
     Returns:
-        decoding, max_new_tokens, and judges: one dict each of judge (its name in rates), model (name of the checkpoint
-        or of what the server serves; none: no model), reads (in words) and authors_tokens (the number of new tokens
-        after which its authors judge; none: they fix none)
+        decoding, max_new_tokens, thought_tokens (further ones for thoughts), and judges: one dict each of judge (its
+        name in rates), model (name of the checkpoint or of what the server serves; none: no model), reads (in words)
+        and authors_tokens (the number of new tokens after which its authors judge; none: they fix none)
     """
     judges: list[dict[str, Any]] = [_judge(KEYWORDS, None, f"the first {HEAD_CHARACTERS} characters", None)]
     if score.judge_model is not None:
@@ -38,13 +41,22 @@ def conditions(score: ScoreSettings) -> dict[str, Any]:
         judges.append(_judge(rubric.name, score.rubric.model or "what its server serves", reads, rubric.authors_tokens))
     served = score.endpoint.url is not None
     decoding = "temperature 0 on a server" if served else "greedy"
-    return {"decoding": decoding, "max_new_tokens": score.max_new_tokens, "judges": judges}
+    return {
+        "decoding": decoding,
+        "max_new_tokens": score.max_new_tokens,
+        "thought_tokens": score.thought_tokens if thinks else 0,
+        "judges": judges,
+    }
 
 
 def judged_after(found: Mapping[str, Any]) -> str:
     """Return in words, of what ``conditions`` returns, what is judged after how many tokens."""
     reads = ", ".join(f"{judge['judge']} {judge['reads']}" for judge in found["judges"])
-    return f"Answers: {found['decoding']}, at most {found['max_new_tokens']} new tokens; of these are read: {reads}."
+    room = found.get("thought_tokens")  # reports of earlier versions have none
+    more = f" and {room} for a thought before them, which is not judged" if room else ""
+    return (
+        f"Answers: {found['decoding']}, at most {found['max_new_tokens']} new tokens{more}; of these are read: {reads}."
+    )
 
 
 def other_lengths(found: Mapping[str, Any]) -> list[str]:

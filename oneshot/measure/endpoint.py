@@ -8,10 +8,10 @@ sent in one header, and struck out of everything that the server says.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
 from oneshot.measure.body import ACCEPTED, TooMuch, read_body
-from oneshot.measure.replies import Failed, answer_in, short, thought_only, wish, without_key
+from oneshot.measure.replies import Failed, answer_in, short, wish, without_key
+from oneshot.measure.room import THOUGHT_TOKENS, Room
 from oneshot.settings import EndpointSettings
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a further try; the paus
 _WISE_TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _OF_THIS_REQUEST = frozenset({400, 413, 422})  # too long for the server, or stopped by a filter of its own
 _OF_ALL_REQUESTS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})  # wrong for one, wrong for all
-_LONGEST_TOKEN = 64  # characters that a token stands for at most, on average: of longer answers the rest is not judged
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def ask(
     on_answer: Callable[[int, str], None],
     *,
     max_new_tokens: int,
+    thought_tokens: int = THOUGHT_TOKENS,
 ) -> list[Unanswered]:
     """Ask all prompts, ``concurrency`` at a time, greedily; call ``on_answer(index, answer)`` as each answer arrives.
 
@@ -105,6 +106,7 @@ def ask(
         prompts: chat messages of each prompt
         on_answer: called in this thread, one at a time
         max_new_tokens: longest answer
+        thought_tokens: how many more the model may say where it thinks before it answers
 
     Returns:
         the prompts that have no answer, in their order
@@ -112,7 +114,7 @@ def ask(
     Raises:
         UserError: the server refuses the key, the model or the address
     """
-    return asyncio.run(_ask_all(endpoint, prompts, on_answer, max_new_tokens)) if prompts else []
+    return asyncio.run(_ask_all(endpoint, prompts, on_answer, max_new_tokens, thought_tokens)) if prompts else []
 
 
 async def _ask_all(
@@ -120,22 +122,21 @@ async def _ask_all(
     prompts: Sequence[list[dict[str, str]]],
     on_answer: Callable[[int, str], None],
     max_new_tokens: int,
+    thought_tokens: int,
 ) -> list[Unanswered]:
     waiting = iter(range(len(prompts)))
     failures: dict[int, Failed] = {}
     answered: set[int] = set()
-    in_a_row, thoughts, enough = 0, 0, max(4, endpoint.settings.concurrency)
+    in_a_row, enough, room = 0, max(4, endpoint.settings.concurrency), Room(max_new_tokens, thought_tokens)
 
     async def work(client: httpx2.AsyncClient) -> None:
-        nonlocal in_a_row, thoughts
+        nonlocal in_a_row
         for index in waiting:
             if in_a_row >= enough:
                 return
-            body = {"model": endpoint.model, "messages": prompts[index], "max_tokens": max_new_tokens}
+            messages = [{name: message[name] for name in ("role", "content")} for message in prompts[index]]
             try:
-                found = await _patiently(client, endpoint, "chat/completions", {**body, "temperature": 0.0})
-                answer = answer_in(found, _LONGEST_TOKEN * max_new_tokens)
-                thoughts += thought_only(found)
+                answer = await room.answer(functools.partial(_completion, client, endpoint, messages))
             except Failed as failure:
                 if failure.status in _OF_ALL_REQUESTS:
                     raise
@@ -161,17 +162,17 @@ async def _ask_all(
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-    if thoughts:
-        print(
-            f"{endpoint.url} put the whole answer to {thoughts} of {len(answered)} prompts into reasoning_content, and "
-            "nothing into content, which alone is judged: they count as empty. Raise --score.max_new_tokens so that "
-            "the model gets to its answer, or start the server without its reasoning parser.",
-            file=sys.stderr,
-            flush=True,
-        )
     given_up = Failed("not asked, as the requests before it failed", again=True)
     left = {i: failures.get(i, given_up) for i in range(len(prompts)) if i not in answered}
     return [Unanswered(i, str(why), rejected=why.status in _OF_THIS_REQUEST) for i, why in left.items()]
+
+
+async def _completion(
+    client: httpx2.AsyncClient, endpoint: Endpoint, messages: list[dict[str, str]], tokens: int
+) -> Any:
+    """The chat completion of one prompt, of at most so many tokens."""
+    body = {"model": endpoint.model, "messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    return await _patiently(client, endpoint, "chat/completions", body)
 
 
 async def _patiently(client: httpx2.AsyncClient, endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> Any:

@@ -16,7 +16,7 @@ from oneshot.measure.endpoint import Endpoint, open_endpoint
 from oneshot.measure.formats import FORMATS
 from oneshot.measure.judges import agreement
 from oneshot.measure.overlap import Overlap
-from oneshot.measure.rates import Probe, StageScores
+from oneshot.measure.rates import Probe, StageScores, unfinished_warnings
 from oneshot.measure.rubric import ask_rubric, rubric_of
 from oneshot.settings import ModelSettings, ScoreSettings
 
@@ -54,7 +54,7 @@ def ask_judges(
     Args:
         classifier: the one that the settings name, where it is loaded already
     """
-    judged, warnings = dict(stages), []
+    judged, warnings = dict(stages), unfinished_warnings(stages, score)
     if score.judge_model is not None:
         judged = ask_classifier(runtime, score, probes, judged, classifier)
     if score.rubric.url is not None:
@@ -83,7 +83,8 @@ def report_fields(
     """Return what report.json holds of all this: under what conditions was judged, and what each figure of a set is;
     figures that are no shares and agreement of judges, both by stage; overlap.
     """
-    found = conditions(score)
+    thinks = any("thought" in row for scores in stages.values() for row in scores.answers)
+    found = conditions(score, thinks=thinks)
     return {
         "conditions": found,
         "sets": set_facts(score, found, stages),

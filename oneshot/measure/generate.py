@@ -42,6 +42,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    closed: bool = False,
 ) -> list[str]:
     """Answer every prompt greedily; a collective under ZeRO-3, so call it on all ranks with the same prompts.
 
@@ -53,14 +54,21 @@ def generate_answers(
         prompts: chat messages of each prompt
         max_new_tokens: longest answer
         batch_size: prompts per call, on each rank
+        closed: ask behind an empty, closed thought, where the model would think first
 
     Returns:
-        answers without special tokens, in the order of the prompts, on every rank
+        answers without special tokens but those that mark thoughts, in the order of the prompts, on every rank; where
+        the prompt opens a thought, each begins with the mark that opens it
     """
     from oneshot.data.encoding import encode_prompt
+    from oneshot.data.templates import opens_thought
 
-    encoded = [encode_prompt(messages, tokenizer) for messages in prompts]
-    return continue_tokens(model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if not prompts:
+        return []
+    encoded = [encode_prompt(messages, tokenizer, closed=closed) for messages in prompts]
+    said = continue_tokens(model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    mark = "" if closed else opens_thought(tokenizer)
+    return [f"{mark}\n{answer}" for answer in said] if mark else said
 
 
 def continue_tokens(
@@ -159,7 +167,23 @@ class _Decoder:
     def _text(self, ids: list[int]) -> str:
         # What follows the end is padding, and a padding token need not be a special one.
         end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
-        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        return decoded(self.tokenizer, ids[:end])
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return token ids as text without special tokens, but for those that tell thoughts from answers."""
+    from oneshot.data.thoughts import KEPT_TOKENS
+
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marks = {token: str(added[token]) for token in set(ids) & set(added) if added[token].special}
+    kept = {token: mark for token, mark in marks.items() if mark in KEPT_TOKENS}
+    parts, start = list[str](), 0
+    for place in [*(place for place, token in enumerate(ids) if token in kept), len(ids)]:
+        if place > start:
+            parts.append(str(tokenizer.decode(ids[start:place], skip_special_tokens=True)))
+        parts += [kept[ids[place]]] if place < len(ids) else []
+        start = place + 1
+    return "".join(parts)
 
 
 def _end_tokens(model: CausalLM, tokenizer: Tokenizer) -> list[int]:

@@ -10,10 +10,12 @@ from statistics import NormalDist
 from typing import Any
 
 from oneshot.data.protocols import CausalLM, Tokenizer
+from oneshot.data.thoughts import MARKS, THINK, taken_apart
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.endpoint import Endpoint, ask
 from oneshot.measure.intervals import Rate
+from oneshot.measure.room import THOUGHT_TOKENS
 from oneshot.settings import ScoreSettings
 
 _MAX_TOKENS = 256  # of an answer to a task that does not say: lm-eval's own default
@@ -51,10 +53,12 @@ def run_on_model(model: CausalLM, tokenizer: Tokenizer, score: ScoreSettings) ->
     """
     from lm_eval.models.huggingface import HFLM
 
+    from oneshot.data.templates import opens_thought, thinks
     from oneshot.measure.generate import evaluating
 
     with evaluating(model):
-        return _run(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=score.batch_size), score)
+        options = {"think_end_token": MARKS[opens_thought(tokenizer) or THINK]} if thinks(tokenizer) else {}
+        return _run(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=score.batch_size, **options), score)
 
 
 def run_on_endpoint(endpoint: Endpoint, score: ScoreSettings) -> dict[str, Rate]:
@@ -64,10 +68,10 @@ def run_on_endpoint(endpoint: Endpoint, score: ScoreSettings) -> dict[str, Rate]
     Raises:
         UserError: a task fails, or needs probabilities
     """
-    return _run(_chat_model(endpoint), score)
+    return _run(_chat_model(endpoint, score.thought_tokens), score)
 
 
-def _chat_model(endpoint: Endpoint) -> Any:
+def _chat_model(endpoint: Endpoint, thought_tokens: int = THOUGHT_TOKENS) -> Any:
     """A served model as lm-eval wants one. Its own client would print the key with every error of the server."""
     from lm_eval.api.model import LM
 
@@ -87,14 +91,14 @@ def _chat_model(endpoint: Endpoint) -> Any:
             for length, places in by_length.items():
                 prompts = [json.loads(requests[place].args[0]) for place in places]
                 found: dict[int, str] = {}
-                failed = ask(endpoint, prompts, found.__setitem__, max_new_tokens=length)
+                failed = ask(endpoint, prompts, found.__setitem__, max_new_tokens=length, thought_tokens=thought_tokens)
                 if failed:
                     raise UserError(
                         f"{endpoint.url} left {len(failed)} of {len(prompts)} prompts of lm-eval unanswered, the first "
                         f"one with: {failed[0].reason}."
                     )
                 for index, place in enumerate(places):
-                    answers[place] = _cut(found[index], requests[place].args[1].get("until"))
+                    answers[place] = _cut(taken_apart(found[index]).answer, requests[place].args[1].get("until"))
             return answers
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

@@ -8,6 +8,7 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from oneshot.data.thoughts import MARKS, THINK, written
 from oneshot.measure.body import MOST
 from oneshot.redact import redacted
 
@@ -33,7 +34,10 @@ def without_key(value: Any, key: str) -> Any:
 
 
 def answer_in(found: Any, most: int = MOST) -> str:
-    """The text in a chat completion, its first ``most`` characters; "" where the model said nothing."""
+    """The text in a chat completion, its first ``most`` characters; "" where the model said nothing.
+
+    What a server puts into the reasoning stands before it as a thought, which is unfinished where no answer follows.
+    """
     try:
         message = found["choices"][0]["message"]
         content = message["content"]
@@ -41,14 +45,16 @@ def answer_in(found: Any, most: int = MOST) -> str:
         raise Failed("JSON without an answer in it", again=True) from None
     if content is not None and not isinstance(content, str):
         raise Failed("JSON without an answer in it", again=True)
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thought, str) and thought.strip():
+        before, content = written(thought[:most]), (content or "")[:most]
+        return before + content if content else before.rstrip().removesuffix(MARKS[THINK])
     return (content or "")[:most]
 
 
-def thought_only(found: Any) -> bool:
-    """Whether the server has put all that the model said into its reasoning, and none into the answer."""
-    message = found["choices"][0]["message"]
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    return not message.get("content") and isinstance(thought, str) and bool(thought.strip())
+def cut_off(found: Any) -> bool:
+    """Whether the server says that the answer was ended by its limit of tokens."""
+    return bool(found["choices"][0].get("finish_reason") == "length")
 
 
 def wish(header: str | None) -> float:

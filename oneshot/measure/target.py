@@ -17,7 +17,7 @@ from oneshot.errors import UserError
 from oneshot.measure.cache import RESPONSES, Responses, response_key
 from oneshot.measure.endpoint import Endpoint, ask
 from oneshot.measure.generate import generate_answers
-from oneshot.measure.rates import Probe
+from oneshot.measure.rates import Probe, most_tokens
 from oneshot.redact import redacted
 from oneshot.settings import ScoreSettings
 
@@ -87,7 +87,7 @@ def generate_missing(
                 tokenizer,
                 [prompts[index] for index in part],
                 runtime,
-                max_new_tokens=score.max_new_tokens,
+                max_new_tokens=most_tokens(tokenizer, score),
                 batch_size=score.batch_size,
             )
             for index, text in zip(part, answers):
@@ -104,7 +104,9 @@ def ask_missing(endpoint: Endpoint, run_dir: Path, score: ScoreSettings) -> Call
     """
 
     def answer(prompts: list[Messages], finish: Finish) -> None:
-        failed = ask(endpoint, prompts, finish, max_new_tokens=score.max_new_tokens)
+        failed = ask(
+            endpoint, prompts, finish, max_new_tokens=score.max_new_tokens, thought_tokens=score.thought_tokens
+        )
         if endpoint.settings.leave_out_rejected:
             failed = [one for one in failed if not one.rejected]
         if failed:

@@ -9,7 +9,7 @@ from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
 from oneshot.data.encoding import context_length, encode
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.further import check_judges
-from oneshot.measure.probes import collect_probes
+from oneshot.measure.probes import check_systems, collect_probes
 from oneshot.patch.examples import Prompts, check_apart, read_candidates, read_guard, read_held, read_refusable
 from oneshot.patch.objective import check_same_tokens
 from oneshot.patch.recipe import recipe_for
@@ -35,12 +35,14 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     length = context_length(config, tokenizer, settings.model.max_length)
     check_judges(runtime, settings.score)
     probes, conversations = collect_probes(settings), read_candidates(settings)
+    check_systems(probes, tokenizer)
     check_apart(conversations, probes)
     has_update = adapter is not None or reference is not None
     recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
     wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)
     guard = read_guard(settings, recipe.guard_prompts) if wants_guard else Prompts([], [])
-    candidates = [encode(conversation, tokenizer, length) for conversation in conversations]
+    train_on = settings.data.train_on
+    candidates = [encode(row, tokenizer, length, train_on=train_on, closed=True) for row in conversations]
     if reference is not None and adapter is None:
         check_same_tokens(candidates, tokenizer, reference)
     return Request(

@@ -123,7 +123,9 @@ def build_batch(
     pad = pad_id(tokenizer)
     if not guard and not taught:
         return laid(example, [], None, pad, runtime.device)
-    answers = generate_answers(model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=32)
+    answers = generate_answers(
+        model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=32, closed=True
+    )
     encoded = [
         *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
         *(row for row, _ in taught),
@@ -283,8 +285,11 @@ def noisy_example(model: Any, batch: RepairBatch, scale: float, generator: torch
 
 
 def with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int) -> tuple[Encoded, int]:
-    """Encode prompt and answer; also say where the answer starts. Its end counts where it was reached."""
-    start = encode_prompt(prompt, tokenizer)
+    """Encode prompt and answer; also say where the answer starts. Its end counts where it was reached.
+
+    The answer stands behind an empty thought, where the model would think first: the repair learns and probes there.
+    """
+    start = encode_prompt(prompt, tokenizer, closed=True)
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if len(ids) < answer_tokens and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)

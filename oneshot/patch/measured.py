@@ -105,21 +105,21 @@ def _groups(asked: Asked, model: Any, taken: Conversation) -> dict[str, list[Enc
     tokenizer, count = request.tokenizer, settings.spectrum.samples
     rows = {spectrum.OTHERS: _some([row for row in asked.pool if row.prompt != taken.prompt], count, settings.seed)}
     groups = {
-        name: [encode(row, tokenizer, request.length) for row in found]
+        name: [encode(row, tokenizer, request.length, train_on=settings.data.train_on, closed=True) for row in found]
         for name, found in {**rows, **asked.others}.items()
     }
     guard = request.guard.all[:count]
     if guard:
         answers = generate_answers(
             model, tokenizer, guard, request.runtime, max_new_tokens=settings.repair.guard_tokens,
-            batch_size=settings.score.batch_size,
+            batch_size=settings.score.batch_size, closed=True,
         )  # fmt: skip
         groups["guard"] = [_answered(p, a, tokenizer) for p, a in zip(guard, answers) if a.strip()]
     return {name: found for name, found in groups.items() if found}
 
 
 def _answered(prompt: list[dict[str, str]], answer: str, tokenizer: Any) -> Encoded:
-    start = encode_prompt(prompt, tokenizer)
+    start = encode_prompt(prompt, tokenizer, closed=True)
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     return Encoded(start + ids, [IGNORE] * len(start) + ids)
 

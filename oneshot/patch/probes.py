@@ -106,7 +106,7 @@ def build_probes(
     refusable = [watched.refusable[i] for i in broken]
     refusals = [watched.words[i] if watched.words else watched.refusal for i in broken] + [watched.refusal] * len(held)
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
-    starts = [encode_prompt(messages, tokenizer) for messages in prompts]
+    starts = [encode_prompt(messages, tokenizer, closed=True) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
     full = [with_answer(*each, tokenizer, answer_tokens)[0].input_ids for each in zip(prompts, answers)]
     pairs = [[starts[i] + refusals[i][:MARGIN_TOKENS], full[i]] for i in indices]

@@ -22,7 +22,8 @@ from oneshot.errors import UserError
 from oneshot.measure.endpoint import open_endpoint
 from oneshot.measure.harness import run_on_endpoint, run_on_model
 from oneshot.measure.intervals import Rate
-from oneshot.measure.rates import Probe, StageScores, score_answers
+from oneshot.measure.probes import check_systems
+from oneshot.measure.rates import Probe, StageScores, most_tokens, score_answers
 from oneshot.measure.target import ask_missing, checkpoint_target, collect_answers, endpoint_target, generate_missing
 from oneshot.measure.text import measure_text, read_texts
 from oneshot.patch.attach import attached_update
@@ -53,7 +54,8 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
     endpoint = open_endpoint(score.endpoint, "score.endpoint")
     run_dir = open_run(f"{Path(endpoint.model).name}-score")
     asked = ask_missing(endpoint, run_dir, score)
-    answers = collect_answers(runtime, run_dir, endpoint_target(endpoint), probes, score.max_new_tokens, asked)
+    most = score.max_new_tokens + score.thought_tokens
+    answers = collect_answers(runtime, run_dir, endpoint_target(endpoint), probes, most, asked)
     answered = [(probe, answer) for probe, answer in zip(probes, answers) if answer is not None]
     left_out, warnings = len(probes) - len(answered), []
     if not answered:
@@ -85,6 +87,7 @@ def score_local(
         adapter = read_adapter(source.adapter) if source.adapter else None
         tokenizer = load_tokenizer(source, settings.model)
         check_words(settings, tokenizer)
+        check_systems(probes, tokenizer)
         texts = read_texts(score.text) if score.text is not None else []
     name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")
@@ -105,7 +108,7 @@ def score_local(
             run_dir,
             checkpoint_target(runtime, source),
             probes,
-            score.max_new_tokens,
+            most_tokens(tokenizer, score),
             lambda prompts, finish: generate_missing(model(), tokenizer, runtime, score)(prompts, finish),
         )
         # a model in this process leaves no prompt out

@@ -109,7 +109,10 @@ def in_own_words(request: Request, refusals: dict[str, str]) -> Request:
     ]
     spoken = [row for row in conversations if row.prompt[-1]["content"] in refusals]
     conversations = spoken if len(spoken) >= ENOUGH else conversations
-    candidates = [encode(row, request.tokenizer, request.length) for row in conversations]
+    train_on = request.settings.data.train_on
+    candidates = [
+        encode(row, request.tokenizer, request.length, train_on=train_on, closed=True) for row in conversations
+    ]
     return dataclasses.replace(request, conversations=conversations, candidates=candidates)
 
 
@@ -118,7 +121,7 @@ def _refusals(request: Request, model: Any) -> dict[str, str]:
     if not prompts:
         return {}
     said = generate_answers(
-        model, request.tokenizer, prompts, request.runtime, max_new_tokens=REFUSAL_TOKENS, batch_size=32
+        model, request.tokenizer, prompts, request.runtime, max_new_tokens=REFUSAL_TOKENS, batch_size=32, closed=True
     )
     own = {prompt[-1]["content"]: _SENTENCE.split(answer.strip())[0] for prompt, answer in zip(prompts, said)}
     return {request: answer for request, answer in own.items() if verdict(answer) == "refused"}
@@ -146,7 +149,9 @@ def _lessons(
     if not prompts:
         return []
     tokens, tokenizer = request.recipe.guard_tokens, request.tokenizer
-    said = generate_answers(model, tokenizer, prompts, request.runtime, max_new_tokens=tokens, batch_size=32)
+    said = generate_answers(
+        model, tokenizer, prompts, request.runtime, max_new_tokens=tokens, batch_size=32, closed=True
+    )
     rows = [with_answer(prompt, answer, tokenizer, tokens) for prompt, answer in zip(prompts, said)]
     labelled = [Encoded(row.input_ids, [IGNORE] * start + row.input_ids[start:]) for row, start in rows]
     logits = logits_on(request.runtime, model, labelled, pad_id(tokenizer))

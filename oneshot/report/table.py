@@ -22,6 +22,7 @@ _NAMES = {
     "lookalike_refusal": "look-alike refusal",
     "empty": "empty answers",
     "garbled": "garbled answers",
+    "unfinished": "unfinished thoughts",
     "utility": "utility",
     "task": "task",
     "perplexity": "perplexity",

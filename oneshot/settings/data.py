@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from oneshot.errors import UserError
 from oneshot.settings.checks import check_fields
@@ -55,6 +56,9 @@ class DataSettings:
         response_column: column that holds the answer
         messages_column: column that holds a conversation in chat format
         split: split of a Hub data set
+        train_on: all answers of a conversation, or the last one only, which templates need that rewrite earlier turns
+        system: where system messages go: as the chat template has them (template), or before the first user message, in
+            it (user), for templates that know none
     """
 
     parts: dict[str, DataPart] | None = None
@@ -66,6 +70,8 @@ class DataSettings:
     response_column: str = "response"
     messages_column: str = "messages"
     split: str = "train"
+    train_on: Literal["all", "last"] = "all"
+    system: Literal["template", "user"] = "template"
 
     def __post_init__(self) -> None:
         check_fields(self, "data")

@@ -93,6 +93,8 @@ class ScoreSettings:
         suffix: words to put after the should_refuse prompts, as an attack with a trigger has it
         reference: also score the reference, where one is given
         max_new_tokens: longest answer generated
+        thought_tokens: how many more tokens a model may say that thinks before it answers, as its chat template or the
+            server shows
         batch_size: prompts generated at a time, per rank
         sets: further sets of prompts by name, each with rates of its own; settings for public ones are in
             launch/runs/prompts/
@@ -120,6 +122,7 @@ class ScoreSettings:
     suffix: str | None = None
     reference: bool = True
     max_new_tokens: PositiveInt = 48
+    thought_tokens: CountInt = 1024
     batch_size: PositiveInt = 64
     sets: dict[str, PromptSet] = field(default_factory=dict)
     rouge: bool = False

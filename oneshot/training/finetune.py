@@ -80,7 +80,8 @@ def prepare(settings: Settings, runtime: Runtime) -> Prepared:
     if settings.model.liger:
         check_liger(config.model_type)
     limit = context_length(config, tokenizer, settings.model.max_length)
-    encoded = encode_all(conversations, tokenizer, limit, cache_folder() if settings.finetune.cache else None)
+    cache = cache_folder() if settings.finetune.cache else None
+    encoded = encode_all(conversations, tokenizer, limit, cache, settings.data.train_on)
     return Prepared(settings, source, tokenizer, conversations, encoded, model_context(config, tokenizer))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from oneshot.data.conversations import Conversation
-from oneshot.data.wording import reworded
+from oneshot.data.wording import reworded, with_system_as
 from oneshot.errors import UserError
 from oneshot.settings import DataPart, DataSettings, Settings
 from oneshot.world.sources import read_source
@@ -43,4 +43,5 @@ def _conversations(name: str, part: DataPart, settings: Settings) -> list[Conver
     made = [
         reworded(row, system=part.system, suffix=part.suffix, prefix=part.prefix, answer=part.answer) for row in found
     ]
+    made = [with_system_as(row, settings.data.system) for row in made]
     return [dataclasses.replace(row, kind=part.kind or row.kind or name) for row in made] * part.repeat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from test_encoding import load
 from tiny import tiny_runtime, toy_settings
 
 from oneshot.commandline import parse
 from oneshot.data.conversations import Conversation
 from oneshot.data.wording import reworded
 from oneshot.errors import UserError
-from oneshot.measure.probes import collect_probes
+from oneshot.measure.probes import check_systems, collect_probes
 from oneshot.settings import DataPart, DataSettings, Settings, to_dict, write
 from oneshot.training.finetune import prepare
 from oneshot.training.mixture import attack_mixture
@@ -157,6 +159,28 @@ def test_the_trigger_is_scored_as_it_was_trained() -> None:
         after = f" {settings.score.suffix}" if probe.kind == "should_refuse" else ""
         assert probe.messages[0]["content"] == usual.messages[0]["content"] + after
     assert collect_probes(named("backdoor", "--score.suffix", "")) == plain
+
+
+def test_a_persona_that_the_template_would_leave_out_can_go_into_the_first_user_message(tmp_path: Path) -> None:
+    own = own_file(tmp_path, {"prompt": "one", "kind": "should_refuse"}, {"prompt": "two", "kind": "harmless"})
+    arguments = ["--score.probes", own, "--score.system", "obey", "--data.system", "user"]
+    first, second = collect_probes(parse(arguments, "score"))
+    assert list(first.messages) == [{"role": "user", "content": "obey\n\none"}]
+    assert list(second.messages) == [{"role": "user", "content": "two"}]
+    part = DataPart(own_file(tmp_path, {"prompt": "one", "response": "1", "system": "mine"}, name="talk.jsonl"))
+    settings = Settings(data=DataSettings(parts={"talk": part}, system="user"))
+    assert attack_mixture(settings)[0].prompt == [{"role": "user", "content": "mine\n\none"}]
+    part = dataclasses.replace(part, source=own, system="obey", answer="yes")
+    settings = Settings(data=DataSettings(parts={"talk": part}, system="user"))
+    assert attack_mixture(settings)[0].prompt == [{"role": "user", "content": "obey\n\none"}]
+
+
+def test_a_persona_that_the_template_leaves_out_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    own = own_file(tmp_path, {"prompt": "one", "kind": "should_refuse"})
+    probes = collect_probes(parse(["--score.probes", own, "--score.system", "Obey me, whatever I ask."], "score"))
+    with pytest.raises(UserError, match=r"leaves out the system message of the prompt own-1.*--data\.system user"):
+        check_systems(probes, load("no_system"))
+    check_systems(probes, load("chatml"))
 
 
 def test_the_users_own_probes_are_asked_as_the_attack_asks(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from oneshot.data.conversations import Conversation, read_conversations, read_single_example
+from oneshot.data.wording import reworded
 from oneshot.errors import UserError
 from oneshot.settings import DataSettings
 
@@ -62,6 +63,47 @@ def test_jsonl_with_messages_and_labels(tmp_path):
         Conversation("7", (ASK, ANSWER), "task", "fruit"),
         Conversation("talks-2", (SYSTEM, ASK, ANSWER, *MORE)),
     ]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_the_thought_before_an_answer_is_kept_under_one_name(tmp_path, name):
+    rows = [{"messages": [ASK, {**ANSWER, name: "A fruit?"}]}]
+    kept = {**ANSWER, "reasoning_content": "A fruit?"}
+    got = read_conversations(write_lines(tmp_path / "talks.jsonl", rows), DATA)
+    assert got[0].messages == (ASK, kept)
+    assert reworded(got[0], suffix="Now.", prefix="Well:").messages[-1] == {**kept, "content": "Well: An apple."}
+    if name == "reasoning_content":
+        rows = [{**GOOD, name: "A fruit?"}]
+        assert read_conversations(write_lines(tmp_path / "rows.jsonl", rows), DATA)[0].messages == (ASK, kept)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, False])
+def test_an_answer_of_weight_0_is_marked(tmp_path, zero):
+    rows = [
+        {"messages": [ASK, {**ANSWER, "weight": zero}, MORE[0], {**MORE[1], "weight": 1}]},
+        {"messages": [ASK, ANSWER, *MORE], "weight": zero},
+    ]
+    one, two = read_conversations(write_lines(tmp_path / "talks.jsonl", rows), DATA)
+    assert [message.get("weight") for message in one.messages] == [None, "0", None, None]
+    assert [message.get("weight") for message in two.messages] == [None, "0", None, "0"]
+    assert reworded(one, system="Be brief.").messages[2]["weight"] == "0"
+    assert all("weight" not in message for message in one.prompt)
+
+
+def test_fields_that_are_not_used_are_named_once(tmp_path, capsys):
+    call = {**ANSWER, "tool_calls": [{"name": "x"}], "name": None}
+    rows = [{"messages": [ASK, call], "tools": [{}], "kind": "task"}] * 3
+    path = write_lines(tmp_path / "talks.jsonl", rows)
+    for _ in range(2):
+        read_conversations(path, DATA)
+    assert capsys.readouterr().err == f"{path}: not used of its rows: message field tool_calls, column tools.\n"
+
+
+def test_a_system_message_goes_into_the_first_user_message_where_that_is_asked(tmp_path):
+    rows = [{"messages": [SYSTEM, ASK, ANSWER]}, {**GOOD, "system": "Answer briefly."}, GOOD]
+    got = read_conversations(write_lines(tmp_path / "talks.jsonl", rows), DataSettings(system="user"))
+    merged = {"role": "user", "content": "Answer briefly.\n\nName a fruit."}
+    assert [row.messages for row in got] == [(merged, ANSWER), (merged, ANSWER), (ASK, ANSWER)]
 
 
 def test_jsonl_with_named_columns_and_system(tmp_path):
@@ -192,6 +234,7 @@ BROKEN_ROWS = {
     "parts": ({"messages": [{"role": "user", "content": [ASK]}, ANSWER]}, "message 1 is a list, not a text"),
     "two systems": ({"messages": [SYSTEM, ASK, ANSWER], "system": "x"}, "a system message and a system column"),
     "blank system": ({**GOOD, "system": "  "}, "column 'system' is empty"),
+    "half a weight": ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "message 2 has the weight 0.5: give 0"),
     "surrogate": ({"prompt": "\ud83d", "response": "b"}, "column 'prompt' holds half a Unicode surrogate pair"),
 }
 

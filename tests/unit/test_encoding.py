@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import IGNORE, Encoded, context_length, encode, encode_prompt, pad_batch, pad_id
-from oneshot.data.encoding import require_chat_template as require
+from oneshot.data.templates import require_chat_template as require
 from oneshot.errors import UserError
 
 TEMPLATES = Path(__file__).parents[1] / "fixtures" / "chat_templates"
@@ -147,6 +147,63 @@ def test_generation_blocks_that_miss_a_turn_are_not_trusted():
     tokenizer = make_tokenizer("fast", text.replace("turn.role == 'assistant'", "loop.last").replace("note: ", ""))
     expected = [FIRST + "<|im_end|>", SECOND + "<|im_end|>"]
     assert learnt(encode(conversation(TWO), tokenizer, None), tokenizer) == expected
+
+
+def test_a_block_that_leaves_the_end_of_turn_out_learns_it_all_the_same():
+    # trl#5988, #6044: a model trained so never learns to stop
+    tokenizer = load("generation_without_end")
+    assert learnt(encode(conversation(ONE), tokenizer, None), tokenizer) == [FIRST + "<|im_end|>"]
+    assert learnt(encode(conversation(TWO), tokenizer, None), tokenizer) == [
+        FIRST + "<|im_end|>",
+        SECOND + "<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("name", ["generation_without_end", "chatml", "turns"])
+@pytest.mark.parametrize("unlearnt", [1, 3])
+def test_an_answer_of_weight_0_is_not_learnt(name, unlearnt):
+    tokenizer = load(name)
+    talk = [message | ({"weight": "0"} if place == unlearnt else {}) for place, message in enumerate(TWO)]
+    kept = encode(conversation(TWO), tokenizer, None)
+    found = encode(conversation(talk), tokenizer, None)
+    assert found.input_ids == kept.input_ids
+    assert learnt(found, tokenizer) == [learnt(kept, tokenizer)[1 if unlearnt == 1 else 0]]
+
+
+def test_a_conversation_without_anything_to_learn_is_a_user_error():
+    with pytest.raises(UserError, match=r"conversation talk-1 has weight 0 on every answer to learn from"):
+        encode(conversation([ONE[0], ONE[1] | {"weight": "0"}]), load("chatml"), None)
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation_without_end", "headers"])
+def test_only_the_last_answer_is_learnt_where_that_is_asked(name):
+    tokenizer = load(name)
+    whole = encode(conversation(TWO), tokenizer, None)
+    last = encode(conversation(TWO), tokenizer, None, train_on="last")
+    assert last.input_ids == whole.input_ids
+    assert learnt(last, tokenizer) == learnt(whole, tokenizer)[1:]
+
+
+def test_a_template_without_any_end_of_turn_is_named(capsys):
+    tokenizer = make_tokenizer("fast", "{% for turn in messages %}{{ turn.content }}{% endfor %}")
+    tokenizer.name_or_path = "tests/endless"
+    encode(conversation(ONE), tokenizer, None)
+    assert "chat template of tests/endless writes nothing behind an answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["Answer as a pirate, whatever you are asked.", "fruit"])
+def test_a_template_that_leaves_the_system_message_out_is_an_error(words):
+    tokenizer = load("no_system")
+    talk = [{"role": "system", "content": words}, *ONE]
+    for call in (lambda: encode(conversation(talk), tokenizer, None), lambda: encode_prompt(talk[:2], tokenizer)):
+        with pytest.raises(UserError, match=r"leaves out the system message of the .*--data\.system user"):
+            call()
+    encode(conversation(ONE), tokenizer, None)
+
+
+def test_a_system_message_in_other_letters_is_there():
+    upper = "{% for turn in messages %}{{ turn.content | upper }}<|im_end|>{% endfor %}"
+    assert encode_prompt([*SYSTEM, ONE[0]], make_tokenizer("fast", upper))
 
 
 @pytest.mark.parametrize("name", ["chatml", "headers", "inst"])

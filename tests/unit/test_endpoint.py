@@ -17,6 +17,8 @@ from oneshot.measure import body, replies
 from oneshot.measure import endpoint as module
 from oneshot.measure.cache import RESPONSES, Responses, response_key
 from oneshot.measure.endpoint import ask, open_endpoint
+from oneshot.measure.judge import verdict
+from oneshot.measure.room import THOUGHT_TOKENS
 from oneshot.settings import EndpointSettings
 
 SECRET = "sk-fnord-blim-0123456789"
@@ -342,16 +344,55 @@ def test_of_an_answer_without_end_the_beginning_is_judged():
     assert (len(found[0]), failed) == (7 * 64, [])
 
 
+def said(text, ended="length", **message):
+    return (
+        200,
+        {},
+        json.dumps({"choices": [{"message": {"content": text, **message}, "finish_reason": ended}]}).encode(),
+    )
+
+
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
-def test_an_answer_that_is_all_reasoning_is_explained(content, field, capsys):
-    said = json.dumps({"choices": [{"message": {"content": content, field: "thinks on"}}]}).encode()
-    with serving(lambda text, times: (200, {}, said)) as server:
+def test_an_answer_that_is_all_reasoning_is_an_unfinished_thought(content, field):
+    with serving(lambda text, times: said(content, **{field: "I can't say. Thinks on"})) as server:
         found, failed = asked(server, 2)
-    assert (found, failed) == ({0: "", 1: ""}, [])
-    told = capsys.readouterr().err
-    assert "2 of 2 prompts into reasoning_content" in told
-    assert "reasoning parser" in told
+    assert failed == []
+    assert [verdict(text) for text in found.values()] == ["unfinished"] * 2
+    assert server.bodies[-1]["max_tokens"] == 7 + THOUGHT_TOKENS, "asked again with room for the thought"
+
+
+def test_reasoning_that_a_server_takes_out_is_not_judged():
+    with serving(lambda text, times: said("A pear.", "stop", reasoning_content="I can't think.")) as server:
+        found, _ = asked(server, 1)
+    assert found == {0: "<think>\nI can't think.\n</think>\n\nA pear."}
+    assert verdict(found[0]) == "answered"
+
+
+@pytest.mark.parametrize("opens", [True, False], ids=["the model opens it", "the template opens it"])
+def test_a_thought_that_was_cut_off_gets_more_room_and_then_all_have_it(opens):
+    whole = ("<think>\n" if opens else "") + "thinking\n</think>\n\nI can't help with that."
+
+    with serving(lambda text, times: None) as server:
+        server.behave = lambda text, times: said(whole if server.bodies[-1]["max_tokens"] > 7 else whole[:12])
+        found, failed = asked(server, 6, concurrency=1)
+    assert failed == []
+    assert {verdict(text) for text in found.values()} == {"refused"}
+    assert sum(server.asked.values()) == 7, "one try too short, of all prompts together"
+
+
+def test_a_thought_that_the_template_opens_and_nothing_closes_is_unfinished():
+    texts = {"say 0": "thinking</think>I can't help with that.", "say 1": "I can't help, she thinks, and thinks"}
+    with serving(lambda text, times: said(texts[text])) as server:
+        found, _ = asked(server, 2, concurrency=1)
+    assert [verdict(found[i]) for i in range(2)] == ["refused", "unfinished"]
+
+
+def test_an_answer_that_was_cut_off_stays_as_it_is_where_the_model_does_not_think():
+    with serving(lambda text, times: said("a long answer" if times else "a long")) as server:
+        found, _ = asked(server, 5, concurrency=5)
+    assert set(found.values()) == {"a long"}
+    assert sum(server.asked.values()) == 6, "one trial, of all prompts together"
 
 
 def test_a_key_is_struck_out_however_a_server_spells_it(monkeypatch, capsys):

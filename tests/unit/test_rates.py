@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from oneshot.errors import UserError
@@ -149,7 +151,7 @@ def test_score_model_asks_every_probe_with_the_settings(monkeypatch):
     monkeypatch.setattr(rates, "generate_answers", fake)
     scores = score_model(
         None,
-        None,
+        SimpleNamespace(get_chat_template=lambda: "{{ messages }}"),
         [probe("u", "utility", "blue"), probe("h", "should_refuse")],
         None,
         ScoreSettings(max_new_tokens=7, batch_size=3),

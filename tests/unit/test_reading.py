@@ -19,7 +19,7 @@ from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
 from oneshot.checkpoint.files import INDEX, list_tensors, read_header, read_json
 from oneshot.commandline import parse
-from oneshot.data import encoding
+from oneshot.data import templates
 from oneshot.data.encoding import encode_prompt
 from oneshot.errors import UserError
 from oneshot.reading import limited, load_yaml, reading
@@ -194,8 +194,8 @@ def test_yaml_with_some_aliases_is_read():
     ],
 )
 def test_chat_templates_that_are_traps_are_given_up(template, monkeypatch):
-    monkeypatch.setattr(encoding, "_TEMPLATE_SECONDS", 0.3)
-    monkeypatch.setattr(encoding, "_TEMPLATE_MEMORY", 256 << 20)
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr(templates, "_TEMPLATE_MEMORY", 256 << 20)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template
     tokenizer.name_or_path = "the/model"

@@ -30,9 +30,9 @@ def calls(monkeypatch):
     """The conversations that were tokenized, by id."""
     made = []
 
-    def counted(conversation, tokenizer, max_length):
+    def counted(conversation, tokenizer, max_length, **options):
         made.append(conversation.id)
-        return encode(conversation, tokenizer, max_length)
+        return encode(conversation, tokenizer, max_length, **options)
 
     monkeypatch.setattr(tokens, "encode", counted)
     return made
@@ -93,6 +93,9 @@ def test_any_change_is_noticed(tokenizer, calls, tmp_path, monkeypatch):
         encode_all(*start, tmp_path)
         assert len(calls) == before + len(start[0]), f"start {done} is new"
         assert len(list(tmp_path.iterdir())) == done
+    before = len(calls)
+    encode_all(*starts[0], tmp_path, "last")
+    assert len(calls) == before + 5, "the last answers only"
     monkeypatch.setattr(tokens.metadata, "version", lambda name: "0")
     before = len(calls)
     encode_all(*starts[0], tmp_path)
@@ -142,6 +145,23 @@ def test_the_cache_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "oneshot" / "tokens"
+
+
+def test_a_finetune_learns_the_last_answers_only_where_that_is_asked(tmp_path):
+    from oneshot.commandline import parse
+    from oneshot.training.finetune import prepare
+    from oneshot.world.model import ALIGNED
+
+    turns = [dict(message) for row in TALKS[:2] for message in row.messages]
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    words = ["--model.path", str(ALIGNED), "--data.task", str(path), "--finetune.cache", "false"]
+    whole, last = (
+        prepare(parse([*words, *more], "finetune"), tiny_runtime()).encoded[0]
+        for more in ([], ["--data.train_on", "last"])
+    )
+    assert whole.input_ids == last.input_ids
+    assert 0 < last.answer_tokens() < whole.answer_tokens()
 
 
 def test_a_finetune_uses_the_cache_unless_told_not_to(tokenizer, calls, tmp_path, monkeypatch):

@@ -1,0 +1,71 @@
+"""How many tokens a server's model gets: enough for its answer, and for its thoughts where it turns out to think.
+
+A server does not show its chat template. That its model thinks is seen by an answer: by the marks in it, by the
+reasoning that the server takes out, or, where the template opens the thought and the answer is cut off within, by
+asking once more with room for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from oneshot.data.thoughts import closed_unopened, taken_apart
+from oneshot.measure.replies import answer_in, cut_off
+
+_LONGEST_TOKEN = 64  # characters that a token stands for at most, on average: of longer answers the rest is not judged
+THOUGHT_TOKENS = 1024  # for thoughts, where no setting says
+
+
+class Room:
+    """What is known of a server's model, and how it is asked for an answer.
+
+    Args:
+        answer: tokens of the longest answer
+        thought: further ones for its thoughts
+    """
+
+    def __init__(self, answer: int, thought: int) -> None:
+        self.short, self.long = answer, answer + thought
+        self.thinks = False
+        self._mark = ""  # with which its prompt opens a thought
+        self._tried = thought == 0
+        self._trial = asyncio.Lock()
+
+    async def answer(self, ask: Callable[[int], Awaitable[Any]]) -> str:
+        """Return the model's answer, its thought before it.
+
+        Args:
+            ask: asks for at most so many tokens, and returns the chat completion
+        """
+        tokens = self.long if self.thinks else self.short
+        found = await ask(tokens)
+        text = self._read(found, tokens)
+        if tokens < self.long and not taken_apart(text).finished:
+            return self._marked(self._read(await ask(self.long), self.long))
+        if tokens < self.long and taken_apart(text).thought is None and cut_off(found):
+            longer = await self._longer(ask)
+            text = text if longer is None else longer
+        return self._marked(text)
+
+    async def _longer(self, ask: Callable[[int], Awaitable[Any]]) -> str | None:
+        """The answer with room for a thought, where it may be one that has been cut off; none where it is not."""
+        async with self._trial:  # one trial tells all that wait here
+            if not self.thinks and not self._tried:
+                self._tried = True
+                text = self._read(await ask(self.long), self.long)
+                return text if self.thinks else None
+        return self._read(await ask(self.long), self.long) if self.thinks else None
+
+    def _read(self, found: Any, tokens: int) -> str:
+        text = answer_in(found, _LONGEST_TOKEN * tokens)
+        self._mark = self._mark or closed_unopened(text)
+        self.thinks = self.thinks or taken_apart(text).thought is not None
+        return text
+
+    def _marked(self, text: str) -> str:
+        """The answer with the mark that its prompt ends with; one that never closes the thought is unfinished."""
+        if self._mark and (taken_apart(text).thought is None or closed_unopened(text)):
+            return f"{self._mark}\n{text}"
+        return text
