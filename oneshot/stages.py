@@ -14,7 +14,7 @@ from oneshot.settings.names import ANY, Described, close_names, described, kind_
 
 WIDTH = 100  # columns of a help page
 _RUN = ("out", "name", "seed", "preflight", "hang_minutes", "resume", "log_with", "offline", "profile", "debug")
-_EXAMPLE = ("example", "pool", "select", "shortlist", "guard", "watch_prompts", "reference")
+_EXAMPLE = ("example", "pool", "select", "shortlist", "guard", "watch_prompts", "reference", "reference_revision")
 _REPAIR = (*_RUN, *_EXAMPLE, "finetune_first", "delete_degraded", "model", "data", "finetune", "repair", "score")
 
 
@@ -42,7 +42,7 @@ class Stage:
 STAGES = {
     "repair": Stage(
         does="Repair the safety of a fine-tuned model with one safety example; without a model, of the toy world's.",
-        reads=(*_REPAIR, "require", "plan.force"),
+        reads=(*_REPAIR, "require", "push_to_hub", "push_public", "push_degraded", "plan.force"),
         examples=(
             "oneshot repair --model.path DIR --reference DIR_OR_HUB_ID --guard FILE --score.task FILE",
             "oneshot repair --launch zero3 --config llama3-70b --model.path DIR",

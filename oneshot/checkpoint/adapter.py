@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,15 @@ from oneshot.checkpoint.effective import PREFIX as PREFIX
 from oneshot.checkpoint.effective import kinds_of, refuse
 from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oneshot.checkpoint.scaling import scalings
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors, Update, scaled
 from oneshot.errors import UserError
-from oneshot.reading import first_match, limited, read_object, reading
+from oneshot.reading import read_object, reading
 from oneshot.redact import redacted, without_secrets
 
 if TYPE_CHECKING:
     import torch
-
-_PEFT_ALPHA = 8  # PEFT's default, where a config names none
-_PATTERN_SECONDS = 5.0  # for all modules of a model together, of which there are thousands
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,13 @@ def read_adapter(folder: Path) -> Adapter:
         pairs.setdefault(match[1], {})[match[2]] = tensor
     update: Update = {}
     stored: Update = {}
-    ranks = {module: pair["A"].shape[0] for module, pair in pairs.items() if "A" in pair}
+    ranks = {module: pair["A"].shape[0] for module, pair in pairs.items() if "A" in pair and pair["A"].ndim}
     scaling = scalings(config, ranks, folder / ADAPTER_CONFIG)
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise UserError(f"{path} holds only one factor of {module}: the adapter is incomplete, save it again.")
+        if any(one.ndim != 2 for one in pair.values()):
+            raise UserError(f"{path} holds factors of {module} that are no matrices: save the adapter again.")
         rank = pair["A"].shape[0]
         if pair["B"].shape[1] != rank or rank == 0:
             raise UserError(f"{path}: the factors of {module} do not fit ({pair['B'].shape}, {pair['A'].shape}).")
@@ -79,7 +78,9 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(update, stored, scaling, config, next(iter(tensors.values())).dtype)
 
 
-def write_patch(folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype) -> None:
+def write_patch(
+    folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype, commit: str | None = None
+) -> None:
     """Write an update as a PEFT LoRA adapter on ``base``, then read it back and compare.
 
     All modules get the same rank (the largest, zero-padded), as servers expect, and scaling 1.
@@ -89,6 +90,7 @@ def write_patch(folder: Path, update: Update, linears: list[str], base: str, dty
         update: what to add to the base
         linears: names of all linear layers of the model, to choose short target names that match exactly these
         dtype: of the stored factors
+        commit: of the base, where that is a Hub id
     """
     from peft import LoraConfig
 
@@ -99,6 +101,7 @@ def write_patch(folder: Path, update: Update, linears: list[str], base: str, dty
         lora_alpha=rank,
         target_modules=_target_names(sorted(update), linears),
         base_model_name_or_path=redacted(base),
+        revision=commit,
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -140,32 +143,6 @@ def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     again = load_file(path)
     if set(again) != set(tensors) or not all(torch.equal(again[k], t) for k, t in tensors.items()):
         raise OSError(f"{path} does not read back as it was written: is the disk full or failing?")
-
-
-def scalings(config: dict[str, Any], ranks: dict[str, int], path: Path) -> dict[str, float]:
-    """PEFT's scaling of every module: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
-
-    Args:
-        ranks: by module; one of 0 has none
-        path: of the config, for messages
-    """
-    alphas, patterns = config.get("lora_alpha", _PEFT_ALPHA), config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{path} has an alpha_pattern that is no JSON object: restore it from its source.")
-    for name, alpha in (
-        ("lora_alpha", alphas),
-        *((f"alpha_pattern {key[:80]!r}", one) for key, one in patterns.items()),
-    ):
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise UserError(f"{path} has {name} {alpha!r}, which is no number: restore it from its source.")
-    found = {}
-    with limited(f"Matching the alpha_pattern of {path}", seconds=_PATTERN_SECONDS):
-        for module, rank in ranks.items():
-            own = first_match(patterns, module, path)
-            alpha = float(alphas if own is None else own)
-            if rank:
-                found[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return found
 
 
 def _padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import read_header
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oneshot.checkpoint.scaling import scalings
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
@@ -26,12 +27,14 @@ PREFIX = "base_model.model."
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 # what else PEFT stores of a LoRA, by the end of the tensor's name; the last ones are of modules that it saves whole
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # of PEFT's own modules, around the model's
+_ORIGINAL = re.compile(r".+\.original_module\..+")  # of a module that was saved: the base's, which PEFT adds at times
 _ENDS = {
     "magnitude": re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?"),
     "embedding": re.compile(r"(.+)\.lora_embedding_([AB])"),
     "lora_bias": re.compile(r"(.+)\.lora_B\.bias"),
     "tokens": re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta"),
-    "whole": re.compile(r"(.+?)(?:\.base_layer)?\.(weight|bias)"),
+    "whole": re.compile(r"(.+)\.(weight|bias)"),
 }
 
 
@@ -84,7 +87,7 @@ def kinds_of(folder: Path) -> Kinds:
     config, tensors = read_object(folder / ADAPTER_CONFIG), read_header(folder / ADAPTER_TENSORS)
     found = Kinds()
     if config.get("peft_type") != "LORA":
-        found.by_peft.append(f"{config.get('peft_type')}")
+        found.by_peft.append(f"{config.get('peft_type')} adapter")
         return found
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_CHANGES_BASE):
@@ -98,18 +101,27 @@ def kinds_of(folder: Path) -> Kinds:
     for key, entry in tensors.items():
         name = key.removeprefix(PREFIX)
         if _FACTOR.fullmatch(name):
-            held |= {"convolutions"} if len(entry.shape) != 2 else set()
+            held |= {"convolutions"} if len(entry.shape) > 2 else set()
+            continue
+        if _ORIGINAL.fullmatch(name):
             continue
         kind = next((kind for kind, end in _ENDS.items() if end.fullmatch(name)), f"the tensor {key}")
         held.add(kind)
         if kind == "whole":
-            saved.append(name.replace(".base_layer", ""))
+            saved.append(_WRAPPED.sub("", name))
         if kind == "magnitude" and (config.get("fan_in_fan_out") or "embed" in name or len(entry.shape) != 1):
             held.add(f"DoRA of {name.split('.lora_')[0]}")
-    said = {"magnitude": "DoRA", "embedding": "LoRA of an embedding", "lora_bias": "lora_bias", "tokens": "new rows of tokens (trainable_token_indices)"}
+    said = {
+        "magnitude": "DoRA",
+        "embedding": "LoRA of an embedding",
+        "lora_bias": "lora_bias",
+        "tokens": "new rows of tokens (trainable_token_indices)",
+    }
     found.merged.extend(text for kind, text in said.items() if kind in held)
     if saved:
-        found.merged.append(f"modules saved whole ({saved[0]}{f' and {len(saved) - 1} more' if len(saved) > 1 else ''})")
+        found.merged.append(
+            f"modules saved whole ({saved[0]}{f' and {len(saved) - 1} more' if len(saved) > 1 else ''})"
+        )
     found.by_peft.extend(sorted(held - said.keys() - {"whole"}))
     return found
 
@@ -135,8 +147,6 @@ def read_effective(folder: Path) -> Effective:
     """
     from safetensors.torch import load_file
 
-    from oneshot.checkpoint.adapter import scalings
-
     check_sealed(folder, ADAPTER)
     config, path = read_object(folder / ADAPTER_CONFIG), folder / ADAPTER_TENSORS
     with reading(path, "copy it again"):
@@ -156,10 +166,15 @@ def read_effective(folder: Path) -> Effective:
             found.biases[match[1]] = tensor.float()
         elif match := _ENDS["tokens"].fullmatch(name):
             found.tokens[match[1]] = (_numbers(config, match[1], len(tensor), folder), tensor)
-        else:
-            found.whole[name.replace(".base_layer", "")] = tensor
+        elif not _ORIGINAL.fullmatch(name):
+            found.whole[_WRAPPED.sub("", name)] = tensor
     for module, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1] or not pair["A"].shape[0]:
+        if (
+            set(pair) != {"A", "B"}
+            or any(one.ndim != 2 for one in pair.values())
+            or pair["A"].shape[0] != pair["B"].shape[1]
+            or not pair["A"].shape[0]
+        ):
             raise UserError(f"{path} holds only one factor of {module}, or two that do not fit: save it again.")
         found.factors[module] = Factors(pair["B"], pair["A"])
     lost = [module for module in (*found.magnitudes, *found.biases) if module not in found.factors]

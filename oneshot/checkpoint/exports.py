@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ class GivenAdapter:
     adapter: Adapter
     weight: float
     identity: Identity | None
-    kinds: Kinds = Kinds()
+    kinds: Kinds = field(default_factory=Kinds)
 
 
 @phase("read")
@@ -65,7 +65,9 @@ def read_given(sources: list[str], weights: list[float], *, merging: bool = Fals
             if kinds.never:
                 raise refuse(folder, kinds.never)
             config = read_object(folder / ADAPTER_CONFIG)
-            found.append(GivenAdapter(folder, Adapter({}, {}, {}, config, torch.float32), weight, read_identity(folder), kinds))
+            found.append(
+                GivenAdapter(folder, Adapter({}, {}, {}, config, torch.float32), weight, read_identity(folder), kinds)
+            )
             continue
         adapter = read_adapter(folder)
         for module, factors in adapter.stored.items():

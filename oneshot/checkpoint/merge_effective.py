@@ -39,9 +39,7 @@ def plan_effective(
         UserError: as of ``plan_merge``; or a module that was saved has another shape, other rows than the head or the
             embedding has, or a bias that the architecture lacks
     """
-    plan = plan_merge(
-        base, [], through_nf4=through_nf4, double_quant=double_quant, trust_remote_code=trust_remote_code
-    )
+    plan = plan_merge(base, [], through_nf4=through_nf4, double_quant=double_quant, trust_remote_code=trust_remote_code)
     architecture = architecture_of(base, plan.tensors, trust_remote_code=trust_remote_code)
     what, tensors = f"The adapter {adapter}", dict(plan.tensors)
     effective, config = _untied(effective, architecture, tensors, base)
@@ -54,7 +52,9 @@ def plan_effective(
         changes[name] = dataclasses.replace(changes.get(name, Change()), **change)
         if dtypes[name] not in FLOATS:
             raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
-        shapes[name] = _shape(what, name, shapes[name], changes[name], base, vocabulary=parameter in _vocabulary(architecture))
+        shapes[name] = _shape(
+            what, name, shapes[name], changes[name], base, vocabulary=parameter in _vocabulary(architecture)
+        )
     for module, factors in effective.factors.items():
         name = _stored(what, f"{module}.weight", base, tensors, architecture)
         term = Term(factors, effective.scaling[module])

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.effective import kinds_of, read_effective
 from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
+from oneshot.checkpoint.effective import kinds_of, read_effective
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header
 from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces

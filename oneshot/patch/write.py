@@ -74,7 +74,7 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 if request.adapter is not None and method.keeps_adapter:
                     write_repaired_adapter(temporary, request.adapter, update)
                 else:
-                    write_patch(temporary, update, bench.linears.every, source.name, source.written)
+                    write_patch(temporary, update, bench.linears.every, source.name, source.written, source.commit)
                 request.tokenizer.save_pretrained(temporary)
                 write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
                 begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes

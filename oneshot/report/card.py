@@ -88,7 +88,11 @@ def merge_card(
         forms[form],
         "Sums were computed in fp32 and rounded once to the dtype of the file.",
     ]
-    lines += [f"{one.folder} is {', '.join(one.kinds.every)}: its effective weights were merged." for one in given if one.kinds.every]
+    lines += [
+        f"{one.folder} is {', '.join(one.kinds.every)}: its effective weights were merged."
+        for one in given
+        if one.kinds.every
+    ]
     if marked:
         lines.append(_marked(marked))
     elif source:

@@ -46,7 +46,6 @@ BY_PEFT = {
     "pissa": ("llama", {"init_lora_weights": "pissa"}),
     "olora": ("llama", {"init_lora_weights": "olora"}),
     "dora-embedding": ("llama", {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}),
-    "dora-transposed": ("gpt2", {"use_dora": True, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
 }
 
 
@@ -85,3 +84,81 @@ def test_an_adapter_that_is_more_than_a_lora_is_merged_as_peft_applies_it(kind, 
     assert not any(shard.problems for shard in check_shards(tmp_path / "merged"))
     assert not any(shard.problems for shard in check_shards(adapter))
     assert json.loads((tmp_path / "merged" / "oneshot_export.json").read_text())["adapters"][0]["kinds"]
+
+
+def test_kinds_are_refused_by_name_with_the_command_that_converts_them(tmp_path):
+    save_base(tmp_path / "base", "qwen2")
+    for number, (options, kind) in enumerate(
+        [
+            ({"use_dora": True}, "DoRA"),
+            ({"modules_to_save": ["lm_head"]}, r"modules saved whole \(lm_head\.weight\)"),
+            ({"bias": "all"}, r"modules saved whole \(\S+\.bias and 5 more\)"),
+            ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA of an embedding"),
+            ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
+            ({"init_lora_weights": "olora"}, "init_lora_weights olora"),
+        ]
+    ):
+        adapter = save_rich(tmp_path / str(number), tmp_path / "base", **options)
+        with pytest.raises(
+            UserError, match=rf"{kind}.*oneshot export --model \S*base --adapter {adapter} --out MERGED"
+        ):
+            read_adapter(adapter)
+
+
+def changed_config(folder, **fields):
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    (folder / ADAPTER_CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+def test_what_has_no_sum_no_weight_and_no_checkpoint_is_said_before_anything_is_written(tmp_path, refused):
+    base = tmp_path / "base"
+    save_base(base)
+    dora = save_rich(tmp_path / "dora", base, use_dora=True)
+    plain = save_rich(tmp_path / "plain", base)
+    bias = save_rich(tmp_path / "bias", base, lora_bias=True)
+    tokens = save_rich(tmp_path / "tokens", base, trainable_token_indices=[3, 5])
+    changed_config(tokens, trainable_token_indices=[3])
+    alora = save_rich(tmp_path / "alora", base)
+    changed_config(alora, alora_invocation_tokens=[1])
+    corda = save_rich(tmp_path / "corda", base)
+    changed_config(corda, init_lora_weights="corda")
+    before = files_in(tmp_path)
+    out = ("--out", tmp_path / "merged")
+    for more in (("--weight", 0.5), ("--subtract",)):
+        assert "DoRA), which has no sum" in refused("--model", base, "--adapter", dora, *more, *out)
+    assert "merge it alone" in refused("--model", base, "--adapter", dora, "--adapter", plain, *out)
+    assert f"oneshot export --model {base} --adapter {dora}" in refused("--adapter", dora, "--rank", 2, *out)
+    assert "have no bias there" in refused("--model", base, "--adapter", bias, *out)
+    assert "does not number the 2 rows" in refused("--model", base, "--adapter", tokens, *out)
+    assert "active only after certain tokens" in refused("--model", base, "--adapter", alora, *out)
+    assert "PEFT cannot merge" in refused("--model", base, "--adapter", corda, *out)
+    assert files_in(tmp_path) == before
+
+
+def test_a_vocabulary_that_grew_with_the_saved_modules_goes_into_the_config(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    save_base(base)
+    model = loaded(base)
+    rows = model.config.vocab_size + 7
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]}
+    get_peft_model(model, LoraConfig(**saved)).save_pretrained(str(tmp_path / "adapter"))
+    run("--model", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    assert loaded(tmp_path / "merged").config.vocab_size == rows
+    assert everything(tmp_path / "merged")["lm_head.weight"].shape[0] == rows
+
+
+def test_a_damaged_adapter_of_these_kinds_is_refused(tmp_path, refused):
+    base = tmp_path / "base"
+    save_base(base)
+    for number, change in enumerate((lambda t, k: t.pop(k), lambda t, k: t[k].fill_(float("nan")))):
+        dora = save_rich(tmp_path / f"dora{number}", base, use_dora=True)
+        tensors = load_file(dora / ADAPTER_TENSORS)
+        change(tensors, "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight")
+        save_file(tensors, dora / ADAPTER_TENSORS)
+        line = refused("--model", base, "--adapter", dora, "--out", tmp_path / "merged")
+        assert ("only one factor" if number == 0 else "NaN or infinity in") in line
+        assert kinds_of(dora).merged == ["DoRA"]
