@@ -145,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, {"url": f"{self.hub.endpoint}/{name}", "name": name})
         if parts == ["api", "validate-yaml"]:
             return self._answer(200, {"errors": [], "warnings": []})
-        repository = self.hub.repositories["/".join(parts[2:4])]
+        name = "/".join(parts[2:4])
+        repository = self.hub.repositories[name]
         if parts[4] == "preupload":
             asked = json.loads(body)["files"]
             return self._answer(
@@ -159,5 +160,5 @@ class _Handler(BaseHTTPRequestHandler):
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
         commit = repository.add("main", files)
         return self._answer(
-            200, {"commitUrl": f"{self.hub.endpoint}/commit/{commit}", "commitOid": commit, "success": True}
+            200, {"commitUrl": f"{self.hub.endpoint}/{name}/commit/{commit}", "commitOid": commit, "success": True}
         )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import peft
 import pytest
 import repair_jobs
 import torch
 from ranks import start_ranks
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from oneshot.world.model import ALIGNED
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from test_effective import save_rich
 
 pytestmark = pytest.mark.distributed
 WORDS = [
@@ -29,9 +27,17 @@ WORDS = [
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("given") / "dora"
-    options = {"use_dora": True, "modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]}
-    made: Path = save_rich(folder, ALIGNED, **options)
-    return made
+    torch.manual_seed(5)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, use_dora=True, modules_to_save=["lm_head"], target_modules=["q_proj", "down_proj"]
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(ALIGNED), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(str(folder))
+    return folder
 
 
 def patched(run: Path) -> dict[str, torch.Tensor]:
