@@ -76,7 +76,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
-    from oneshot.patch.apart import check_update
+    from oneshot.patch.apart import check_named_apart, check_update
     from oneshot.report.hub import look_ahead, push_finished
     from oneshot.report.progress import open_console
     from oneshot.report.resume import begin_anew
@@ -84,6 +84,8 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
     from oneshot.training.finetune import FINETUNED, STATE
 
     runtime = start()
+    if not settings.finetune_first:
+        check_named_apart(settings)  # before anything is fetched
     settings = pinned(settings)
     check_installed(settings.log_with)
     console = None if quiet else open_console(runtime)

@@ -22,7 +22,8 @@ from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.pinned import commit_of
 from oneshot.checkpoint.standing import comes_from_degraded
 from oneshot.distributed.phases import phase
-from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.runtime import Runtime, agree
+from oneshot.errors import UserError
 from oneshot.reading import read_object
 from oneshot.redact import without_secrets
 from oneshot.report.card import merge_card, write_card
@@ -93,7 +94,11 @@ def merge_first(runtime: Runtime, asked: ToMerge, run_dir: Path, console: Consol
     trusted = asked.settings.model.trust_remote_code
     plan = plan_for(runtime, asked.base, [given], sign=1.0, trust_remote_code=trusted)
     target = run_dir / MERGED
-    check_space(target, plan.nbytes)
+    with agree(runtime, f"looking at {target}"):
+        if runtime.is_main and target.exists() and not asked.settings.resume:
+            raise UserError(f"{target} is there already, where the merged model is to be written: give another --out.")
+        if runtime.is_main:
+            check_space(target, plan.nbytes)
     if console:
         console.print(
             f"The adapter is more than a LoRA ({kinds}): it is merged into its base first, as {target}, and the patch "

@@ -1,6 +1,7 @@
 """A DoRA adapter with saved modules (peft#2419) is repaired: its effective update is what rollback takes apart."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -61,9 +62,15 @@ def test_the_directions_of_a_dora_adapter_are_those_of_its_effective_update(adap
     assert changed == len(found.patch)
 
 
-def test_what_comes_from_a_degraded_adapter_is_marked(adapter, tmp_path, monkeypatch):
-    import shutil
+def test_a_folder_of_that_name_is_left_as_it_is(adapter, tmp_path):
+    (tmp_path / "run" / "merged").mkdir(parents=True)
+    (tmp_path / "run" / "merged" / "mine.txt").write_text("mine")
+    with pytest.raises(oneshot.UserError, match="merged is there already"):
+        oneshot.repair(model=str(adapter), out=str(tmp_path / "run"), **QUICK)
+    assert [path.name for path in (tmp_path / "run" / "merged").iterdir()] == ["mine.txt"]
 
+
+def test_what_comes_from_a_degraded_adapter_is_marked(adapter, tmp_path):
     marked = tmp_path / "marked"
     shutil.copytree(adapter, marked)
     write_marker(marked, {})
