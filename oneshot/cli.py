@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": ("folders", "inspect", "list a checkpoint's tensors, shards, and which rank of N would own what"),
     "list": ("listing", "main", "what is taken by its name: run settings, attacks, prompt sets, launch files, methods"),
     "init": ("initialize", "main", "copy launch/, ds_configs/ and slurm/ into a folder of yours"),
+    "push": ("push", "main", "push a finished repair to the Hub: patch, repaired checkpoint, report"),
     "env": ("environment", "main", "versions and devices, for a bug report"),
 }
 

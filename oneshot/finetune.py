@@ -48,6 +48,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     Raises:
         UserError: settings, files or machines that cannot be worked with
     """
+    from oneshot.checkpoint.pinned import pinned
     from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
@@ -61,6 +62,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     from oneshot.training.finetune import FINETUNED, prepare
 
     runtime = start()
+    settings = pinned(settings)
     check_installed(settings.log_with)
     if settings.delete_degraded:
         raise UserError("Setting delete_degraded would remove what oneshot finetune is asked to make: leave it out.")
@@ -182,7 +184,14 @@ def _on(settings: Settings, model: str) -> Settings:
         name=settings.called,
         finetune_first=False,
         reference=settings.reference or aligned,
-        model=dataclasses.replace(settings.model, path=model, base=settings.model.base or aligned),
+        reference_revision=settings.reference_revision if settings.reference else settings.model.revision,
+        model=dataclasses.replace(
+            settings.model,
+            path=model,
+            revision=settings.model.revision if model == aligned else None,
+            base=settings.model.base or aligned,
+            base_revision=settings.model.base_revision if settings.model.base else settings.model.revision,
+        ),
     )
 
 

@@ -119,8 +119,8 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
 
 def _refuse(settings: Settings) -> None:
     """Raise UserError for settings that only make sense for one model."""
-    for name, given in (("finetune_first", settings.finetune_first), ("log_with", settings.log_with)):
-        if given:
+    for name in ("finetune_first", "log_with", "push_to_hub"):
+        if getattr(settings, name):
             raise UserError(f"Setting {name} is for one model: leave it out with model.paths, or give model.path.")
 
 

@@ -71,23 +71,25 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
         UserError: settings, files or machines that cannot be worked with
         Unmet: the repair is finished, and not what the settings require
     """
-    from oneshot.checkpoint.files import stored_bytes
+    from oneshot.checkpoint.pinned import pinned
     from oneshot.checkpoint.quarantine import remove_degraded
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
-    from oneshot.patch.apart import check_update
-    from oneshot.report.preflight import look_around
-    from oneshot.report.progress import open_console, say_dtype
+    from oneshot.patch.apart import check_named_apart, check_update
+    from oneshot.report.hub import look_ahead, push_finished
+    from oneshot.report.progress import open_console
     from oneshot.report.resume import begin_anew
-    from oneshot.report.runfolder import open_run
-    from oneshot.report.trackers import check_installed, start_tracking
-    from oneshot.stages import reads
+    from oneshot.report.trackers import check_installed
     from oneshot.training.finetune import FINETUNED, STATE
 
     runtime = start()
+    if not settings.finetune_first:
+        check_named_apart(settings)  # before anything is fetched
+    settings = pinned(settings)
     check_installed(settings.log_with)
     console = None if quiet else open_console(runtime)
+    look_ahead(runtime, settings)
     if settings.delete_degraded and not settings.finetune_first:
         raise UserError(
             "Setting delete_degraded removes only what this run itself fine-tuned, never a model that is given as "
@@ -100,12 +102,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
         request = check_fully(damaged.settings, runtime)
         check_update(request)
     else:
-        request = check_apart(settings, runtime)
-        run_dir = open_run(settings.out, settings.called, settings, runtime, partial(reads, "repair"))
-        start_tracking(runtime, settings.log_with, run_dir)
-        merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
-        say_dtype(console, request.source)
-        look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
+        request, run_dir = _begin(settings, runtime, console)
     begin_anew(runtime, settings, run_dir)
     finished = repair(request, run_dir, console, seconds, command)
     if settings.delete_degraded:
@@ -114,7 +111,33 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
                 if not quiet:
                     print(f"Removed, as asked: {folder}", flush=True)
     refuse_unmet(runtime, settings.require, finished)
+    push_finished(runtime, settings, finished.run_dir, console)
     return finished
+
+
+def _begin(settings: Settings, runtime: Runtime, console: Console | None) -> tuple[Request, Path]:
+    """The checked request of a model that is given, and its run folder, with all looked at before it is read.
+
+    An adapter that is more than a LoRA is merged into its base there, and the request is of that checkpoint.
+    """
+    from oneshot.checkpoint.files import stored_bytes
+    from oneshot.report.merged import merge_first, to_merge
+    from oneshot.report.preflight import look_around
+    from oneshot.report.progress import say_dtype
+    from oneshot.report.runfolder import open_run
+    from oneshot.report.trackers import start_tracking
+    from oneshot.stages import reads
+
+    asked = to_merge(settings)
+    request = check_apart(settings, runtime) if asked is None else check_fully(asked.on(str(asked.base)), runtime)
+    run_dir = open_run(settings.out, settings.called, settings, runtime, partial(reads, "repair"))
+    if asked is not None:
+        request = check_apart(merge_first(runtime, asked, run_dir, console), runtime)
+    start_tracking(runtime, settings.log_with, run_dir)
+    merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
+    say_dtype(console, request.source)
+    look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, console)
+    return request, run_dir
 
 
 def refuse_unmet(runtime: Runtime, required: str | None, finished: Finished) -> None:

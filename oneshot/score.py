@@ -66,6 +66,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     Raises:
         UserError: settings, files or a server that cannot be worked with
     """
+    from oneshot.checkpoint.pinned import pinned
     from oneshot.distributed.resources import measured, where_time_went
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
@@ -81,6 +82,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     runtime = start()
     console = None if quiet else open_console(runtime)
     served = settings.score.endpoint.url is not None
+    settings = settings if served else pinned(settings)
     if served and runtime.world_size > 1:
         raise UserError("A server is asked by one process: start oneshot score without a launcher.")
     if served and settings.score.text is not None:

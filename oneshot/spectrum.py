@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 @released()
 def run(settings: Settings) -> None:
     """Measure the settings' model into a new run folder; first fine-tune it, where they say so. Collective."""
+    from oneshot.checkpoint.pinned import pinned
     from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
@@ -48,6 +49,7 @@ def run(settings: Settings) -> None:
     if settings.delete_degraded:
         raise UserError("Setting delete_degraded belongs to repair, which measures the model first: leave it out.")
     runtime = start()
+    settings = pinned(settings)
     console = open_console(runtime)
     if settings.finetune_first:
         damaged = finetune_first(runtime, settings, "-spectrum", lambda later: check_fully(later, runtime), console)

@@ -14,7 +14,8 @@ from oneshot.settings.names import ANY, Described, close_names, described, kind_
 
 WIDTH = 100  # columns of a help page
 _RUN = ("out", "name", "seed", "preflight", "hang_minutes", "resume", "log_with", "offline", "profile", "debug")
-_EXAMPLE = ("example", "pool", "select", "shortlist", "guard", "watch_prompts", "reference")
+_EXAMPLE = ("example", "pool", "select", "shortlist", "guard", "watch_prompts", "reference", "reference_revision")
+_PUSH = ("push_to_hub", "push_public", "push_degraded")
 _REPAIR = (*_RUN, *_EXAMPLE, "finetune_first", "delete_degraded", "model", "data", "finetune", "repair", "score")
 
 
@@ -42,7 +43,7 @@ class Stage:
 STAGES = {
     "repair": Stage(
         does="Repair the safety of a fine-tuned model with one safety example; without a model, of the toy world's.",
-        reads=(*_REPAIR, "require", "plan.force"),
+        reads=(*_REPAIR, "require", *_PUSH, "plan.force"),
         examples=(
             "oneshot repair --model.path DIR --reference DIR_OR_HUB_ID --guard FILE --score.task FILE",
             "oneshot repair --launch zero3 --config llama3-70b --model.path DIR",
@@ -96,7 +97,7 @@ STAGES = {
     ),
     "plan": Stage(
         does="Show what a run takes in memory, disk and minutes, from config.json alone.",
-        reads=(*_REPAIR, "require", "plan"),
+        reads=(*_REPAIR, *_PUSH, "require", "plan"),
         examples=(
             "oneshot plan --model.path DIR_OR_HUB_ID --gpus 8 --gpu_memory 80GB",
             "oneshot plan --config llama3-70b --gpus 16 --stage finetune",

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import read_header
+from oneshot.checkpoint.effective import PREFIX as PREFIX
+from oneshot.checkpoint.effective import kinds_of, refuse
 from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oneshot.checkpoint.scaling import scalings
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors, Update, scaled
 from oneshot.errors import UserError
-from oneshot.reading import first_match, limited, read_object, reading
+from oneshot.reading import read_object, reading
 from oneshot.redact import redacted, without_secrets
 
 if TYPE_CHECKING:
     import torch
-
-PREFIX = "base_model.model."
-_PEFT_ALPHA = 8  # PEFT's default, where a config names none
-_PATTERN_SECONDS = 5.0  # for all modules of a model together, of which there are thousands
-# LoRA initializations under which PEFT also replaces the base's weights when it loads the adapter
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -46,43 +41,33 @@ def read_adapter(folder: Path) -> Adapter:
     """Read a PEFT LoRA adapter; factors are fp32 on the CPU, PEFT's scaling folded into ``b``.
 
     Raises:
-        UserError: not a LoRA, a cut-off file, tensors that are no plain LoRA factors (DoRA, biases, embeddings,
-            modules_to_save), which no low-rank update of a linear layer can express, or a LoRA that is more than its
-            factors (its initialization changes the base, or it is active only after certain tokens)
+        UserError: a cut-off file, or an adapter that is more than a low-rank update of linear layers, see
+            ``oneshot.checkpoint.effective``
     """
     from safetensors.torch import load_file
 
     check_sealed(folder, ADAPTER)
     config = read_object(folder / ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is a {config.get('peft_type')} adapter: oneshot works on LoRA adapters.")
-    init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(_CHANGES_BASE) or config.get("alora_invocation_tokens"):
-        what = f"init_lora_weights {init}" if init.startswith(_CHANGES_BASE) else "alora_invocation_tokens"
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG} has {what}, so the adapter is more than an update of its base: merge it with "
-            "PEFT first and give the merged checkpoint."
-        )
+    if more := kinds_of(folder).every:
+        base = config.get("base_model_name_or_path")
+        raise refuse(folder, more, base if isinstance(base, str) and base else None)
     path = folder / ADAPTER_TENSORS
-    read_header(path)
     with reading(path, "copy it again"):
         tensors = load_file(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
-        if match is None or tensor.ndim != 2:
-            raise UserError(
-                f"{path} holds {key}, which is not a plain LoRA factor of a linear layer: merge the adapter with "
-                "PEFT first and give the merged checkpoint."
-            )
+        assert match is not None, "kinds_of() has found every other"
         pairs.setdefault(match[1], {})[match[2]] = tensor
     update: Update = {}
     stored: Update = {}
-    ranks = {module: pair["A"].shape[0] for module, pair in pairs.items() if "A" in pair}
-    scaling = _scalings(config, ranks, folder / ADAPTER_CONFIG)
+    ranks = {module: pair["A"].shape[0] for module, pair in pairs.items() if "A" in pair and pair["A"].ndim}
+    scaling = scalings(config, ranks, folder / ADAPTER_CONFIG)
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise UserError(f"{path} holds only one factor of {module}: the adapter is incomplete, save it again.")
+        if any(one.ndim != 2 for one in pair.values()):
+            raise UserError(f"{path} holds factors of {module} that are no matrices: save the adapter again.")
         rank = pair["A"].shape[0]
         if pair["B"].shape[1] != rank or rank == 0:
             raise UserError(f"{path}: the factors of {module} do not fit ({pair['B'].shape}, {pair['A'].shape}).")
@@ -95,7 +80,13 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def write_patch(
-    folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype, parameters: Collection[str] = ()
+    folder: Path,
+    update: Update,
+    linears: list[str],
+    base: str,
+    dtype: torch.dtype,
+    parameters: Collection[str] = (),
+    commit: str | None = None,
 ) -> None:
     """Write an update as a PEFT LoRA adapter on ``base``, then read it back and compare.
 
@@ -107,6 +98,7 @@ def write_patch(
         linears: names of all linear layers of the model, to choose short target names that match exactly these
         dtype: of the stored factors
         parameters: those of the modules whose weight PEFT is told by its own name (``target_parameters``)
+        commit: of the base, where that is a Hub id
     """
     from peft import LoraConfig
 
@@ -118,6 +110,7 @@ def write_patch(
         target_modules=_target_names(sorted(update.keys() - set(parameters)), linears),
         target_parameters=[f"{name}.weight" for name in sorted(parameters)] or None,
         base_model_name_or_path=redacted(base),
+        revision=commit,
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -159,32 +152,6 @@ def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     again = load_file(path)
     if set(again) != set(tensors) or not all(torch.equal(again[k], t) for k, t in tensors.items()):
         raise OSError(f"{path} does not read back as it was written: is the disk full or failing?")
-
-
-def _scalings(config: dict[str, Any], ranks: dict[str, int], path: Path) -> dict[str, float]:
-    """PEFT's scaling of every module: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
-
-    Args:
-        ranks: by module; one of 0 has none
-        path: of the config, for messages
-    """
-    alphas, patterns = config.get("lora_alpha", _PEFT_ALPHA), config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{path} has an alpha_pattern that is no JSON object: restore it from its source.")
-    for name, alpha in (
-        ("lora_alpha", alphas),
-        *((f"alpha_pattern {key[:80]!r}", one) for key, one in patterns.items()),
-    ):
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise UserError(f"{path} has {name} {alpha!r}, which is no number: restore it from its source.")
-    found = {}
-    with limited(f"Matching the alpha_pattern of {path}", seconds=_PATTERN_SECONDS):
-        for module, rank in ranks.items():
-            own = first_match(patterns, module, path)
-            alpha = float(alphas if own is None else own)
-            if rank:
-                found[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return found
 
 
 def _padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:

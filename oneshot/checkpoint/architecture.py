@@ -34,6 +34,7 @@ class Architecture:
         tied: module names and stored tensors of an embedding that is also the output head
         quantized: stored tensors that QLoRA loads in 4 bits: linear layers, as transformers chooses them
         converted: stored tensors that transformers splits, fuses or permutes while it loads them
+        head, embedding: names of these modules, where the model has them
     """
 
     linears: dict[str, nn.Linear]
@@ -43,6 +44,8 @@ class Architecture:
     tied: frozenset[str]
     quantized: frozenset[str]
     converted: frozenset[str]
+    head: str | None = None
+    embedding: str | None = None
 
 
 def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code: bool = False) -> Architecture:
@@ -92,6 +95,8 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
         tied=frozenset(_tied(model, stored)),
         quantized=frozenset(name for name in quantized if name is not None),
         converted=converted,
+        head=next((name for name, module in model.named_modules() if module is head), None),
+        embedding=next((n for n, module in model.named_modules() if module is model.get_input_embeddings()), None),
     )
 
 

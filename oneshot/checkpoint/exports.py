@@ -4,59 +4,118 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch
-from oneshot.checkpoint.files import MARKER, is_adapter, is_degraded, resolve
+from oneshot.checkpoint.effective import Kinds, kinds_of, read_effective, refuse
+from oneshot.checkpoint.files import ADAPTER_CONFIG, MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import UPDATE, Identity, check_identity, read_identity
 from oneshot.checkpoint.injected import write_loadable
+from oneshot.checkpoint.merge import copy_tokenizer
+from oneshot.checkpoint.merge_effective import merged_by_peft, plan_effective
+from oneshot.checkpoint.merge_plan import MergePlan, adapter_terms, plan_merge
 from oneshot.checkpoint.standing import comes_from_degraded, mark_unmeasured, why_not_as_measured
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
+from oneshot.reading import read_object
 
 if TYPE_CHECKING:
     import torch
 
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*")
-
 
 @dataclass(frozen=True)
 class GivenAdapter:
-    """An adapter that the user named: its folder, what it holds, its weight in the sum, and what it belongs to."""
+    """An adapter that the user named: its folder, what it holds, its weight in the sum, and what it belongs to.
+
+    One of ``kinds`` that are more than a LoRA has no update of its own: only a merge can be made of it.
+    """
 
     folder: Path
     adapter: Adapter
     weight: float
     identity: Identity | None
+    kinds: Kinds = field(default_factory=Kinds)
 
 
 @phase("read")
-def read_given(sources: list[str], weights: list[float]) -> list[GivenAdapter]:
+def read_given(sources: list[str], weights: list[float], *, merging: bool = False) -> list[GivenAdapter]:
     """Read the adapters to export.
 
     Args:
         weights: one for each, or none
+        merging: they go into a checkpoint, as adapters of any kind can
 
     Raises:
         UserError: one is no LoRA adapter, is marked as safety-degraded, or is not finite
     """
+    import torch
+
     found = []
     for source, weight in zip(sources, weights or [1.0] * len(sources)):
         folder = resolve(source, "adapter")
         if not is_adapter(folder):
             raise UserError(f"{folder} holds no adapter_config.json: give the folder of a PEFT LoRA adapter.")
         refuse_degraded(folder)
+        kinds = kinds_of(folder) if merging else Kinds()
+        if kinds.every:
+            if kinds.never:
+                raise refuse(folder, kinds.never)
+            config = read_object(folder / ADAPTER_CONFIG)
+            found.append(
+                GivenAdapter(folder, Adapter({}, {}, {}, config, torch.float32), weight, read_identity(folder), kinds)
+            )
+            continue
         adapter = read_adapter(folder)
         for module, factors in adapter.stored.items():
             if not (factors.b.isfinite().all() and factors.a.isfinite().all()):
                 raise UserError(f"The adapter {folder} holds NaN or infinity in {module}: train or save it again.")
         found.append(GivenAdapter(folder, adapter, weight, read_identity(folder)))
     return found
+
+
+def plan_for(
+    runtime: Runtime, base: Path, given: list[GivenAdapter], *, sign: float, through_nf4: bool = False,
+    double_quant: bool = False, trust_remote_code: bool = False,
+) -> MergePlan:  # fmt: skip
+    """Work out the merge of adapters of any kind into a checkpoint.
+
+    Args:
+        sign: 1, or -1 to take them out of it
+        through_nf4, double_quant: as of ``plan_merge``
+
+    Raises:
+        UserError: one is more than a LoRA and not alone, at weight 1; or as of ``plan_merge``
+    """
+    more = next((one for one in given if one.kinds.every), None)
+    if more is None:
+        parts = [(f"The adapter {one.folder}", adapter_terms(one.adapter, sign * one.weight)) for one in given]
+        return plan_merge(
+            base, parts, through_nf4=through_nf4, double_quant=double_quant, trust_remote_code=trust_remote_code
+        )
+    kinds = ", ".join(more.kinds.every)
+    if len(given) > 1 or sign * more.weight != 1.0:
+        raise UserError(
+            f"{more.folder} is more than a LoRA of linear layers ({kinds}), which has no sum, no weight and no way "
+            "back: merge it alone, then the others into the result."
+        )
+    if not more.kinds.by_peft:
+        effective = read_effective(more.folder)
+    elif runtime.world_size > 1 or through_nf4:
+        raise UserError(
+            f"{more.folder} ({kinds}) is merged by PEFT, in the memory of one process: start oneshot export without a "
+            "launcher, and leave --base out."
+        )
+    else:
+        effective = merged_by_peft(base, more.folder, trust_remote_code=trust_remote_code)
+    return plan_effective(
+        base, more.folder, effective,
+        through_nf4=through_nf4, double_quant=double_quant, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 def refuse_degraded(folder: Path) -> None:
@@ -170,13 +229,7 @@ def write_adapter(
                     write_patch(temporary, *what)
                 else:
                     write_loadable(temporary, *what, adapter.plain)
-                _copy_tokenizer(tokenizer, temporary)
+                copy_tokenizer(tokenizer, temporary)
                 beside(temporary)
                 if adapter.marked:  # and after the card, in whose place it warns
                     mark_unmeasured(temporary, adapter.base, adapter.marked)
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for path in sorted({path for pattern in _TOKENIZER for path in source.glob(pattern)}):
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)

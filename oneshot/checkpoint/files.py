@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _ODD = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # in no name of a file or model
 
 
+_fetched: dict[tuple[str, str], Path] = {}  # Hub id and commit, of which the files never change -> folder
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a checkpoint: its shard, dtype (safetensors name), shape, and first byte in the shard."""
@@ -70,6 +73,8 @@ def resolve(source: str, what: str = "model", *, revision: str | None = None, na
         return here
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise UserError(f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name).")
+    if (found := _fetched.get((source, revision or ""))) is not None and found.is_dir():
+        return found
     say_fetching(what, source, revision=revision, named_by=named_by)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -84,6 +89,11 @@ def resolve(source: str, what: str = "model", *, revision: str | None = None, na
             f"The {what} {source}{at} is neither a folder here nor {had} ({type(error).__name__}): "
             "check the name, or download it first."
         ) from error
+
+
+def remember(source: str, commit: str, folder: Path) -> None:
+    """Have ``resolve`` not ask the Hub again for a commit that this process has fetched."""
+    _fetched[source, commit] = folder
 
 
 def is_adapter(folder: Path) -> bool:

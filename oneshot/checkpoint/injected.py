@@ -24,14 +24,22 @@ _FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(A|B)\.weight")
 _SHOWN = 3  # names of layers in a message
 
 
-def write_loadable(folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype, model: Any) -> None:
+def write_loadable(
+    folder: Path,
+    update: Update,
+    linears: list[str],
+    base: str,
+    dtype: torch.dtype,
+    model: Any,
+    commit: str | None = None,
+) -> None:
     """Write an update as ``write_patch`` does, by the first of three ways to name its layers that PEFT loads whole.
 
     Short names; full ones, where another module has a name of the same end; and the names of weights, for layers that
     PEFT takes for a part of fused experts (gate_proj, up_proj and down_proj of dense and shared MLPs in some mixtures).
 
     Args:
-        folder, update, linears, base, dtype: as of ``write_patch``
+        folder, update, linears, base, dtype, commit: as of ``write_patch``
         model: the base's, of transformers, its parameters on the meta device
 
     Raises:
@@ -39,7 +47,7 @@ def write_loadable(folder: Path, update: Update, linears: list[str], base: str, 
     """
     names, parameters, lost = linears, list[str](), list[str]()
     for _ in range(3):
-        write_patch(folder, update, names, base, dtype, parameters)
+        write_patch(folder, update, names, base, dtype, parameters, commit)
         if not (lost := not_injected(folder, model)):
             return
         names, parameters = [], [name for name in lost if name in update] if not names else []

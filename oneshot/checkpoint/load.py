@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.bases import base_of
 from oneshot.checkpoint.configs import read_tokenizer
 from oneshot.checkpoint.files import (
-    ADAPTER_CONFIG,
     find_weight,
     is_adapter,
     list_tensors,
@@ -52,6 +52,7 @@ class Source:
         dtype: of weights in memory and of compute (of 4-bit weights: what they are computed in)
         written: dtype of the patch and of checkpoints of trained weights; the checkpoint's own, or the settings'
         four_bit: whether linear weights are loaded in 4 bits
+        commit: of the checkpoint, where that is a Hub id
     """
 
     checkpoint: Path
@@ -61,6 +62,7 @@ class Source:
     dtype: torch.dtype
     written: torch.dtype
     four_bit: bool = False
+    commit: str | None = None
 
 
 def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
@@ -74,11 +76,11 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     import torch
 
     assert settings.path is not None
-    given = resolve(settings.path)
+    given = resolve(settings.path, revision=settings.revision)
     adapter = given if is_adapter(given) else None
     name = settings.path
     if adapter is not None:
-        name, checkpoint = _base_of(adapter, settings.base)
+        name, checkpoint = base_of(adapter, settings.base, settings.base_revision)
     else:
         checkpoint = given
     config = read_object(checkpoint / "config.json")
@@ -95,21 +97,8 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     base = str(checkpoint.resolve()) if local_folder(name) else name  # a Hub id stays one
     four_bit = packed or settings.quantize == "nf4"
     tokenizer = adapter if has_tokenizer and adapter else checkpoint
-    return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit)
-
-
-def _base_of(adapter: Path, asked: str | None) -> tuple[str, Path]:
-    """Name and folder of the checkpoint that an adapter stands on: the one asked for, else the one that it names."""
-    if asked:
-        return asked, resolve(asked, "base model")
-    path = adapter / ADAPTER_CONFIG
-    fields = read_object(path)
-    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
-    if not name or not isinstance(name, str):
-        raise UserError(f"{path} names no base model: give it with --model.base.")
-    if revision is not None and not isinstance(revision, str):
-        raise UserError(f"{path} has the revision {revision!r}, which is no text: restore it from its source.")
-    return name, resolve(name, "base model", revision=revision, named_by=path)
+    commit = None if local_folder(name) else checkpoint.name if checkpoint.parent.name == "snapshots" else None
+    return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit, commit)
 
 
 def why_fp32(source: Source) -> str | None:

@@ -21,7 +21,8 @@ from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
-from oneshot.checkpoint.merge_plan import MergePlan, Term, plan_merge, shared_out
+from oneshot.checkpoint.merge_plan import Change, MergePlan, Term, plan_merge, shared_out
+from oneshot.checkpoint.names import CONFIG, TOKENIZER
 from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _PIECE = 8 << 20  # bytes read and written at a time, about
 _BLOCK = 1 << 18  # elements computed at a time, about: in fp32 they stay in the processor's cache
+_UNCHANGED = Change()
 _ROWS = 64  # rows come in multiples of this: BLAS then gives the bits that it gives for the whole product
 _COPIED_AS = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}  # bytes are copied as integers: dtypes without a torch name too
 
@@ -119,20 +121,30 @@ def _merged(runtime: Runtime, plan: MergePlan, share: list[str]) -> Iterator[tup
 
     buffers = itertools.cycle([torch.empty(_PIECE, dtype=torch.uint8) for _ in range(2)])
     for name in share:
-        slot, terms = plan.slots[name], plan.terms.get(name)
+        slot, terms, change = plan.slots[name], plan.terms.get(name), plan.changes.get(name, _UNCHANGED)
+        altered = terms is not None or change is not _UNCHANGED
         row = max(1, math.prod(slot.shape[1:]))
-        whole = _dequantized(runtime, plan, name) if name in plan.packed or name in plan.quantized else None
+        whole = _whole(runtime, plan, name)
         entry, item = plan.tensors[name], ITEM_SIZES[slot.dtype]
-        if terms is None and whole is None:
+        if not altered and whole is None:
             entry = replace(entry, dtype=_COPIED_AS[item])
         rows = math.prod(slot.shape) // row
         for first, last in _cuts(rows, _PIECE // (row * item)):
             start, stop = first * row, last * row
             values = _filled(next(buffers), plan, name, entry, start, stop) if whole is None else whole[start:stop]
-            if terms is not None:
-                _add(values.view(-1, row), first, terms)
+            if altered:
+                _alter(values.view(-1, row), first, terms or [], change)
                 _check_finite(values, name, slot.dtype, plan.base)
             yield name, start, values
+
+
+def _whole(runtime: Runtime, plan: MergePlan, name: str) -> torch.Tensor | None:
+    """A whole tensor, flat, where it is not the stored one: another in its place, or one after NF4."""
+    change = plan.changes.get(name)
+    if change is not None and change.whole is not None:
+        dtype = torch_dtype(replace(plan.tensors[name], dtype=plan.slots[name].dtype), name)
+        return change.whole.to(dtype, copy=True).flatten()
+    return _dequantized(runtime, plan, name) if name in plan.packed or name in plan.quantized else None
 
 
 def _dequantized(runtime: Runtime, plan: MergePlan, name: str) -> torch.Tensor:
@@ -160,16 +172,27 @@ def _filled(
     return values
 
 
-def _add(rows: torch.Tensor, first: int, terms: list[Term]) -> None:
-    """Add to rows of a weight, of which the first has number ``first``, in place: in fp32, rounded once."""
+def _alter(rows: torch.Tensor, first: int, terms: list[Term], change: Change) -> None:
+    """Change rows of a tensor, of which the first has number ``first``, in place: in fp32, rounded once."""
     import torch
 
+    if change.rows is not None:
+        for number, values in zip(*change.rows):
+            if first <= number < first + len(rows):
+                rows[number - first] = values.to(rows.dtype)
+    if not terms and change.added is None and change.norms is None:
+        return
     wide = torch.promote_types(rows.dtype, torch.float32)
     for begin, end in _cuts(len(rows), _BLOCK // rows.shape[1]):
         total = rows[begin:end].to(wide, copy=True)
+        own = slice(first + begin, first + end)
         for term in terms:
-            product = term.factors.b[first + begin : first + end] @ term.factors.a
+            product = term.factors.b[own] @ term.factors.a
             total += product.mul_(term.scale)  # scaled after the product: PEFT's order, hence its bits
+        if change.added is not None:
+            total += change.added[own, None]
+        if change.norms is not None:
+            total *= (change.norms[own] / torch.linalg.norm(total, dim=1))[:, None]
         rows[begin:end] = total
 
 
@@ -195,9 +218,21 @@ def _carry(plan: MergePlan, folder: Path) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         with naming(folder / path):
             shutil.copyfile(plan.base / path, folder / path)
+    if plan.tokenizer is not None:
+        copy_tokenizer(plan.tokenizer, folder)
+    if not plan.packed and not plan.config:
+        return
+    config = {**json.loads((folder / CONFIG).read_text(encoding="utf-8")), **plan.config}
     if plan.packed:  # the weights are no longer what this file says
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         del config["quantization_config"]
         for key in config.keys() & {"dtype", "torch_dtype"}:
             config[key] = "bfloat16"
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy tokenizer and chat template."""
+    for path in sorted({path for pattern in TOKENIZER for path in source.glob(pattern)}):
+        if path.is_file():
+            with naming(folder / path.name):
+                shutil.copyfile(path, folder / path.name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Adapter
 from oneshot.checkpoint.architecture import Architecture, architecture_of
@@ -17,6 +18,9 @@ from oneshot.checkpoint.update import Factors
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
 from oneshot.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 _MERGED_COST = 3  # of a tensor that is computed, against one of its size that is copied
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
 _UNPACKED = "BF16"  # dtype of what bitsandbytes had packed
@@ -28,6 +32,23 @@ class Term:
 
     factors: Factors
     scale: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a tensor beside summands of factors.
+
+    Attributes:
+        whole: what is in its place, before anything is added
+        rows: (numbers of rows, the rows), in the place of those
+        added: (m,), added to a bias
+        norms: (m,), the norm that each row has in the end
+    """
+
+    whole: torch.Tensor | None = None
+    rows: tuple[list[int], torch.Tensor] | None = None
+    added: torch.Tensor | None = None
+    norms: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,9 @@ class MergePlan:
         slots: where each tensor goes
         headers: of each shard file that is written
         files: relative paths of what is carried over as it is
+        changes: stored tensor -> what becomes of it beside the terms
+        config: fields of config.json that become others
+        tokenizer: folder whose tokenizer takes the place of the base's; none: the base's stays
     """
 
     base: Path
@@ -57,6 +81,14 @@ class MergePlan:
     slots: dict[str, Slot]
     headers: dict[str, bytes]
     files: list[Path]
+    changes: dict[str, Change] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+
+    @property
+    def changed(self) -> int:
+        """How many tensors are others than the base's."""
+        return len(self.terms.keys() | self.changes.keys())
 
     @property
     def nbytes(self) -> int:
@@ -104,15 +136,15 @@ def plan_merge(
     for what, added in parts:
         for module, term in added.items():
             name = _stored_weight(what, module, base, tensors, architecture)
-            terms.setdefault(name, []).append(_fitting(what, module, term, name, shapes[name], base, architecture))
+            terms.setdefault(name, []).append(fitting(what, module, term, name, shapes[name], base, architecture))
             if dtypes[name] not in FLOATS:
                 raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
     slots, headers = plan_shards(shapes, dtypes, max_bytes)
     quantized = architecture.quantized if through_nf4 else frozenset()
-    return MergePlan(base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, _carried(base))
+    return MergePlan(base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, carried(base))
 
 
-def _fitting(
+def fitting(
     what: str, module: str, term: Term, name: str, shape: tuple[int, ...], base: Path, architecture: Architecture
 ) -> Term:
     """The term as it is added to the stored weight ``name``; its shape is checked."""
@@ -155,7 +187,7 @@ def _stored_weight(
 def shared_out(plan: MergePlan, world_size: int) -> list[list[str]]:
     """Return each rank's tensors, in the order of the files; the largest were first given to who had least to do."""
     cost = {name: tensor_bytes(slot.shape, slot.dtype) for name, slot in plan.slots.items()}
-    for name in {*plan.terms, *plan.quantized, *plan.packed}:
+    for name in {*plan.terms, *plan.changes, *plan.quantized, *plan.packed}:
         cost[name] *= _MERGED_COST
     shares: list[list[str]] = [[] for _ in range(world_size)]
     load = [0] * world_size
@@ -167,7 +199,7 @@ def shared_out(plan: MergePlan, world_size: int) -> list[list[str]]:
     return [sorted(share, key=place.__getitem__) for share in shares]
 
 
-def _carried(base: Path) -> list[Path]:
+def carried(base: Path) -> list[Path]:
     """What a merge carries over from a checkpoint: all but weights, what is about them, the card, and hidden files."""
     found = []
     for parent, folders, names in os.walk(base):

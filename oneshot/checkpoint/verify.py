@@ -11,6 +11,7 @@ from pathlib import Path
 
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
+from oneshot.checkpoint.effective import kinds_of, read_effective
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header
 from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
@@ -97,7 +98,11 @@ def tensors_of(folder: Path) -> dict[str, TensorEntry]:
         UserError: a shard is missing or cut off, the index does not fit the shards, or an adapter is none of PEFT's
     """
     if is_adapter(folder):
-        read_adapter(folder)
+        kinds = kinds_of(folder)
+        if not kinds.every:
+            read_adapter(folder)
+        elif not kinds.by_peft:
+            read_effective(folder)
         return read_header(folder / ADAPTER_TENSORS)
     return list_tensors(folder)
 

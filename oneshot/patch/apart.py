@@ -28,7 +28,9 @@ def check_named_apart(settings: Settings) -> None:
     if path is None or reference is None:
         return
     ours, theirs = local_folder(path), local_folder(reference)
-    if path == reference or (ours is not None and theirs is not None and ours.resolve() == theirs.resolve()):
+    if (path == reference and settings.model.revision == settings.reference_revision) or (
+        ours is not None and theirs is not None and ours.resolve() == theirs.resolve()
+    ):
         raise UserError(
             f"Model and reference are the same, {path}: give the fine-tuned checkpoint as --model.path, and what it "
             "was fine-tuned from as --reference."

@@ -26,7 +26,9 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     """
     source = find_source(settings.model, runtime)
     adapter = read_adapter(source.adapter) if source.adapter else None
-    reference = resolve(settings.reference, "reference") if settings.reference else None
+    reference = None
+    if settings.reference:
+        reference = resolve(settings.reference, "reference", revision=settings.reference_revision)
     if reference is not None and adapter is None:
         check_reference(source.checkpoint, reference)
     tokenizer = load_tokenizer(source, settings.model)

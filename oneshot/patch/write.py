@@ -77,7 +77,8 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                     write_repaired_adapter(temporary, request.adapter, update)
                 else:
                     plain = skeleton(source.checkpoint, source.written, "eager", settings.trust_remote_code)
-                    write_loadable(temporary, update, bench.linears.every, source.name, source.written, plain)
+                    named = (bench.linears.every, source.name, source.written)
+                    write_loadable(temporary, update, *named, plain, source.commit)
                 request.tokenizer.save_pretrained(temporary)
                 write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
                 begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes

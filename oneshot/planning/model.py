@@ -41,13 +41,16 @@ def read_model(settings: Settings) -> PlannedModel:
     Raises:
         UserError: no model named, no config.json to be had, or one that transformers cannot build
     """
-    name = settings.model.path
+    name, revision = settings.model.path, settings.model.revision
     if name is None:
         raise UserError("There is nothing to plan: name a folder, a config.json or a Hub id with --model.path.")
     path = local_folder(name) or Path(name).expanduser()
     adapter = path.is_dir() and is_adapter(path)
     if adapter:
-        name = str(settings.model.base or read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        fields = read_object(path / ADAPTER_CONFIG)
+        name = str(settings.model.base or fields.get("base_model_name_or_path") or "")
+        own = None if settings.model.base else fields.get("revision")
+        revision = settings.model.base_revision or (str(own) if own else None)
         path = local_folder(name) or Path(name).expanduser()
     if path.is_dir():
         weights = list_tensors(path) if (path / INDEX).is_file() or (path / SINGLE).is_file() else None
@@ -58,7 +61,7 @@ def read_model(settings: Settings) -> PlannedModel:
         config = read_object(path)
         return PlannedModel(name, model_shape(config, remote=own_code(settings.model, config, path.parent)), adapter)
     known = read_json(root() / "launch" / "runs" / "shapes.json")
-    return PlannedModel(name, model_shape(known.get(name) or read_object(_from_hub(name))), adapter)
+    return PlannedModel(name, model_shape(known.get(name) or read_object(_from_hub(name, revision))), adapter)
 
 
 def own_code(settings: ModelSettings, config: Mapping[str, Any], folder: Path) -> Path | None:
@@ -66,16 +69,16 @@ def own_code(settings: ModelSettings, config: Mapping[str, Any], folder: Path) -
     return folder if settings.trust_remote_code and "auto_map" in config else None
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str | None) -> Path:
     """The config.json of a Hub id, alone."""
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"The model {name} does not exist: give a folder, a config.json or a Hub id (owner/name).")
-    say_fetching("config.json of the model", name)
+    say_fetching("config.json of the model", name, revision=revision)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"The config.json of {name} is neither here nor to be had from the Hub ({type(error).__name__}): "

@@ -70,7 +70,7 @@ def merge_card(
     facts = {
         **_facts("subtract" if subtract else "merge", given, base),
         "base_fingerprint": base_fingerprint,
-        "base_form": form, "double_quant": plan.double_quant, "tensors_changed": len(plan.terms),
+        "base_form": form, "double_quant": plan.double_quant, "tensors_changed": plan.changed,
         "tensors_through_nf4": len(plan.packed) or len(plan.quantized),
         "base_was_degraded": source, "safety_degraded": bool(marked), "library": "transformers",
     }  # fmt: skip
@@ -84,9 +84,14 @@ def merge_card(
     verb, joint = ("Subtracted", "from") if subtract else ("Added", "to")
     lines = [
         f"{verb} {_described(given)} {joint} {base} (fingerprint {facts['base_fingerprint'][:16]}): "
-        f"{len(plan.terms)} of {len(plan.tensors)} tensors changed.",
+        f"{plan.changed} of {len(plan.tensors)} tensors changed.",
         forms[form],
         "Sums were computed in fp32 and rounded once to the dtype of the file.",
+    ]
+    lines += [
+        f"{one.folder} is {', '.join(one.kinds.every)}: its effective weights were merged."
+        for one in given
+        if one.kinds.every
     ]
     if marked:
         lines.append(_marked(marked))
@@ -146,6 +151,7 @@ def _facts(operation: str, given: list[GivenAdapter], base: str) -> dict[str, An
             "weight": one.weight,
             "kind": one.identity.kind if one.identity else None,
             "base": one.identity.base if one.identity else one.adapter.config.get("base_model_name_or_path"),
+            "kinds": one.kinds.every,
             "sha256": hashlib.sha256((one.folder / ADAPTER_TENSORS).read_bytes()).hexdigest(),
         }
         for one in given

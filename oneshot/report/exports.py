@@ -13,6 +13,7 @@ from oneshot.checkpoint.exports import (
     check_base,
     check_out,
     check_space,
+    plan_for,
     read_given,
     refuse_degraded,
     why_derived_marked,
@@ -23,7 +24,6 @@ from oneshot.checkpoint.files import find_weight, is_adapter, list_tensors, reso
 from oneshot.checkpoint.identity import UPDATE, same_base, store_identity, write_identity
 from oneshot.checkpoint.lock import locked
 from oneshot.checkpoint.merge import merge
-from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
 from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.ranges import torch_dtype
 from oneshot.checkpoint.standing import NF4, NF4_DOUBLE, ORIGINAL, PACKED
@@ -135,15 +135,17 @@ def _export(runtime: Runtime, request: ExportRequest, command: str) -> Exported:
 
 def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -> Exported:
     """Add the adapters to a checkpoint, or take them out of it."""
-    base, given = _checkpoint(model, "model"), read_given(request.adapters, request.weights)
+    base, given = _checkpoint(model, "model"), read_given(request.adapters, request.weights, merging=True)
     check_out(request.out, [base, *(one.folder for one in given)])
     with agree(runtime, f"checking {base}"):
         if runtime.is_main and not request.force:
             check_base(base, given, subtract=request.subtract)
     sign = -1.0 if request.subtract else 1.0
-    plan = plan_merge(
+    plan = plan_for(
+        runtime,
         base,
-        [(f"The adapter {one.folder}", adapter_terms(one.adapter, sign * one.weight)) for one in given],
+        given,
+        sign=sign,
         through_nf4=request.base == "dequantized",
         double_quant=request.double_quant,
         trust_remote_code=request.trust_remote_code,

@@ -78,6 +78,13 @@ def version_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     made = [(name, str(report[name])) for name in ("date", "command") if report.get(name)]
     run = [*made, ("ranks", str(report["world_size"])), ("seed", str(report["seed"]))]
     run.append(("judge", report.get("judge", JUDGE)))
+    named: dict[str, Any] = report.get("settings") or {}
+    model = named.get("model") or {}
+    commits = {
+        "model": model.get("revision"), "base": model.get("base_revision"),
+        "reference": named.get("reference_revision"),
+    }  # fmt: skip
+    run += [(f"{name}, commit on the Hub", str(commit)) for name, commit in commits.items() if commit]
     return run + [(name, version or "not installed") for name, version in (report.get("versions") or {}).items()]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.standing import GOOD, settle
+from oneshot.redact import redacted
 from oneshot.report.card import front_matter
 from oneshot.report.facts import how_chosen, repair_rows
 from oneshot.report.judging import judging_lines
@@ -21,7 +23,7 @@ _LOADED = {
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        'base = AutoModelForCausalLM.from_pretrained("BASE")',
+        "base = AutoModelForCausalLM.from_pretrained(BASE)",
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
     ],
     REPAIRED: [
@@ -38,6 +40,7 @@ def write_model_cards(
     *,
     base: str,
     degraded: bool,
+    commit: str | None = None,
     made: Sequence[str] = (PATCH, REPAIRED),
     partly: Mapping[str, str] | None = None,
 ) -> None:
@@ -50,6 +53,7 @@ def write_model_cards(
         report: as ``build_report`` makes it
         base: name of the checkpoint that was repaired
         degraded: it is, or was, marked as safety-degraded
+        commit: of the checkpoint, where that is a Hub id
         made: names of the folders that this run wrote; another one of an earlier run was not measured
         partly: folder's name -> why what it holds is not what was measured
     """
@@ -58,12 +62,14 @@ def write_model_cards(
         folder, why = run_dir / name, partly.get(name, "")
         if folder.is_dir():
             unsafe = degraded and (verdict.word not in GOOD or bool(why))
-            lines = _card(folder, report, base=base, degraded=degraded, unsafe=unsafe)
+            lines = _card(folder, report, base=base, commit=commit, degraded=degraded, unsafe=unsafe)
             write_whole(folder / CARD, "\n".join(lines))
             settle(folder, verdict.word, verdict.doubts, base=base, degraded=degraded, partly=why)
 
 
-def _card(folder: Path, report: Mapping[str, Any], *, base: str, degraded: bool, unsafe: bool) -> list[str]:
+def _card(
+    folder: Path, report: Mapping[str, Any], *, base: str, commit: str | None, degraded: bool, unsafe: bool
+) -> list[str]:
     summary, name = summarize(report), folder.name
     what = "A safety patch (LoRA adapter)" if name == PATCH else "A repaired checkpoint"
     lines = front_matter(base, "peft" if name == PATCH else "transformers", ["oneshot", "safety"])
@@ -72,8 +78,9 @@ def _card(folder: Path, report: Mapping[str, Any], *, base: str, degraded: bool,
         lines += ["It comes from a model that was fine-tuned on purpose on data that removes its refusals.", ""]
     else:
         lines += [f"# {what} for {inline(Path(base).name)}", ""]
+    at = f" at commit {inline(commit)}" if commit else ""
     made_from = " (marked as safety-degraded)" if degraded else ""
-    lines += [f"{what} by oneshot's one-shot repair of {inline(base)}{made_from}.", ""]
+    lines += [f"{what} by oneshot's one-shot repair of {inline(base)}{at}{made_from}.", ""]
     lines += [f"Outcome: **{inline(summary.verdict.headline)}**. {inline(summary.text)}", ""]
     lines += [inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
     lines += ["## Measured", "", *(stages_lines(report["stages"]) or ["Nothing was measured."]), ""]
@@ -85,8 +92,14 @@ def _card(folder: Path, report: Mapping[str, Any], *, base: str, degraded: bool,
         lines += ["## The one example", "", inline(how_chosen(example)), "", *fenced(example.get("prompt", ""))]
         lines += ["", "Answer that was learnt:", "", *fenced(example.get("response", "")), ""]
     lines += ["## The repair", "", *pairs_lines(repair_rows(report.get("repair"))), ""]
-    lines += ["## Use", "", "```python", *_LOADED[name], "```", ""]
-    if name == PATCH and (command := serve_command(base, "THIS FOLDER", largest_rank(folder))):
+    lines += ["## Use", "", "```python", *(line.replace("BASE", _as_code(base, commit)) for line in _LOADED[name])]
+    lines += ["```", ""]
+    if name == PATCH and (command := serve_command(base, "THIS FOLDER", largest_rank(folder), commit)):
         lines += ["```bash", command, "```", ""]
     packages = [(package, version or "not installed") for package, version in report["versions"].items()]
     return [*lines, "## Versions", "", *pairs_lines(packages), ""]
+
+
+def _as_code(base: str, commit: str | None) -> str:
+    """The base as Python's arguments of ``from_pretrained``."""
+    return json.dumps(redacted(base)) + (f", revision={json.dumps(commit)}" if commit else "")

@@ -11,19 +11,21 @@ from oneshot.checkpoint.files import ADAPTER_CONFIG, read_json
 RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
 
 
-def serve_command(base: str, patch: str, rank: int) -> str:
+def serve_command(base: str, patch: str, rank: int, commit: str | None = None) -> str:
     """Return the command by which vLLM serves a patch beside the model that it is for; "" where it takes no such rank.
 
     Args:
         base: the checkpoint that it belongs to, a folder or a Hub id
         patch: folder of the adapter
+        commit: of the base, where that is a Hub id
         rank: the largest of its modules; 0 where that is not known
     """
     fits = next((taken for taken in RANKS if taken >= rank), None)
     if not rank or fits is None:
         return ""
     wide = [] if rank <= DEFAULT_RANK else ["--max-lora-rank", str(fits)]
-    return shlex.join(["vllm", "serve", base, "--enable-lora", *wide, "--lora-modules", f"safe={patch}"])
+    pinned = ["--revision", commit] if commit else []
+    return shlex.join(["vllm", "serve", base, *pinned, "--enable-lora", *wide, "--lora-modules", f"safe={patch}"])
 
 
 def largest_rank(patch: Path) -> int:

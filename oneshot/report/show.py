@@ -85,7 +85,8 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
     outcome = outcome_fields(report)
     report = {"schema": report["schema"], "outcome": outcome, **report}
     cards = partial(
-        write_model_cards, run_dir, report, base=request.source.name, degraded=from_degraded(request),
+        write_model_cards, run_dir, report, base=request.source.name, commit=request.source.commit,
+        degraded=from_degraded(request),
         made=[PATCH, *([REPAIRED] if settings.repair.merge else [])], partly=_unmeasured(repaired),
     )  # fmt: skip
     write_outputs(run_dir, report, stages, cards)

@@ -19,6 +19,8 @@ class ModelSettings:
         paths: a pattern of adapter folders of one base, such as 'adapters/*': oneshot repair repairs them one after the
             other and loads the base once; in place of path
         base: the base model of an adapter folder, where the one named in its config is not to be used
+        revision: branch, tag or commit of path, where that is a Hub id; a run's own settings name the commit
+        base_revision: the same of an adapter's base; none: as the adapter's config says, else the newest
         dtype: weights and compute; auto takes the checkpoint's own, but computes in fp32 on a CPU without instructions
             for it
         quantize: nf4 quantizes linear weights to 4 bits while they are read (they cannot be trained then)
@@ -35,6 +37,8 @@ class ModelSettings:
     path: str | None = None
     paths: str | None = None
     base: str | None = None
+    revision: str | None = None
+    base_revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["nf4"] | None = None
     double_quant: bool = False

@@ -39,6 +39,7 @@ class Settings:
         watch_prompts: JSONL file of unlabelled prompts that the watch looks at, to be answered as before, or, with kind
             should_refuse, to be refused; none: the shipped ones and some of the guard's file
         reference: the aligned checkpoint from which the model was fine-tuned
+        reference_revision: branch, tag or commit of the reference, where that is a Hub id
         finetune_first: first fine-tune the model as data and finetune say, then repair (or look at) the result, with
             that model as the reference
         seed: seed of data order and initialization
@@ -50,6 +51,10 @@ class Settings:
         delete_degraded: remove the safety-degraded checkpoint that this run itself makes, once it has been measured;
             never one that is given
         offline: fetch nothing from the Hub, neither models nor data sets; what is in its cache is used
+        push_to_hub: OWNER/NAME of a private repository on the Hub that takes the patch and the report once the repair
+            is finished (a repaired checkpoint: OWNER/NAME-repaired); oneshot push does it later
+        push_public: make that repository public
+        push_degraded: push also what is marked as safety-degraded; never to a public repository
         require: end with exit code 4 unless this is the outcome of the repair, without doubts
         profile: write and print a table of where the time goes: by phase seconds, tokens per second, bytes and peaks
         debug: full tracebacks
@@ -71,6 +76,7 @@ class Settings:
     guard: str | None = None
     watch_prompts: str | None = None
     reference: str | None = None
+    reference_revision: str | None = None
     finetune_first: bool = False
     seed: int = 0
     preflight: Literal["auto", "always", "never"] = "auto"
@@ -79,6 +85,9 @@ class Settings:
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     delete_degraded: bool = False
     offline: bool = False
+    push_to_hub: str | None = None
+    push_public: bool = False
+    push_degraded: bool = False
     require: Literal["repaired"] | None = None
     profile: bool = False
     debug: bool = False

@@ -14,6 +14,7 @@ from oneshot.settings.run import Settings, to_dict
 # what changes how a run goes, and not what it comes to
 FREE = (
     "out", "preflight", "hang_minutes", "resume", "log_with", "delete_degraded", "require", "offline", "profile",
+    "push_to_hub", "push_public", "push_degraded",
     "debug", "plan",
     "model.stock_io", "finetune.save_every", "finetune.keep", "finetune.state_moments", "finetune.cache",
 )  # fmt: skip

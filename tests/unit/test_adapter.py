@@ -149,32 +149,6 @@ def change_tensors(folder, change):
     save_file(tensors, folder / ADAPTER_TENSORS)
 
 
-def test_adapters_that_no_low_rank_update_expresses_are_refused(tmp_path):
-    for number, (options, key) in enumerate(
-        [
-            ({"use_dora": True}, "lora_magnitude_vector"),
-            ({"modules_to_save": ["lm_head"]}, "lm_head"),
-            ({"bias": "all", "target_modules": ["q_proj"]}, "bias"),
-            ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
-            ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-            ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_B.bias"),
-        ]
-    ):
-        folder = tmp_path / str(number)
-        users_adapter(folder, "qwen2", **options)
-        with pytest.raises(
-            UserError, match=rf"adapter_model\.safetensors holds \S*{key}\S*, which is not a plain LoRA"
-        ):
-            read_adapter(folder)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_adapters_that_replace_the_base_weights_are_refused(init, tmp_path):
-    users_adapter(tmp_path, init_lora_weights=init)
-    with pytest.raises(UserError, match=rf"adapter_config\.json.*{init}"):
-        read_adapter(tmp_path)
-
-
 def test_damaged_adapters_are_refused(tmp_path):
     def fresh(name):
         users_adapter(tmp_path / name)
@@ -223,7 +197,7 @@ def test_damaged_adapters_are_refused(tmp_path):
     other = fresh("other")
     config = json.loads((other / ADAPTER_CONFIG).read_text())
     (other / ADAPTER_CONFIG).write_text(json.dumps({**config, "peft_type": "IA3"}))
-    with pytest.raises(UserError, match="is a IA3 adapter"):
+    with pytest.raises(UserError, match=r"\(IA3 adapter\): merge it first"):
         read_adapter(other)
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from oneshot.checkpoint import adapter as adapter_module
+from oneshot.checkpoint import scaling
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
 from oneshot.checkpoint.files import INDEX, list_tensors, read_header, read_json
@@ -147,7 +147,7 @@ def test_an_adapter_config_of_wrong_types_is_refused(fields, lora):
 
 
 def test_a_pattern_that_never_ends_is_given_up(lora, monkeypatch):
-    monkeypatch.setattr(adapter_module, "_PATTERN_SECONDS", 0.3)
+    monkeypatch.setattr(scaling, "_PATTERN_SECONDS", 0.3)
     folder = lora({"alpha_pattern": {"((((l|a|y|e|r|s|[.a-z0-9_])*)*)*)*!": 4}})
     said = says(folder / "adapter_config.json", lambda: read_adapter(folder))
     assert "alpha_pattern" in said
