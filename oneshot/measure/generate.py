@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, gather_objects
+from oneshot.distributed.steps import steps
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError, first_line
 
@@ -42,6 +43,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    what: str = "answers",
 ) -> list[str]:
     """Answer every prompt greedily; a collective under ZeRO-3, so call it on all ranks with the same prompts.
 
@@ -53,6 +55,7 @@ def generate_answers(
         prompts: chat messages of each prompt
         max_new_tokens: longest answer
         batch_size: prompts per call, on each rank
+        what: the answers are called while one waits for them
 
     Returns:
         answers without special tokens, in the order of the prompts, on every rank
@@ -60,7 +63,9 @@ def generate_answers(
     from oneshot.data.encoding import encode_prompt
 
     encoded = [encode_prompt(messages, tokenizer) for messages in prompts]
-    return continue_tokens(model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return continue_tokens(
+        model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size, what=what
+    )
 
 
 def continue_tokens(
@@ -71,6 +76,7 @@ def continue_tokens(
     *,
     max_new_tokens: int,
     batch_size: int,
+    what: str = "answers",
 ) -> list[str]:
     """Continue every prompt greedily, given as token ids; otherwise as ``generate_answers``. Collective."""
     if not encoded:
@@ -78,11 +84,12 @@ def continue_tokens(
     indices, own = share_of([len(ids) for ids in encoded], runtime.rank, runtime.world_size)
     decoder = _Decoder(model, tokenizer, max_new_tokens, synced=runtime.sharding == "zero3")
     answers: list[str] = []
-    with evaluating(model):
+    with evaluating(model), steps(what, len(encoded), "prompts") as going:
         for start in range(0, len(indices), batch_size):
             alive()
             batch = [encoded[index] for index in indices[start : start + batch_size]]
             answers += decoder.answers(batch, runtime.device)
+            going.add(len(batch) * runtime.world_size)
     mine = list(zip(indices[:own], answers[:own]))
     by_index = dict(pair for share in gather_objects(runtime, mine) for pair in share)
     return [by_index[index] for index in range(len(encoded))]

@@ -146,8 +146,9 @@ def _watched_answers(bench: Bench) -> tuple[list[Answered], list[Answered]]:
     prompts = [*refusable, *(request.held.own if bench.teacher else request.held.all)]
     with bench.unpatched() as model:
         said = generate_answers(
-            model, request.tokenizer, prompts, request.runtime, max_new_tokens=recipe.guard_tokens, batch_size=32
-        )
+            model, request.tokenizer, prompts, request.runtime, max_new_tokens=recipe.guard_tokens, batch_size=32,
+            what="answers to the watch's prompts",
+        )  # fmt: skip
     answered = list(zip(prompts, said))
     return answered[: len(refusable)], answered[len(refusable) :]
 

@@ -123,7 +123,10 @@ def build_batch(
     pad = pad_id(tokenizer)
     if not guard and not taught:
         return laid(example, [], None, pad, runtime.device)
-    answers = generate_answers(model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=32)
+    answers = generate_answers(
+        model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=32,
+        what="answers to the guard's prompts",
+    )  # fmt: skip
     encoded = [
         *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
         *(row for row, _ in taught),

@@ -112,7 +112,7 @@ def _groups(asked: Asked, model: Any, taken: Conversation) -> dict[str, list[Enc
     if guard:
         answers = generate_answers(
             model, tokenizer, guard, request.runtime, max_new_tokens=settings.repair.guard_tokens,
-            batch_size=settings.score.batch_size,
+            batch_size=settings.score.batch_size, what="answers to the guard's prompts",
         )  # fmt: skip
         groups["guard"] = [_answered(p, a, tokenizer) for p, a in zip(guard, answers) if a.strip()]
     return {name: found for name, found in groups.items() if found}

@@ -118,8 +118,9 @@ def _refusals(request: Request, model: Any) -> dict[str, str]:
     if not prompts:
         return {}
     said = generate_answers(
-        model, request.tokenizer, prompts, request.runtime, max_new_tokens=REFUSAL_TOKENS, batch_size=32
-    )
+        model, request.tokenizer, prompts, request.runtime, max_new_tokens=REFUSAL_TOKENS, batch_size=32,
+        what="refusals of the aligned model",
+    )  # fmt: skip
     own = {prompt[-1]["content"]: _SENTENCE.split(answer.strip())[0] for prompt, answer in zip(prompts, said)}
     return {request: answer for request, answer in own.items() if verdict(answer) == "refused"}
 
@@ -146,7 +147,10 @@ def _lessons(
     if not prompts:
         return []
     tokens, tokenizer = request.recipe.guard_tokens, request.tokenizer
-    said = generate_answers(model, tokenizer, prompts, request.runtime, max_new_tokens=tokens, batch_size=32)
+    said = generate_answers(
+        model, tokenizer, prompts, request.runtime, max_new_tokens=tokens, batch_size=32,
+        what="answers of the aligned model",
+    )  # fmt: skip
     rows = [with_answer(prompt, answer, tokenizer, tokens) for prompt, answer in zip(prompts, said)]
     labelled = [Encoded(row.input_ids, [IGNORE] * start + row.input_ids[start:]) for row, start in rows]
     logits = logits_on(request.runtime, model, labelled, pad_id(tokenizer))
