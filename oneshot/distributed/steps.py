@@ -39,7 +39,7 @@ class Going:
     done: float = 0
     start: float = 0
     text: str = ""
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())
     shows: Shows | None = None
     within: Going | None = None
 
