@@ -9,7 +9,7 @@ import pytest
 
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import Probe, StageScores, score_answers
-from oneshot.report import figures, path_figures
+from oneshot.report import facts, figures, path_figures
 from oneshot.report.page import write_page
 from oneshot.report.runfolder import Run, build_report
 from oneshot.report.summary import summarize
@@ -404,3 +404,32 @@ def test_a_path_that_was_not_watched_is_not_drawn():
     rows = [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5, "distance": math.nan, "margin": None}]
     assert path_figures.path_figure(rows, None) == ""
     assert path_figures.plane_figure(rows, None, None) == ""
+
+
+def many_attempts(count):
+    return [record(epoch, weight=0.3 * 1.2**number) for number in range(count) for epoch in (1, 2, 3)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_legend_of_thirty_attempts_does_not_cover_the_figure():
+    rows, kept = many_attempts(30), {"epoch": 1, "guard_weight": 0.3}
+    for svg in (
+        path_figures.path_figure(rows, kept),
+        path_figures.plane_figure(rows, kept, {}),
+        path_figures.trace_figure(rows),
+    ):
+        assert svg.count("guard weight ") == 3
+        assert svg.count("27 more attempts") == 1
+
+
+def test_the_beginning_is_a_mark_and_no_word_over_the_points():
+    svg = path_figures.plane_figure([record(1), record(2)], {"epoch": 1, "guard_weight": 1.0}, {})
+    assert svg.count(">begin<") == 1, "in the legend alone, once for both panels"
+
+
+def test_a_steered_guard_is_labelled_with_all_of_its_weights():
+    rows = [{**record(epoch), "weight": 1.0 + 0.3 * epoch} for epoch in range(1, 4)]
+    (attempt,) = path_figures.attempts_of(rows)
+    assert attempt.label == "guard weight 1.3 to 1.9"
+    assert dict(facts.repair_rows({"guard_weight": 1.0, "trace": rows}))["guard weight"].startswith("1.3 to 1.9,")
+    assert dict(facts.repair_rows({"guard_weight": 1.0, "trace": [record(1)]}))["guard weight"] == "1"
