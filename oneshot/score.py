@@ -161,7 +161,7 @@ def _report(
         resources=resources,
         warnings=warnings,
     )
-    report |= fields
+    report |= {**fields, "fingerprint": scored.fingerprint}
     write_outputs(scored.run_dir, report, stages)
     return report
 

@@ -188,7 +188,7 @@ def _begin(ax: Any, record: Record, x: str, y: str) -> None:
 def _legend(figure: Any, ax: Any, attempts: Sequence[Attempt]) -> None:
     """The attempts that have looks of their own, the others as one, and the marks."""
     others = {attempt.label for attempt, look in zip(attempts, _looks(len(attempts))) if look is _OTHERS}
-    shown = {}  # label -> handle
+    shown: dict[str, Any] = {}  # label -> handle
     for handle, label in zip(*ax.get_legend_handles_labels()):
         shown.setdefault(f"{len(others)} more attempts" if label in others else label, handle)
     columns = 3 if max(map(len, shown)) <= _SHORT else 2
