@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,13 @@ def fenced(value: Any) -> list[str]:
     return [f"{fence}text", text, fence]
 
 
-def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table; cells are Markdown."""
-    align = ["---", *["---:"] * (len(heads) - 1)]
+def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: Collection[int] = (0,)) -> list[str]:
+    """Return a table; cells are Markdown.
+
+    Args:
+        texts: places of the columns that hold text; those of numbers are aligned right
+    """
+    align = ["---" if place in texts else "---:" for place in range(len(heads))]
     return [f"| {' | '.join(cells)} |" for cells in (heads, align, *rows)]
 
 
