@@ -359,7 +359,8 @@ def test_a_comparison_is_not_cut_on_a_laptop(browser: chromium.Browser, tmp_path
     ]
     for folder in runs:
         report = json.loads((folder / "report.json").read_text())
-        report["stages"] = {stage: dict.fromkeys([*names, "task", "asr_by_harmbench"], rate) for stage in report["stages"]}
+        rates = dict.fromkeys([*names, "task", "asr_by_harmbench"], rate)
+        report["stages"] = dict.fromkeys(report["stages"], rates)
         (folder / "report.json").write_text(json.dumps(report))
     page = next(path for path in write_comparison(tmp_path, compared(read_runs(runs))) if path.suffix == ".html")
     browser.shape(1200)
