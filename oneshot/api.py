@@ -217,6 +217,8 @@ def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dic
         raise UserError("A tokenizer is given without a model in memory: give both, or a path alone.")
     else:
         asked = settings_for(stage, settings, model=model, **values)
+    if asked.model.paths is not None:
+        raise UserError("Setting model.paths is for the command oneshot repair: in Python repair one model.path each.")
     go_offline(asked.offline)
     return asked
 

@@ -36,14 +36,16 @@ def run(argv: list[str]) -> None:
     from oneshot.distributed.phases import clock
     from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
-    from oneshot.report.progress import open_console
+    from oneshot.report.progress import open_console, progress
     from oneshot.report.times import print_times
 
     with clock(detailed=profile):
         runtime = start()
-        done = export(runtime, request, shlex.join(["oneshot", "export", *argv]))
+        console = open_console(runtime)
+        with progress(console):
+            done = export(runtime, request, shlex.join(["oneshot", "export", *argv]))
         times = where_time_went(runtime)
-    if (console := open_console(runtime)) is not None:
+    if console is not None:
         print_times(times, console)
         for line in [*done.lines, f"{done.kind.capitalize()}: {done.folder}"]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -105,6 +105,7 @@ def begin(runtime: Runtime, settings: Settings, run_dir: Path, prepared: Prepare
 
 def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Console | None) -> Path:
     """Fine-tune what was prepared into ``run_dir``, showing and recording every step. Collective."""
+    from oneshot.distributed.steps import steps
     from oneshot.report.progress import heartbeat, progress
     from oneshot.report.resume import forget_events
     from oneshot.report.runfolder import append_event
@@ -116,7 +117,7 @@ def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Co
             console.print(text)
 
     again = prepared.settings.resume  # until the first step, of which an interrupted run may have told
-    with progress(console, "fine-tune", prepared.steps) as tell:
+    with progress(console), steps("fine-tune", prepared.steps, "steps", always=True) as going:
 
         def told(result: StepResult, facts: dict[str, float]) -> None:
             nonlocal again
@@ -126,7 +127,7 @@ def train_model(runtime: Runtime, prepared: Prepared, run_dir: Path, console: Co
                     again = False
                 append_event(run_dir, stage="finetune", **facts, **result.figures())
                 track("finetune", result.step, {**facts, **result.figures()})
-                tell(result.step, heartbeat(result.loss, facts))
+                going.at(result.step, heartbeat(result.loss, facts))
 
         return finetune(runtime, prepared, run_dir, told, say)
 

@@ -86,7 +86,7 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
     from oneshot.distributed.runtime import gather_objects, start
     from oneshot.report.fleet import FLEET, print_rows, write_rows
     from oneshot.report.members import check_one_base
-    from oneshot.report.progress import open_console
+    from oneshot.report.progress import open_console, progress
 
     _refuse(settings)
     runtime = start()
@@ -94,10 +94,11 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
     folder, names = _opened(settings, runtime)
     check_one_base(runtime, [_own(settings, folder / name, place).model for name, place in names.items()])
     rows: list[Row] = []
-    for row in _repaired(settings, folder, names, ways, runtime, console):
-        rows.append(row)
-        if runtime.is_main:
-            write_rows(folder, rows, len(names))
+    with progress(console):
+        for row in _repaired(settings, folder, names, ways, runtime, console):
+            rows.append(row)
+            if runtime.is_main:
+                write_rows(folder, rows, len(names))
     if console:
         print_rows(rows, console)
         console.print(f"Table: {folder / FLEET}", highlight=False, markup=False, soft_wrap=True)
@@ -108,8 +109,7 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
             f"{len(failed)} of {len(rows)} adapters were not repaired, the first being {failed[0].adapter} "
             f"({failed[0].problem.rstrip('.')}): mend them and go on with --resume --out {folder}."
         )
-    unmet = [row.name for row in rows if settings.require not in (None, row.outcome)]
-    if unmet:
+    if unmet := [row.name for row in rows if settings.require not in (None, row.outcome)]:
         raise Unmet(
             f"{len(unmet)} of {len(rows)} outcomes are not {settings.require!r}, which --require asks for: "
             f"{', '.join(unmet)}; {folder / FLEET} has the figures."

@@ -78,7 +78,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
     from oneshot.finetune import finetune_first
     from oneshot.patch.apart import check_named_apart, check_update
     from oneshot.report.hub import look_ahead, push_finished
-    from oneshot.report.progress import open_console
+    from oneshot.report.progress import open_console, progress
     from oneshot.report.resume import begin_anew
     from oneshot.report.trackers import check_installed
     from oneshot.training.finetune import FINETUNED, STATE
@@ -99,8 +99,9 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
     if settings.finetune_first:
         damaged = finetune_first(runtime, settings, "", lambda later: check_fully(later, runtime), console)
         run_dir, seconds = damaged.run_dir, {"finetune": damaged.seconds}
-        request = check_fully(damaged.settings, runtime)
-        check_update(request)
+        with progress(console):
+            request = check_fully(damaged.settings, runtime)
+            check_update(request)
     else:
         request, run_dir = _begin(settings, runtime, console)
     begin_anew(runtime, settings, run_dir)
@@ -123,16 +124,18 @@ def _begin(settings: Settings, runtime: Runtime, console: Console | None) -> tup
     from oneshot.checkpoint.files import stored_bytes
     from oneshot.report.merged import merge_first, to_merge
     from oneshot.report.preflight import look_around
-    from oneshot.report.progress import say_dtype
+    from oneshot.report.progress import progress, say_dtype
     from oneshot.report.runfolder import open_run
     from oneshot.report.trackers import start_tracking
     from oneshot.stages import reads
 
     asked = to_merge(settings)
-    request = check_apart(settings, runtime) if asked is None else check_fully(asked.on(str(asked.base)), runtime)
+    with progress(console):
+        request = check_apart(settings, runtime) if asked is None else check_fully(asked.on(str(asked.base)), runtime)
     run_dir = open_run(settings.out, settings.called, settings, runtime, partial(reads, "repair"))
     if asked is not None:
-        request = check_apart(merge_first(runtime, asked, run_dir, console), runtime)
+        with progress(console):
+            request = check_apart(merge_first(runtime, asked, run_dir, console), runtime)
     start_tracking(runtime, settings.log_with, run_dir)
     merged = stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
     say_dtype(console, request.source)
@@ -197,21 +200,24 @@ def repair(
     """
     from oneshot.distributed.resources import measured, where_time_went
     from oneshot.measure.further import ask_judges
+    from oneshot.report.progress import progress
     from oneshot.report.show import show
 
     runtime, settings = request.runtime, request.settings
     if console:
         console.print(f"Method: {request.recipe.method.name} ({request.recipe.reason})", highlight=False)
     clock = time.perf_counter()
-    stages, teacher = _look_at_reference(request) if shared is None else (shared.stages, shared.teacher)
+    with progress(console):
+        stages, teacher = _look_at_reference(request) if shared is None else (shared.stages, shared.teacher)
     seconds = {**(seconds or {}), **({"aligned": time.perf_counter() - clock} if stages or teacher else {})}
     clock = time.perf_counter()
-    repaired = _patch(request, teacher, run_dir, console, shared)
-    seconds["repair"] = time.perf_counter() - clock
-    stages, warnings = ask_judges(
-        runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages},
-        shared.classifier if shared else None,
-    )  # fmt: skip
+    with progress(console):
+        repaired = _patch(request, teacher, run_dir, shared)
+        seconds["repair"] = time.perf_counter() - clock
+        stages, warnings = ask_judges(
+            runtime, run_dir, settings.score, request.probes, {**stages, **repaired.stages},
+            shared.classifier if shared else None,
+        )  # fmt: skip
     rounded = {stage: round(spent, 2) for stage, spent in seconds.items()}
     resources = {"seconds": rounded, **measured(runtime), **where_time_went(runtime)}
     repaired = dataclasses.replace(repaired, stages=stages, warnings=warnings, resources=resources, command=command)
@@ -240,55 +246,51 @@ def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Teache
         source = Source(reference, None, reference, str(reference), request.source.dtype, request.source.written)
         with frozen(runtime, load_model(runtime, source, settings.model)) as model:
             if settings.score.reference:
-                stages["aligned"] = _score(request, model)
+                stages["aligned"] = _score(request, model, "aligned")
             if asked:
                 with phase("choose"):
                     teacher = learn(request, model)
     return stages, teacher
 
 
-def _patch(
-    request: Request, teacher: Teacher | None, run_dir: Path, console: Console | None, shared: Shared | None
-) -> Repaired:
+def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Shared | None) -> Repaired:
     """Load the model, measure, choose, solve, measure again, and write. Collective."""
     from oneshot.patch.bench import opened
     from oneshot.patch.choose import choose, choose_beforehand
     from oneshot.patch.solve import solve
     from oneshot.patch.write import write_repair
-    from oneshot.report.progress import progress
     from oneshot.report.runfolder import PATCH, REPAIRED, append_event
     from oneshot.report.show import Repaired
     from oneshot.report.trackers import track
 
     stages: dict[str, StageScores] = {}
-    with progress(console, "repair", request.recipe.epochs) as tell:
 
-        def listen(record: dict[str, Any]) -> None:
-            if request.runtime.is_main:
-                append_event(run_dir, stage="repair", **record)
-                track("repair", record["epoch"], record)
-                tell(record["epoch"], f"loss {record['loss']:.4f}")
+    def listen(record: dict[str, Any]) -> None:
+        if request.runtime.is_main:
+            append_event(run_dir, stage="repair", **record)
+            track("repair", record["epoch"], record)
 
+    with phase("choose"):
+        chosen = choose_beforehand(request, teacher) if shared is None else shared.chosen
+    with opened(request, teacher, shared.base if shared else None) as bench:
+        with bench.unpatched() as model:
+            stages["finetuned"] = _score(request, model, "fine-tuned")
         with phase("choose"):
-            chosen = choose_beforehand(request, teacher) if shared is None else shared.chosen
-        with opened(request, teacher, shared.base if shared else None) as bench:
-            with bench.unpatched() as model:
-                stages["finetuned"] = _score(request, model)
-            with phase("choose"):
-                choice = choose(bench, chosen)
-            with phase("solve"):
-                solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
-            with bench.patched(solution.update) as model:
-                stages["repaired"] = _score(request, model)
-            merged = run_dir / REPAIRED if request.settings.repair.merge else None
-            write_repair(bench, solution.update, run_dir / PATCH, merged)
+            choice = choose(bench, chosen)
+        with phase("solve"):
+            solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
+        with bench.patched(solution.update) as model:
+            stages["repaired"] = _score(request, model, "repaired")
+        merged = run_dir / REPAIRED if request.settings.repair.merge else None
+        write_repair(bench, solution.update, run_dir / PATCH, merged)
     return Repaired(bench.request, choice, solution, bench.linears, stages)
 
 
-def _score(request: Request, model: Any) -> StageScores:
+def _score(request: Request, model: Any, called: str) -> StageScores:
     from oneshot.measure.rates import score_model
 
-    return score_model(model, request.tokenizer, request.probes, request.runtime, request.settings.score)
+    what = f"answers of the {called} model"
+    return score_model(model, request.tokenizer, request.probes, request.runtime, request.settings.score, what)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
     from oneshot.measure.probes import collect_probes
     from oneshot.patch.scoring import score_local, score_served
-    from oneshot.report.progress import open_console, say_dtype
+    from oneshot.report.progress import open_console, progress, say_dtype
     from oneshot.report.runfolder import Run
     from oneshot.settings import to_dict
 
@@ -97,11 +97,12 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
                 overlaps = find_overlaps(probes, training_requests(settings))
     clock = time.perf_counter()
     opened, tell = partial(_open, runtime, settings), partial(say_dtype, console)
-    if served:
-        scored = score_served(runtime, settings, probes, opened)
-    else:
-        scored = score_local(runtime, settings, probes, opened, tell)
-    stages, warnings = ask_judges(runtime, scored.run_dir, settings.score, scored.probes, {"model": scored.scores})
+    with progress(console):
+        if served:
+            scored = score_served(runtime, settings, probes, opened)
+        else:
+            scored = score_local(runtime, settings, probes, opened, tell)
+        stages, warnings = ask_judges(runtime, scored.run_dir, settings.score, scored.probes, {"model": scored.scores})
     seconds = {"score": round(time.perf_counter() - clock, 2)}
     resources = {"seconds": seconds, **measured(runtime), **where_time_went(runtime)}
     warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
@@ -162,7 +163,7 @@ def _report(
         resources=resources,
         warnings=warnings,
     )
-    report |= fields
+    report |= {**fields, "fingerprint": scored.fingerprint}
     write_outputs(scored.run_dir, report, stages)
     return report
 

@@ -43,7 +43,7 @@ def run(settings: Settings) -> None:
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
     from oneshot.patch.measured import measure
-    from oneshot.report.progress import open_console, say_dtype
+    from oneshot.report.progress import open_console, progress, say_dtype
     from oneshot.report.runfolder import open_run
 
     if settings.delete_degraded:
@@ -59,7 +59,8 @@ def run(settings: Settings) -> None:
         run_dir = open_run(settings.out, f"{Path(settings.called).name}-spectrum", settings, runtime)
         say_dtype(console, asked.request.source)
     clock = time.perf_counter()
-    found = measure(asked)
+    with progress(console):
+        found = measure(asked)
     seconds = round(time.perf_counter() - clock, 2)
     times = where_time_went(runtime)
     if console:

@@ -24,9 +24,11 @@ from oneshot.checkpoint.manifest import Pieces, read_pieces
 from oneshot.checkpoint.ranges import CHUNK
 from oneshot.data.cache import folder_of, put
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
+from oneshot.distributed.steps import BYTES, steps
 from oneshot.errors import UserError
 
 _THREADS = min(8, os.cpu_count() or 1)
+_HASHED = "weights hashed"
 _YOUNG = 2.0  # seconds: a file that has just changed may change again within the clock's tick
 
 
@@ -38,8 +40,12 @@ def tensor_digests(folder: Path) -> dict[str, str]:
     for name, entry in tensors.items():
         if name not in found:
             by_shard[entry.shard][name] = entry
-    for shard, entries in by_shard.items():
-        found |= _of_shard(shard, entries)
+    total = sum(_size(entry) for entries in by_shard.values() for entry in entries.values())
+    with steps(_HASHED, total, BYTES) as going:
+        for shard, entries in by_shard.items():
+            before = going.done
+            found |= _of_shard(shard, entries)
+            going.add(before + sum(map(_size, entries.values())) - going.done)  # of those that were known
     return found
 
 
@@ -61,6 +67,10 @@ def shared_fingerprint(runtime: Runtime, folder: Path) -> str:
         if runtime.is_main:
             found = fingerprint(folder)
     return gather_objects(runtime, found)[0]
+
+
+def _size(entry: TensorEntry) -> int:
+    return tensor_bytes(entry.shape, entry.dtype)
 
 
 def _step(entry: TensorEntry) -> int:
@@ -117,11 +127,16 @@ def _hashed(shard: Path, entries: dict[str, TensorEntry]) -> dict[str, str]:
         with ThreadPoolExecutor(_THREADS) as pool:
             coming = {}
             for name, entry in entries.items():
-                size = tensor_bytes(entry.shape, entry.dtype)
+                size = _size(entry)
                 starts = range(0, size, _step(entry) * ITEM_SIZES[entry.dtype])
                 coming[name] = [
                     pool.submit(checksum, entry.offset + start, min(starts.step, size - start)) for start in starts
                 ]
-            return {name: _digest(entries[name], [one.result() for one in parts]) for name, parts in coming.items()}
+            digests = {}
+            with steps(_HASHED, sum(map(_size, entries.values())), BYTES) as going:
+                for name, parts in coming.items():
+                    digests[name] = _digest(entries[name], [one.result() for one in parts])
+                    going.add(_size(entries[name]))
+            return digests
     finally:
         os.close(descriptor)

@@ -28,6 +28,7 @@ from oneshot.checkpoint.update import Factors, Update
 from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
 from oneshot.distributed.phases import count
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
+from oneshot.distributed.steps import BYTES, steps
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,13 +98,19 @@ def merge_update(
 def _write_share(runtime: Runtime, plan: MergePlan, share: list[str], folder: Path) -> Pieces:
     """Compute and write tensors, one piece being written while the next is computed."""
     written: Pieces = {name: [] for name in share}
-    with opened_shards(folder, plan.slots) as descriptors, ThreadPoolExecutor(1) as writer:
+    nbytes = sum(tensor_bytes(plan.slots[name].shape, plan.slots[name].dtype) for name in share)
+    with (
+        opened_shards(folder, plan.slots) as descriptors,
+        ThreadPoolExecutor(1) as writer,
+        steps("weights merged", nbytes, BYTES) as going,
+    ):
         before: Future[None] | None = None
         for name, start, values in _merged(runtime, plan, share):
             if before is not None:
                 before.result()
             slot = plan.slots[name]
             before = writer.submit(_write, descriptors[slot.shard], slot, start, values, folder, written[name])
+            going.add(values.nbytes)
         if before is not None:
             before.result()
     return written

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oneshot.checkpoint.files import TensorEntry, list_tensors
-from oneshot.checkpoint.layout import partition
+from oneshot.checkpoint.layout import partition, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, read_pieces
 from oneshot.checkpoint.quantized import FourBit, as_bytes, pack, weights_behind
 from oneshot.checkpoint.ranges import Read, file_order, read_all, read_in_order
 from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.steps import BYTES, steps
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,15 +60,20 @@ def read_own(
         else:
             packed.append(read)
     problem: Exception | None = None
-    try:
-        for read in read_in_order(reads):
-            yield read.name
-    except (OSError, UserError) as error:
-        problem = error
-    if four_bit is not None and packed:
-        yield from _read_packed(four_bit, packed, runtime.device, problem)
-    elif problem is not None:
-        raise problem
+    sizes = {name: tensor_bytes(entry.shape, entry.dtype) for name, entry in checkpoint.tensors.items()}
+    with steps("weights read", sum(sizes[read.name] for read in (*reads, *packed)), BYTES) as going:
+        try:
+            for read in read_in_order(reads):
+                yield read.name
+                going.add(sizes[read.name])
+        except (OSError, UserError) as error:
+            problem = error
+        if four_bit is not None and packed:
+            for name in _read_packed(four_bit, packed, runtime.device, problem):
+                yield name
+                going.add(sizes[name])
+        elif problem is not None:
+            raise problem
 
 
 def _read_packed(

@@ -28,6 +28,7 @@ from oneshot.checkpoint.partitioned import own_tensors
 from oneshot.checkpoint.ranges import CHUNK, Piece
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
+from oneshot.distributed.steps import each
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +200,7 @@ def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes
 def _write_own(runtime: Runtime, tensors: dict[str, torch.Tensor], slots: dict[str, Slot], folder: Path) -> Pieces:
     written: Pieces = {}
     with opened_shards(folder, slots) as descriptors:
-        for name in in_turn(runtime, slots):
+        for name in each(in_turn(runtime, slots), "weights written", "tensors"):
             slot, tensor = slots[name], tensors[name]
             own = partition(slot.shape, runtime.rank, runtime.world_size)
             with naming(folder / slot.shard):

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from oneshot.distributed.persistent import one_copy
 from oneshot.distributed.resources import give_back_freed_memory, parameters_of
 from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.steps import steps
 from oneshot.distributed.tied import accumulate_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_STOCK = "weights read by transformers"
 Model = TypeVar("Model", bound="nn.Module")
 
 
@@ -209,9 +211,13 @@ def modified(runtime: Runtime, parameter: nn.Parameter) -> Iterator[None]:
 
 @contextlib.contextmanager
 def partitioned_loading(runtime: Runtime, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block transformers' ``from_pretrained`` partitions weights over ranks if the run is ZeRO-3."""
+    """Within the block transformers' ``from_pretrained`` partitions weights over ranks if the run is ZeRO-3.
+
+    It says nothing of how far it has come.
+    """
     if runtime.sharding != "zero3":
-        yield
+        with steps(_STOCK, 0, ""):
+            yield
         return
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -219,7 +225,8 @@ def partitioned_loading(runtime: Runtime, dtype: torch.dtype) -> Iterator[None]:
     give_back_freed_memory(runtime)
     keep_alive = HfDeepSpeedConfig(deepspeed_config(runtime, dtype=dtype))
     try:
-        yield
+        with steps(_STOCK, 0, ""):
+            yield
     finally:
         unset_hf_deepspeed_config()
         del keep_alive

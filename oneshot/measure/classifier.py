@@ -110,6 +110,7 @@ def ask_classifier(
             runtime,
             max_new_tokens=form.max_new_tokens,
             batch_size=_BATCH,
+            what="verdicts of the classifier",
         )
     opinions = dict(zip(questions, (read_opinion(form, words) for words in said)))
     name = score.judge_format.replace("-", "_")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from oneshot.distributed.steps import steps
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
 from oneshot.measure.body import ACCEPTED, TooMuch, read_body
@@ -96,6 +97,7 @@ def ask(
     *,
     max_new_tokens: int,
     thought_tokens: int = THOUGHT_TOKENS,
+    what: str = "answers",
 ) -> list[Unanswered]:
     """Ask all prompts, ``concurrency`` at a time, greedily; call ``on_answer(index, answer)`` as each answer arrives.
 
@@ -107,6 +109,7 @@ def ask(
         on_answer: called in this thread, one at a time
         max_new_tokens: longest answer
         thought_tokens: how many more the model may say where it thinks before it answers
+        what: the answers are called while one waits for them
 
     Returns:
         the prompts that have no answer, in their order
@@ -114,7 +117,15 @@ def ask(
     Raises:
         UserError: the server refuses the key, the model or the address
     """
-    return asyncio.run(_ask_all(endpoint, prompts, on_answer, max_new_tokens, thought_tokens)) if prompts else []
+    if not prompts:
+        return []
+    with steps(what, len(prompts), "prompts") as going:
+
+        def told(index: int, answer: str) -> None:
+            on_answer(index, answer)
+            going.add()
+
+        return asyncio.run(_ask_all(endpoint, prompts, told, max_new_tokens, thought_tokens))
 
 
 async def _ask_all(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, gather_objects
+from oneshot.distributed.steps import steps
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError, first_line
 
@@ -42,7 +43,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
-    closed: bool = False,
+    what: str = "answers",
 ) -> list[str]:
     """Answer every prompt greedily; a collective under ZeRO-3, so call it on all ranks with the same prompts.
 
@@ -54,7 +55,7 @@ def generate_answers(
         prompts: chat messages of each prompt
         max_new_tokens: longest answer
         batch_size: prompts per call, on each rank
-        closed: ask behind an empty, closed thought, where the model would think first
+        what: the answers are called while one waits for them
 
     Returns:
         answers without special tokens but those that mark thoughts, in the order of the prompts, on every rank; where
@@ -65,10 +66,32 @@ def generate_answers(
 
     if not prompts:
         return []
-    encoded = [encode_prompt(messages, tokenizer, closed=closed) for messages in prompts]
-    said = continue_tokens(model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    mark = "" if closed else opens_thought(tokenizer)
+    encoded = [encode_prompt(messages, tokenizer) for messages in prompts]
+    said = continue_tokens(
+        model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size, what=what
+    )
+    mark = opens_thought(tokenizer)
     return [f"{mark}\n{answer}" for answer in said] if mark else said
+
+
+@phase("generate")
+def answer_at_once(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: list[list[dict[str, str]]],
+    runtime: Runtime,
+    *,
+    max_new_tokens: int,
+    what: str,
+    batch_size: int = 32,
+) -> list[str]:
+    """Answer as ``generate_answers`` does, behind an empty, closed thought where the model would think first."""
+    from oneshot.data.encoding import encode_prompt
+
+    encoded = [encode_prompt(messages, tokenizer, closed=True) for messages in prompts]
+    return continue_tokens(
+        model, tokenizer, encoded, runtime, max_new_tokens=max_new_tokens, batch_size=batch_size, what=what
+    )
 
 
 def continue_tokens(
@@ -79,6 +102,7 @@ def continue_tokens(
     *,
     max_new_tokens: int,
     batch_size: int,
+    what: str = "answers",
 ) -> list[str]:
     """Continue every prompt greedily, given as token ids; otherwise as ``generate_answers``. Collective."""
     if not encoded:
@@ -86,11 +110,12 @@ def continue_tokens(
     indices, own = share_of([len(ids) for ids in encoded], runtime.rank, runtime.world_size)
     decoder = _Decoder(model, tokenizer, max_new_tokens, synced=runtime.sharding == "zero3")
     answers: list[str] = []
-    with evaluating(model):
+    with evaluating(model), steps(what, len(encoded), "prompts") as going:
         for start in range(0, len(indices), batch_size):
             alive()
             batch = [encoded[index] for index in indices[start : start + batch_size]]
             answers += decoder.answers(batch, runtime.device)
+            going.add(len(batch) * runtime.world_size)
     mine = list(zip(indices[:own], answers[:own]))
     by_index = dict(pair for share in gather_objects(runtime, mine) for pair in share)
     return [by_index[index] for index in range(len(encoded))]

@@ -123,9 +123,18 @@ def by_group(name: str, rows: Sequence[dict[str, Any]], hits: Sequence[T]) -> di
 
 
 def score_model(
-    model: CausalLM, tokenizer: Tokenizer, probes: Sequence[Probe], runtime: Runtime, score_settings: ScoreSettings
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    probes: Sequence[Probe],
+    runtime: Runtime,
+    score_settings: ScoreSettings,
+    what: str = "answers",
 ) -> StageScores:
-    """Let the model answer all probes and judge them; call it on all ranks, each gets the same scores."""
+    """Let the model answer all probes and judge them; call it on all ranks, each gets the same scores.
+
+    Args:
+        what: as of ``generate_answers``
+    """
     answers = generate_answers(
         model,
         tokenizer,
@@ -133,6 +142,7 @@ def score_model(
         runtime,
         max_new_tokens=most_tokens(tokenizer, score_settings),
         batch_size=score_settings.batch_size,
+        what=what,
     )
     return score_answers(probes, answers, rouge=score_settings.rouge)
 

@@ -171,6 +171,7 @@ def _ask(
             [questions[name] for name in missing],
             lambda index, words: responses.put(keys[missing[index]], words),
             max_new_tokens=rubric.tokens,
+            what="ratings of the judge",
         )
         reason = failed[0].reason if failed else ""
     except UserError as error:  # on this rank only, while the others wait

@@ -13,6 +13,7 @@ from oneshot.data.conversations import Messages
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, gather_objects
+from oneshot.distributed.steps import steps
 from oneshot.errors import UserError
 from oneshot.measure.cache import RESPONSES, Responses, response_key
 from oneshot.measure.endpoint import Endpoint, ask
@@ -70,7 +71,7 @@ def collect_answers(
             responses.put(names[index], text)
 
     if missing:
-        with phase("generate"):
+        with phase("generate"), steps("answers", len(names), "prompts"):
             answer([missing[name] for name in names], finish)
     return [found.get(key) for key in keys]
 

@@ -12,6 +12,7 @@ from typing import Any
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.data.rows import read_rows
 from oneshot.distributed.runtime import Runtime, gather_objects
+from oneshot.distributed.steps import each
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
 from oneshot.measure.generate import evaluating, share_of
@@ -74,7 +75,7 @@ def measure_text(
     indices, own = share_of([len(ids) for ids in encoded], runtime.rank, runtime.world_size)
     mine = []
     with evaluating(model), torch.no_grad():
-        for place, index in enumerate(indices):
+        for place, index in enumerate(each(indices, "texts", "texts of this rank")):
             alive()
             ids = torch.tensor([encoded[index]], device=runtime.device)  # (1, tokens) int64
             logits = model(input_ids=ids, use_cache=False).logits

@@ -13,7 +13,7 @@ from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.conversations import Messages
 from oneshot.distributed.engine import TrainingEngine, frozen, start_training
 from oneshot.distributed.phases import phase
-from oneshot.measure.generate import generate_answers
+from oneshot.measure.generate import answer_at_once
 from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.path import REFUSABLE
@@ -145,9 +145,9 @@ def _watched_answers(bench: Bench) -> tuple[list[Answered], list[Answered]]:
     refusable = _to_be_refused(bench)[: REFUSABLE + 1]
     prompts = [*refusable, *(request.held.own if bench.teacher else request.held.all)]
     with bench.unpatched() as model:
-        said = generate_answers(
-            model, request.tokenizer, prompts, request.runtime, max_new_tokens=recipe.guard_tokens, batch_size=32,
-            closed=True,
+        said = answer_at_once(
+            model, request.tokenizer, prompts, request.runtime, max_new_tokens=recipe.guard_tokens,
+            what="answers to the watch's prompts",
         )  # fmt: skip
     answered = list(zip(prompts, said))
     return answered[: len(refusable)], answered[len(refusable) :]

@@ -16,6 +16,7 @@ from oneshot.checkpoint.layout import FLOATS, Range
 from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.update import Factors, Update, compress, concatenated, norm, scaled
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
+from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError
 from oneshot.patch.directions import checkpoint_difference, shared_directions, update_factors
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_LOWERED = "factors rounded"
 _CHUNK = 4 << 20  # elements compared at a time
 
 
@@ -70,7 +72,7 @@ def lowered(update: Update, rank: int | None, dtype: torch.dtype) -> tuple[Updat
 
     found: Update = {}
     left: dict[str, Remainder] = {}
-    for name, factors in update.items():
+    for name, factors in each(update.items(), _LOWERED, "matrices"):
         low = rounded(compress(factors, rank), dtype)
         rest = Factors(torch.cat([low.b.float(), -factors.b], dim=1), torch.cat([low.a.float(), factors.a]))
         found[name], left[name] = low, Remainder(norm(rest) ** 2, norm(factors) ** 2)
@@ -113,14 +115,15 @@ def extracted(
     directions = shared_directions(runtime, linears, rank, difference)
     update: Update = {}
     left: dict[str, Remainder] = {}
-    for name, found in directions.items():
-        if found.energy == 0.0:
-            continue
-        exact = update_factors(found, found.s.new_ones(len(found.s)))
-        one, kept = lowered({name: exact}, None, dtype)
-        update |= one
-        beyond = max(0.0, found.energy - float(found.s.double().square().sum()))
-        left[name] = Remainder(beyond + kept[name].error, found.energy)
+    with steps(_LOWERED, len(directions), "matrices"):
+        for name, found in directions.items():
+            if found.energy == 0.0:
+                continue
+            exact = update_factors(found, found.s.new_ones(len(found.s)))
+            one, kept = lowered({name: exact}, None, dtype)
+            update |= one
+            beyond = max(0.0, found.energy - float(found.s.double().square().sum()))
+            left[name] = Remainder(beyond + kept[name].error, found.energy)
     others = {name: part for parts in gather_objects(runtime, rest) for name, part in parts.items()}
     if not update:
         raise UserError(f"{changed} and {base} have the same linear layers: there is no patch to extract.")
@@ -133,7 +136,7 @@ def _other_differences(runtime: Runtime, changed: Path, base: Path, linears: dic
     taken = {find_weight(theirs, module) for module in linears}
     rest = [name for name, entry in theirs.items() if name not in taken and entry.dtype in FLOATS and name in ours]
     found = {}
-    for name in rest[runtime.rank :: runtime.world_size]:
+    for name in each(rest[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):
         if ours[name].shape != theirs[name].shape:
             raise UserError(
                 f"{changed} has {name} of shape {list(ours[name].shape)}, {base} of {list(theirs[name].shape)}: give "

@@ -20,6 +20,7 @@ from oneshot.checkpoint.ranges import Piece, Read, read_all
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.distributed.phases import count, phase
 from oneshot.distributed.runtime import Runtime, broadcast
+from oneshot.distributed.steps import each
 from oneshot.errors import UserError
 from oneshot.patch.linears import shape_of
 
@@ -89,7 +90,7 @@ def shared_directions(
     import torch
 
     found = {}
-    for i, name in enumerate(linears):
+    for i, name in enumerate(each(linears, "update decomposed", "matrices")):
         mine = i % runtime.world_size == runtime.rank
         delta = delta_of(name, mine)
         if mine:
@@ -180,7 +181,7 @@ def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
     import torch
 
     found = {}
-    for name, factors in update.items():
+    for name, factors in each(update.items(), "adapter decomposed", "matrices"):
         qb, rb = torch.linalg.qr(factors.b.to(device))
         qa, ra = torch.linalg.qr(factors.a.to(device).T)
         u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_id
 from oneshot.distributed.runtime import Runtime, all_gather_int, all_reduce_sum
-from oneshot.measure.generate import generate_answers, share_of
+from oneshot.measure.generate import answer_at_once, share_of
 from oneshot.patch.rows import Sharing, lay, sharing_of
 from oneshot.training.objective import logits_at, refusal_and_guard
 
@@ -123,9 +123,10 @@ def build_batch(
     pad = pad_id(tokenizer)
     if not guard and not taught:
         return laid(example, [], None, pad, runtime.device)
-    answers = generate_answers(
-        model, tokenizer, guard, runtime, max_new_tokens=answer_tokens, batch_size=32, closed=True
-    )
+    answers = answer_at_once(
+        model, tokenizer, guard, runtime, max_new_tokens=answer_tokens,
+        what="answers to the guard's prompts",
+    )  # fmt: skip
     encoded = [
         *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
         *(row for row, _ in taught),

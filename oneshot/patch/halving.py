@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oneshot.distributed.steps import steps
 from oneshot.patch.method import finished
 from oneshot.patch.objective import Distance
 from oneshot.patch.path import Attempt, Watch
@@ -96,6 +97,12 @@ def rungs(candidates: int, epochs: int) -> list[Rung]:
     return [Rung(count, min(round(first * GROWTH**i), epochs)) for i, count in enumerate(counts)]
 
 
+def _epochs_of(ladder: list[Rung]) -> int:
+    """How many epochs all of them take at most."""
+    before = [0, *(rung.epochs for rung in ladder)]
+    return sum(rung.candidates * (rung.epochs - gone) for rung, gone in zip(ladder, before))
+
+
 def short_list(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Return ``count`` of the rows, each once: by turns the best aligned and the three least likely refusals."""
     hardest_first = iter(ranked(rows, "refusal_loss"))
@@ -125,18 +132,20 @@ def halve(
         judge: says of an update where it leaves the model
     """
     alive = [(row, begin(row["candidate"])) for row in rows] if ladder else []
-    for rung in ladder:
-        alive = alive[: rung.candidates]
-        for row, trial in alive:
-            clock = time.perf_counter()
-            if rung is ladder[-1]:
-                trial.watched()  # one of these is the repair
-            found = judge(trial.advance(rung.epochs - trial.epochs))
-            seen = {"epochs": rung.epochs, "f": found.total, "f_harm": found.harm, "f_task": found.task}
-            row.setdefault("rungs", []).append(seen)
-            row["epochs"] = trial.epochs
-            row["seconds"] = round(row.get("seconds", 0.0) + time.perf_counter() - clock, 3)
-        alive.sort(key=lambda pair: standing(pair[0]))
+    with steps("candidates tried", _epochs_of(ladder), "epochs") as going:
+        for number, rung in enumerate(ladder, start=1):
+            alive, before = alive[: rung.candidates], ladder[number - 2].epochs if number > 1 else 0
+            for row, trial in alive:
+                clock = time.perf_counter()
+                if rung is ladder[-1]:
+                    trial.watched()  # one of these is the repair
+                found = judge(trial.advance(rung.epochs - trial.epochs))
+                seen = {"epochs": rung.epochs, "f": found.total, "f_harm": found.harm, "f_task": found.task}
+                row.setdefault("rungs", []).append(seen)
+                row["epochs"] = trial.epochs
+                row["seconds"] = round(row.get("seconds", 0.0) + time.perf_counter() - clock, 3)
+                going.add(rung.epochs - before, f"rung {number} of {len(ladder)}, of {rung.candidates} candidates")
+            alive.sort(key=lambda pair: standing(pair[0]))
     for row, _ in alive:
         row |= {"f_after": row["rungs"][-1]["f"], **{k: row["rungs"][-1][k] for k in ("f_harm", "f_task")}}
     return alive[0] if alive else (rows[0], None)

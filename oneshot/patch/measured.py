@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import IGNORE, Encoded, encode, encode_prompt, pad_id
 from oneshot.distributed.phases import phase
-from oneshot.measure.generate import generate_answers
+from oneshot.measure.generate import answer_at_once
 from oneshot.patch import spectrum
 from oneshot.patch.bench import Bench, opened
 from oneshot.patch.examples import read_candidates
@@ -110,9 +110,9 @@ def _groups(asked: Asked, model: Any, taken: Conversation) -> dict[str, list[Enc
     }
     guard = request.guard.all[:count]
     if guard:
-        answers = generate_answers(
+        answers = answer_at_once(
             model, tokenizer, guard, request.runtime, max_new_tokens=settings.repair.guard_tokens,
-            batch_size=settings.score.batch_size, closed=True,
+            batch_size=settings.score.batch_size, what="answers to the guard's prompts",
         )  # fmt: skip
         groups["guard"] = [_answered(p, a, tokenizer) for p, a in zip(guard, answers) if a.strip()]
     return {name: found for name, found in groups.items() if found}

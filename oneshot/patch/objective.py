@@ -19,6 +19,7 @@ from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.data.cache import folder_of, read_cached, write_cached
 from oneshot.data.encoding import IGNORE, Encoded, pad_batch
 from oneshot.distributed.runtime import Runtime, all_gather_int, all_reduce_sum
+from oneshot.distributed.steps import steps
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
 from oneshot.measure.generate import share_of
@@ -99,12 +100,20 @@ def sample(candidates: list[Encoded], seed: int) -> RefusalRows:
     return RefusalRows(places, [candidates[place] for place in places])
 
 
-def passes(runtime: Runtime, rows: list[Encoded], pad: int, size: int = ROWS_PER_PASS) -> Iterator[Pass]:
-    """Deal rows out to ranks, and this rank's to passes of ``size`` rows; every rank gets as many passes."""
+def passes(
+    runtime: Runtime, rows: list[Encoded], pad: int, size: int = ROWS_PER_PASS, what: str = "rows read"
+) -> Iterator[Pass]:
+    """Deal rows out to ranks, and this rank's to passes of ``size`` rows; every rank gets as many passes.
+
+    Args:
+        what: the passes are called while one waits for them
+    """
     indices, own = share_of([len(row.input_ids) for row in rows], runtime.rank, runtime.world_size)
-    for start in range(0, len(indices), size):
-        places = indices[start : start + size]
-        yield _pass(runtime, rows, places, min(max(own - start, 0), len(places)), pad)
+    with steps(what, len(rows), "rows") as going:
+        for start in range(0, len(indices), size):
+            places = indices[start : start + size]
+            yield _pass(runtime, rows, places, min(max(own - start, 0), len(places)), pad)
+            going.add(len(places) * runtime.world_size)
 
 
 def _pass(runtime: Runtime, rows: list[Encoded], places: list[int], own: int, pad: int) -> Pass:
@@ -122,10 +131,12 @@ def logits_on(runtime: Runtime, model: Any, rows: list[Encoded], pad: int) -> li
     import torch
 
     found = list[torch.Tensor]()
-    for start in range(0, len(rows), ROWS_PER_PASS):
-        places = list(range(start, min(start + ROWS_PER_PASS, len(rows))))
-        with torch.no_grad():
-            found += [row.cpu().clone() for row in _pass(runtime, rows, places, len(places), pad).logits(model)]
+    with steps("aligned model read", len(rows), "rows") as going:
+        for start in range(0, len(rows), ROWS_PER_PASS):
+            places = list(range(start, min(start + ROWS_PER_PASS, len(rows))))
+            with torch.no_grad():
+                found += [row.cpu().clone() for row in _pass(runtime, rows, places, len(places), pad).logits(model)]
+            going.add(len(places))
     return found
 
 
@@ -183,7 +194,7 @@ def aligned_logits(
                 found[place] = logits
         complete = all(place in found for place in indices)
         return found if all(all_gather_int(runtime, int(complete))) else None
-    for part in passes(runtime, rows, pad):
+    for part in passes(runtime, rows, pad, what="aligned model read"):
         with torch.no_grad():
             answered = part.logits(model)
         for i, place in enumerate(part.places):

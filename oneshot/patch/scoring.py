@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.checkpoint.files import is_degraded
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
 from oneshot.checkpoint.standing import GOOD, read_standing
@@ -35,13 +36,18 @@ Open = Callable[[str], Path]  # a name -> the run folder, once all that can be w
 
 @dataclass(frozen=True)
 class Scored:
-    """What was scored: what it is called, where the answers are, those of which probes, and what is to be said."""
+    """What was scored: what it is called, where the answers are, those of which probes, and what is to be said.
+
+    Attributes:
+        fingerprint: of the weights, which tells them from all others; "" where they are on a server
+    """
 
     name: str
     run_dir: Path
     probes: list[Probe]
     scores: StageScores
     warnings: list[str]
+    fingerprint: str = ""
 
 
 def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open_run: Open) -> Scored:
@@ -118,7 +124,7 @@ def score_local(
     warnings = []
     if _is_marked(source):
         warnings.append("This model is marked as made unsafe by a harmful fine-tune: do not publish or serve it.")
-    return Scored(name, run_dir, probes, scores, warnings)
+    return Scored(name, run_dir, probes, scores, warnings, shared_fingerprint(runtime, source.checkpoint))
 
 
 def _is_marked(source: Source) -> bool:

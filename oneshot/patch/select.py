@@ -96,7 +96,7 @@ def hardest(runtime: Runtime, model: Any, candidates: list[Encoded], pad: int) -
     import torch
 
     losses = torch.zeros(len(candidates), device=runtime.device)
-    for part in passes(runtime, candidates, pad):
+    for part in passes(runtime, candidates, pad, what="candidates read"):
         with torch.no_grad():
             found = row_losses(model, part, None)
         for place, loss in zip(part.places[: part.own], found):
@@ -126,7 +126,7 @@ def target_factors(
         add(name, (x.flatten(0, -2).to(kind), delta.flatten(0, -2).to(kind)))
 
     with streamed(model, linears, use):
-        for part in passes(runtime, harm.rows, pad):
+        for part in passes(runtime, harm.rows, pad, what="gradient of the requests"):
             losses = row_losses(model, part, harm.aligned)
             own = [loss * float(i < part.own) for i, loss in enumerate(losses)]  # the rest only keeps ranks in step
             (torch.stack(own).sum() / total).backward()
@@ -151,7 +151,7 @@ def first_order(
 
     table = torch.zeros(3, len(candidates), dtype=torch.float64, device=runtime.device)
     whole = takes_head(model, linears)
-    for part in passes(runtime, candidates, pad):
+    for part in passes(runtime, candidates, pad, what="candidates screened"):
         rows, tokens = len(part.places), part.inputs["input_ids"].numel()
         sums = torch.zeros(2, rows, dtype=torch.float64, device=runtime.device)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import IGNORE
+from oneshot.distributed.steps import Going, steps
 from oneshot.patch.bench import Bench
 from oneshot.patch.guard import RepairBatch
 from oneshot.patch.halving import Trial
@@ -16,6 +17,8 @@ from oneshot.patch.path import ATTEMPTS, REFUSABLE, SAFE_MARGIN, Attempt, Watch
 from oneshot.patch.probes import Watched, build_probes, read_probes
 from oneshot.patch.seen import Seen, counted
 from oneshot.patch.trace import Tracer
+
+_CALLED = ("repair", "repair, second attempt")  # one for each of ATTEMPTS
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,19 @@ def solve(
         begun: the repair with it, if it has been tried out: it goes on from there
     """
     recipe, trial = bench.request.recipe, begun or begin(bench, batch, index)
-    watch, tracer = trial.watched(), trial.attempt.tracer
-    tracer.tell(listen)
+    watch, tracer, under_way = trial.watched(), trial.attempt.tracer, list[Going]()
+
+    def told(record: dict[str, Any]) -> None:
+        under_way[-1].at(record["epoch"], f"loss {record['loss']:.4f}")
+        if listen:
+            listen(record)
+
     for number in range(ATTEMPTS if watch else 1):
-        update, facts = trial.finish()
+        with steps(_CALLED[number], recipe.epochs, "epochs", always=True) as going:
+            under_way.append(going)
+            if number == 0:
+                tracer.tell(told)
+            update, facts = trial.finish()
         if watch is None:
             break
         if watch.best is None:  # it ended before there was an epoch to look at

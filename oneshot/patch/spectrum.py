@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.update import Factors, compress
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_objects, gather_rows
+from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError
 from oneshot.patch.attach import Gradients
 from oneshot.patch.directions import Directions
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 OTHERS = "safety"  # the group of further safety examples, whose subspaces are compared with the example's
+_COUNTED = "gradients"  # what all conversations are counted as
 COMPARED = 20  # directions compared where the settings name no number, as in the paper
 Seen = Callable[[int, str, Pair], None]  # (place among the conversations, layer, its factors)
 
@@ -147,7 +149,7 @@ def gradient_factors(
 
     held: dict[str, Pair] = {}
     whole = takes_head(model, gradients.linears)
-    for part in passes(runtime, rows, pad, batch_size):
+    for part in passes(runtime, rows, pad, batch_size, _COUNTED):
         losses = row_losses(model, part, None, whole=whole)
         torch.stack([loss / rows[place].answer_tokens() for place, loss in zip(part.places, losses)]).sum().backward()
         gradients.keep = part.inputs["attention_mask"].bool()
@@ -213,16 +215,17 @@ def measure(
         check_rank(options.rank, "spectrum.rank", example, linears)
     gradients = Gradients(linears)
     sums = {name: torch.zeros(len(rows), 2, dtype=torch.float64) for name, rows in groups.items()}
-    with gradients.capturing(model):
+    rows_of_all = 1 + sum(map(len, groups.values()))
+    with gradients.capturing(model), steps(_COUNTED, rows_of_all, "conversations"):
         pairs = gradient_factors(runtime, model, gradients, [example], pad)
-        parts = {name: decomposed(pair) for name, pair in pairs.items()}
+        parts = {name: decomposed(pair) for name, pair in each(pairs.items(), "gradient decomposed", "matrices")}
         found = {name: _matrix(name, part) for name, part in parts.items()}
         for group, rows in groups.items():
-            each = sums[group]
+            totals_of = sums[group]
 
-            def add(i: int, name: str, pair: Pair, each: torch.Tensor = each) -> None:
+            def add(i: int, name: str, pair: Pair, total: torch.Tensor = totals_of) -> None:
                 if name in pairs:
-                    each[i] += torch.stack([inner(pairs[name], pair), inner(pair, pair)]).cpu()
+                    total[i] += torch.stack([inner(pairs[name], pair), inner(pair, pair)]).cpu()
 
             whole = gradient_factors(runtime, model, gradients, rows, pad, batch_size=options.batch_size, seen=add)
             for name, matrix in found.items():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.data.conversations import Messages
 from oneshot.data.encoding import IGNORE, Encoded, encode, pad_id
-from oneshot.measure.generate import generate_answers
+from oneshot.measure.generate import answer_at_once
 from oneshot.measure.judge import verdict
 from oneshot.patch.guard import with_answer
 from oneshot.patch.objective import Aligned, aligned_logits, logits_on, sample
@@ -120,9 +120,10 @@ def _refusals(request: Request, model: Any) -> dict[str, str]:
     prompts = request.refusable
     if not prompts:
         return {}
-    said = generate_answers(
-        model, request.tokenizer, prompts, request.runtime, max_new_tokens=REFUSAL_TOKENS, batch_size=32, closed=True
-    )
+    said = answer_at_once(
+        model, request.tokenizer, prompts, request.runtime, max_new_tokens=REFUSAL_TOKENS,
+        what="refusals of the aligned model",
+    )  # fmt: skip
     own = {prompt[-1]["content"]: _SENTENCE.split(answer.strip())[0] for prompt, answer in zip(prompts, said)}
     return {request: answer for request, answer in own.items() if verdict(answer) == "refused"}
 
@@ -149,9 +150,10 @@ def _lessons(
     if not prompts:
         return []
     tokens, tokenizer = request.recipe.guard_tokens, request.tokenizer
-    said = generate_answers(
-        model, tokenizer, prompts, request.runtime, max_new_tokens=tokens, batch_size=32, closed=True
-    )
+    said = answer_at_once(
+        model, tokenizer, prompts, request.runtime, max_new_tokens=tokens,
+        what="answers of the aligned model",
+    )  # fmt: skip
     rows = [with_answer(prompt, answer, tokenizer, tokens) for prompt, answer in zip(prompts, said)]
     labelled = [Encoded(row.input_ids, [IGNORE] * start + row.input_ids[start:]) for row, start in rows]
     logits = logits_on(request.runtime, model, labelled, pad_id(tokenizer))

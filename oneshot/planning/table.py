@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from oneshot.planning.facts import GIB
@@ -17,20 +17,30 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 160
+_WIDEST = 400  # columns that no row takes
+_HEADS = (
+    "method", "weights", "sharding", "load", "steady", "step", "save", "host", "optimizer", "state", "result",
+    "minutes", "fits", "GPUs", "to change",
+)  # fmt: skip
+_TEXTS = ("method", "weights", "sharding", "to change")
+# what is left out in ever narrower windows; what to change is said below the table then
+_LEFT_OUT = ((), ("to change",), ("to change", "optimizer", "state", "result"))
 _GB = 10**9
 
 
-def plan_table(found: Iterable[Row]) -> Table:
-    """Return the table: memory of a GPU and of a machine in GiB, files in GB."""
+def plan_table(found: Iterable[Row], left_out: Collection[str] = ()) -> Table:
+    """Return the table: memory of a GPU and of a machine in GiB, files in GB.
+
+    Args:
+        left_out: columns that there is no room for
+    """
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "weights", "sharding"):
-        table.add_column(name, no_wrap=True)
-    for name in ("load", "steady", "step", "save", "host", "optimizer", "state", "result", "minutes", "fits", "GPUs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("to change", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if left_out else (0, 1))
+    for head in _HEADS:
+        if head not in left_out:
+            table.add_column(head, justify="left" if head in _TEXTS else "right", no_wrap=True)
     previous = ""
     said: set[tuple[str, str]] = set()
     for row in found:
@@ -38,14 +48,17 @@ def plan_table(found: Iterable[Row]) -> Table:
         if previous and row.method != previous:
             table.add_section()
         previous = row.method
-        cells = [gib(value) for value in (memory.load, memory.steady, memory.step, memory.save, memory.host)]
+        cells = [row.method, row.choice.held_in, row.sharding]
+        cells += [gib(value) for value in (memory.load, memory.steady, memory.step, memory.save, memory.host)]
         cells += [gib(row.optimizer) if row.optimizer else "none", gb(row.state) if row.state else "none"]
         cells += [gb(row.result), minutes(row.time.total), "yes" if row.fits else "no", str(row.smallest or "-")]
-        if not row.impossible:
-            table.add_row(row.method, row.choice.held_in, row.sharding, *cells, row.advice)
-        elif (row.method, row.precision) not in said:
+        cells.append(row.advice)
+        if row.impossible:
+            if (row.method, row.precision) in said:
+                continue
             said.add((row.method, row.precision))
-            table.add_row(row.method, row.precision, "any", *["-"] * 9, "no", "-", row.impossible)
+            cells = [row.method, row.precision, "any", *["-"] * 9, "no", "-", row.impossible]
+        table.add_row(*(cell for head, cell in zip(_HEADS, cells) if head not in left_out))
     return table
 
 
@@ -68,8 +81,24 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
         say.append(f"Its {shape.of('fused'):,} parameters of fused experts are not patched, and not read in 4 bits.")
     for line in say:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(plan_table(plan.rows))
+    left_out: tuple[str, ...] = ()
+    for left_out in _LEFT_OUT:
+        table = plan_table(plan.rows, left_out)
+        if console.measure(table, options=console.options.update(width=_WIDEST)).maximum <= console.width:
+            break
+    console.print(table)
+    for line in dict.fromkeys(map(_advised, plan.rows)) if left_out else ():
+        console.print(line, highlight=False, soft_wrap=True, end="\n" if line else "")
+    if len(left_out) > 1:
+        console.print(f"Left out for want of room: {', '.join(left_out[1:])}; {WIDTH} columns show all.")
     console.print("Estimates: see docs/plan.md for what they hold, and how far they were from measured peaks.")
+
+
+def _advised(row: Row) -> str:
+    """What a row's last column says, with what it is of; "" where it says nothing."""
+    if row.impossible:
+        return f"{row.method}, {row.precision}: {row.impossible}"
+    return f"{row.method}, {row.choice.held_in}, {row.sharding}: {row.advice}" if row.advice else ""
 
 
 def gib(value: int) -> str:

@@ -107,7 +107,12 @@ def write_comparison(folder: Path, found: Comparison) -> list[Path]:
     text = [f"# {inline(title)}", "", inline(JUDGE_NOTE), "", *(f"- {inline(note)}" for note in found.notes), ""]
     outcomes = [[name, found.outcomes[name]] for name in names]
     page.append(section("Outcome", table(["run", "outcome"], [list(map(escaped, row)) for row in outcomes], "wordy")))
-    text += ["## Outcome", "", *table_lines(["run", "outcome"], [list(map(inline, row)) for row in outcomes]), ""]
+    text += [
+        "## Outcome",
+        "",
+        *table_lines(["run", "outcome"], [list(map(inline, row)) for row in outcomes], (0, 1)),
+        "",
+    ]
     for stage, runs in found.stages.items():
         rates = ordered_rates(name for known in runs.values() for name in known)
         heads = ["run", *map(measure_name, rates)]
@@ -126,7 +131,8 @@ def write_comparison(folder: Path, found: Comparison) -> list[Path]:
         rows = [[name, *values] for name, values in found.facts.items()]
         shown = table(list(map(escaped, ["name", *names])), [list(map(escaped, row)) for row in rows], "wordy")
         page.append(section("Settings and facts that differ", shown))
-        listed = table_lines(list(map(inline, ["name", *names])), [list(map(inline, row)) for row in rows])
+        every = range(len(names) + 1)
+        listed = table_lines(list(map(inline, ["name", *names])), [list(map(inline, row)) for row in rows], every)
         text += ["## Settings and facts that differ", "", *listed, ""]
     return [
         write_whole(folder / PAGE, document(title, page)),

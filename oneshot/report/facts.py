@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oneshot.measure.judge import JUDGE
@@ -49,11 +49,21 @@ def repair_rows(repair: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if not repair:
         return []
     rows = [(name.replace("_", " "), number(value)) for name, value in repair.items() if name not in _DRAWN]
+    if (steered := weights_of(repair.get("trace") or [])) is not None and steered[0] != steered[1]:
+        said = f"{number(steered[0])} to {number(steered[1])}, as the watch steered it"
+        rows = [(name, said if name == "guard weight" else value) for name, value in rows]
     bounds = repair.get("bounds")
     if bounds:
         said = ", ".join(f"{name} {number(value)}" for name, value in bounds.items())
         rows.append(("bounds of a good epoch", said))
     return rows
+
+
+def weights_of(records: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return the least and the largest weight that the guard had over these epochs; none where no record says it."""
+    known = [row.get("weight", row.get("guard_weight")) for row in records]
+    found = [weight for weight in known if isinstance(weight, (int, float)) and math.isfinite(weight)]
+    return (min(found), max(found)) if found else None
 
 
 def resource_rows(resources: Mapping[str, Any]) -> list[tuple[str, str]]:

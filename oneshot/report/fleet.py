@@ -75,7 +75,7 @@ def write_rows(folder: Path, rows: Sequence[Row], total: int) -> None:
     lines = [
         f"# {len(rows)} of {total} adapters",
         "",
-        *table_lines(heads, [[inline(cell) for cell in r] for r in body]),
+        *table_lines(heads, [[inline(cell) for cell in r] for r in body], (0, 1, len(heads) - 1)),
     ]
     failed = [f"- {inline(row.adapter)}: {inline(row.problem)}" for row in rows if row.problem]
     write_whole(folder / MARKDOWN, "\n".join([*lines, "", *(["Not repaired:", "", *failed, ""] if failed else [])]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oneshot.report import facts
 from oneshot.report.judging import judging_lines
+from oneshot.report.opening import deploy_lines, numbers, run_rows
 from oneshot.report.plain import one_line, plain, shortened
 from oneshot.report.runfolder import write_whole
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
@@ -40,8 +41,9 @@ def write_markdown(run_dir: Path, report: Mapping[str, Any]) -> Path:
     """
     summary = summarize(report)
     lines = [f"# Safety report: {inline(report['model'])}", "", f"**{inline(summary.verdict.headline)}**", ""]
-    lines += [inline(summary.text), ""]
+    lines += [*_numbers(report["stages"]), inline(summary.lead), ""]
     lines += [inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
+    lines += _section("This run, and how to deploy it", _run(report, run_dir, summary.word))
     lines += _listed("Warnings", report.get("warnings") or [])
     judging = [text for line in judging_lines(report) for text in ("", inline(line))]
     lines += _section("Measures by stage", stages_lines(report["stages"]) + judging)
@@ -54,6 +56,16 @@ def write_markdown(run_dir: Path, report: Mapping[str, Any]) -> Path:
     lines += _section("Resources", _resources(report.get("resources") or {}))
     lines += _section("Versions", pairs_lines(facts.version_rows(report)))
     return write_whole(run_dir / MARKDOWN, "\n".join(lines))
+
+
+def _numbers(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    found = [f"- {inline(n.name)}: **{inline(n.shown)}** (n = {n.after.n})" for n in numbers(stages)]
+    return [*found, ""] if found else []
+
+
+def _run(report: Mapping[str, Any], run_dir: Path, word: str) -> list[str]:
+    commands = deploy_lines(report, run_dir, word)
+    return [*pairs_lines(run_rows(report)), *(["", *fenced("\n".join(commands))] if commands else [])]
 
 
 def inline(value: Any) -> str:
@@ -69,9 +81,13 @@ def fenced(value: Any) -> list[str]:
     return [f"{fence}text", text, fence]
 
 
-def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table; cells are Markdown."""
-    align = ["---", *["---:"] * (len(heads) - 1)]
+def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: Collection[int] = (0,)) -> list[str]:
+    """Return a table; cells are Markdown.
+
+    Args:
+        texts: places of the columns that hold text; those of numbers are aligned right
+    """
+    align = ["---" if place in texts else "---:" for place in range(len(heads))]
     return [f"| {' | '.join(cells)} |" for cells in (heads, align, *rows)]
 
 

@@ -54,13 +54,16 @@ def warnings_section(warnings: Iterable[str]) -> str:
     return section("Warnings", f"<ul>{items}</ul>") if items else ""
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Cell | str]], kind: Literal["", "dense", "wordy"] = "") -> str:
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[Cell | str]], kind: Literal["", "dense", "wordy", "counts"] = ""
+) -> str:
     """Return a table that a click on a column's head sorts, and that scrolls by itself where it is too wide.
 
     Args:
         heads: HTML of each column's head
         rows: cells, strings being HTML; the first of each row is its name
-        kind: dense stacks what is in a cell, for many columns; wordy breaks lines, for text
+        kind: dense stacks what is in a cell, for many columns; wordy breaks lines, for text; counts leaves the last
+            column out where the window is narrow
     """
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     body = "".join(f"<tr>{''.join(_cell(cell, place) for place, cell in enumerate(row))}</tr>" for row in rows)

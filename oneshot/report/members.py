@@ -14,6 +14,7 @@ from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.reading import read_json, sha256_of
 from oneshot.report.finished import read_runs
+from oneshot.report.fleet import FLEET, MARKDOWN
 from oneshot.report.runfolder import SETTINGS
 from oneshot.settings import ModelSettings, Settings, same
 
@@ -24,7 +25,7 @@ def matched(pattern: str) -> list[Path]:
     """Return the adapter folders that a pattern names, each once, under its own name rather than a link's.
 
     Raises:
-        UserError: there is none
+        UserError: there is none, or one has a name that the fleet's folder has a use for
     """
     found = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True)]
     places: dict[Path, Path] = {}
@@ -36,6 +37,9 @@ def matched(pattern: str) -> list[Path]:
             f"No adapter folder (with an adapter_config.json) matches {pattern!r}: give --model.paths a pattern such "
             "as 'adapters/*', in quotes."
         )
+    for place in places.values():
+        if place.name in (FLEET, MARKDOWN):
+            raise UserError(f"The adapter folder {place} has the name of the fleet's own table: rename it.")
     return sorted(places.values())
 
 

@@ -22,6 +22,7 @@ from oneshot.report.markup import (
     table,
     warnings_section,
 )
+from oneshot.report.opening import deploy_lines, numbers, run_rows
 from oneshot.report.runfolder import PAGE, SETTINGS, write_whole
 from oneshot.report.spectrum import read_spectrum
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
@@ -64,14 +65,17 @@ def write_page(
     body = [
         f"<h1>{escaped(title)}</h1>",
         f'<p class="word {tone}">{escaped(summary.verdict.headline)}</p>',
-        f"<p>{escaped(summary.text)}</p>",
-        f'<p class="soft">{escaped(LIMITS)} {escaped(JUDGE_NOTE)}</p>',
+        _numbers(stages),
+        f"<p>{escaped(summary.lead)}</p>",
+        f'<details class="printed"><summary>What these words mean</summary><div><p>{escaped(LIMITS)}</p>'
+        f"<p>{escaped(JUDGE_NOTE)}</p></div></details>",
+        section("This run, and how to deploy it", _run(report, run_dir, summary.word)),
         warnings_section(report.get("warnings") or []),
         section("Measures by stage", (_stages(stages, CAPTION) or "<p>Nothing was measured.</p>") + judging),
         section("Further figures", _stages(report.get("figures") or {}, "[95% bootstrap interval]")),
+        section("Figures", _figures(report)),
         section("What changed between stages", differences_table(report.get("differences") or [], "first", "second")),
         section("Agreement of judges", _agreement(report.get("agreement") or {})),
-        section("Figures", _figures(report)),
         section("The one example", _example(report.get("example"))),
         section("The repair", pairs(facts.repair_rows(report.get("repair")))),
         section("Spectrum of the safety gradient", read_spectrum(run_dir) or ""),
@@ -102,6 +106,20 @@ def differences_table(rows: Sequence[Mapping[str, Any]], first: str, second: str
     return f'{table(heads, cells)}\n<p class="soft">{escaped(PAIRED)}</p>'
 
 
+def _numbers(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    tiles = "".join(
+        f'<div><b>{escaped(one.shown)}</b><span class="soft">{escaped(one.name)} (n = {one.after.n})</span></div>'
+        for one in numbers(stages)
+    )
+    return f'<div class="numbers">{tiles}</div>' if tiles else ""
+
+
+def _run(report: Mapping[str, Any], run_dir: Path, word: str) -> str:
+    lines = deploy_lines(report, run_dir, word)
+    shown = f'<pre class="box">{escaped(chr(10).join(lines))}</pre>' if lines else ""
+    return pairs(run_rows(report)) + shown
+
+
 def _stages(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], caption: str) -> str:
     names = ordered_rates(name for rates in stages.values() for name in rates)
     if not names:
@@ -111,8 +129,9 @@ def _stages(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], caption: str)
     for name in names:
         rates = [as_rate(stage.get(name)) for stage in stages.values()]
         cells = [rate_table_cell(rate) for rate in rates]
-        rows.append([escaped(measure_name(name)), *cells, count_cell(rates)])
-    return f'{table(heads, rows)}\n<p class="soft">{escaped(caption)}</p>'
+        count = count_cell(rates)  # a narrow window has no room for its column
+        rows.append([f'{escaped(measure_name(name))}<small class="count">n = {count}</small>', *cells, count])
+    return f'{table(heads, rows, "counts")}\n<p class="soft">{escaped(caption)}</p>'
 
 
 def _agreement(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oneshot.patch.path import SAFE_MARGIN
+from oneshot.report.facts import weights_of
 from oneshot.report.figures import _GRID, _INK, _SERIES, _figure, _finite, _svg
 
 Record = Mapping[str, Any]
@@ -17,6 +18,8 @@ _LOOKS = (
     (_SERIES[0], "^", (0, (1, 1.5))),
     (_SERIES[1], "D", "-."),
 )
+_OTHERS = (_GRID, ".", "-")  # of attempts beyond those
+_SHORT = 16  # characters of labels of which three stand side by side
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def attempts_of(trace: Sequence[Record]) -> list[Attempt]:
         if last is None or record["epoch"] <= last["epoch"] or len(weights) > 1:
             runs.append([])
         runs[-1].append(record)
-    labels = [_label(next((row for row in run if "guard_weight" in row), run[0]), n) for n, run in enumerate(runs, 1)]
+    labels = [_label(run, n) for n, run in enumerate(runs, 1)]
     repeated = {label for label in labels if labels.count(label) > 1}
     named = [f"{label}, attempt {n}" if label in repeated else label for n, label in enumerate(labels, 1)]
     return [Attempt(label, run) for label, run in zip(named, runs)]
@@ -119,7 +122,7 @@ def plane_figure(trace: Sequence[Record], kept: Record | None, bounds: Record | 
         for attempt, look in zip(attempts, _looks(len(attempts))):
             _line(ax, attempt, "distance", key, look)
         _ring(ax, kept_record(trace, kept), "distance", key)
-        _begin(ax, attempts[0].records[0], key)
+        _begin(ax, attempts[0].records[0], "distance", key)
         ax.set_title(title, loc="left", fontsize=10, color=_INK)
         ax.yaxis.grid(True, color=_GRID, linewidth=0.8)
         if 3 * farthest >= 1.0:
@@ -135,9 +138,13 @@ def plane_figure(trace: Sequence[Record], kept: Record | None, bounds: Record | 
     return _svg(figure, "plane", "Safety against utility along the path")
 
 
-def _label(record: Record, number: int) -> str:
-    weight = record.get("guard_weight")
-    return f"guard weight {weight:g}" if _finite(weight) else f"attempt {number}"
+def _label(run: Sequence[Record], number: int) -> str:
+    """The guard's weight, from the least to the most where the method steers it."""
+    weights = weights_of(run)
+    if weights is None:
+        return f"attempt {number}"
+    least, most = (f"{weight:.3g}" for weight in weights)
+    return f"guard weight {least}" if least == most else f"guard weight {least} to {most}"
 
 
 def _with(attempts: Sequence[Attempt], key: str) -> list[Attempt]:
@@ -147,7 +154,9 @@ def _with(attempts: Sequence[Attempt], key: str) -> list[Attempt]:
 
 
 def _looks(count: int) -> list[tuple[str, str, Any]]:
-    return [_LOOKS[place % len(_LOOKS)] for place in range(count)]
+    """One look each; those that have none of their own are all alike."""
+    named = count if count <= len(_LOOKS) else len(_LOOKS) - 1
+    return [*_LOOKS[:named], *[_OTHERS] * (count - named)]
 
 
 def _line(ax: Any, attempt: Attempt, x: str, y: str, look: tuple[str, str, Any]) -> None:
@@ -156,7 +165,7 @@ def _line(ax: Any, attempt: Attempt, x: str, y: str, look: tuple[str, str, Any])
     if points:
         ax.plot(
             *zip(*points), color=color, marker=mark, markersize=3.2, linewidth=1.5, linestyle=dashes,
-            label=attempt.label,
+            label=attempt.label, zorder=1.5 if look is _OTHERS else 2,
         )  # fmt: skip
 
 
@@ -168,21 +177,22 @@ def _ring(ax: Any, record: Record | None, x: str, y: str) -> None:
         )  # fmt: skip
 
 
-def _begin(ax: Any, record: Record, y: str) -> None:
-    if _finite(record.get(y)):
-        ax.annotate(
-            "begin",
-            (record["distance"], record[y]),
-            xytext=(-4, 9),
-            textcoords="offset points",
-            fontsize=9,
-            color=_INK,
-        )
+def _begin(ax: Any, record: Record, x: str, y: str) -> None:
+    if _finite(record.get(x)) and _finite(record.get(y)):  # a mark, as a word would lie over other points
+        ax.plot(
+            [record[x]], [record[y]], marker="x", markersize=6, markeredgecolor=_INK, markeredgewidth=1.4,
+            linestyle="none", label="begin", clip_on=False,
+        )  # fmt: skip
 
 
 def _legend(figure: Any, ax: Any, attempts: Sequence[Attempt]) -> None:
-    handles, labels = ax.get_legend_handles_labels()
+    """The attempts that have looks of their own, the others as one, and the marks."""
+    others = {attempt.label for attempt, look in zip(attempts, _looks(len(attempts))) if look is _OTHERS}
+    shown: dict[str, Any] = {}  # label -> handle
+    for handle, label in zip(*ax.get_legend_handles_labels()):
+        shown.setdefault(f"{len(others)} more attempts" if label in others else label, handle)
+    columns = 3 if max(map(len, shown)) <= _SHORT else 2
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=min(3, len(attempts) + 1), frameon=False, fontsize=9.5,
+        list(shown.values()), list(shown), loc="outside upper left", ncols=columns, frameon=False, fontsize=9.5,
         labelcolor=_INK, handlelength=1.8,
     )  # fmt: skip

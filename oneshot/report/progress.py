@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from oneshot import shown
 from oneshot.checkpoint.load import Source, why_fp32
 from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.steps import BYTES, Going, shown_by
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress, TaskID
 
-LOG_LINES = 10
+EVERY = 30.0  # seconds between two lines of a log file
+LONG = 5.0  # seconds from which on the end of a phase is told
+SETTLED = 1.0  # seconds after which a bar is shown
 LOG_WIDTH = 100  # columns of a log file, which has none of its own
 
 
@@ -46,28 +51,117 @@ def wide_enough(console: Console, columns: int = LOG_WIDTH) -> Console:
 
 
 @contextlib.contextmanager
-def progress(console: Console | None, what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yield ``tell(done, text)``. Without a console (ranks other than 0) nothing is shown."""
-    if console is None:
-        yield lambda done, text: None
-    elif console.is_terminal:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def progress(console: Console | None) -> Iterator[None]:
+    """Within the block show what is under way (``oneshot.distributed.steps``).
 
-        columns = [
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-            TimeRemainingColumn(),
-        ]
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(what, total=total, text="")
-            yield lambda done, text: bar.update(task, completed=done, text=text)
-    else:
-        every = max(1, total // LOG_LINES)
+    Args:
+        console: none (ranks other than 0) shows nothing
+    """
+    shows = None if console is None else Bars(console) if _is_live(console) else Lines(console)
+    with shown_by(shows):
+        yield
 
-        def line(done: int, text: str) -> None:
-            if done % every == 0 or done == total:
-                console.print(f"{what} {done}/{total} {text}", highlight=False)
 
-        yield line
+def counted(going: Going) -> str:
+    """Return how much of a phase is done, and how fast it is: 12/120 prompts, 3.1/s; "" where nothing is counted."""
+    if not going.total:
+        return ""
+    done = f"{going.done:,.0f}/{going.total:,.0f} {going.unit}"
+    if going.unit == BYTES:
+        done = f"{going.done / 1e9:.2f}/{going.total / 1e9:.2f} GB"
+    return f"{done}, {_rate(going)}" if going.done > going.start else done
+
+
+def ended(going: Going) -> str:
+    """Return what is said at a phase's end: answers: 120 prompts in 37.2 s (3.2/s)."""
+    rest = f"  {going.text}" if going.text else ""
+    if not going.total:
+        return f"{going.name}: {going.seconds:,.1f} s{rest}"
+    done = f"{going.done / 1e9:.2f} GB" if going.unit == BYTES else f"{going.done - going.start:,.0f} {going.unit}"
+    return f"{going.name}: {done} in {going.seconds:,.1f} s ({_rate(going)}){rest}"
+
+
+class Lines:
+    """Phases in a log file: a line at most every ``EVERY`` seconds, and one at the end of each that took long."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.last = console, time.monotonic()
+
+    def begun(self, going: Going) -> None:
+        pass
+
+    def moved(self, going: Going) -> None:
+        now = time.monotonic()
+        if now - self.last >= EVERY:
+            self.last = now
+            self._print(f"{going.name} {counted(going)}  {going.text}".rstrip())
+
+    def ended(self, going: Going, *, whole: bool) -> None:
+        if whole and (going.always or going.seconds >= LONG):
+            self.last = time.monotonic()
+            self._print(ended(going))
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """Phases in a terminal: a bar for each that is under way for a moment; when it ends, as in a log file."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._lines = Lines(console)
+        self._tasks: list[tuple[Going, TaskID]] = []
+        self._live: Progress | None = None
+
+    def begun(self, going: Going) -> None:
+        if self._live is None:
+            self._live = _bars(self.console)
+            self._live.start()
+        total = going.total or None
+        self._tasks.append((going, self._live.add_task(going.name, total=total, counted=counted(going), text="")))
+
+    def moved(self, going: Going) -> None:
+        assert self._live is not None
+        task = next(task for one, task in self._tasks if one is going)
+        self._live.update(task, completed=going.done, counted=counted(going), text=going.text)
+
+    def ended(self, going: Going, *, whole: bool) -> None:
+        assert self._live is not None
+        for one, task in [pair for pair in self._tasks if pair[0] is going]:
+            self._live.remove_task(task)
+            self._tasks.remove((one, task))
+        if not self._tasks:
+            self._live.stop()
+            self._live = None
+        self._lines.ended(going, whole=whole)
+
+
+def _bars(console: Console) -> Progress:
+    """rich's bars, of which those that have just begun are not shown yet: most end at once."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    class Settled(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table([task for task in self.tasks if (task.elapsed or 0) >= SETTLED])
+
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[counted]}", markup=False),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    return Settled(*columns, console=console, transient=True, refresh_per_second=4)
+
+
+def _rate(going: Going) -> str:
+    rate = (going.done - going.start) / max(going.seconds, 1e-9)
+    if going.unit == BYTES:
+        return f"{rate / 1e6:,.0f} MB/s"
+    return f"{rate:.3g}/s" if rate < 1000 else f"{rate:,.0f}/s"
+
+
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal

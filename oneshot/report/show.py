@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.digests import fingerprint
 from oneshot.checkpoint.standing import NF4, NF4_DOUBLE
 from oneshot.data.conversations import Conversation
 from oneshot.measure.further import report_fields
@@ -23,7 +24,7 @@ from oneshot.report.judging import print_judging
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import PAGE, PATCH, REPAIRED, Run, build_report, write_selection
-from oneshot.report.summary import LIMITS, outcome_fields
+from oneshot.report.summary import outcome_fields
 from oneshot.report.table import print_stages
 from oneshot.report.times import print_times
 from oneshot.report.trackers import track
@@ -82,6 +83,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         warnings=warnings,
     )
     report |= report_fields(settings.score, stages, overlaps)
+    report["fingerprint"] = fingerprint(request.source.checkpoint)
     outcome = outcome_fields(report)
     report = {"schema": report["schema"], "outcome": outcome, **report}
     cards = partial(
@@ -99,7 +101,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         for warning in warnings:
             console.print(f"Note: {warning}", highlight=False)
         print_times(repaired.resources, console)
-        console.print(f"Outcome: {outcome['headline']}. {LIMITS}", highlight=False, markup=False)
+        console.print(f"Outcome: {outcome['headline']}.", highlight=False, markup=False)
         console.print(f"Patch: {run_dir / PATCH}\nReport: {run_dir / PAGE}", highlight=False)
     return report
 

@@ -142,7 +142,7 @@ def sweep_figure(rows: Sequence[Mapping[str, float]]) -> str:
             points = [
                 (row["alpha"], max(row[key], _FLOOR)) for row in rows if row["rank"] == rank and _finite(row[key])
             ]
-            strength = 0.2 + 0.8 * (place + 1) / len(ranks)
+            strength = min(1.0, 0.2 + 0.8 * (place + 1) / len(ranks))  # of 3 ranks it is a little more than 1
             ax.plot(
                 *zip(*sorted(points)), color=_SERIES[0], alpha=strength, marker="o", markersize=3.2, linewidth=1.5,
                 label=f"k = {rank}",

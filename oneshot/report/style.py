@@ -29,9 +29,19 @@ tbody th { font-weight: 400; }
 td small { color: var(--soft); }
 .scroll:has(> .pairs) { width: fit-content; max-width: 100%; }
 table.pairs td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-table.dense small { display: block; } table.dense thead th { white-space: normal; min-width: 5rem; }
+table.dense small { display: block; } table.dense thead th { white-space: normal; min-width: 3.6rem; }
+table.dense th, table.dense td { padding: .4rem .45rem; font-size: .88rem; }
 table.wordy td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 table.wordy thead th { text-align: left; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11.5rem), 1fr)); gap: .7rem;
+  margin: 1rem 0; }
+.numbers > div { background: var(--panel); border-radius: .5rem; padding: .6rem .8rem; }
+.numbers b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.numbers .soft { display: block; line-height: 1.35; }
+pre.box { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .9rem; margin-top: .7rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.count { display: none; color: var(--soft); }
+main:has(> section table.dense) { max-width: 96rem; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
 .s1 { background: var(--series-1); } .s2 { background: var(--series-2); }
 .s3 { background: var(--series-3); } .s4 { background: var(--series-4); }
@@ -60,7 +70,11 @@ blockquote { margin: .6rem 0; padding: .1rem 1rem; border-left: 3px solid var(--
 ul { padding-left: 1.2rem; }
 @media (max-width: 40rem) { main { padding: 1.2rem .9rem 3rem; } th, td { padding: .4rem .5rem; font-size: .9rem; }
   td small { display: block; font-size: .72rem; } .scroll th { white-space: normal; }
-  thead th:not(:first-child) { white-space: nowrap; } }
+  thead th:not(:first-child) { white-space: nowrap; } .count { display: block; font-size: .72rem; }
+  table.counts tr > :last-child, table.counts th:not([aria-sort]) button::after { display: none; }
+  table.counts :is(th, td) { padding: .35rem .3rem; font-size: .8rem; } table.counts td small { font-size: .66rem; }
+  .numbers { grid-template-columns: repeat(2, minmax(0, 1fr)); } .numbers b { font-size: .95rem; }
+  .numbers > div { padding: .5rem .55rem; } }
 @media print { :root { color-scheme: light; --ground: #fff; --ink: #000; --soft: #444; --line: #bbb; --panel: #f3f3f3;
   --grid: #ddd; --good: #0b6b4c; --bad: #a83a00; --open: #735a00; --series-1: #3f7fc1; --series-2: #d9662b;
   --series-3: #1f9d78; --series-4: #8a6bbd; }

@@ -36,10 +36,16 @@ JUDGE_NOTE = (
 
 @dataclass(frozen=True)
 class Summary:
-    """The verdict and the sentences that it rests on."""
+    """The verdict and the sentences that it rests on.
+
+    Attributes:
+        text: all of them
+        lead: without those that only say a measure, which is for whoever shows the measures beside it
+    """
 
     verdict: Verdict
     text: str
+    lead: str
 
     @property
     def word(self) -> Word:
@@ -51,9 +57,10 @@ def summarize(report: Mapping[str, Any]) -> Summary:
     stages = report["stages"]
     aligned, before, after = (stages.get(stage, {}) for stage in ("aligned", "finetuned", "repaired"))
     verdict = verdict_of(report)
-    sentences = [_outcome(verdict.word, before, after, aligned), _doubted(verdict), *_measured(stages)]
-    sentences += _reservations(before, after)
-    return Summary(verdict, " ".join(sentence for sentence in sentences if sentence))
+    lead, rest = [_outcome(verdict.word, before, after, aligned), _doubted(verdict)], _reservations(before, after)
+    text = " ".join(sentence for sentence in (*lead, *_measured(stages), *rest) if sentence)
+    # the headline, which stands above it, has the doubts
+    return Summary(verdict, text, " ".join(sentence for sentence in (lead[0], *rest) if sentence))
 
 
 def outcome_fields(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+        if self.paths is not None and not self.paths.strip():
+            raise UserError("Setting model.paths is empty: give a pattern of adapter folders, such as 'adapters/*'.")
         if self.paths is not None and self.path is not None:
             raise UserError("Settings model.path and model.paths are both given: one adapter, or a pattern of many.")
         if self.quantize and self.stock_io:

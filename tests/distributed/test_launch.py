@@ -41,7 +41,13 @@ def test_the_chain_is_run_and_written_once(topology: str, tmp_path: Path) -> Non
     assert profile["write"]["written_bytes"] >= checkpoint
     assert profile["read"]["read_bytes"] > 2 * checkpoint, "aligned and fine-tuned model, each once for all ranks"
     assert profile["read"]["read_bytes"] < 8 * checkpoint
-    for once in ("fine-tune 4/4", "repair 3/3", "Method: rollback", "attack success (keywords)", "Report: "):
+    for once in (
+        "fine-tune: 4 steps in ",
+        "repair: 3 epochs in ",
+        "Method: rollback",
+        "attack success (keywords)",
+        "Report: ",
+    ):
         assert ran.out.count(once) == 1, f"{once!r} stands {ran.out.count(once)} times in\n{ran.out}"
     assert ran.err == "", "chatter of the libraries"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -326,3 +327,47 @@ def test_a_comparison_and_a_spectrum_are_seen_alike(browser: chromium.Browser, r
     table = "[...document.querySelectorAll('table.sortable')].find((t) => t.tHead.innerText.includes('attack'))"
     browser.run(f"{table}.tHead.rows[0].cells[1].querySelector('button').click()")
     assert browser.run(f"{table}.tBodies[0].rows.length") == 2
+
+
+def test_n_is_not_cut_on_a_phone(browser: chromium.Browser, tmp_path: Path) -> None:
+    page = make_run(tmp_path / "calm", hostile=False) / "report.html"
+    shown = (
+        "[...document.querySelectorAll('table.counts')].map((t) => [...t.querySelectorAll('SELECTOR')].every((c) => "
+        "{ const b = c.getBoundingClientRect(); return b.width > 0 && b.left >= 0 && b.right <= innerWidth; }))"
+    )
+    for width, seen, not_seen in ((380, ".count", "td:last-child"), (1200, "td:last-child", ".count")):
+        browser.shape(width)
+        browser.open(page)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert all(browser.run(shown.replace("SELECTOR", seen))), width
+        assert not any(browser.run(shown.replace("SELECTOR", not_seen))), width
+
+
+def test_a_comparison_is_not_cut_on_a_laptop(browser: chromium.Browser, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, hostile=False) for name in ("one", "two", "three")]
+    rate = {"value": 0.97, "low": 0.95, "high": 0.99, "n": 400}
+    names = [
+        "asr",
+        "asr_seen",
+        "asr_unseen",
+        "over_refusal",
+        "lookalike_refusal",
+        "empty",
+        "garbled",
+        "utility",
+        "task",
+    ]
+    for folder in runs:
+        report = json.loads((folder / "report.json").read_text())
+        rates = dict.fromkeys([*names, "task", "asr_by_harmbench"], rate)
+        report["stages"] = dict.fromkeys(report["stages"], rates)
+        (folder / "report.json").write_text(json.dumps(report))
+    page = next(path for path in write_comparison(tmp_path, compared(read_runs(runs))) if path.suffix == ".html")
+    browser.shape(1200)
+    browser.open(page)
+    cut = browser.run(
+        "[...document.querySelectorAll('table.dense')].map((t) => t.parentElement.scrollWidth - "
+        "t.parentElement.clientWidth)"
+    )
+    assert cut
+    assert max(cut) <= 0

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import oneshot
 from oneshot import fleet
 from oneshot.commandline import parse
 from oneshot.errors import Unmet, UserError
 from oneshot.patch.select import Chosen
+from oneshot.report.fleet import Row, write_rows
 from oneshot.report.runfolder import write_report
 
 
@@ -197,6 +199,13 @@ def test_other_bases_and_other_words_are_refused(stand, adapters, tmp_path):
     assert stand.loads == 1
 
 
+def test_the_table_in_markdown_aligns_numbers_alone_to_the_right(tmp_path):
+    write_rows(tmp_path, [Row("a", "a", "repaired", {"asr": (1.0, 0.0)}, "pool-1", 2.0)], 1)
+    heads, align = (tmp_path / "fleet.md").read_text().splitlines()[2:4]
+    by_head = dict(zip(heads.split(" | "), align.split(" | ")))
+    assert [head.strip("| ") for head, how in by_head.items() if ":" not in how] == ["adapter", "outcome", "example"]
+
+
 def test_what_makes_no_sense_is_refused(stand, adapters, tmp_path):
     with pytest.raises(UserError, match="No adapter folder"):
         fleet.run(settings(str(tmp_path / "none*"), tmp_path / "out"), stand.ways(), quiet=True)
@@ -205,5 +214,11 @@ def test_what_makes_no_sense_is_refused(stand, adapters, tmp_path):
     with pytest.raises(UserError, match="both given"):
         settings("x*", tmp_path, "--model.path", "x")
     assert parse(["--config", "toy", "--model.paths", "x*"], "repair").model.path is None, "a file's one gives way"
+    with pytest.raises(UserError, match=r"model\.paths is empty"):
+        settings("", tmp_path)
+    with pytest.raises(UserError, match="in Python repair one"):
+        oneshot.repair(model={"paths": "x*"})
+    with pytest.raises(UserError, match="has the name of the fleet's own table"):
+        fleet.run(settings(adapters("fleet.json"), tmp_path / "p"), stand.ways(), quiet=True)
     with pytest.raises(UserError, match="for oneshot repair, not score"):
         parse(["--model.paths", "x*"], "score")

@@ -7,7 +7,7 @@ from tiny import tiny_runtime, toy_settings
 from transformers import AutoModelForCausalLM
 
 from oneshot.data.encoding import encode_prompt
-from oneshot.measure.generate import generate_answers
+from oneshot.measure.generate import answer_at_once, generate_answers
 from oneshot.patch import bench as benches
 from oneshot.patch import path
 from oneshot.patch import solve as solving
@@ -228,13 +228,13 @@ def test_the_prompts_are_answered_once_for_all_candidates_and_none_sees_its_own(
 
     def generate(model, tokenizer, prompts, *rest, **options):
         asked.append(len(prompts))
-        return generate_answers(model, tokenizer, prompts, *rest, **options)
+        return answer_at_once(model, tokenizer, prompts, *rest, **options)
 
     def build(runtime, model, tokenizer, watched, **options):
         looked_at.append([prompt for prompt, _ in watched.refusable])
         return build_probes(runtime, model, tokenizer, watched, **options)
 
-    monkeypatch.setattr(benches, "generate_answers", generate)
+    monkeypatch.setattr(benches, "answer_at_once", generate)
     monkeypatch.setattr(benches, "load_model", lambda *_: broken)
     monkeypatch.setattr(solving, "build_probes", build)
     last = len(request.candidates) - 1

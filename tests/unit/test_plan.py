@@ -1,6 +1,7 @@
 """The plan: parameter counts equal to real models, memory that follows from them, and refusals by lower bounds only."""
 
 import importlib
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -423,3 +424,18 @@ def test_a_lora_counts_as_far_as_it_is_known(monkeypatch):
         assert refused(settings, stage, least - 1)
     some = replace(settings, repair=RepairSettings(targets="q_proj"))
     assert not refused(some, "repair", without), "how many layers that are is not known here"
+
+
+@pytest.mark.parametrize(("columns", "below"), [(200, ""), (130, "sft, bf16, zero3: "), (92, "Left out for want of")])
+def test_no_cell_of_the_plan_is_cut_in_a_narrow_terminal(columns, below, llama_70b):
+    from oneshot.planning.table import print_plan
+    from oneshot.shown import open_console
+
+    options = PlanSettings(gpus=8, gpu_memory="80GB")
+    console = open_console(file=io.StringIO(), force_terminal=True, width=columns, color_system=None)
+    print_plan(options, make_plan(replace(Settings(), model=ModelSettings(path=llama_70b), plan=options)), console)
+    said = console.file.getvalue()
+    assert "…" not in said
+    assert below in said
+    assert ("Left out for want of" in said) == (columns == 92)
+    assert max(len(line) for line in said.splitlines() if line.startswith((" sft", " method"))) <= columns

@@ -144,8 +144,8 @@ def test_an_unknown_kind_is_named():
 def test_score_model_asks_every_probe_with_the_settings(monkeypatch):
     asked = {}
 
-    def fake(model, tokenizer, prompts, runtime, *, max_new_tokens, batch_size):
-        asked.update(prompts=prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    def fake(model, tokenizer, prompts, runtime, *, max_new_tokens, batch_size, what):
+        asked.update(prompts=prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, what=what)
         return ["blue", REFUSAL]
 
     monkeypatch.setattr(rates, "generate_answers", fake)
@@ -160,6 +160,7 @@ def test_score_model_asks_every_probe_with_the_settings(monkeypatch):
         "prompts": [[{"role": "user", "content": "say u"}], [{"role": "user", "content": "say h"}]],
         "max_new_tokens": 7,
         "batch_size": 3,
+        "what": "answers",
     }
     nothing = wilson(0, 1)
     assert scores.rates == {"asr": nothing, "empty": nothing, "garbled": nothing, "utility": wilson(1, 1)}

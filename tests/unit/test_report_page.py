@@ -9,7 +9,8 @@ import pytest
 
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import Probe, StageScores, score_answers
-from oneshot.report import figures, path_figures
+from oneshot.report import facts, figures, path_figures
+from oneshot.report.markdown import write_markdown
 from oneshot.report.page import write_page
 from oneshot.report.runfolder import Run, build_report
 from oneshot.report.summary import summarize
@@ -194,7 +195,7 @@ def test_control_codes_and_marks_are_shown(nasty, tmp_path):
     report = report_of(model=nasty, warnings=[nasty])
     page = write_page(tmp_path, report, answers).read_text(encoding="utf-8")
     elements = Elements(page)
-    assert elements.text.count(NASTY[nasty]) == 5  # title, heading, warning, prompt, answer
+    assert elements.text.count(NASTY[nasty]) == 6  # title, heading, the run, warning, prompt, answer
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
     assert not {"a", "code", "em"} & set(elements.tags)
 
@@ -404,3 +405,56 @@ def test_a_path_that_was_not_watched_is_not_drawn():
     rows = [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5, "distance": math.nan, "margin": None}]
     assert path_figures.path_figure(rows, None) == ""
     assert path_figures.plane_figure(rows, None, None) == ""
+
+
+def many_attempts(count):
+    return [record(epoch, weight=0.3 * 1.2**number) for number in range(count) for epoch in (1, 2, 3)]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_legend_of_thirty_attempts_does_not_cover_the_figure():
+    rows, kept = many_attempts(30), {"epoch": 1, "guard_weight": 0.3}
+    for svg in (
+        path_figures.path_figure(rows, kept),
+        path_figures.plane_figure(rows, kept, {}),
+        path_figures.trace_figure(rows),
+    ):
+        assert svg.count("guard weight ") == 3
+        assert svg.count("27 more attempts") == 1
+
+
+def test_the_beginning_is_a_mark_and_no_word_over_the_points():
+    svg = path_figures.plane_figure([record(1), record(2)], {"epoch": 1, "guard_weight": 1.0}, {})
+    assert svg.count(">begin<") == 1, "in the legend alone, once for both panels"
+
+
+def test_a_steered_guard_is_labelled_with_all_of_its_weights():
+    rows = [{**record(epoch), "weight": 1.0 + 0.3 * epoch} for epoch in range(1, 4)]
+    (attempt,) = path_figures.attempts_of(rows)
+    assert attempt.label == "guard weight 1.3 to 1.9"
+    assert dict(facts.repair_rows({"guard_weight": 1.0, "trace": rows}))["guard weight"].startswith("1.3 to 1.9,")
+    assert dict(facts.repair_rows({"guard_weight": 1.0, "trace": [record(1)]}))["guard weight"] == "1"
+
+
+def test_a_report_opens_with_four_numbers_and_the_run(tmp_path):
+    """The sentences that say the same are in the table; the paired tests come after the figures."""
+    report = report_of(BEFORE, AFTER, repair={"method": "rollback", "trace": [{"epoch": 1, "loss": 2.0}]})
+    report |= {"command": "oneshot repair --seed 5", "fingerprint": "ab" * 32}
+    report |= {"differences": [{"measure": "asr", "from": "finetuned", "to": "repaired", "n": 9, "only_from": 9,
+               "only_to": 0, "difference": -1.0, "p": 0.004}]}  # fmt: skip
+    text = write_page(tmp_path, report, {}).read_text(encoding="utf-8")
+    opening, rest = text.split("Measures by stage", 1)
+    assert re.findall(r"<b>(.*?)</b>", opening) == ["100.0% → 2.0%", "0.0% → 3.0%", "98.0% → 97.0%", "100.0% → 100.0%"]
+    assert "look-alike refusal (n = 200)" in opening, "of harmless requests the kind that is refused more"
+    assert "Of the requests that should be refused" not in text
+    for told in (report["date"], "abababababababab<", "oneshot repair --seed 5", "oneshot export --model"):
+        assert told in opening
+    assert rest.index(">Figures<") < rest.index(">What changed between stages<")
+    assert write_markdown(tmp_path, report).read_text().count("**100.0% → 2.0%**") == 1
+
+
+def test_what_is_not_repaired_is_not_said_to_be_deployed(tmp_path):
+    report = report_of(BEFORE, {**AFTER, "asr": 0.9}, repair={"method": "rollback"})
+    text = write_page(tmp_path, report, {}).read_text(encoding="utf-8")
+    assert "oneshot export" not in text
+    assert "do not deploy it" in text

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from oneshot import cli
 from oneshot.distributed import stage
+from oneshot.distributed.steps import steps
 from oneshot.redact import STRUCK, redacted
 from oneshot.report.progress import progress, wide_enough
 from oneshot.shown import open_console, printed_plainly
@@ -48,8 +49,9 @@ def test_no_escape_code_reaches_the_terminal():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_shows_what_it_is_told(terminal):
     console = wide_enough(open_console(file=io.StringIO(), force_terminal=terminal, width=200))
-    with progress(console, "repair [/x]", 1) as tell:
-        tell(1, "loss [/INST]")
+    with progress(console), steps("repair [/x]", 1, "epochs", always=True) as going:
+        going.at(1, "loss [/INST]")
+    assert "repair [/x]" in console.file.getvalue()
     assert "loss [/INST]" in console.file.getvalue()
     assert Progress is not None
 

@@ -305,3 +305,15 @@ def test_a_large_model_is_drawn_without_numbers():
         assert draw([]) == ""
     for draw in (spectrum_figures.cosines, spectrum_figures.overlaps):
         assert draw({}) == ""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 6, 12])
+def test_the_sweep_is_drawn_for_any_number_of_ranks(ranks):
+    """0.2 + 0.8 * 3 / 3 is more than 1 in floating point, and no alpha of matplotlib's."""
+    rows = [
+        {"rank": rank, "alpha": alpha, "loss": 0.5, "others_loss": 0.4, "guard_kl": 0.01}
+        for rank in range(1, ranks + 1)
+        for alpha in (0.5, 1.0)
+    ]
+    assert f"k = {ranks}" in spectrum_figures.sweep_figure(rows)

@@ -13,7 +13,7 @@ from oneshot.data.templates import thinks
 from oneshot.data.thoughts import taken_apart
 from oneshot.errors import UserError
 from oneshot.measure.conditions import conditions, judged_after
-from oneshot.measure.generate import decoded, generate_answers
+from oneshot.measure.generate import answer_at_once, decoded, generate_answers
 from oneshot.measure.judge import verdict
 from oneshot.measure.rates import Probe, most_tokens, score_answers, unfinished_warnings
 from oneshot.measure.rubric import _rated, rubric_of
@@ -132,7 +132,7 @@ def test_where_the_prompt_opens_the_thought_the_answer_says_so(monkeypatch):
     ask = {"max_new_tokens": 3, "batch_size": 1}
     said = generate_answers(None, load("thinking_opening"), [ONE[:1]], SimpleNamespace(), **ask)
     assert [verdict(text) for text in said] == ["unfinished"]
-    said = generate_answers(None, load("thinking_opening"), [ONE[:1]], SimpleNamespace(), closed=True, **ask)
+    said = answer_at_once(None, load("thinking_opening"), [ONE[:1]], SimpleNamespace(), what="answers", **ask)
     assert said == ["so thinks the model"]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime, broadcast
+from oneshot.distributed.steps import steps
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
 from oneshot.patch.directions import Directions, update_factors
@@ -215,7 +216,8 @@ def sweep(
     whole = sum(d.energy for d in directions.values())
     update: Update = {}
     rows = []
-    with attached(linears, update):
+    pairs = len(through.ranks) * len(through.alphas)
+    with attached(linears, update), steps("ranks and step lengths tried", pairs, "pairs") as going:
         eta = losses(runtime, model, batch)[0] / whole if whole else 0.0
         for rank in through.ranks:
             within = energy_within(directions, rank) / whole if whole else math.nan
@@ -230,6 +232,7 @@ def sweep(
                         "others_loss": sum(unseen) / len(unseen), "guard_kl": kl,
                     }
                 )  # fmt: skip
+                going.add()
     return rows
 
 
