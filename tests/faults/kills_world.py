@@ -305,6 +305,7 @@ def _launched(words: list[str], place: Path) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(place)
+        os.environ["PYTHONHASHSEED"] = "0"  # PEFT writes the names of modules in the order of a set
         os.execv(command[0], [*command, *words[1:]])
     os.close(log)
     return child
