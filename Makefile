@@ -23,7 +23,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz gpu paper real clean
+.PHONY: help setup demo test check bench fuzz kills gpu paper real clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -84,6 +84,9 @@ gpu: ## all that one GPU can tell in 10 minutes, offline; without one a dry run 
 
 fuzz: $(READY) ## damage files at random, N times (300), and look at how every command takes it
 	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/fuzz.py --count $(or $(N),300) $(ARGS)
+
+kills: $(READY) ## kill commands at random moments, N times (60), and look at what they leave
+	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/kills.py --count $(or $(N),60) --seed $(or $(SEED),0) $(ARGS)
 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
 	$(RUN) $(BIN)/python benchmarks/paper.py $(ARGS)

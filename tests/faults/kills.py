@@ -283,7 +283,7 @@ def kill(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> T
     """Kill so many runs, one after the other, and tally what was left; what is bad is printed at once."""
     tally, wholes = Tally(), {}
     with world.served() as url:
-        kinds = {name: kind for name, kind in world.build(root, url).items() if only in name}
+        kinds = world.build(root, url, only)
         names = list(kinds)
         for number in range(first, first + count):
             draw = random.Random(f"{seed} {number}")
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first, to go on or to repeat one")
-    parser.add_argument("--only", default="", help="kinds whose name contains this")
+    parser.add_argument("--only", default="", help="kinds whose names match this pattern")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     # not TemporaryDirectory, which would be removed at the exit of every fork

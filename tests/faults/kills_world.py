@@ -10,13 +10,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,15 +69,21 @@ class Ended:
 # --- what is given
 
 
-def build(root: Path, url: str, names: Sequence[str] = ()) -> dict[str, Kind]:
-    """Make the models that kinds of these names (none: all) take, and return the kinds."""
+def build(root: Path, url: str, only: str = "") -> dict[str, Kind]:
+    """Return the kinds whose names match a pattern, with the models made that they take."""
     _write_prompts(root)
-    for name, more in (("full", []), ("lora", ["--finetune.method", "lora", "--finetune.lora_rank", "4"])):
-        _made(root, ["finetune", *_FINETUNE, *more, "--finetune.steps", "60", "--out", name])
-    kinds = _kinds(root, url)
-    if any(name.startswith("export") for name in names or kinds):
-        _made(root, [*kinds["repair, merged"].words[:-1], "given"])
-    return {name: kind for name, kind in kinds.items() if not names or name in names}
+    every = _kinds(root, url)
+    kinds = {name: kind for name, kind in every.items() if re.search(only, name)}
+    attack, lora = ["finetune", *_FINETUNE, "--finetune.steps", "60"], ["--finetune.method", "lora"]
+    made = {
+        "full": [*attack, "--out"],
+        "lora": [*attack, *lora, "--finetune.lora_rank", "4", "--out"],
+        "given": every["repair, merged"].words[:-1],  # of full
+    }
+    for name, words in made.items():
+        if name == "full" or any(str(root / name) in word for kind in kinds.values() for word in kind.words):
+            _made(root, [*words, name])
+    return kinds
 
 
 _FINETUNE = ["--preflight", "never", "--data.harmful_count", "60", "--data.task_count", "60", "--finetune.cache"]

@@ -50,7 +50,7 @@ def test_a_folder_has_one_run(tmp_path):
 
 
 def test_what_a_killed_process_left_on_its_way_to_the_lock_is_removed(tmp_path):
-    run, names = tmp_path / "run", [f"{LOCK}-{'%016x' % number}" for number in range(4)]
+    run, names = tmp_path / "run", [f"{LOCK}-{number:016x}" for number in range(4)]
     held_by(run / names[0], pid=ended())
     held_by(run / names[1], pid=os.getppid(), began=holder._began(os.getppid()))  # it is trying now
     held_by(run / names[2], **ELSEWHERE)
