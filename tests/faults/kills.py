@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -36,7 +37,11 @@ from oneshot.checkpoint.standing import GOOD, VERDICT, read_standing, why_not_as
 from oneshot.measure.cache import RESPONSES  # noqa: E402
 from oneshot.reading import sha256_of  # noqa: E402
 
-MOMENTS = ("any time", "last third", "k-th new name", "before a change", "before a late change")
+# share of a command's time, or of its changes of the disk, that goes before
+MOMENTS = {
+    "any time": 0.0, "last third": 2 / 3, "after a new name": 0.0, "after a late new name": 2 / 3,
+    "before a change": 0.0, "before a late change": 2 / 3, "before one of the last changes": 0.9,
+}  # fmt: skip
 SETTLED = (VERDICT, MARKER, "README.md")  # what changes in a folder once there is a verdict
 # hold seconds, dates, or --resume
 TIMES = ("report.json", "report.html", "report.md", "events.jsonl", "profile.json", "settings.yaml")
@@ -117,10 +122,10 @@ def killed(draw: random.Random, kind: world.Kind, whole: Whole, place: Path, *, 
     """Start a kind, kill it at a moment that is drawn, and return which moment that was."""
     moments = [moment for moment in MOMENTS if whole.changes or not moment.startswith("before")]
     moment = draw.choice(moments)
-    first = 1 + (2 * whole.changes // 3 if "late" in moment else 0)
-    change = draw.randint(first, max(first, whole.changes)) if moment.startswith("before") else 0
-    after = draw.uniform(whole.seconds * 2 / 3 if moment == "last third" else 0, whole.seconds)
-    name = draw.randint(1, max(1, whole.names)) if moment == "k-th new name" else 0
+    share = draw.uniform(MOMENTS[moment], 1.0)
+    change = math.ceil(share * whole.changes) if moment.startswith("before") else 0
+    name = math.ceil(share * whole.names) if moment.startswith("after") else 0
+    after = share * whole.seconds
     running = world.start(kind, place, resume=resume, at_change=change)
     seen: set[tuple[str, int]] = set(entries(place))
     appeared, began = 0, time.monotonic()
@@ -134,8 +139,7 @@ def killed(draw: random.Random, kind: world.Kind, whole: Whole, place: Path, *, 
             break
         time.sleep(world.LATENCY if name else 0.002)
     running.kill()
-    at = change or name or round(after, 3)
-    return f"{moment} ({at} of {whole.changes if change else whole.names if name else round(whole.seconds, 3)})"
+    return f"{moment} ({change or name or round(after, 3)}, of {whole.changes} changes, {whole.names} names)"
 
 
 # --- what was left
@@ -153,12 +157,12 @@ def problems_of(kind: world.Kind, whole: Whole, place: Path) -> tuple[str, list[
         state = "half a folder" if half else "marked" if marked and state != "half a folder" else state
         if not marked and (why := _why_unsafe(kind, whole, folder, half)):
             bad.append(f"{folder.relative_to(place)} has no marker: {why}")
-        if half or marked or kind.made[name]:
-            pass
-        elif state == "nothing":
+        if state == "nothing":
             state = "unmarked, good"
         bad += _verified(whole, place, folder, half)
-    if any((place / kind.out / file).exists() for file in ("report.json", "oneshot_export.json")):
+    if any(path.stat().st_size for path in place.rglob(RESPONSES)):
+        state = "answers"
+    if kind.goes_on and (place / kind.out / "report.json").exists():
         state = "finished"
     return state, bad
 
@@ -301,12 +305,14 @@ def kill(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> T
             tally.bad += [f"seed {seed} number {number}: {name}, {when}: {problem}" for problem in bad]
             for problem in bad:
                 print(f"seed {seed} number {number}: {name}, {when}: {problem}", flush=True)
+            if number % 20 == 19:  # a long run may be cut short
+                print(table(tally), flush=True)
     return tally
 
 
 def table(tally: Tally) -> str:
     """Return the tally as Markdown."""
-    heads = ["nothing", "half a folder", "marked", "unmarked, good", "finished", "BAD"]
+    heads = ["nothing", "answers", "half a folder", "marked", "unmarked, good", "finished", "BAD"]
     names = sorted({name for name, _ in tally.counts})
     rows = [[name, *[str(tally.counts[name, head]) for head in heads]] for name in names]
     rows.append(["all", *[str(sum(tally.counts[name, head] for name in names)) for head in heads]])
