@@ -53,7 +53,8 @@ def remove_halves(folder: Path) -> None:
     """Remove the small files that processes which were killed have left half in a folder, which is locked."""
     for path in folder.iterdir():
         if path.name.startswith(".") and path.name.endswith(PARTIAL) and path.is_file():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's
+                path.unlink()
 
 
 def sync_entry(path: Path) -> None:

@@ -179,9 +179,10 @@ def _beat(held: _Held) -> None:
 def _remove_left(path: Path) -> None:
     """Remove what processes of this machine that are dead have left of their way to this lock."""
     for left in path.parent.glob(f"{glob.escape(path.name)}-*"):
-        who = holder_of(_read(left) or b"")
-        if who.get("where") == where() and type(who.get("pid")) is int and not runs(who["pid"], who.get("began")):
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            who = holder_of(_read(left) or b"")
+            if who.get("where") == where() and type(who.get("pid")) is int and not runs(who["pid"], who.get("began")):
+                left.unlink()
 
 
 def _count(number: int) -> bytes:
