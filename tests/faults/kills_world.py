@@ -176,6 +176,8 @@ def served() -> Iterator[str]:
 def _serve(told: Any) -> NoReturn:
     from misbehaving import serving
 
+    parent = os.getppid()
+
     def behave(text: str, times: int) -> str:
         number = zlib.crc32(text.encode())
         time.sleep(0.02 + number % 30 / 1000)
@@ -184,8 +186,9 @@ def _serve(told: Any) -> NoReturn:
 
     with serving(behave) as server:
         told.send(server.url)
-        while True:
-            time.sleep(60)
+        while os.getppid() == parent:  # it may be killed itself
+            time.sleep(1)
+    os._exit(0)
 
 
 # --- running
