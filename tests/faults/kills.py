@@ -330,7 +330,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
     # not TemporaryDirectory, which would be removed at the exit of every fork
-    root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    made = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    root = made / "root"  # logs are beside it
+    root.mkdir()
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     began, starter = time.monotonic(), os.getpid()
     try:
@@ -338,7 +340,7 @@ def main() -> None:
         tally = kill(root, options.count, options.seed, options.only, options.first)
     finally:
         if os.getpid() == starter:
-            shutil.rmtree(root, ignore_errors=True)
+            shutil.rmtree(made, ignore_errors=True)
     print(table(tally))
     print(f"{options.count} kills in {time.monotonic() - began:.0f} s, {len(tally.bad)} bad")
     sys.exit(bool(tally.bad))
