@@ -24,7 +24,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz serve-test gpu paper real clean
+.PHONY: help setup demo test check bench fuzz kills serve-test gpu paper real clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +99,9 @@ serve-test: $(READY) .vllm/.ready ## a real vLLM serves what oneshot writes, on 
 
 fuzz: $(READY) ## damage files at random, N times (300), and look at how every command takes it
 	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/fuzz.py --count $(or $(N),300) $(ARGS)
+
+kills: $(READY) ## kill commands at random moments, N times (60), and look at what they leave
+	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/kills.py --count $(or $(N),60) --seed $(or $(SEED),0) $(ARGS)
 
 paper: $(READY) ## every claim of the paper in miniature, in about 40 minutes; goes on where it was stopped
 	$(RUN) $(BIN)/python benchmarks/paper.py $(ARGS)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from oneshot.errors import DiskFull
 
+PARTIAL = ".oneshot-partial"  # ends names that nobody gives a file or folder of their own: what is half written
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_SAID = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b")  # as Rust libraries put it
 
@@ -29,7 +30,7 @@ def write_whole(path: Path, text: str, *, private: bool = False) -> Path:
     raw = text.encode("utf-8", errors="replace")
     temporary = ""
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # of mode 0600
+        descriptor, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)  # of mode 0600
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(raw)
             stream.flush()
@@ -46,6 +47,14 @@ def write_whole(path: Path, text: str, *, private: bool = False) -> Path:
     with contextlib.suppress(OSError):  # some file systems over a network sync no folders
         sync_entry(path.parent)
     return path
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove the small files that processes which were killed have left half in a folder, which is locked."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") and path.name.endswith(PARTIAL) and path.is_file():
+            with contextlib.suppress(OSError):  # another user's
+                path.unlink()
 
 
 def sync_entry(path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.folders import put_back
+from oneshot.checkpoint.folders import put_back, refuse_half
 from oneshot.checkpoint.layout import ITEM_SIZES, tensor_bytes
 from oneshot.checkpoint.names import ADAPTER_CONFIG as ADAPTER_CONFIG
 from oneshot.checkpoint.names import ADAPTER_TENSORS as ADAPTER_TENSORS
@@ -63,13 +63,14 @@ def resolve(source: str, what: str = "model", *, revision: str | None = None, na
         named_by: the file that names the source, where the user did not
 
     Raises:
-        UserError: no such folder, and not to be had from the Hub
+        UserError: no such folder, and not to be had from the Hub; or a killed run has left half of it
     """
     folder = Path(source).expanduser()
     if _ODD.search(source) or (revision and _ODD.search(revision)):
         raise UserError(f"{named_by or what} gives the {what} a name with control codes in it: correct it.")
     put_back(folder)
     if (here := local_folder(source)) is not None:
+        refuse_half(here)
         return here
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise UserError(f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name).")

@@ -17,10 +17,10 @@ from oneshot.checkpoint.seal import seal
 from oneshot.distributed.phases import count, counting
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.errors import UserError
+from oneshot.whole import PARTIAL as PARTIAL
 from oneshot.whole import disk_full, is_full, sync_entry
 
-# names that nobody gives a folder of their own: what bears them beside a checkpoint is removed
-PARTIAL, OLD = ".oneshot-partial", ".oneshot-old"
+OLD = ".oneshot-old"  # like PARTIAL: what bears these names beside a checkpoint is removed
 _UNIQUE = r"(\.[0-9a-f]{8})?"  # before PARTIAL: no two saves write into one folder
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -93,6 +93,14 @@ def clean_inside(parent: Path) -> None:
         saved = re.fullmatch(f"(.+?)(?:{_UNIQUE}{re.escape(PARTIAL)}|{re.escape(OLD)})", name)
         if saved:
             clean(parent / saved[1])
+
+
+def refuse_half(folder: Path) -> None:
+    """Raise UserError for a folder that a run was killed over while it wrote (or removed) it; it may look whole."""
+    if Path(os.path.realpath(folder)).name.endswith(PARTIAL):
+        raise UserError(
+            f"{folder} is half a folder, which a run that was killed has left: run its command again, which removes it."
+        )
 
 
 def discard(folder: Path) -> None:

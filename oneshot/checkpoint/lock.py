@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import glob
 import hashlib
 import os
 import secrets
@@ -91,6 +92,7 @@ def take(folder: Path, *, beside: bool = False) -> None:
         if is_full(error):
             raise disk_full(path, len(line)) from error
         raise
+    _remove_left(path)
     _held[path] = held = _Held(path, covers, line, os.open(path, os.O_WRONLY), missing)
     held.beating = threading.Thread(target=_beat, args=(held,), name="lock", daemon=True)
     held.beating.start()
@@ -172,6 +174,15 @@ def _beat(held: _Held) -> None:
         with contextlib.suppress(OSError):
             os.pwrite(held.descriptor, _count(count), len(held.line) + 1)
             os.fsync(held.descriptor)  # other machines see what has left this one's cache
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what processes of this machine that are dead have left of their way to this lock."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}-*"):
+        with contextlib.suppress(OSError):
+            who = holder_of(_read(left) or b"")
+            if who.get("where") == where() and type(who.get("pid")) is int and not runs(who["pid"], who.get("began")):
+                left.unlink()
 
 
 def _count(number: int) -> bytes:

@@ -41,11 +41,18 @@ _ROWS = 64  # rows come in multiples of this: BLAS then gives the bits that it g
 _COPIED_AS = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}  # bytes are copied as integers: dtypes without a torch name too
 
 
-def merge(runtime: Runtime, plan: MergePlan, folder: Path, beside: Callable[[Path], None] | None = None) -> None:
+def merge(
+    runtime: Runtime,
+    plan: MergePlan,
+    folder: Path,
+    beside: Callable[[Path], None] | None = None,
+    last: Callable[[Path], None] | None = None,
+) -> None:
     """Write the merged checkpoint as ``folder``, which appears when it is complete. Collective.
 
     Args:
         beside: writes further files into the folder, on rank 0, before it appears and before the weights are in it
+        last: the same, once they are
 
     Raises:
         UserError: on every rank, if any rank could not read or write, or a weight is not finite after the merge
@@ -69,6 +76,8 @@ def merge(runtime: Runtime, plan: MergePlan, folder: Path, beside: Callable[[Pat
                 found = list_tensors(temporary)
                 assert {n: e.shape for n, e in found.items()} == {n: s.shape for n, s in plan.slots.items()}
                 write_manifest(temporary, everything, {})
+                if last is not None:
+                    last(temporary)
 
 
 def merge_update(

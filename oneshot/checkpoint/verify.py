@@ -13,6 +13,7 @@ from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
 from oneshot.checkpoint.effective import kinds_of, read_effective
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header
+from oneshot.checkpoint.folders import refuse_half
 from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
 from oneshot.checkpoint.names import CONFIG
@@ -44,8 +45,10 @@ def check_shards(folder: Path) -> list[Shard]:
     of other files none are known.
 
     Raises:
-        UserError: a shard is missing or cut off, or the index or the manifest does not fit the shards
+        UserError: a shard is missing or cut off, the index or the manifest does not fit the shards, or a killed run has
+            left half a folder
     """
+    refuse_half(folder)
     check_sealed(folder)
     tensors = tensors_of(folder)
     pieces = read_pieces(folder, tensors)

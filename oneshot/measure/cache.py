@@ -29,11 +29,13 @@ class Responses:
     def __init__(self, folder: Path) -> None:
         self.path = folder / RESPONSES
         self.known: dict[str, str] = {}
-        self._torn = False
+        self._torn: int | None = None  # where the last row begins, if a run died in the middle of it
         if not self.path.is_file():
             return
         raw = self.path.read_bytes()
-        self._torn = bool(raw) and not raw.endswith(b"\n")  # a run died in the middle of a line
+        if raw and not raw.endswith(b"\n"):
+            self._torn = raw.rfind(b"\n") + 1
+            raw = raw[: self._torn]  # its answer is had again
         for line in raw.split(b"\n"):
             try:
                 entry = json.loads(line)
@@ -48,13 +50,15 @@ class Responses:
         # ASCII only: an answer may hold half a surrogate pair, which no encoding takes
         line = json.dumps({"key": key, "answer": answer}, ensure_ascii=True)
         try:
+            if self._torn is not None:
+                os.truncate(self.path, self._torn)
             with open(self.path, "a", encoding="ascii", opener=_private) as stream:
-                stream.write(f"\n{line}\n" if self._torn else f"{line}\n")
+                stream.write(f"{line}\n")
         except OSError as error:
             if is_full(error):
                 raise disk_full(self.path, len(line)) from error
             raise
-        self._torn = False
+        self._torn = None
         self.known[key] = answer
 
 

@@ -20,13 +20,20 @@ from oneshot.checkpoint.exports import (
     why_marked,
     write_adapter,
 )
-from oneshot.checkpoint.files import find_weight, is_adapter, list_tensors, resolve, write_marker
+from oneshot.checkpoint.files import MARKER, find_weight, is_adapter, list_tensors, resolve, write_marker
 from oneshot.checkpoint.identity import UPDATE, same_base, store_identity, write_identity
 from oneshot.checkpoint.lock import locked
 from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.ranges import torch_dtype
-from oneshot.checkpoint.standing import NF4, NF4_DOUBLE, ORIGINAL, PACKED
+from oneshot.checkpoint.standing import (
+    NF4,
+    NF4_DOUBLE,
+    ORIGINAL,
+    PACKED,
+    comes_from_degraded,
+    mark_unmeasured,
+)
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
@@ -162,15 +169,24 @@ def _merge(runtime: Runtime, request: ExportRequest, command: str, model: str) -
     facts, lines = merge_card(plan, given, **known, subtract=request.subtract, marked=marked)
     facts["command"] = command
 
+    lifted = not marked and any(comes_from_degraded(folder) for folder in (base, *(one.folder for one in given)))
+
     def beside(folder: Path) -> None:
         write_card(folder, "Merged checkpoint", facts, lines)
+        if lifted:  # half of it is not what was measured
+            mark_unmeasured(folder, facts["base"])
         if marked:  # after the card, in whose place it warns; before the weights
             done = {("subtracted" if request.subtract else "added"): request.adapters}
             about = without_secrets({**done, "base": facts["base"], "why": marked})
             write_marker(folder, about, " ".join(map(inline, without_secrets(lines))))
 
+    def last(folder: Path) -> None:
+        if lifted:
+            write_card(folder, "Merged checkpoint", facts, lines)
+            (folder / MARKER).unlink()
+
     with phase("merge"):
-        merge(runtime, plan, request.out, beside)
+        merge(runtime, plan, request.out, beside, last)
     return Exported(request.out, "checkpoint", facts, lines)
 
 

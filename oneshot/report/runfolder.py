@@ -22,7 +22,7 @@ from oneshot.measure.rates import StageScores
 from oneshot.redact import redacted
 from oneshot.settings import Settings
 from oneshot.versions import versions
-from oneshot.whole import disk_full, is_full
+from oneshot.whole import disk_full, is_full, remove_halves
 from oneshot.whole import write_whole as write_whole  # for who writes into a run folder
 
 RUNS = "runs"
@@ -175,6 +175,7 @@ def _create(out: str | None, model_name: str, settings: Settings, counts: Callab
                 if not goes_on:
                     _given(folder)
                 lock.take(folder)
+            remove_halves(folder)
             if goes_on:
                 return _resumed(folder, settings, counts)
         settings_module.write(settings, folder / SETTINGS)

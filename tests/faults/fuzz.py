@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HUNG = 60.0  # seconds: what takes longer counts as a hang
 SAME, SENTENCE, NAMED, OTHER = "same result", "one sentence, exit 2", "problem named, exit 1", "legitimately other"
@@ -316,7 +316,8 @@ def run(words: list[str], timeout: float = HUNG) -> Ended:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
-            _become(words, out.fileno(), err.fileno())
+            os.setsid()
+            become(words, out.fileno(), err.fileno())
         code = _waited(child, timeout)
         said = []
         for stream in (out, err):
@@ -325,10 +326,10 @@ def run(words: list[str], timeout: float = HUNG) -> Ended:
         return Ended(code, *said)
 
 
-def _become(words: list[str], out: int, err: int) -> None:
+def become(words: list[str], out: int, err: int) -> NoReturn:
+    """Be ``oneshot WORDS`` to the end of this fork, which prints into these descriptors."""
     code = 70
     try:
-        os.setsid()
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115

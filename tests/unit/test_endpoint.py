@@ -278,6 +278,9 @@ def test_answers_survive_a_run_that_dies_in_the_middle_of_a_line(tmp_path):
     assert again.known == {"a": "one\nline \u2028 and half a pair \ud83d", "b": ""}
     again.put("c", "whole")
     assert Responses(tmp_path).known == {**again.known, "c": "whole"}
+    rows = (tmp_path / RESPONSES).read_text().split("\n")
+    assert [json.loads(row)["key"] for row in rows[:-1]] == ["a", "b", "c"], "no row is cut or twice"
+    assert rows[-1] == ""
 
 
 def test_lines_that_are_none_of_ours_are_passed_over(tmp_path):

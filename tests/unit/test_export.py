@@ -394,7 +394,7 @@ def test_a_repaired_adapter_on_an_aligned_base_is_good_as_it_was_measured_only(g
     assert [is_degraded(tmp_path / name) for name in ("whole", "half", "more")] == [False, True, True]
 
 
-@pytest.mark.parametrize("what", ["merge", "adapter"])
+@pytest.mark.parametrize("what", ["merge", "measured", "adapter"])
 def test_the_marker_is_there_before_the_weights_are(what, degraded, given, tmp_path, monkeypatch):
     base, repair = degraded
     found = []
@@ -404,8 +404,10 @@ def test_the_marker_is_there_before_the_weights_are(what, degraded, given, tmp_p
         found.append(is_degraded(folder))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((merging, "create_shards") if what == "merge" else (exports, "write_patch")), look)
-    words = ["--model", base, "--adapter", given / "b"] if what == "merge" else ["--adapter", repair, "--rank", 1]
+    places = {"merge": (merging, "create_shards"), "measured": (merging, "_write_share")}
+    monkeypatch.setattr(*places.get(what, (exports, "write_patch")), look)
+    words = ["--adapter", repair, "--rank", 1] if what == "adapter" else ["--model", base, "--adapter"]
+    words += {"merge": [given / "b"], "measured": [repair]}.get(what, [])
     with pytest.raises(SystemExit):
         run(*words, "--out", tmp_path / "out")
     assert found == [True]

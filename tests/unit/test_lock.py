@@ -49,6 +49,17 @@ def test_a_folder_has_one_run(tmp_path):
     assert files_in(tmp_path) == before
 
 
+def test_what_a_killed_process_left_on_its_way_to_the_lock_is_removed(tmp_path):
+    run, names = tmp_path / "run", [f"{LOCK}-{number:016x}" for number in range(4)]
+    held_by(run / names[0], pid=ended())
+    held_by(run / names[1], pid=os.getppid(), began=holder._began(os.getppid()))  # it is trying now
+    held_by(run / names[2], **ELSEWHERE)
+    (run / names[3]).write_bytes(b"")
+    with released():
+        take(run)
+        assert {path.name for path in run.iterdir()} == {LOCK, *names[1:]}
+
+
 def test_released_it_is_free_and_leaves_nothing(tmp_path):
     for beside, place in ((False, tmp_path / "run"), (True, tmp_path / "deep" / "out")):
         with released():

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import yaml
@@ -189,6 +190,21 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(tmp_path / "file", "new")
     monkeypatch.undo()
     assert files_in(tmp_path) == {"file": b"old"}
+
+
+def test_small_files_that_a_killed_run_left_half_are_removed(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".hidden").write_text("the user's own")
+    for name in ("settings.yaml", "report.html"):
+        with monkeypatch.context() as patched:  # nothing is renamed, and nothing cleaned up after kill -9
+            patched.setattr(os, "replace", full)
+            patched.setattr(Path, "unlink", lambda *_, **__: None)
+            with pytest.raises(DiskFull):
+                write_whole(out / name, "half")
+        assert len(list(out.glob(f".{name}.*"))) == 1
+        opened(out, resume=True)
+        assert sorted(path.name for path in out.iterdir()) == [".hidden", "settings.yaml"]
 
 
 def test_a_full_disk_ends_a_command_with_code_1(tmp_path):

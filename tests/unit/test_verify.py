@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from oneshot import cli
+from oneshot.checkpoint.files import resolve
+from oneshot.checkpoint.folders import PARTIAL
+from oneshot.errors import UserError
 from oneshot.world.model import ALIGNED
 
 
@@ -42,6 +45,19 @@ def test_a_whole_checkpoint_passes(folder, capsys, monkeypatch):
     assert code == 0
     assert "model.safetensors" in said
     assert f"{sum(t.numel() * 4 for t in load_file(folder / 'model.safetensors').values()):,}" in said
+
+
+def test_half_a_folder_is_not_whole_however_whole_it_looks(folder, capsys, monkeypatch):
+    """A killed run may have written all but the last files, which nobody can tell from what is in it."""
+    half = folder.rename(folder.with_name(f"model.1a2b3c4d{PARTIAL}"))
+    (half.parent / "link").symlink_to(half)
+    monkeypatch.chdir(half)
+    for name in (half, half.parent / "link", "."):
+        code, said = oneshot(capsys, monkeypatch, "verify", str(name))
+        assert code == 1
+        assert "is half a folder, which a run that was killed has left" in said
+        with pytest.raises(UserError, match="is half a folder"):
+            resolve(str(name))
 
 
 def test_values_that_are_not_finite_are_counted(folder, capsys, monkeypatch):
