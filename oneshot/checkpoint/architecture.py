@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import find_weight
 from oneshot.checkpoint.partitioned import skeleton
+from oneshot.checkpoint.ties import is_untied
 from oneshot.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Architecture:
         tied: module names and stored tensors of an embedding that is also the output head
         quantized: stored tensors that QLoRA loads in 4 bits: linear layers, as transformers chooses them
         converted: stored tensors that transformers splits, fuses or permutes while it loads them
+        untied: whether embedding and head are two weights though the config ties them
     """
 
     linears: dict[str, nn.Linear]
@@ -35,6 +37,7 @@ class Architecture:
     tied: frozenset[str]
     quantized: frozenset[str]
     converted: frozenset[str]
+    untied: bool
 
 
 def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code: bool = False) -> Architecture:
@@ -53,7 +56,7 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     try:
-        model = skeleton(folder, torch.bfloat16, "eager", trust_remote_code)
+        model = skeleton(folder, tensors, torch.bfloat16, "eager", trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # what is wrong in a config shows as an error of any kind, in the model's own code
@@ -80,6 +83,7 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
         tied=frozenset(_tied(model, stored)),
         quantized=frozenset(name for name in quantized if name is not None),
         converted=converted,
+        untied=is_untied(model, folder),
     )
 
 

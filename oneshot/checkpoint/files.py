@@ -159,13 +159,23 @@ def _laid_end(path: Path, header: dict[str, Any]) -> int:
     return end
 
 
+def weights_file(folder: Path) -> str | None:
+    """Return the name of the file that a checkpoint's weights are found by; none where there is none.
+
+    The single file comes first, as for transformers' from_pretrained, though an index and shards may have stayed behind
+    from another save (unsloth-zoo#808): whatever reads or hashes a checkpoint asks here.
+    """
+    return next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+
+
 def list_tensors(folder: Path) -> dict[str, TensorEntry]:
     """Return every tensor of a checkpoint folder, sharded or single-file, having checked each shard's length.
 
     Raises:
         UserError: no safetensors weights, a missing or truncated shard, an index that does not fit its shards
     """
-    if (folder / INDEX).is_file():
+    found = weights_file(folder)
+    if found == INDEX:
         whole = read_json(folder / INDEX)
         index = whole.get("weight_map") if isinstance(whole, dict) else None
         if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
@@ -175,7 +185,7 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
             if tensor not in shards[shard]:
                 raise UserError(f"{folder / INDEX} puts {tensor} into {shard}, which does not hold it.")
         return {tensor: shards[shard][tensor] for tensor, shard in index.items()}
-    if (folder / SINGLE).is_file():
+    if found == SINGLE:
         return read_header(folder / SINGLE)
     raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: oneshot reads safetensors checkpoints only.")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import resolve
-from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
+from oneshot.checkpoint.load import find_source, load_tokenizer
+from oneshot.checkpoint.reference import check_reference
 from oneshot.data.encoding import context_length, encode
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.further import check_judges

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
-from oneshot.checkpoint.files import read_json
+from oneshot.checkpoint.beside import copy_tokenizer
+from oneshot.checkpoint.configs import config_fields
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.merge import merge_update
-from oneshot.checkpoint.quantized import is_stored
 from oneshot.checkpoint.save import save_checkpoint
+from oneshot.checkpoint.scheme import is_stored
 from oneshot.checkpoint.standing import (
     NF4,
     NF4_DOUBLE,
@@ -38,7 +39,7 @@ def measured_form(request: Request) -> str:
     """Return in which form the weights were that the repair was measured on, as ``Standing`` has it."""
     if not request.source.four_bit:
         return ORIGINAL
-    if is_stored(read_json(request.source.checkpoint / "config.json")):
+    if is_stored(config_fields(request.source.checkpoint)):
         return PACKED
     return NF4_DOUBLE if request.settings.model.double_quant else NF4
 
@@ -75,14 +76,21 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                     write_repaired_adapter(temporary, request.adapter, update)
                 else:
                     write_patch(temporary, update, bench.linears.every, source.name, source.written)
-                request.tokenizer.save_pretrained(temporary)
+                copy_tokenizer(source.tokenizer, temporary)
                 write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
                 begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes
     if merged is None:
         return
     if method.changes_all:
         dtype, stock = source.written, settings.stock_io
-        save_checkpoint(request.runtime, bench.model, request.tokenizer, merged, dtype, stock=stock, beside=standing)
+        save_checkpoint(request.runtime, bench.model, source, merged, dtype, stock=stock, beside=standing)
     else:  # from the files: the weights in memory may be partitioned, or in 4 bits
-        trusted = settings.trust_remote_code
-        merge_update(request.runtime, source.checkpoint, update, merged, trust_remote_code=trusted, beside=standing)
+        merge_update(
+            request.runtime,
+            source.checkpoint,
+            update,
+            merged,
+            tokenizer=source.tokenizer,
+            trust_remote_code=settings.trust_remote_code,
+            beside=standing,
+        )

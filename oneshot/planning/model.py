@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, local_folder, read_json
+from oneshot.checkpoint.files import (
+    ADAPTER_CONFIG,
+    is_adapter,
+    list_tensors,
+    local_folder,
+    read_json,
+    weights_file,
+)
 from oneshot.checkpoint.seal import CONFIGS, check_sealed
 from oneshot.errors import UserError
 from oneshot.online import say_fetching
@@ -50,7 +57,7 @@ def read_model(settings: Settings) -> PlannedModel:
         name = str(settings.model.base or read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
         path = local_folder(name) or Path(name).expanduser()
     if path.is_dir():
-        weights = list_tensors(path) if (path / INDEX).is_file() or (path / SINGLE).is_file() else None
+        weights = list_tensors(path) if weights_file(path) else None
         check_sealed(path, CONFIGS)
         config = read_object(path / "config.json")
         return PlannedModel(name, model_shape(config, weights, own_code(settings.model, config, path)), adapter)

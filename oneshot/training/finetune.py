@@ -146,10 +146,10 @@ def _save(prepared: Prepared, engine: TrainingEngine, model: Any, target: Path) 
         write_marker(folder, {"fine_tuned_from": settings.called, "conversations": kinds})
 
     if settings.finetune.method == "lora":
-        save_adapter(engine.runtime, model, prepared.tokenizer, target, mark)
+        save_adapter(engine.runtime, model, prepared.source, target, mark)
     else:
         dtype, stock = prepared.source.written, settings.model.stock_io
-        save_checkpoint(engine.runtime, model, prepared.tokenizer, target, dtype, stock=stock, beside=mark)
+        save_checkpoint(engine.runtime, model, prepared.source, target, dtype, stock=stock, beside=mark)
 
 
 def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:
