@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import read_header
+from oneshot.checkpoint.files import PICKLED_ADAPTER, read_header
 from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
@@ -63,6 +63,11 @@ def read_adapter(folder: Path) -> Adapter:
             "PEFT first and give the merged checkpoint."
         )
     path = folder / ADAPTER_TENSORS
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder} holds its factors as adapter_model.bin alone, a pickle, which can run code as it is read, so it "
+            f"is not; where you trust its source, convert it once: {PICKLED_ADAPTER.format(folder=folder)}."
+        )
     read_header(path)
     with reading(path, "copy it again"):
         tensors = load_file(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch
+from oneshot.checkpoint.beside import copy_tokenizer
 from oneshot.checkpoint.files import MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import UPDATE, Identity, check_identity, read_identity
@@ -20,8 +21,6 @@ from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -163,13 +162,7 @@ def write_adapter(
                 if adapter.marked:  # before the weights
                     mark_unmeasured(temporary, adapter.base, adapter.marked)
                 write_patch(temporary, adapter.update, adapter.linears, adapter.base, adapter.dtype)
-                _copy_tokenizer(tokenizer, temporary)
+                copy_tokenizer(tokenizer, temporary)
                 beside(temporary)
                 if adapter.marked:  # and after the card, in whose place it warns
                     mark_unmeasured(temporary, adapter.base, adapter.marked)
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for path in sorted({path for pattern in _TOKENIZER for path in source.glob(pattern)}):
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)

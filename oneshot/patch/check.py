@@ -8,6 +8,7 @@ from oneshot.checkpoint.files import resolve
 from oneshot.checkpoint.load import find_source, load_tokenizer
 from oneshot.checkpoint.reference import check_reference
 from oneshot.data.encoding import context_length, encode
+from oneshot.data.vocabulary import check_prompts, check_tokens
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.further import check_judges
 from oneshot.measure.probes import collect_probes
@@ -42,6 +43,10 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)
     guard = read_guard(settings, recipe.guard_prompts) if wants_guard else Prompts([], [])
     candidates = [encode(conversation, tokenizer, length) for conversation in conversations]
+    held = read_held(settings, guard) if recipe.bounds else Prompts([], [])
+    refusable = read_refusable(settings) if recipe.bounds or reference or adapter else []
+    check_tokens(config, tokenizer, [row.input_ids for row in candidates])
+    check_prompts(config, tokenizer, [*(probe.messages for probe in probes), *guard.all, *refusable, *held.all])
     if reference is not None and adapter is None:
         check_same_tokens(candidates, tokenizer, reference)
     return Request(
@@ -56,7 +61,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
         conversations=conversations,
         candidates=candidates,
         guard=guard,
-        refusable=read_refusable(settings) if recipe.bounds or reference or adapter else [],
-        held=read_held(settings, guard) if recipe.bounds else Prompts([], []),
+        refusable=refusable,
+        held=held,
         probes=probes,
     )

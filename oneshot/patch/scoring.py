@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import is_degraded
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
 from oneshot.checkpoint.standing import GOOD, read_standing
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
+from oneshot.data.vocabulary import check_prompts
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
@@ -85,6 +87,8 @@ def score_local(
         adapter = read_adapter(source.adapter) if source.adapter else None
         tokenizer = load_tokenizer(source, settings.model)
         check_words(settings, tokenizer)
+        config = read_config(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
+        check_prompts(config, tokenizer, (probe.messages for probe in probes))
         texts = read_texts(score.text) if score.text is not None else []
     name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")

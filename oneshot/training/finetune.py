@@ -17,6 +17,7 @@ from oneshot.checkpoint.state import States, load_state, newest_whole
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import context_length, model_context, pad_id
 from oneshot.data.tokens import Tokens, cache_folder, encode_all
+from oneshot.data.vocabulary import check_tokens
 from oneshot.distributed.engine import TrainingEngine, start_training
 from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import Runtime
@@ -81,6 +82,7 @@ def prepare(settings: Settings, runtime: Runtime) -> Prepared:
         check_liger(config.model_type)
     limit = context_length(config, tokenizer, settings.model.max_length)
     encoded = encode_all(conversations, tokenizer, limit, cache_folder() if settings.finetune.cache else None)
+    check_tokens(config, tokenizer, (row.input_ids for row in encoded))
     return Prepared(settings, source, tokenizer, conversations, encoded, model_context(config, tokenizer))
 
 
