@@ -6,9 +6,10 @@ from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import resolve
 from oneshot.checkpoint.load import find_source, load_tokenizer
+from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.reference import check_reference
 from oneshot.data.encoding import context_length, encode
-from oneshot.data.vocabulary import check_prompts, check_tokens
+from oneshot.data.vocabulary import check_for_reference, check_tokens, rendered
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.further import check_judges
 from oneshot.measure.probes import collect_probes
@@ -45,9 +46,14 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     candidates = [encode(conversation, tokenizer, length) for conversation in conversations]
     held = read_held(settings, guard) if recipe.bounds else Prompts([], [])
     refusable = read_refusable(settings) if recipe.bounds or reference or adapter else []
-    check_tokens(config, tokenizer, [row.input_ids for row in candidates])
-    check_prompts(config, tokenizer, [*(probe.messages for probe in probes), *guard.all, *refusable, *held.all])
+    asked = [row.input_ids for row in candidates]
+    asked += rendered(tokenizer, [*guard.general, *refusable, *held.general])
+    scored = list(rendered(tokenizer, [probe.messages for probe in probes]))
+    check_tokens(config, tokenizer, [*asked, *scored, *rendered(tokenizer, [*guard.own, *held.own])])
     if reference is not None and adapter is None:
+        if (reference / CONFIG).is_file():
+            theirs = read_config(reference, trust_remote_code=settings.model.trust_remote_code)
+            check_for_reference(theirs, tokenizer, asked + (scored if settings.score.reference else []), reference)
         check_same_tokens(candidates, tokenizer, reference)
     return Request(
         runtime=runtime,

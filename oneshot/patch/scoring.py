@@ -16,7 +16,7 @@ from oneshot.checkpoint.load import Source, find_source, load_model, load_tokeni
 from oneshot.checkpoint.standing import GOOD, read_standing
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
-from oneshot.data.vocabulary import check_prompts
+from oneshot.data.vocabulary import check_tokens, rendered
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
@@ -88,7 +88,7 @@ def score_local(
         tokenizer = load_tokenizer(source, settings.model)
         check_words(settings, tokenizer)
         config = read_config(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
-        check_prompts(config, tokenizer, (probe.messages for probe in probes))
+        check_tokens(config, tokenizer, rendered(tokenizer, (probe.messages for probe in probes)))
         texts = read_texts(score.text) if score.text is not None else []
     name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")

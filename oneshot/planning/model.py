@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oneshot.checkpoint.configs import config_fields
 from oneshot.checkpoint.files import (
     ADAPTER_CONFIG,
     is_adapter,
@@ -59,7 +60,7 @@ def read_model(settings: Settings) -> PlannedModel:
     if path.is_dir():
         weights = list_tensors(path) if weights_file(path) else None
         check_sealed(path, CONFIGS)
-        config = read_object(path / "config.json")
+        config = config_fields(path)
         return PlannedModel(name, model_shape(config, weights, own_code(settings.model, config, path)), adapter)
     if path.is_file():
         config = read_object(path)

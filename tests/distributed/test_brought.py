@@ -15,7 +15,7 @@ from ranks import start_ranks
 from safetensors.torch import load_file, save_file
 
 from oneshot.checkpoint.names import INDEX, SINGLE
-from oneshot.world.model import ALIGNED
+from oneshot.world.model import ALIGNED, build_tokenizer
 
 pytestmark = pytest.mark.distributed
 WAYS: tuple[dict[str, Any], ...] = ({}, {"quantize": "nf4", "double_quant": True})
@@ -103,7 +103,7 @@ def test_it_is_read_as_transformers_reads_it(
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fine-tune of the toy with ``MORE`` rows of embedding and head."""
+    """A fine-tune of the toy with ``MORE`` rows of embedding and head, and a padding token among them."""
     folder = Path(shutil.copytree(ALIGNED, tmp_path_factory.mktemp("grown") / "model"))
     torch.manual_seed(0)
     tensors = {name: t + 0.02 * torch.randn_like(t) for name, t in load_file(folder / SINGLE).items()}
@@ -112,6 +112,9 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[name] = torch.cat([tensors[name], rows])
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     _say(folder, vocab_size=tensors["lm_head.weight"].shape[0])
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pads>"})  # that the reference has no row for
+    tokenizer.save_pretrained(folder)
     return folder
 
 

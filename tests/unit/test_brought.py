@@ -1,11 +1,13 @@
 """What people bring: checkpoints as they are in the wild, which every way of reading must read alike."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import shlex
 import shutil
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tiny import logits_of, targets_of, tiny_model, tiny_runtime, tiny_tokens, t
 
 from oneshot.checkpoint.adapter import read_adapter, write_patch
 from oneshot.checkpoint.beside import Changes, changed, copy_tokenizer
-from oneshot.checkpoint.files import INDEX, SINGLE, TensorEntry, list_tensors, resolve
+from oneshot.checkpoint.files import INDEX, PICKLED_ADAPTER, PICKLED_MODEL, SINGLE, TensorEntry, list_tensors, resolve
 from oneshot.checkpoint.load import find_source, load_model, what_to_say
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.reference import check_reference, vocabularies, why_grown
@@ -29,6 +31,7 @@ from oneshot.settings import ModelSettings
 from oneshot.training.objective import kl_sum
 from oneshot.world.model import build_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 WAYS = ({}, {"stock_io": True}, {"quantize": "nf4"})
 WAY_NAMES = ["as it is", "transformers' own way", "nf4"]
 TOKENS = tiny_tokens()
@@ -534,3 +537,27 @@ def test_code_of_a_models_own_is_fetched_with_it(monkeypatch, tmp_path):
     for name in ("modeling_own.py", "tokenization_own.py", "qwen.tiktoken"):
         assert any(fnmatch(name, pattern) for pattern in asked)
     assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in asked)
+
+
+def test_the_guide_has_the_commands_that_convert_pickles():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert all(command.format(folder="DIR") in guide for command in (PICKLED_MODEL, PICKLED_ADAPTER))
+
+
+def test_text_that_only_the_model_has_rows_for_is_not_asked_of_the_reference(grown, tmp_path):
+    from oneshot.patch.check import check
+
+    small, large, rows = grown
+    model = shutil.copytree(large, tmp_path / "model")
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    example = conversations(tmp_path / "example.jsonl", "please")
+    argv = ["--model.path", str(model), "--reference", str(small), "--example", example, "--guard", example]
+    for word, scored in (("fold", "true"), ("<extra>", "false"), ("<extra>", "true")):
+        asked = [*argv, "--score.probes", probes(tmp_path / "probes.jsonl", word), "--score.reference", scored]
+        expected = pytest.raises(
+            UserError, match=rf"token '<extra>', number {rows}, where the embedding of the reference"
+        )
+        with expected if (word, scored) == ("<extra>", "true") else contextlib.nullcontext():
+            check(parse(asked, "repair"), tiny_runtime())
