@@ -130,7 +130,7 @@ def test_an_index_without_a_map_is_refused(sharded, content):
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "weights.h5").write_bytes(b"x")
     with pytest.raises(UserError, match=r"reads safetensors checkpoints only"):
         list_tensors(tmp_path)
 
