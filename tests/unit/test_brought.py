@@ -519,6 +519,9 @@ def test_a_model_with_code_of_its_own_is_written_with_it_and_loads_again(with_co
     save_checkpoint(tiny_runtime(), model, source, tmp_path / "saved", torch.float32)
     update = tiny_update(targets_of(model), scale=0.0)
     merge_update(tiny_runtime(), with_code, update, tmp_path / "merged", trust_remote_code=True)
+    for name in ("saved", "merged"):
+        for file in ("modeling_own.py", "parts_own.py"):
+            assert (tmp_path / name / file).read_bytes() == (with_code / file).read_bytes()
     shutil.rmtree(with_code)
     for name in ("saved", "merged"):
         assert torch.equal(logits(tmp_path / name, trust_remote_code=True), wanted)
