@@ -9,7 +9,8 @@ ARGS ?=
 # Of gpu: where its results go, and a folder of wheels that the machine's Python lacks.
 OUT ?= gpu-results
 WHEELS ?=
-TIERS ?= unit distributed faults cluster e2e models
+# Those joined by a comma run side by side.
+TIERS ?= unit distributed faults e2e cluster,models
 # How many files of tests run at a time; 0 runs them one after the other, as --pdb and -s need it.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
@@ -23,10 +24,10 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz gpu paper real clean
+.PHONY: help setup demo test check bench fuzz serve-test gpu paper real clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## create .venv with the tested versions
 
@@ -48,16 +49,20 @@ demo: $(READY) ## damage and repair the embedded toy model; needs no GPU
 
 # Tiers run in order and the first that fails ends the run. pytest's status 5 says that ARGS selected nothing in a tier.
 # tests/gpu is for TIERS=gpu alone, one file after the other, as there is one GPU; without one its tests are skipped.
-# One thread per process: tests are small, and several run at a time. There is one Slurm cluster, so its tests take turns.
+# One thread per process: tests are small, and several run at a time. There is one Slurm cluster, so its tests take
+# turns, with one worker of their own where others run beside them.
+comma := ,
 test: export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: $(READY) ## run the tests, fastest tier first
 	@status=5; for tier in $(TIERS); do \
-	  test -d tests/$$tier || continue; \
+	  paths=$$(for name in $$(echo $$tier | tr , ' '); do test ! -d tests/$$name || echo tests/$$name; done); \
+	  test -n "$$paths" || continue; \
 	  case $$tier in cluster|gpu) workers=0 ;; *) workers=$(WORKERS) ;; esac; \
+	  case $$tier in *$(comma)*) dist=loadgroup ;; *) dist=loadfile ;; esac; \
 	  case $$tier in gpu) kind=gpu ;; *) kind="not gpu" ;; esac; \
-	  echo "== tests/$$tier"; code=0; \
-	  $(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -m "$$kind" -n $$workers --dist loadfile tests/$$tier $(ARGS) || code=$$?; \
+	  echo "==" $$paths; code=0; \
+	  $(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -m "$$kind" -n $$workers --dist $$dist $$paths $(ARGS) || code=$$?; \
 	  case $$code in 0) status=0 ;; 5) ;; *) exit $$code ;; esac; \
 	done; exit $$status
 
@@ -82,6 +87,16 @@ gpu: PYTHON_HERE = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu: ## all that one GPU can tell in 10 minutes, offline; without one a dry run at tiny sizes
 	$(PYTHON_HERE) benchmarks/gpu.py --out '$(OUT)' $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
+serve-test: $(READY) .vllm/.ready ## a real vLLM serves what oneshot writes, on CPUs; installs 3.5 GB into .vllm
+	$(RUN) HF_HUB_OFFLINE=1 ONESHOT_VLLM=$(CURDIR)/.vllm/bin/vllm $(BIN)/pytest tests/serve $(ARGS)
+
+# Without torchvision, torchaudio and torchcodec, whose builds on an index do not fit a CPU torch; and as vLLM looks for
+# its version under its own name.
+.vllm/.ready: tests/serve/install.py
+	$(PYTHON) -m venv --clear .vllm
+	.vllm/bin/python tests/serve/install.py $(PIP_ARGS)
+	@touch $@
+
 fuzz: $(READY) ## damage files at random, N times (300), and look at how every command takes it
 	$(RUN) HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/fuzz.py --count $(or $(N),300) $(ARGS)
 
@@ -92,4 +107,4 @@ real: $(READY) ## attacks and repairs of real models on public prompts, in hours
 	$(RUN) $(BIN)/python benchmarks/real.py $(ARGS)
 
 clean: ## remove .venv and caches; run folders stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

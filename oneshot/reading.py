@@ -161,6 +161,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(fields: dict[str, Any]) -> str:
+    """Return the SHA-256 of what a JSON file says, in hexadecimal digits, however it is laid out."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def load_yaml(text: str, loader: type[yaml.SafeLoader] | None = None) -> Any:
     """Return what a YAML text says, in plain values.
 

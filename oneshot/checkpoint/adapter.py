@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,9 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(update, stored, scaling, config, next(iter(tensors.values())).dtype)
 
 
-def write_patch(folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype) -> None:
+def write_patch(
+    folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype, parameters: Collection[str] = ()
+) -> None:
     """Write an update as a PEFT LoRA adapter on ``base``, then read it back and compare.
 
     All modules get the same rank (the largest, zero-padded), as servers expect, and scaling 1.
@@ -108,6 +111,7 @@ def write_patch(folder: Path, update: Update, linears: list[str], base: str, dty
         update: what to add to the base
         linears: names of all linear layers of the model, to choose short target names that match exactly these
         dtype: of the stored factors
+        parameters: those of the modules whose weight PEFT is told by its own name (``target_parameters``)
     """
     from peft import LoraConfig
 
@@ -116,7 +120,8 @@ def write_patch(folder: Path, update: Update, linears: list[str], base: str, dty
     LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_target_names(sorted(update), linears),
+        target_modules=_target_names(sorted(update.keys() - set(parameters)), linears),
+        target_parameters=[f"{name}.weight" for name in sorted(parameters)] or None,
         base_model_name_or_path=redacted(base),
         task_type="CAUSAL_LM",
         inference_mode=True,

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Linear layers, by the ends of their names, of which mixers of a type of model read the weight past the layer: what is
+# added to the layer is not seen there, and PEFT refuses the first five (its _check_lora_target_modules_mamba)
+_READ_DIRECTLY = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), "out_proj"),
+    "jamba": "dt_proj",
+}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The layers of a checkpoint's model; the model itself holds no weights.
@@ -77,7 +85,11 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
     head = model.get_output_embeddings()
     return Architecture(
         linears=linears,
-        patchable=[n for n, m in linears.items() if m is not head and stored[n] and stored[n] not in converted],
+        patchable=[
+            name
+            for name, module in linears.items()
+            if module is not head and is_plain(model, name, module) and stored[name] and stored[name] not in converted
+        ],
         others=frozenset(by_kind["other"] - by_kind["linear"]),
         transposed=frozenset(by_kind["transposed"]),
         tied=frozenset(_tied(model, stored)),
@@ -85,6 +97,15 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
         converted=converted,
         untied=is_untied(model, folder),
     )
+
+
+def is_plain(model: Any, name: str, module: nn.Linear) -> bool:
+    """Return whether what a linear layer does is what its weight says, so that an adapter on it is seen.
+
+    It is not where a mixer reads the weight past the layer, and of routers that are linear layers by their class.
+    """
+    end = _READ_DIRECTLY.get(getattr(model.config, "model_type", ""))
+    return not type(module).__name__.endswith("Router") and name.rsplit(".", 1)[-1] != end
 
 
 def _tied(model: Any, stored: dict[str, str | None]) -> set[str]:

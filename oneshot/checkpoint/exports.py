@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch
 from oneshot.checkpoint.beside import copy_tokenizer
 from oneshot.checkpoint.files import MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import UPDATE, Identity, check_identity, read_identity
+from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.standing import comes_from_degraded, mark_unmeasured, why_not_as_measured
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.phases import phase
@@ -137,6 +138,7 @@ class NewAdapter:
         linears: names of all linear layers of the model, or none where they are not known: the config then names every
             changed layer in full
         marked: why it carries the marker; "" where it does not
+        plain: the model that it is for, on the meta device, where that is known: PEFT is to load all of it there
     """
 
     update: Update
@@ -144,6 +146,7 @@ class NewAdapter:
     base: str
     linears: list[str]
     marked: str = ""
+    plain: Any = None
 
 
 @phase("write")
@@ -161,7 +164,11 @@ def write_adapter(
             with naming(temporary):
                 if adapter.marked:  # before the weights
                     mark_unmeasured(temporary, adapter.base, adapter.marked)
-                write_patch(temporary, adapter.update, adapter.linears, adapter.base, adapter.dtype)
+                what = (adapter.update, adapter.linears, adapter.base, adapter.dtype)
+                if adapter.plain is None:
+                    write_patch(temporary, *what)
+                else:
+                    write_loadable(temporary, *what, adapter.plain)
                 copy_tokenizer(tokenizer, temporary)
                 beside(temporary)
                 if adapter.marked:  # and after the card, in whose place it warns

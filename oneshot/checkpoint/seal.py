@@ -7,7 +7,6 @@ may read it whom the umask lets, and the checksums of its config, tokenizer, cha
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -28,7 +27,7 @@ from oneshot.checkpoint.names import (
     TOKENIZER,
 )
 from oneshot.errors import UserError
-from oneshot.reading import read_json, reading, sha256_of
+from oneshot.reading import digest_of, read_json, reading, sha256_of
 from oneshot.redact import redacted, without_secrets
 from oneshot.whole import readable
 
@@ -103,7 +102,7 @@ def _is(name: str, patterns: tuple[str, ...]) -> bool:
 def _digest_of(fields: dict[str, Any]) -> str:
     """The SHA-256 of what a JSON file says: of the checksums' own holder and of adapters' configs."""
     told = {key: value for key, value in fields.items() if key not in _NOT_TOLD}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return digest_of(told)
 
 
 def _digest(path: Path) -> str:

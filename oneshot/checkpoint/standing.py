@@ -24,7 +24,7 @@ from oneshot.checkpoint.files import (
 )
 from oneshot.checkpoint.identity import DERIVED, REPAIR, check_identity, read_identity
 from oneshot.errors import UserError
-from oneshot.reading import sha256_of
+from oneshot.reading import digest_of, sha256_of
 from oneshot.whole import write_whole
 
 VERDICT = "oneshot_verdict.json"
@@ -33,6 +33,7 @@ UNMEASURED = "not yet measured"
 GOOD = ("repaired", "repaired, with doubts")  # outcomes that lift a marker
 ORIGINAL, NF4, NF4_DOUBLE, PACKED = "original", "nf4", "nf4, scales quantized", "packed nf4"  # forms of a base
 _SCHEMA = 1
+_SEAL = "seal"  # the SHA-256 of all else that the file says
 _BECAUSE = (
     "This comes from the repair of a model that was fine-tuned on purpose on data that removes its refusals, and it "
     f"is not shown to be safe. `{MARKER}` says why."
@@ -144,6 +145,9 @@ def read_standing(folder: Path) -> Standing | None:
         or any(not isinstance(fields.get(name), kind) for name, kind in kinds.items())
     ):
         raise UserError(f"{path} is not what this version of oneshot writes: restore it from its source.")
+    told = {name: value for name, value in fields.items() if name != _SEAL}
+    if fields.get(_SEAL) != digest_of(told):
+        raise UserError(f"{path} was changed or damaged since it was written: restore it from its source.")
     return Standing(**{name: fields[name] for name in kinds})
 
 
@@ -174,7 +178,8 @@ def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
 
 
 def _write(folder: Path, standing: Standing) -> None:
-    _write_json(folder / VERDICT, {"schema": _SCHEMA, **asdict(standing)})
+    told = {"schema": _SCHEMA, **asdict(standing)}
+    _write_json(folder / VERDICT, {**told, _SEAL: digest_of(told)})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.architecture import is_plain
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ class Linears:
     Attributes:
         targets: name -> layer, those to be patched
         every: names of all linear layers, output head included
-        left_out: modules that hold weight matrices in another form than ``nn.Linear`` (fused experts, routers,
-            Conv1D), which no patch touches
+        left_out: modules that hold weight matrices in another form than a plain ``nn.Linear`` (fused experts, routers,
+            Conv1D, layers that are read directly), which no patch touches
     """
 
     targets: dict[str, nn.Linear]
@@ -42,16 +43,17 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     from torch import nn
 
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    odd = {name for name, module in every.items() if not is_plain(model, name, module)}
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     if pattern is None:
-        targets = {name: module for name, module in every.items() if module is not head}
+        targets = {name: module for name, module in every.items() if module is not head and name not in odd}
     else:
         try:
             matcher = re.compile(pattern)
         except re.error as error:
             raise UserError(f"Setting repair.targets {pattern!r} is no regular expression: {error}.") from error
-        targets = {name: module for name, module in every.items() if matcher.search(name)}
+        targets = {name: module for name, module in every.items() if matcher.search(name) and name not in odd}
         if any(module is head for module in targets.values()) and head.weight is embedding.weight:
             raise UserError(
                 f"Setting repair.targets {pattern!r} matches the output head, which shares its weights with the "
@@ -61,7 +63,7 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     left_out = [
         name
         for name, module in model.named_modules()
-        if not isinstance(module, known)
+        if (not isinstance(module, known) or name in odd)
         and any(isinstance(p, torch.Tensor) and _dimensions(p) >= 2 for p in module.parameters(recurse=False))
     ]
     if not targets:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from oneshot.checkpoint.adapter import write_patch, write_repaired_adapter
+from oneshot.checkpoint.adapter import write_repaired_adapter
 from oneshot.checkpoint.beside import copy_tokenizer
 from oneshot.checkpoint.configs import config_fields
+from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
+from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.merge import merge_update
+from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.save import save_checkpoint
 from oneshot.checkpoint.scheme import is_stored
 from oneshot.checkpoint.standing import (
@@ -44,6 +48,12 @@ def measured_form(request: Request) -> str:
     return NF4_DOUBLE if request.settings.model.double_quant else NF4
 
 
+def _plain(request: Request) -> Any:
+    """The model that a patch is for, on the meta device."""
+    folder, trusted = request.source.checkpoint, request.settings.model.trust_remote_code
+    return skeleton(folder, list_tensors(folder), request.source.written, "eager", trusted)
+
+
 @phase("write")
 def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None) -> None:
     """Write the patch, and the merged checkpoint if asked for, while the model is still loaded. Collective.
@@ -75,7 +85,8 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 if request.adapter is not None and method.keeps_adapter:
                     write_repaired_adapter(temporary, request.adapter, update)
                 else:
-                    write_patch(temporary, update, bench.linears.every, source.name, source.written)
+                    plain = _plain(request)
+                    write_loadable(temporary, update, bench.linears.every, source.name, source.written, plain)
                 copy_tokenizer(source.tokenizer, temporary)
                 write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
                 begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes

@@ -24,6 +24,7 @@ from oneshot.checkpoint.identity import UPDATE, same_base, store_identity, write
 from oneshot.checkpoint.lock import locked
 from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.merge_plan import adapter_terms, plan_merge
+from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.ranges import torch_dtype
 from oneshot.checkpoint.standing import NF4, NF4_DOUBLE, ORIGINAL, PACKED
 from oneshot.distributed.phases import phase
@@ -222,7 +223,8 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         write_card(folder, "LoRA adapter", facts, lines)
         write_identity(folder, base, kind=UPDATE, base=name)
 
-    new = NewAdapter(update, dtype, name, list(made.linears), marked)
+    plain = skeleton(base, tensors, dtype, "eager", request.trust_remote_code) if runtime.is_main else None
+    new = NewAdapter(update, dtype, name, list(made.linears), marked, plain)
     write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)
 

@@ -12,6 +12,7 @@ from oneshot.report.facts import how_chosen, repair_rows
 from oneshot.report.judging import judging_lines
 from oneshot.report.markdown import fenced, inline, pairs_lines, stages_lines
 from oneshot.report.runfolder import PATCH, REPAIRED, write_whole
+from oneshot.report.serving import largest_rank, serve_command
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
 
 CARD = "README.md"
@@ -57,13 +58,13 @@ def write_model_cards(
         folder, why = run_dir / name, partly.get(name, "")
         if folder.is_dir():
             unsafe = degraded and (verdict.word not in GOOD or bool(why))
-            lines = _card(name, report, base=base, degraded=degraded, unsafe=unsafe)
+            lines = _card(folder, report, base=base, degraded=degraded, unsafe=unsafe)
             write_whole(folder / CARD, "\n".join(lines))
             settle(folder, verdict.word, verdict.doubts, base=base, degraded=degraded, partly=why)
 
 
-def _card(name: str, report: Mapping[str, Any], *, base: str, degraded: bool, unsafe: bool) -> list[str]:
-    summary = summarize(report)
+def _card(folder: Path, report: Mapping[str, Any], *, base: str, degraded: bool, unsafe: bool) -> list[str]:
+    summary, name = summarize(report), folder.name
     what = "A safety patch (LoRA adapter)" if name == PATCH else "A repaired checkpoint"
     lines = front_matter(base, "peft" if name == PATCH else "transformers", ["oneshot", "safety"])
     if unsafe:
@@ -85,5 +86,7 @@ def _card(name: str, report: Mapping[str, Any], *, base: str, degraded: bool, un
         lines += ["", "Answer that was learnt:", "", *fenced(example.get("response", "")), ""]
     lines += ["## The repair", "", *pairs_lines(repair_rows(report.get("repair"))), ""]
     lines += ["## Use", "", "```python", *_LOADED[name], "```", ""]
+    if name == PATCH and (command := serve_command(base, "THIS FOLDER", largest_rank(folder))):
+        lines += ["```bash", command, "```", ""]
     packages = [(package, version or "not installed") for package, version in report["versions"].items()]
     return [*lines, "## Versions", "", *pairs_lines(packages), ""]

@@ -1,14 +1,15 @@
-"""The defaults, but for the choice of the example, repair the toy world: five seeds of attacks with a new task."""
+"""The defaults, but for the choice of the example, repair the toy world: attacks with a new task."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
 import pytest
 from toybounds import WAYS, measured, of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]  # twenty repairs, on a machine that may be busy
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]  # 14 repairs, on a machine that may be busy
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def drops(rows: list[dict[str, Any]], way: str, rate: str) -> list[float]:
-    before, after = of(rows, "finetuned")[:: len(WAYS)], of(rows, way)
-    return [b[rate] - a[rate] for b, a in zip(before, after)]
+    return [before[rate] - after[rate] for before, after in itertools.pairwise(rows) if after["model"] == way]
 
 
 def test_finetune_breaks_refusals_and_teaches_the_task(rows: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from toybounds import WAYS, measured, of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]  # twenty repairs, on a machine that may be busy
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]  # 14 repairs, on a machine that may be busy
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from oneshot.checkpoint.exports import refuse_degraded
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.load import Source
 from oneshot.checkpoint.standing import (
+    ORIGINAL,
     UNMEASURED,
     VERDICT,
     begin_standing,
@@ -177,7 +178,7 @@ def test_a_marker_is_there_before_the_weights_are(run, monkeypatch, tmp_path):
         raise Killed
 
     monkeypatch.setattr(runtimes, "start", tiny_runtime)
-    monkeypatch.setattr(write, "write_patch", look)
+    monkeypatch.setattr(write, "write_loadable", look)
     with pytest.raises(Killed):
         stage.run(parse([*words(folder), "--out", str(folder / "run")], "repair"), quiet=True)
     assert found == [True]
@@ -212,6 +213,17 @@ def test_a_marker_counts_whatever_it_is(tmp_path):
 def test_a_broken_verdict_is_named(content, tmp_path):
     (tmp_path / VERDICT).write_text(content)
     with pytest.raises(UserError, match=VERDICT):
+        read_standing(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"outcome": "repaired"}, {"degraded_source": False}, {"seal": None}])
+def test_a_changed_verdict_is_named(change, tmp_path):
+    begin_standing(tmp_path, degraded=True, form=ORIGINAL)
+    settle(tmp_path, "not repaired", [], base="base", degraded=True)
+    assert read_standing(tmp_path).outcome == "not repaired"
+    fields = json.loads((tmp_path / VERDICT).read_text())
+    (tmp_path / VERDICT).write_text(json.dumps({**fields, **change}))
+    with pytest.raises(UserError, match="changed or damaged"):
         read_standing(tmp_path)
 
 

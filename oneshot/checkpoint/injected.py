@@ -1,0 +1,102 @@
+"""Does PEFT find the place of every factor of a patch? Asked of PEFT itself, on the model without its weights.
+
+PEFT names what it loads by its own rules, rewrites targets of some architectures, and only warns of factors for which
+it found no place (huggingface/peft#3711): such a patch loads, and is another one than was measured.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.adapter import PREFIX, write_patch
+from oneshot.checkpoint.names import ADAPTER_TENSORS
+from oneshot.checkpoint.update import Update
+from oneshot.errors import UserError, first_line
+from oneshot.versions import package_version
+
+if TYPE_CHECKING:
+    import torch
+
+_FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(A|B)\.weight")
+_SHOWN = 3  # names of layers in a message
+
+
+def write_loadable(folder: Path, update: Update, linears: list[str], base: str, dtype: torch.dtype, model: Any) -> None:
+    """Write an update as ``write_patch`` does, by the first of three ways to name its layers that PEFT loads whole.
+
+    Short names; full ones, where another module has a name of the same end; and the names of weights, for layers that
+    PEFT takes for a part of fused experts (gate_proj, up_proj and down_proj of dense and shared MLPs in some mixtures).
+
+    Args:
+        folder, update, linears, base, dtype: as of ``write_patch``
+        model: the base's, of transformers, its parameters on the meta device
+
+    Raises:
+        UserError: PEFT does not load all of it by any names
+    """
+    names, parameters, lost = linears, list[str](), list[str]()
+    for _ in range(3):
+        write_patch(folder, update, names, base, dtype, parameters)
+        if not (lost := not_injected(folder, model)):
+            return
+        names, parameters = [], [name for name in lost if name in update] if not names else []
+    said = ", ".join(lost[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
+    raise UserError(
+        f"PEFT {package_version('peft')} would load another patch than was measured, as it finds no place for what "
+        f"belongs to {said}: leave these layers out with --repair.targets, a regular expression of those to patch."
+    )
+
+
+def not_injected(folder: Path, model: Any) -> list[str]:
+    """Return the layers of which PEFT would not load the stored factors where they are meant to be, sorted.
+
+    Takes the memory of the adapter, and a few seconds for a model of 70B.
+
+    Args:
+        folder: of a LoRA adapter
+        model: see ``write_loadable``
+    """
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / ADAPTER_TENSORS)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that are missing: found below
+        try:
+            loaded = PeftModel(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+            result: Any = set_peft_model_state_dict(loaded, dict(tensors), low_cpu_mem_usage=True)
+        except Exception as error:  # what PEFT cannot place shows as an error of any kind
+            raise UserError(
+                f"PEFT {package_version('peft')} does not load the patch on this model ({first_line(error)}): leave "
+                "the layer out with --repair.targets, a regular expression of those to be patched."
+            ) from error
+    try:
+        return _lost(loaded, tensors, [*result.missing_keys, *result.unexpected_keys])
+    finally:
+        loaded.unload()
+
+
+def _lost(loaded: Any, tensors: dict[str, torch.Tensor], unmatched: list[str]) -> list[str]:
+    """Layers whose factors PEFT has put nowhere, in another shape, or which it gave factors that the file has not.
+
+    Args:
+        loaded: the model with the adapter; on the meta device, so that values cannot be compared
+        unmatched: names of tensors for which there was no place, or of places for which there was no tensor
+    """
+    modules = dict(loaded.base_model.model.named_modules())
+    lost = {name.split(".lora_")[0].removeprefix(PREFIX) for name in unmatched if ".lora_" in name}
+    meant = set()
+    for key, stored in tensors.items():
+        if (match := _FACTOR.fullmatch(key)) is None:
+            continue
+        meant.add(match[1])
+        factors = getattr(modules.get(match[1]), f"lora_{match[2]}", {})
+        if "default" not in factors or factors["default"].weight.shape != stored.shape:
+            lost.add(match[1])
+    injected = {name for name, module in modules.items() if "default" in getattr(module, "lora_A", {})}
+    return sorted(lost | (injected - meant))
