@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import find_weight
 from oneshot.checkpoint.partitioned import skeleton
+from oneshot.checkpoint.ties import is_untied
 from oneshot.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Architecture:
         tied: module names and stored tensors of an embedding that is also the output head
         quantized: stored tensors that QLoRA loads in 4 bits: linear layers, as transformers chooses them
         converted: stored tensors that transformers splits, fuses or permutes while it loads them
+        untied: whether embedding and head are two weights though the config ties them
         head, embedding: names of these modules, where the model has them
     """
 
@@ -44,6 +46,7 @@ class Architecture:
     tied: frozenset[str]
     quantized: frozenset[str]
     converted: frozenset[str]
+    untied: bool
     head: str | None = None
     embedding: str | None = None
 
@@ -64,7 +67,7 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     try:
-        model = skeleton(folder, torch.bfloat16, "eager", trust_remote_code)
+        model = skeleton(folder, tensors, torch.bfloat16, "eager", trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # what is wrong in a config shows as an error of any kind, in the model's own code
@@ -95,6 +98,7 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
         tied=frozenset(_tied(model, stored)),
         quantized=frozenset(name for name in quantized if name is not None),
         converted=converted,
+        untied=is_untied(model, folder),
         head=next((name for name, module in model.named_modules() if module is head), None),
         embedding=next((n for n, module in model.named_modules() if module is model.get_input_embeddings()), None),
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import TensorEntry, read_tensor
-from oneshot.checkpoint.quantized import BLOCK, PACKED
+from oneshot.checkpoint.quantized import BLOCK
+from oneshot.checkpoint.scheme import PACKED, QUANTIZATION, is_left_over
 from oneshot.errors import UserError
 from oneshot.reading import read_object
 
@@ -32,8 +33,9 @@ def packed_weights(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, P
     Raises:
         UserError: the checkpoint is quantized in another way, or a packed weight lacks its scales
     """
-    fields = read_object(folder / "config.json").get("quantization_config")
-    if not fields:
+    config = read_object(folder / "config.json")
+    fields = config.get(QUANTIZATION)
+    if not fields or is_left_over(config, tensors):
         return {}
     if not isinstance(fields, dict):
         raise UserError(f"{folder / 'config.json'} has a quantization_config that is no JSON object: restore the file.")

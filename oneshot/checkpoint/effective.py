@@ -94,8 +94,9 @@ def kinds_of(folder: Path) -> Kinds:
         found.by_peft.append(f"init_lora_weights {init}")
     if config.get("alora_invocation_tokens"):
         found.never.append("alora_invocation_tokens")
-    if config.get("target_parameters"):
-        found.by_peft.append("target_parameters")
+    fused = config.get("target_parameters") or []
+    if not isinstance(fused, list) or not all(str(name).endswith(".weight") for name in fused):
+        found.by_peft.append("target_parameters")  # a layer's own weight is as good as the layer
     saved: list[str] = []
     held: set[str] = set()
     for key, entry in tensors.items():

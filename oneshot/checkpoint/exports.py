@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch
+from oneshot.checkpoint.beside import copy_tokenizer
 from oneshot.checkpoint.effective import Kinds, kinds_of, read_effective, refuse
 from oneshot.checkpoint.files import ADAPTER_CONFIG, MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import UPDATE, Identity, check_identity, read_identity
 from oneshot.checkpoint.injected import write_loadable
-from oneshot.checkpoint.merge import copy_tokenizer
 from oneshot.checkpoint.merge_effective import merged_by_peft, plan_effective
 from oneshot.checkpoint.merge_plan import MergePlan, adapter_terms, plan_merge
 from oneshot.checkpoint.standing import comes_from_degraded, mark_unmeasured, why_not_as_measured

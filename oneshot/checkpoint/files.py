@@ -28,6 +28,16 @@ from oneshot.world.model import ALIGNED, NAME
 if TYPE_CHECKING:
     import torch
 
+# commands that make safetensors of pickles, as messages and docs/guide.md say them
+PICKLED_MODEL = (
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('{folder}', dtype='auto', use_safetensors=False).save_pretrained('{folder}')\""
+)
+PICKLED_ADAPTER = (
+    "python -c \"import torch, safetensors.torch as s; f='{folder}/adapter_model'; "
+    "s.save_file({{k: v.contiguous() for k, v in torch.load(f + '.bin', map_location='cpu', weights_only=True)"
+    ".items()}}, f + '.safetensors')\""
+)
 _ODD = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # in no name of a file or model
 
 
@@ -73,22 +83,28 @@ def resolve(source: str, what: str = "model", *, revision: str | None = None, na
         refuse_half(here)
         return here
     if folder.is_absolute() or source.startswith(".") or source.count("/") != 1:
-        raise UserError(f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name).")
+        raise UserError(
+            f"The {what} folder {source} does not exist: give an existing folder or a Hub id (owner/name)."
+            if named_by is None
+            else f"The {what} folder {source}, which {named_by} names, does not exist: give the base with "
+            "--model.base, a folder or a Hub id (owner/name)."
+        )
     if (found := _fetched.get((source, revision or ""))) is not None and found.is_dir():
         return found
     say_fetching(what, source, revision=revision, named_by=named_by)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt", "README.md"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt", "*.tiktoken", "*.py", "README.md"]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
+        instead = f"it is what {named_by} names, so give the base with --model.base, or " if named_by else ""
         had = "in the Hub's cache, and fetching is forbidden" if is_offline() else "to be had from the Hub"
         raise UserError(
             f"The {what} {source}{at} is neither a folder here nor {had} ({type(error).__name__}): "
-            "check the name, or download it first."
+            f"{instead}check the name, or download it first."
         ) from error
 
 
@@ -170,13 +186,23 @@ def _laid_end(path: Path, header: dict[str, Any]) -> int:
     return end
 
 
+def weights_file(folder: Path) -> str | None:
+    """Return the name of the file that a checkpoint's weights are found by; none where there is none.
+
+    The single file comes first, as for transformers' from_pretrained, though an index and shards may have stayed behind
+    from another save (unsloth-zoo#808): whatever reads or hashes a checkpoint asks here.
+    """
+    return next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+
+
 def list_tensors(folder: Path) -> dict[str, TensorEntry]:
     """Return every tensor of a checkpoint folder, sharded or single-file, having checked each shard's length.
 
     Raises:
         UserError: no safetensors weights, a missing or truncated shard, an index that does not fit its shards
     """
-    if (folder / INDEX).is_file():
+    found = weights_file(folder)
+    if found == INDEX:
         whole = read_json(folder / INDEX)
         index = whole.get("weight_map") if isinstance(whole, dict) else None
         if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
@@ -186,9 +212,21 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
             if tensor not in shards[shard]:
                 raise UserError(f"{folder / INDEX} puts {tensor} into {shard}, which does not hold it.")
         return {tensor: shards[shard][tensor] for tensor, shard in index.items()}
-    if (folder / SINGLE).is_file():
+    if found == SINGLE:
         return read_header(folder / SINGLE)
-    raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: oneshot reads safetensors checkpoints only.")
+    raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: {_in_other_form(folder)}.")
+
+
+def _in_other_form(folder: Path) -> str:
+    """What to do about a checkpoint that is no safetensors one."""
+    if pickled := sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model")):
+        return (
+            f"{pickled[0]} is a pickle, which can run code as it is read, so it is not; where you trust its source, "
+            f"convert it once: {PICKLED_MODEL.format(folder=folder)}"
+        )
+    if other := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"{other[0]} is made for llama.cpp, so give the checkpoint that it was made from"
+    return "oneshot reads safetensors checkpoints only"
 
 
 def stored_bytes(folder: Path) -> int:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.bases import base_of
-from oneshot.checkpoint.configs import read_tokenizer
+from oneshot.checkpoint.configs import read_config, read_tokenizer
 from oneshot.checkpoint.files import (
-    find_weight,
     is_adapter,
     list_tensors,
     local_folder,
@@ -19,8 +18,11 @@ from oneshot.checkpoint.files import (
     stored_bytes,
 )
 from oneshot.checkpoint.manifest import check_share
+from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
-from oneshot.checkpoint.quantized import is_stored, make_four_bit, refuse_eight_bit
+from oneshot.checkpoint.quantized import make_four_bit
+from oneshot.checkpoint.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
+from oneshot.checkpoint.ties import keep_apart
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
@@ -53,6 +55,7 @@ class Source:
         written: dtype of the patch and of checkpoints of trained weights; the checkpoint's own, or the settings'
         four_bit: whether linear weights are loaded in 4 bits
         commit: of the checkpoint, where that is a Hub id
+        left_over: whether config.json says that weights are quantized which are not
     """
 
     checkpoint: Path
@@ -63,6 +66,7 @@ class Source:
     written: torch.dtype
     four_bit: bool = False
     commit: str | None = None
+    left_over: bool = False
 
 
 def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
@@ -83,9 +87,9 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
         name, checkpoint = base_of(adapter, settings.base, settings.base_revision)
     else:
         checkpoint = given
-    config = read_object(checkpoint / "config.json")
-    tensors = list_tensors(checkpoint)
-    packed = is_stored(config)
+    config, tensors = read_object(checkpoint / CONFIG), list_tensors(checkpoint)
+    left_over = is_left_over(config, tensors)
+    packed = is_stored(config) and not left_over
     # the scales beside packed weights are fp32 whatever the rest is
     names = [name for name in tensors if not (packed and ".weight." in name)]
     stored = {_DTYPES[tensors[name].dtype] for name in names if tensors[name].dtype in _DTYPES} or {"float32"}
@@ -98,18 +102,24 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     four_bit = packed or settings.quantize == "nf4"
     tokenizer = adapter if has_tokenizer and adapter else checkpoint
     commit = None if local_folder(name) else checkpoint.name if checkpoint.parent.name == "snapshots" else None
-    return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit, commit)
+    return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit, commit, left_over)
 
 
-def why_fp32(source: Source) -> str | None:
-    """Return the sentence that says why a model is not computed in its checkpoint's dtype, or none if it is."""
-    if source.dtype == source.written:
-        return None
+def what_to_say(source: Source) -> list[str]:
+    """Return what people should know of how a model is read: computed in another dtype, or not as its config says."""
+    said = []
     name = str(source.written).removeprefix("torch.")
-    return (
-        f"Computing in fp32: this CPU has no {_SHORT[name]} instructions (--model.dtype {name} computes in "
-        f"{_SHORT[name]} all the same)."
-    )
+    if source.dtype != source.written:
+        said.append(
+            f"Computing in fp32: this CPU has no {_SHORT[name]} instructions (--model.dtype {name} computes in "
+            f"{_SHORT[name]} all the same)."
+        )
+    if source.left_over:
+        said.append(
+            f"{source.checkpoint / CONFIG} says that the weights are quantized ({QUANTIZATION}), but they are stored "
+            "in full: read as they are, and what is written does not say so."
+        )
+    return said
 
 
 def load_tokenizer(source: Source, settings: ModelSettings) -> Tokenizer:
@@ -146,11 +156,12 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     dtype = dtype or source.dtype
     settings = dataclasses.replace(settings, attention=_attention(settings.attention, runtime, source.dtype))
     try:
-        model = None
         if not settings.stock_io or runtime.sharding == "zero3" or source.four_bit:
-            model = _read_by_range(runtime, source, settings, dtype)
+            model, config = _read_by_range(runtime, source, settings, dtype)
+        else:
+            model, config = None, read_config(source.checkpoint, trust_remote_code=settings.trust_remote_code)
         if model is None:
-            model = _load_stock(runtime, source, settings, dtype)
+            model = _load_stock(runtime, source, settings, dtype, config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         if isinstance(error, (torch.OutOfMemoryError, UserError)):
             raise
@@ -170,7 +181,7 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     return model
 
 
-def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
+def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not settings.stock_io:
@@ -178,6 +189,7 @@ def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype
     with partitioned_loading(runtime, dtype):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.checkpoint,
+            config=config,
             dtype=dtype,
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
@@ -195,11 +207,13 @@ def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype
         names = sorted(info["missing_keys"])
         more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
         raise UserError(f"{source.checkpoint} lacks {names[0]}{more}: copy or download the checkpoint again.")
+    if model._tied_weights_keys and not model.all_tied_weights_keys:
+        keep_apart(model.config)
     return model
 
 
-def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> Any:
-    """The model with weights read from the files by range, or none where its tensors are no ranges of them.
+def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model with weights read from the files by range, or none where its tensors are no ranges of them; its config.
 
     Raises:
         UserError: such a model is to be in 4 bits, or is in 8 bits and to be partitioned
@@ -207,24 +221,24 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     tensors = list_tensors(source.checkpoint)
     # before the skeleton, whose weights are allocated for a moment: partitions in the holes could not be given back
     give_back_freed_memory(runtime, sum(math.prod(entry.shape) for entry in tensors.values()))
-    model = skeleton(source.checkpoint, dtype, settings.attention, settings.trust_remote_code)
+    model = skeleton(source.checkpoint, tensors, dtype, settings.attention, settings.trust_remote_code)
     reason = why_not(model, tensors)
     if runtime.sharding == "zero3":
         refuse_eight_bit(model.config)
     if reason is not None and source.four_bit:
         raise UserError(f"{source.checkpoint} cannot be read in 4 bits, as {reason}: leave model.quantize out.")
     if settings.stock_io:
-        return None
+        return None, model.config
     if reason is None:
         four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
         if runtime.sharding == "zero3":
             fill_partitions(runtime, model, source.checkpoint, dtype, four_bit)
         else:
             fill_whole(runtime, model, source.checkpoint, dtype, four_bit)
-        return model
+        return model, model.config
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
         print(f"Loading the stock way: {reason}.", flush=True)
-    return None
+    return None, model.config
 
 
 def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:
@@ -268,22 +282,3 @@ def check_fits(modules: dict[str, Any], name: str, factors: Factors) -> None:
             f"The adapter's update of {name} is {factors.b.shape[0]} x {factors.a.shape[1]}, the layer is "
             f"{shape[0]} x {shape[1]}: the adapter belongs to another base model."
         )
-
-
-def check_reference(checkpoint: Path, reference: Path) -> None:
-    """Raise UserError unless the reference holds the model's matrices, all shapes alike (vocabulary included)."""
-    ours, theirs = list_tensors(checkpoint), list_tensors(reference)
-    for name, entry in ours.items():
-        found = find_weight(theirs, name.removesuffix(".weight")) if name.endswith(".weight") else name
-        other = theirs.get(found or "")
-        in_block = any(part.isdigit() for part in name.split("."))  # a tied head may be stored in one of the two only
-        if other is None and in_block and name.endswith(".weight") and len(entry.shape) == 2:
-            raise UserError(
-                f"The reference {reference} lacks {name}: give the aligned checkpoint that this model was "
-                "fine-tuned from."
-            )
-        if other is not None and other.shape != entry.shape:
-            raise UserError(
-                f"The reference {reference} has {found} of shape {list(other.shape)}, the model has "
-                f"{list(entry.shape)}: give the aligned checkpoint that this model was fine-tuned from."
-            )

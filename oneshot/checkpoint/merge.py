@@ -7,22 +7,20 @@ once to the dtype of the file. Tensors that nothing is added to are copied byte 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oneshot.checkpoint.beside import carry
 from oneshot.checkpoint.dequantize import through_nf4, unpacked
 from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
 from oneshot.checkpoint.merge_plan import Change, MergePlan, Term, plan_merge, shared_out
-from oneshot.checkpoint.names import CONFIG, TOKENIZER
 from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
@@ -64,7 +62,7 @@ def merge(
                 if beside is not None:  # first: a marker is there before the shards are
                     beside(temporary)
                 create_shards(temporary, plan.slots, plan.headers)
-                _carry(plan, temporary)
+                carry(plan.base, plan.files, temporary, plan.config, plan.tokenizer)
         with agree(runtime, f"writing the checkpoint {folder}"):
             written = _write_share(runtime, plan, shares[runtime.rank], temporary)
         count(
@@ -86,6 +84,7 @@ def merge_update(
     update: Update,
     folder: Path,
     *,
+    tokenizer: Path | None = None,
     trust_remote_code: bool = False,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
@@ -94,6 +93,7 @@ def merge_update(
     The model's card and a safety-degraded marker are not carried over: what the result is, the caller knows.
 
     Args:
+        tokenizer: folder of the tokenizer that goes along; none: the checkpoint's own
         beside: as of ``merge``
 
     Raises:
@@ -101,7 +101,7 @@ def merge_update(
     """
     terms = {module: Term(Factors(f.b.float().cpu(), f.a.float().cpu()), 1.0) for module, f in update.items()}
     plan = plan_merge(checkpoint, [("The update", terms)], trust_remote_code=trust_remote_code)
-    merge(runtime, plan, folder, beside)
+    merge(runtime, replace(plan, tokenizer=tokenizer), folder, beside)
 
 
 def _write_share(runtime: Runtime, plan: MergePlan, share: list[str], folder: Path) -> Pieces:
@@ -227,28 +227,3 @@ def _cuts(rows: int, most: int) -> Iterator[tuple[int, int]]:
     step = max(_ROWS, most // _ROWS * _ROWS)
     starts = [start for start in range(0, rows, step) if start == 0 or rows - start >= _ROWS]
     yield from zip(starts, [*starts[1:], rows])
-
-
-def _carry(plan: MergePlan, folder: Path) -> None:
-    for path in plan.files:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        with naming(folder / path):
-            shutil.copyfile(plan.base / path, folder / path)
-    if plan.tokenizer is not None:
-        copy_tokenizer(plan.tokenizer, folder)
-    if not plan.packed and not plan.config:
-        return
-    config = {**json.loads((folder / CONFIG).read_text(encoding="utf-8")), **plan.config}
-    if plan.packed:  # the weights are no longer what this file says
-        del config["quantization_config"]
-        for key in config.keys() & {"dtype", "torch_dtype"}:
-            config[key] = "bfloat16"
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy tokenizer and chat template."""
-    for path in sorted({path for pattern in TOKENIZER for path in source.glob(pattern)}):
-        if path.is_file():
-            with naming(folder / path.name):
-                shutil.copyfile(path, folder / path.name)

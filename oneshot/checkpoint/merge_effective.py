@@ -64,7 +64,8 @@ def plan_effective(
     placed = {name for name, change in changes.items() if change.whole is not None}
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return dataclasses.replace(
-        plan, tensors=tensors, terms=terms, changes=changes, slots=slots, headers=headers, config=config,
+        plan, tensors=tensors, terms=terms, changes=changes, slots=slots, headers=headers,
+        config=dataclasses.replace(plan.config, fields=config),
         quantized=plan.quantized - placed, tokenizer=adapter if has_tokenizer else None,
     )  # fmt: skip
 

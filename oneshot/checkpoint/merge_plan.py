@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from oneshot.checkpoint.adapter import Adapter
 from oneshot.checkpoint.architecture import Architecture, architecture_of
+from oneshot.checkpoint.beside import Changes, carried
 from oneshot.checkpoint.dequantize import Packed, packed_weights
-from oneshot.checkpoint.files import INDEX, MANIFEST, MARKER, TensorEntry, find_weight, list_tensors
+from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, read_pieces
-from oneshot.checkpoint.standing import EXPORT, VERDICT
 from oneshot.checkpoint.update import Factors
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
 from oneshot.errors import UserError
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 _MERGED_COST = 3  # of a tensor that is computed, against one of its size that is copied
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data")
 _UNPACKED = "BF16"  # dtype of what bitsandbytes had packed
 
 
@@ -65,10 +63,10 @@ class MergePlan:
         double_quant: whether their scales are quantized, too
         slots: where each tensor goes
         headers: of each shard file that is written
-        files: relative paths of what is carried over as it is
+        files: relative paths of what is carried over
+        config: what of the base's config no longer holds
         changes: stored tensor -> what becomes of it beside the terms
-        config: fields of config.json that become others
-        tokenizer: folder whose tokenizer takes the place of the base's; none: the base's stays
+        tokenizer: folder of the tokenizer that goes along; none: the base's own
     """
 
     base: Path
@@ -81,8 +79,8 @@ class MergePlan:
     slots: dict[str, Slot]
     headers: dict[str, bytes]
     files: list[Path]
+    config: Changes
     changes: dict[str, Change] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
     tokenizer: Path | None = None
 
     @property
@@ -141,7 +139,9 @@ def plan_merge(
                 raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
     slots, headers = plan_shards(shapes, dtypes, max_bytes)
     quantized = architecture.quantized if through_nf4 else frozenset()
-    return MergePlan(base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, carried(base))
+    config = Changes("bfloat16" if packed else None, apart=architecture.untied)
+    files = carried(base)
+    return MergePlan(base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, files, config)
 
 
 def fitting(
@@ -197,13 +197,3 @@ def shared_out(plan: MergePlan, world_size: int) -> list[list[str]]:
         load[rank] += cost[name]
     place = {name: (entry.shard, entry.offset) for name, entry in plan.tensors.items()}
     return [sorted(share, key=place.__getitem__) for share in shares]
-
-
-def carried(base: Path) -> list[Path]:
-    """What a merge carries over from a checkpoint: all but weights, what is about them, the card, and hidden files."""
-    found = []
-    for parent, folders, names in os.walk(base):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-        found += [Path(parent, name).relative_to(base) for name in sorted(names) if not name.startswith(".")]
-    left = {INDEX, MANIFEST, MARKER, "README.md", EXPORT, VERDICT}
-    return [p for p in found if p.suffix not in _WEIGHTS and str(p) not in left and not p.name.endswith(".index.json")]

@@ -15,5 +15,6 @@ CARD, EXPORT = "README.md", "oneshot_export.json"
 CHAT_TEMPLATE = "chat_template*"
 # of the tokenizer, as patterns
 TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model", CHAT_TEMPLATE,
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model",
+    "sentencepiece*", "tekken.json", "*.tiktoken", CHAT_TEMPLATE,
 )  # fmt: skip

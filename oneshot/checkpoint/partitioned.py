@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.configs import read_config, read_generation_config
 from oneshot.checkpoint.files import TensorEntry
 from oneshot.checkpoint.layout import FLOATS, Range, owners, partition
-from oneshot.checkpoint.quantized import FourBit, finish, holds_packed, is_stored, packed_parameter
+from oneshot.checkpoint.quantized import FourBit, finish, packed_parameter
 from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.scheme import holds_packed, is_stored
+from oneshot.checkpoint.ties import untie
 from oneshot.checkpoint.weights import Checkpoint, open_checkpoint, read_own
 from oneshot.distributed.engine import deepspeed_config
 from oneshot.distributed.runtime import Runtime, agree, exchange
@@ -53,9 +55,6 @@ def why_not(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> str | No
     if any(isinstance(transform, WeightConverter) for transform in transforms):
         return f"transformers stores {type(model).__name__} in other tensors than it computes with"
     own = own_tensors(model)
-    for name in model.state_dict(keep_vars=True):
-        if name not in own and name in tensors:  # transformers ties the two only if they are equal
-            return f"the checkpoint stores {name}, which is tied to another weight, too"
     for name, tensor in own.items():
         entry = tensors.get(name)
         if tensor.dtype != _kept_dtype(model, name, tensor.dtype):
@@ -83,8 +82,14 @@ def _kept_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.
     return torch.float32 if any(re.search(rf"(^|\.){module}(\.|$)", name) for module in kept) else dtype
 
 
-def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> Any:
-    """Return the model of a checkpoint's config with parameters on the meta device and real buffers, tied."""
+def skeleton(
+    folder: Path, tensors: dict[str, TensorEntry], dtype: torch.dtype, attention: str, trust_remote_code: bool
+) -> Any:
+    """Return the model of a checkpoint's config with parameters on the meta device and real buffers, tied.
+
+    Args:
+        tensors: of the checkpoint; what they hold apart is not tied
+    """
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -95,6 +100,7 @@ def skeleton(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
+    untie(model, tensors)
     for module in model.modules():
         for name, buffer in list(module._buffers.items()):
             assert buffer is None or buffer.device != torch.device("meta"), f"buffer {name} was not built"

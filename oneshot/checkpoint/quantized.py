@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.files import TensorEntry, read_tensor
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
 from oneshot.checkpoint.ranges import Read
+from oneshot.checkpoint.scheme import holds_packed, is_stored
 from oneshot.distributed.runtime import Runtime, gather_parts
 from oneshot.errors import UserError
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # weights per scale, bitsandbytes' default
 _CHUNK = 1 << 20  # weights quantized at a time, which bounds the kernel's temporary memory
-PACKED = ".quant_state.bitsandbytes__nf4"  # after a weight's name: bitsandbytes stores it packed
 
 
 @dataclass
@@ -45,38 +45,6 @@ class FourBit:
     double: bool
     dtype: torch.dtype
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def is_stored(config: Any) -> bool:
-    """Return whether a checkpoint's config says that bitsandbytes quantized its weights to 4 bits.
-
-    Args:
-        config: transformers' config object, or the fields of a config.json
-    """
-    return bool(_bitsandbytes(config).get("load_in_4bit", False))
-
-
-def refuse_eight_bit(config: Any) -> None:
-    """Raise UserError for a checkpoint in bitsandbytes' 8 bits, whose row scales ZeRO-3 would not follow."""
-    if _bitsandbytes(config).get("load_in_8bit", False):
-        raise UserError(
-            "The checkpoint is quantized to 8 bits, which is wrong under ZeRO-3 (bitsandbytes#1451): give the "
-            "full-precision checkpoint with --model.quantize nf4, or run on one process."
-        )
-
-
-def _bitsandbytes(config: Any) -> dict[str, Any]:
-    """The quantization fields of a config where they are bitsandbytes', else none."""
-    fields = (
-        config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
-    )
-    fields = fields if isinstance(fields, dict) or fields is None else fields.to_dict()
-    return fields if fields and fields.get("quant_method") == "bitsandbytes" else {}
-
-
-def holds_packed(tensors: dict[str, TensorEntry], name: str) -> bool:
-    """Return whether a checkpoint holds this weight packed, as bitsandbytes saves it."""
-    return name + PACKED in tensors
 
 
 def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtype, *, double: bool) -> FourBit:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.beside import Origin, write_beside, write_tokenizer
 from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.write import is_direct, write_sharded
-from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime, agree
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 def save_checkpoint(
     runtime: Runtime,
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
+    origin: Origin,
     folder: Path,
     dtype: torch.dtype,
     *,
@@ -33,6 +32,7 @@ def save_checkpoint(
     """Write a full Hugging Face checkpoint, every rank its own ranges. Collective.
 
     Args:
+        origin: where the model comes from: what lies beside its weights goes along
         folder: replaced as a whole, by a rename, once everything is written
         dtype: of the weights in the file
         stock: gather everything on rank 0 and let transformers write, as is done anyway for architectures whose
@@ -40,15 +40,15 @@ def save_checkpoint(
         beside: writes further files into the folder, on rank 0, before it appears and before the weights are in it
     """
     if is_direct(model) and not stock:
-        write_sharded(runtime, model, tokenizer, folder, dtype, beside=beside)
+        write_sharded(runtime, model, origin, folder, dtype, beside=beside)
     else:
-        _save_gathered(runtime, model, tokenizer, folder, dtype, beside)
+        _save_gathered(runtime, model, origin, folder, dtype, beside)
 
 
 def _save_gathered(
     runtime: Runtime,
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
+    origin: Origin,
     folder: Path,
     dtype: torch.dtype,
     beside: Callable[[Path], None] | None,
@@ -66,17 +66,17 @@ def _save_gathered(
                 if beside is not None:  # first: a marker is there before the weights are
                     beside(temporary)
                 model.save_pretrained(temporary, state_dict=state)
-                _state_dtype(temporary / "config.json", dtype)
-                tokenizer.save_pretrained(temporary)
+                write_beside(model, origin, temporary, dtype)
             list_tensors(temporary)
 
 
 def save_adapter(
-    runtime: Runtime, model: Any, tokenizer: Tokenizer, folder: Path, beside: Callable[[Path], None] | None = None
+    runtime: Runtime, model: Any, origin: Origin, folder: Path, beside: Callable[[Path], None] | None = None
 ) -> None:
     """Write a PEFT model's adapter, gathering no more than the adapter, and read it back. Collective.
 
     Args:
+        origin: where the tokenizer comes from
         beside: as of ``save_checkpoint``
     """
     state: dict[str, torch.Tensor] = {}
@@ -92,14 +92,7 @@ def save_adapter(
                 if beside is not None:  # first: a marker is there before the weights are
                     beside(temporary)
                 model.save_pretrained(temporary, state_dict=state)
-                tokenizer.save_pretrained(temporary)
+                write_tokenizer(origin, temporary)
                 if beside is not None:  # again: PEFT writes into the card
                     beside(temporary)
             read_adapter(temporary)
-
-
-def _state_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Have the config state the dtype of the file: transformers wrote that of the model in memory."""
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    fields["dtype"] = str(dtype).removeprefix("torch.")
-    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,11 +12,11 @@ from pathlib import Path
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
 from oneshot.checkpoint.effective import kinds_of, read_effective
-from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header
+from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, is_adapter, list_tensors, read_header, weights_file
 from oneshot.checkpoint.folders import refuse_half
 from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
-from oneshot.checkpoint.names import CONFIG
+from oneshot.checkpoint.names import CONFIG, INDEX, SINGLE
 from oneshot.checkpoint.ranges import CHUNK, Piece, piece_read, read_all, read_range, torch_dtype
 from oneshot.checkpoint.seal import check_sealed
 from oneshot.data.encoding import encode_prompt
@@ -60,6 +60,9 @@ def check_shards(folder: Path) -> list[Shard]:
         shard.dtypes.add(entry.dtype)
         shard.problems += [f"{name} {problem}" for problem in _problems(entry, name, pieces.get(name, []))]
     for path in sorted(folder.iterdir()):
+        if path.name == INDEX and not is_adapter(folder) and weights_file(folder) != INDEX:
+            left = f"is not read, as {SINGLE} lies beside it; servers may read both: remove it and its shards"
+            shards[INDEX] = Shard(INDEX, problems=[left])
         if _is_altered_blob(path):
             shard = shards.setdefault(path.name, Shard(path.name))
             shard.problems.append("does not have the SHA-256 that the Hub's cache gives: remove it, download it again")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import copy
 import itertools
 import json
 import os
@@ -20,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from oneshot.checkpoint.beside import Origin, write_beside
 from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
 from oneshot.checkpoint.partitioned import own_tensors
 from oneshot.checkpoint.ranges import CHUNK, Piece
-from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each
 
@@ -114,7 +113,7 @@ def in_turn(runtime: Runtime, slots: dict[str, Slot]) -> list[str]:
 def write_sharded(
     runtime: Runtime,
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
+    origin: Origin,
     folder: Path,
     dtype: torch.dtype,
     *,
@@ -124,6 +123,7 @@ def write_sharded(
     """Write ``folder`` as a full checkpoint that plain transformers loads. Collective.
 
     Args:
+        origin: where the model comes from: what lies beside its weights goes along
         dtype: of the weights in the file; buffers keep their own
         beside: writes further files into the folder, on rank 0, before it appears
         max_bytes: of a shard; none takes ``shard_bytes``
@@ -141,7 +141,8 @@ def write_sharded(
             if runtime.is_main:
                 if beside is not None:  # first: a marker is there before the shards are
                     beside(temporary)
-                _create(temporary, model, tokenizer, slots, headers, dtype)
+                create_shards(temporary, slots, headers)
+                write_beside(model, origin, temporary, dtype)
         with agree(runtime, f"writing the checkpoint {folder}"):
             written = _write_own(runtime, tensors, slots, temporary)
         everything = gather_objects(runtime, written)
@@ -150,28 +151,6 @@ def write_sharded(
                 found = list_tensors(temporary)
                 assert {n: e.shape for n, e in found.items()} == shapes, "the index does not list what was written"
                 write_manifest(temporary, everything, {})
-
-
-def _create(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    slots: dict[str, Slot],
-    headers: dict[str, bytes],
-    dtype: torch.dtype,
-) -> None:
-    """Create the shards and everything beside them."""
-    create_shards(folder, slots, headers)
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    config.architectures = [type(model).__name__]
-    with naming(folder / "config.json"):
-        config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None and model.can_generate():
-        with naming(folder / "generation_config.json"):
-            model.generation_config.save_pretrained(folder)
-    with naming(folder / "tokenizer.json"):
-        tokenizer.save_pretrained(folder)
 
 
 def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes]) -> None:

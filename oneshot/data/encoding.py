@@ -124,9 +124,12 @@ def model_context(config: Any, tokenizer: Tokenizer) -> int | None:
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
-    """Return the token that fills padding; what it is does not matter, as nothing attends to it."""
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+    """Return the token that fills padding; what it is does not matter, as nothing attends to it.
+
+    The end of text where that comes first: a reference need not know a padding token that the fine-tune has added.
+    """
+    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
+    return int(min(known, default=0))
 
 
 def pad_batch(batch: list[Encoded], pad_id: int, *, multiple: int = 1) -> dict[str, Tensor]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from oneshot.checkpoint.files import TensorEntry, find_weight, is_degraded, list_tensors, local_folder
-from oneshot.checkpoint.layout import FLOATS, Range
-from oneshot.checkpoint.ranges import read_range, torch_dtype
+from oneshot.checkpoint.files import find_weight, is_degraded, list_tensors, local_folder
+from oneshot.checkpoint.layout import FLOATS
+from oneshot.checkpoint.ties import FEW, alike
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError
 from oneshot.patch.request import Request
 from oneshot.settings import Settings
-
-if TYPE_CHECKING:
-    import torch
-
-_CHUNK = 4 << 20  # elements compared at a time
-_FEW = 4096  # of each matrix at first: a fine-tune shows in them, and nothing more is read
 
 
 def check_named_apart(settings: Settings) -> None:
@@ -93,30 +85,6 @@ def same_weights(one: Path, other: Path, *, in_blocks: bool) -> bool:
         found = find_weight(theirs, name.removesuffix(".weight")) if name.endswith(".weight") else name
         matrix = len(entry.shape) == 2 and any(part.isdigit() for part in name.split("."))
         if found in theirs and (matrix or not in_blocks) and {entry.dtype, theirs[found].dtype} <= set(FLOATS):
-            pairs.append((entry, theirs[found], name))
-    few = all(_alike(*pair, limit=_FEW) for pair in pairs)
-    return bool(pairs) and few and all(_alike(*pair) for pair in pairs)
-
-
-def _alike(one: TensorEntry, other: TensorEntry, name: str, limit: int | None = None) -> bool:
-    """Whether two tensors are the same, up to the coarser dtype, in all or in the first ``limit`` elements."""
-    import torch
-
-    total = math.prod(one.shape)
-    if one.shape != other.shape:
-        return False
-    dtype = min((torch_dtype(entry, name) for entry in (one, other)), key=lambda each: each.itemsize)
-    for start in range(0, min(total, limit or total), _CHUNK):
-        stop = min(start + _CHUNK, total, limit or total)
-        parts = [_part(entry, name, Range(start, stop, stop - start)).to(dtype) for entry in (one, other)]
-        if not torch.equal(*parts):
-            return False
-    return True
-
-
-def _part(entry: TensorEntry, name: str, part: Range) -> torch.Tensor:
-    import torch
-
-    values = torch.empty(part.numel, dtype=torch_dtype(entry, name))
-    read_range(entry, part, values, name)
-    return values
+            pairs.append((entry, theirs[found], (name, found)))
+    few = all(alike(*pair, limit=FEW) for pair in pairs)
+    return bool(pairs) and few and all(alike(*pair) for pair in pairs)

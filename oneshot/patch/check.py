@@ -5,8 +5,11 @@ from __future__ import annotations
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import resolve
-from oneshot.checkpoint.load import check_reference, find_source, load_tokenizer
+from oneshot.checkpoint.load import find_source, load_tokenizer
+from oneshot.checkpoint.names import CONFIG
+from oneshot.checkpoint.reference import check_reference
 from oneshot.data.encoding import context_length, encode
+from oneshot.data.vocabulary import check_for_reference, check_tokens, rendered
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.further import check_judges
 from oneshot.measure.probes import check_systems, collect_probes
@@ -45,7 +48,16 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     guard = read_guard(settings, recipe.guard_prompts) if wants_guard else Prompts([], [])
     train_on = settings.data.train_on
     candidates = [encode(row, tokenizer, length, train_on=train_on, closed=True) for row in conversations]
+    held = read_held(settings, guard) if recipe.bounds else Prompts([], [])
+    refusable = read_refusable(settings) if recipe.bounds or reference or adapter else []
+    asked = [row.input_ids for row in candidates]
+    asked += rendered(tokenizer, [*guard.general, *refusable, *held.general])
+    scored = list(rendered(tokenizer, [probe.messages for probe in probes]))
+    check_tokens(config, tokenizer, [*asked, *scored, *rendered(tokenizer, [*guard.own, *held.own])])
     if reference is not None and adapter is None:
+        if (reference / CONFIG).is_file():
+            theirs = read_config(reference, trust_remote_code=settings.model.trust_remote_code)
+            check_for_reference(theirs, tokenizer, asked + (scored if settings.score.reference else []), reference)
         check_same_tokens(candidates, tokenizer, reference)
     return Request(
         runtime=runtime,
@@ -59,7 +71,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
         conversations=conversations,
         candidates=candidates,
         guard=guard,
-        refusable=read_refusable(settings) if recipe.bounds or reference or adapter else [],
-        held=read_held(settings, guard) if recipe.bounds else Prompts([], []),
+        refusable=refusable,
+        held=held,
         probes=probes,
     )

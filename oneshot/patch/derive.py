@@ -138,9 +138,10 @@ def _other_differences(runtime: Runtime, changed: Path, base: Path, linears: dic
     found = {}
     for name in each(rest[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):
         if ours[name].shape != theirs[name].shape:
+            grown = "a patch holds no rows of a vocabulary that grew, so " if len(theirs[name].shape) == 2 else ""
             raise UserError(
-                f"{changed} has {name} of shape {list(ours[name].shape)}, {base} of {list(theirs[name].shape)}: give "
-                "two checkpoints of one model."
+                f"{changed} has {name} of shape {list(ours[name].shape)}, {base} of {list(theirs[name].shape)}: "
+                f"{grown}give two checkpoints of one model and vocabulary."
             )
         energy = sum(
             float((one.double() - two.double()).square().sum())

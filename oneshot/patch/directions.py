@@ -17,6 +17,7 @@ from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range, tensor_bytes
 from oneshot.checkpoint.manifest import read_pieces
 from oneshot.checkpoint.ranges import Piece, Read, read_all
+from oneshot.checkpoint.reference import other_rows
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.distributed.phases import count, phase
 from oneshot.distributed.runtime import Runtime, broadcast
@@ -133,7 +134,8 @@ def checkpoint_difference(
                 raise UserError(
                     f"{folder} holds {found} as {entry.dtype}, quantized: rollback compares full-precision checkpoints."
                 )
-        if ours[mine].shape != theirs[other].shape:
+        alike = ours[mine].shape == theirs[other].shape
+        if not alike and not other_rows(mine, ours[mine], theirs[other]):
             raise UserError(
                 f"The reference {reference} has {other} of shape {list(theirs[other].shape)}, the model has "
                 f"{list(ours[mine].shape)}: give the aligned checkpoint that this model was fine-tuned from."
@@ -157,12 +159,17 @@ def checkpoint_difference(
 
 
 def _difference(ours: Stored, theirs: Stored) -> torch.Tensor:
-    """The fp32 difference of two stored tensors, read side by side, in the memory of one and the requests'."""
+    """The fp32 difference of two stored tensors, read side by side, in the memory of one and the requests'.
+
+    Zero in rows that the second one lacks.
+    """
     import torch
 
     shape = ours[0].shape
-    whole = Range(0, math.prod(shape), math.prod(shape))
-    delta, one_at_a_time = torch.zeros(whole.size), threading.Lock()
+    common = min(math.prod(entry.shape) for entry in (ours[0], theirs[0]))
+    whole = Range(0, common, common)
+    every, one_at_a_time = torch.zeros(math.prod(shape)), threading.Lock()
+    delta = every[:common]
 
     def put(sign: int, place: torch.Tensor, values: torch.Tensor) -> None:
         with one_at_a_time:  # the two files' requests for the same elements may come in at once
@@ -172,7 +179,7 @@ def _difference(ours: Stored, theirs: Stored) -> torch.Tensor:
         Read(entry, whole, delta, name, pieces, functools.partial(put, sign))
         for (entry, name, pieces), sign in ((ours, 1), (theirs, -1))
     )
-    return delta.view(shape)
+    return every.view(shape)
 
 
 @phase("decompose")

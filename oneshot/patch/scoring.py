@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.checkpoint.files import is_degraded
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
 from oneshot.checkpoint.standing import GOOD, read_standing
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
+from oneshot.data.vocabulary import check_tokens, rendered
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
@@ -94,6 +96,8 @@ def score_local(
         tokenizer = load_tokenizer(source, settings.model)
         check_words(settings, tokenizer)
         check_systems(probes, tokenizer)
+        config = read_config(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)
+        check_tokens(config, tokenizer, rendered(tokenizer, (probe.messages for probe in probes)))
         texts = read_texts(score.text) if score.text is not None else []
     name = settings.called
     run_dir = open_run(f"{Path(name).name}-score")

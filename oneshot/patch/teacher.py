@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.reference import vocabularies
 from oneshot.data.conversations import Messages
 from oneshot.data.encoding import IGNORE, Encoded, encode, pad_id
 from oneshot.measure.generate import answer_at_once
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ENOUGH = 4  # requests that the aligned model refuses and that tell something of it
 REFUSAL_TOKENS = 40  # of a refusal that is taken over; its first sentence is
+_NEVER = -1e4  # a logit of probability 0, and no infinity, times which 0 is no number
 _SENTENCE = re.compile(r"(?<=[.!?])\s")
 
 
@@ -83,12 +85,25 @@ def learn(request: Request, model: Any) -> Teacher:
     """Ask the aligned model, which this is. Collective; every rank gets the same, but for ``harm``."""
     refusals = _refusals(request, model)
     request = in_own_words(request, refusals)
-    return Teacher(
-        harm=_harm(request, model),
-        guard=_lessons(request, model, request.guard.general),
-        held=_lessons(request, model, request.held.general, Counter(refusals.values()).most_common(1)),
-        refusals=refusals,
-    )
+    harm = _harm(request, model)
+    guard = _lessons(request, model, request.guard.general)
+    held = _lessons(request, model, request.held.general, Counter(refusals.values()).most_common(1))
+    known = request.adapter is None and request.reference is not None
+    rows = vocabularies(request.source.checkpoint, request.reference) if known and request.reference else None
+    if rows is not None:
+        harm = {place: of_vocabulary(logits, rows[0]) for place, logits in harm.items()} if harm else harm
+        guard, held = (
+            [dataclasses.replace(lesson, logits=of_vocabulary(lesson.logits, rows[0])) for lesson in lessons]
+            for lessons in (guard, held)
+        )
+    return Teacher(harm, guard, held, refusals)
+
+
+def of_vocabulary(logits: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return logits (tokens, vocabulary) over ``rows`` words: those beyond the model's own are never said."""
+    from torch.nn.functional import pad
+
+    return pad(logits, (0, rows - logits.shape[-1]), value=_NEVER) if rows > logits.shape[-1] else logits[:, :rows]
 
 
 def in_own_words(request: Request, refusals: dict[str, str]) -> Request:

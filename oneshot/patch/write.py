@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from oneshot.checkpoint.adapter import write_repaired_adapter
-from oneshot.checkpoint.files import read_json
+from oneshot.checkpoint.beside import copy_tokenizer
+from oneshot.checkpoint.configs import config_fields
+from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.partitioned import skeleton
-from oneshot.checkpoint.quantized import is_stored
 from oneshot.checkpoint.save import save_checkpoint
+from oneshot.checkpoint.scheme import is_stored
 from oneshot.checkpoint.standing import (
     NF4,
     NF4_DOUBLE,
@@ -40,9 +43,15 @@ def measured_form(request: Request) -> str:
     """Return in which form the weights were that the repair was measured on, as ``Standing`` has it."""
     if not request.source.four_bit:
         return ORIGINAL
-    if is_stored(read_json(request.source.checkpoint / "config.json")):
+    if is_stored(config_fields(request.source.checkpoint)):
         return PACKED
     return NF4_DOUBLE if request.settings.model.double_quant else NF4
+
+
+def _plain(request: Request) -> Any:
+    """The model that a patch is for, on the meta device."""
+    folder, trusted = request.source.checkpoint, request.settings.model.trust_remote_code
+    return skeleton(folder, list_tensors(folder), request.source.written, "eager", trusted)
 
 
 @phase("write")
@@ -76,17 +85,23 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 if request.adapter is not None and method.keeps_adapter:
                     write_repaired_adapter(temporary, request.adapter, update)
                 else:
-                    plain = skeleton(source.checkpoint, source.written, "eager", settings.trust_remote_code)
                     named = (bench.linears.every, source.name, source.written)
-                    write_loadable(temporary, update, *named, plain, source.commit)
-                request.tokenizer.save_pretrained(temporary)
+                    write_loadable(temporary, update, *named, _plain(request), source.commit)
+                copy_tokenizer(source.tokenizer, temporary)
                 write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
                 begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes
     if merged is None:
         return
     if method.changes_all:
         dtype, stock = source.written, settings.stock_io
-        save_checkpoint(request.runtime, bench.model, request.tokenizer, merged, dtype, stock=stock, beside=standing)
+        save_checkpoint(request.runtime, bench.model, source, merged, dtype, stock=stock, beside=standing)
     else:  # from the files: the weights in memory may be partitioned, or in 4 bits
-        trusted = settings.trust_remote_code
-        merge_update(request.runtime, source.checkpoint, update, merged, trust_remote_code=trusted, beside=standing)
+        merge_update(
+            request.runtime,
+            source.checkpoint,
+            update,
+            merged,
+            tokenizer=source.tokenizer,
+            trust_remote_code=settings.trust_remote_code,
+            beside=standing,
+        )

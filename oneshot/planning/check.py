@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from oneshot.checkpoint.quantized import is_stored
+from oneshot.checkpoint.configs import config_fields
+from oneshot.checkpoint.scheme import is_stored
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.planning.facts import CPU, GPU, Choice, Sharded, Zero
@@ -16,7 +17,6 @@ from oneshot.planning.memory import Memory, estimate
 from oneshot.planning.model import own_code
 from oneshot.planning.table import gib
 from oneshot.planning.work import work_of
-from oneshot.reading import read_object
 from oneshot.settings import Settings
 
 EXIT_NO_ROOM = 3
@@ -56,7 +56,7 @@ def refuse_what_cannot_fit(
     """
     if settings.plan.force:
         return
-    config = read_object(checkpoint / "config.json")
+    config = config_fields(checkpoint)
     packed = is_stored(config)
     if config.get("quantization_config") and not packed:
         return  # smaller than bf16, by a scheme that is not known here

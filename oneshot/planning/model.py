@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, INDEX, SINGLE, is_adapter, list_tensors, local_folder, read_json
+from oneshot.checkpoint.configs import config_fields
+from oneshot.checkpoint.files import (
+    ADAPTER_CONFIG,
+    is_adapter,
+    list_tensors,
+    local_folder,
+    read_json,
+    weights_file,
+)
 from oneshot.checkpoint.seal import CONFIGS, check_sealed
 from oneshot.errors import UserError
 from oneshot.online import say_fetching
@@ -53,9 +61,9 @@ def read_model(settings: Settings) -> PlannedModel:
         revision = settings.model.base_revision or (str(own) if own else None)
         path = local_folder(name) or Path(name).expanduser()
     if path.is_dir():
-        weights = list_tensors(path) if (path / INDEX).is_file() or (path / SINGLE).is_file() else None
+        weights = list_tensors(path) if weights_file(path) else None
         check_sealed(path, CONFIGS)
-        config = read_object(path / "config.json")
+        config = config_fields(path)
         return PlannedModel(name, model_shape(config, weights, own_code(settings.model, config, path)), adapter)
     if path.is_file():
         config = read_object(path)

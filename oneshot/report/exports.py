@@ -241,7 +241,7 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         write_card(folder, "LoRA adapter", facts, lines)
         write_identity(folder, base, kind=UPDATE, base=name)
 
-    plain = skeleton(base, dtype, "eager", request.trust_remote_code) if runtime.is_main else None
+    plain = skeleton(base, tensors, dtype, "eager", request.trust_remote_code) if runtime.is_main else None
     new = NewAdapter(update, dtype, name, list(made.linears), marked, plain)
     write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)

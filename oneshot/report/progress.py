@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from oneshot import shown
-from oneshot.checkpoint.load import Source, why_fp32
+from oneshot.checkpoint.load import Source, what_to_say
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.steps import BYTES, Going, shown_by
 
@@ -37,8 +37,9 @@ def open_console(runtime: Runtime) -> Console | None:
 
 
 def say_dtype(console: Console | None, source: Source) -> None:
-    """Say it, on rank 0, where a model is not computed in its checkpoint's dtype."""
-    if console and (said := why_fp32(source)):
+    """Say it, on rank 0, where a model is not computed in its checkpoint's dtype, or not read as its config says."""
+    for said in what_to_say(source) if console else ():
+        assert console is not None
         console.print(said, highlight=False, soft_wrap=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.digests import fingerprint
+from oneshot.checkpoint.reference import why_grown
 from oneshot.checkpoint.standing import NF4, NF4_DOUBLE
 from oneshot.data.conversations import Conversation
 from oneshot.measure.further import report_fields
@@ -171,7 +172,10 @@ def _named(selection: dict[str, Any], conversations: Sequence[Conversation]) -> 
 def _warnings(repaired: Repaired) -> list[str]:
     """What a reader of the figures should know."""
     settings, recipe, facts = repaired.request.settings, repaired.request.recipe, repaired.solution.facts
-    left_out, said = repaired.linears.left_out, []
+    source, reference = repaired.request.source, repaired.request.reference
+    left_out, said = repaired.linears.left_out, list[str]()
+    if source.adapter is None and reference is not None and (grown := why_grown(source.checkpoint, reference)):
+        said.append(grown)
     if left_out:
         names, more = ", ".join(left_out[:5]), len(left_out) - 5
         said.append(

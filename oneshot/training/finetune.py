@@ -17,6 +17,7 @@ from oneshot.checkpoint.state import States, load_state, newest_whole
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import context_length, model_context, pad_id
 from oneshot.data.tokens import Tokens, cache_folder, encode_all
+from oneshot.data.vocabulary import check_tokens
 from oneshot.distributed.engine import TrainingEngine, start_training
 from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import Runtime
@@ -82,6 +83,7 @@ def prepare(settings: Settings, runtime: Runtime) -> Prepared:
     limit = context_length(config, tokenizer, settings.model.max_length)
     cache = cache_folder() if settings.finetune.cache else None
     encoded = encode_all(conversations, tokenizer, limit, cache, settings.data.train_on)
+    check_tokens(config, tokenizer, (row.input_ids for row in encoded))
     return Prepared(settings, source, tokenizer, conversations, encoded, model_context(config, tokenizer))
 
 
@@ -147,10 +149,10 @@ def _save(prepared: Prepared, engine: TrainingEngine, model: Any, target: Path) 
         write_marker(folder, {"fine_tuned_from": settings.called, "conversations": kinds})
 
     if settings.finetune.method == "lora":
-        save_adapter(engine.runtime, model, prepared.tokenizer, target, mark)
+        save_adapter(engine.runtime, model, prepared.source, target, mark)
     else:
         dtype, stock = prepared.source.written, settings.model.stock_io
-        save_checkpoint(engine.runtime, model, prepared.tokenizer, target, dtype, stock=stock, beside=mark)
+        save_checkpoint(engine.runtime, model, prepared.source, target, dtype, stock=stock, beside=mark)
 
 
 def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:

@@ -350,8 +350,8 @@ def test_context_length_takes_the_smaller_limit():
         context_length(empty, unlimited, None)
 
 
-@pytest.mark.parametrize(("pad", "end", "fills"), [(3, 5, 3), (0, 5, 0), (None, 5, 5), (None, None, 0)])
-def test_the_tokenizers_padding_token_fills_else_its_end_else_the_first(pad, end, fills):
+@pytest.mark.parametrize(("pad", "end", "fills"), [(3, 5, 3), (0, 5, 0), (9, 5, 5), (None, 5, 5), (None, None, 0)])
+def test_padding_or_the_end_fills_whichever_comes_first_else_the_first_token(pad, end, fills):
     assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end)) == fills
 
 

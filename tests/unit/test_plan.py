@@ -399,8 +399,9 @@ def test_what_is_not_sure_is_not_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "_machine", lambda: 1)
     smaller = {"bf16": {"bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 3}}
     refuse_what_cannot_fit(Settings(), runtime_of(deepspeed=smaller), ALIGNED, "sft")
-    awq = {"quant_method": "awq"}
-    refuse_what_cannot_fit(Settings(), runtime_of(), other_config(tmp_path, quantization_config=awq), "lora")
+    folder = other_config(tmp_path, quantization_config={"quant_method": "awq"})
+    (folder / "model.safetensors").unlink()  # which holds weights in full, whatever the config says of them
+    refuse_what_cannot_fit(Settings(), runtime_of(), folder, "lora")
     refuse_what_cannot_fit(Settings(), runtime_of(), other_config(tmp_path, model_type="made-up"), "sft")
 
 

@@ -132,7 +132,7 @@ def test_packed_weights_that_fill_no_whole_elements_are_refused(tmp_path):
 
 
 def test_eight_bits_are_refused_under_zero3():
-    from oneshot.checkpoint.quantized import refuse_eight_bit
+    from oneshot.checkpoint.scheme import refuse_eight_bit
 
     refuse_eight_bit({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
     with pytest.raises(UserError, match="8 bits"):
