@@ -331,9 +331,8 @@ def test_other_quantized_bases_are_refused(tmp_path):
     save_base(base)
     path = base / "config.json"
     plain = json.loads(path.read_text())
-    tensors = load_file(base / SINGLE)
-    name = "model.layers.0.mlp.up_proj.weight"
-    save_file({**tensors, name: tensors[name].to(torch.int8)}, base / SINGLE)  # else the config alone would say so
+    shard = list_tensors(base)["model.layers.0.mlp.up_proj.weight"].shard
+    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(shard).items()}, shard)  # or nothing is
     eight = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     for fields in ({"quant_method": "gptq"}, eight, {**eight, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}):
         path.write_text(json.dumps({**plain, "quantization_config": fields}))
