@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.digests import fingerprint
 from oneshot.checkpoint.reference import why_grown
-from oneshot.checkpoint.standing import NF4, NF4_DOUBLE
+from oneshot.checkpoint.standing import GOOD, NF4, NF4_DOUBLE
 from oneshot.data.conversations import Conversation
 from oneshot.measure.further import report_fields
 from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
@@ -25,6 +25,7 @@ from oneshot.report.judging import print_judging
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import PAGE, PATCH, REPAIRED, Run, build_report, write_selection
+from oneshot.report.serving import largest_rank, serve_command
 from oneshot.report.summary import outcome_fields
 from oneshot.report.table import print_stages
 from oneshot.report.times import print_times
@@ -104,6 +105,10 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         print_times(repaired.resources, console)
         console.print(f"Outcome: {outcome['headline']}.", highlight=False, markup=False)
         console.print(f"Patch: {run_dir / PATCH}\nReport: {run_dir / PAGE}", highlight=False)
+        source, rank = request.source, largest_rank(run_dir / PATCH)
+        serve = serve_command(source.name, str(run_dir / PATCH), rank, source.commit)
+        if serve and outcome["word"] in GOOD:
+            console.print(f"Serve it: {serve}", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
