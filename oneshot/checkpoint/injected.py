@@ -51,8 +51,22 @@ def write_loadable(
         if not (lost := not_injected(folder, model)):
             return
         names, parameters = [], [name for name in lost if name in update] if not names else []
+    raise _refused(lost)
+
+
+def check_loads(folder: Path, model: Any) -> None:
+    """Raise UserError if PEFT would not load all of an adapter.
+
+    Args:
+        model: see ``write_loadable``
+    """
+    if lost := not_injected(folder, model):
+        raise _refused(lost)
+
+
+def _refused(lost: list[str]) -> UserError:
     said = ", ".join(lost[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
-    raise UserError(
+    return UserError(
         f"PEFT {package_version('peft')} would load another patch than was measured, as it finds no place for what "
         f"belongs to {said}: leave these layers out with --repair.targets, a regular expression of those to patch."
     )
@@ -73,6 +87,7 @@ def not_injected(folder: Path, model: Any) -> list[str]:
     tensors = load_file(folder / ADAPTER_TENSORS)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    config.init_lora_weights = True  # what is loaded takes its place, and not every kind can be on the meta device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that are missing: found below
         try:

@@ -11,7 +11,7 @@ from oneshot.checkpoint.configs import config_fields
 from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
-from oneshot.checkpoint.injected import write_loadable
+from oneshot.checkpoint.injected import check_loads, write_loadable
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.save import save_checkpoint
@@ -84,6 +84,7 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 standing(temporary)
                 if request.adapter is not None and method.keeps_adapter:
                     write_repaired_adapter(temporary, request.adapter, update)
+                    check_loads(temporary, _plain(request))
                 else:
                     named = (bench.linears.every, source.name, source.written)
                     write_loadable(temporary, update, *named, _plain(request), source.commit)

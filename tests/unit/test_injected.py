@@ -12,7 +12,7 @@ import transformers
 
 from oneshot.checkpoint import injected
 from oneshot.checkpoint.adapter import read_adapter, write_patch
-from oneshot.checkpoint.injected import not_injected, write_loadable
+from oneshot.checkpoint.injected import check_loads, not_injected, write_loadable
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
@@ -124,6 +124,14 @@ def test_a_repair_refuses_what_peft_would_not_load(monkeypatch, tmp_path):
     update, linears = patch_of(tiny("Llama"))
     with pytest.raises(UserError, match=r"no place for what belongs to model\.layers\.0\.mlp\.up_proj"):
         write_loadable(tmp_path, update, linears, "base", torch.float32, tiny("Llama").to("meta"))
+
+
+def test_an_adapter_that_peft_loads_in_part_is_refused(tmp_path):
+    model = tiny("Glm4Moe")
+    update, linears = patch_of(model)
+    write_patch(tmp_path, update, linears, "base", torch.float32)
+    with pytest.raises(UserError, match="would load another patch"):
+        check_loads(tmp_path, model.to("meta"))
 
 
 @pytest.mark.parametrize("name", ["FalconH1", "Llama"])
