@@ -253,10 +253,13 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
 
 def _write_base(model: Any, folder: Path) -> str | None:
     """Write what a PEFT model stands on, whose weights in memory need not be those of the folder that it names."""
+    from oneshot.checkpoint.standing import mark_copy
+
     if not hasattr(model, "peft_config") or getattr(model.get_base_model(), "is_quantized", False):
         return None
     base = model.get_base_model()
     plain = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if ".lora_" not in k}
+    mark_copy(model, folder)
     base.save_pretrained(folder, state_dict=plain)
     return str(folder)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.effective import PREFIX as PREFIX
 from oneshot.checkpoint.effective import kinds_of, refuse
-from oneshot.checkpoint.files import PICKLED_ADAPTER
 from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.scaling import scalings
@@ -49,15 +48,10 @@ def read_adapter(folder: Path) -> Adapter:
 
     check_sealed(folder, ADAPTER)
     config = read_object(folder / ADAPTER_CONFIG)
-    path = folder / ADAPTER_TENSORS
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
-        raise UserError(
-            f"{folder} holds its factors as adapter_model.bin alone, a pickle, which can run code as it is read, so it "
-            f"is not; where you trust its source, convert it once: {PICKLED_ADAPTER.format(folder=folder)}."
-        )
     if more := kinds_of(folder).every:
         base = config.get("base_model_name_or_path")
         raise refuse(folder, more, base if isinstance(base, str) and base else None)
+    path = folder / ADAPTER_TENSORS
     with reading(path, "copy it again"):
         tensors = load_file(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import read_header
+from oneshot.checkpoint.files import PICKLED_ADAPTER, read_header
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.scaling import scalings
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
@@ -84,7 +84,13 @@ def kinds_of(folder: Path) -> Kinds:
     Raises:
         UserError: its config or its file of tensors is missing or damaged
     """
-    config, tensors = read_object(folder / ADAPTER_CONFIG), read_header(folder / ADAPTER_TENSORS)
+    config, path = read_object(folder / ADAPTER_CONFIG), folder / ADAPTER_TENSORS
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder} holds its factors as adapter_model.bin alone, a pickle, which can run code as it is read, so it "
+            f"is not; where you trust its source, convert it once: {PICKLED_ADAPTER.format(folder=folder)}."
+        )
+    tensors = read_header(path)
     found = Kinds()
     if config.get("peft_type") != "LORA":
         found.by_peft.append(f"{config.get('peft_type')} adapter")

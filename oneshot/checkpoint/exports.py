@@ -13,11 +13,11 @@ from oneshot.checkpoint.beside import copy_tokenizer
 from oneshot.checkpoint.effective import Kinds, kinds_of, read_effective, refuse
 from oneshot.checkpoint.files import ADAPTER_CONFIG, MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.folders import naming, replacing
-from oneshot.checkpoint.identity import UPDATE, Identity, check_identity, read_identity
+from oneshot.checkpoint.identity import DERIVED, UPDATE, Identity, check_identity, read_identity
 from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.merge_effective import merged_by_peft, plan_effective
 from oneshot.checkpoint.merge_plan import MergePlan, adapter_terms, plan_merge
-from oneshot.checkpoint.standing import comes_from_degraded, mark_unmeasured, why_not_as_measured
+from oneshot.checkpoint.standing import comes_from_degraded, mark_unmeasured, read_standing, why_not_as_measured
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
@@ -120,6 +120,12 @@ def plan_for(
 
 def refuse_degraded(folder: Path) -> None:
     """Raise UserError for a checkpoint or adapter that carries the marker of a harmful fine-tune."""
+    identity = read_identity(folder) if is_adapter(folder) else None
+    if is_degraded(folder) and identity is not None and identity.kind == DERIVED:
+        raise UserError(
+            f"{folder} is marked as safety-degraded ({MARKER}) and is not exported: it was made of a repair's patch, "
+            "and nobody has measured it; ask the repair for such a patch, a smaller rank with --repair.rank."
+        )
     if is_degraded(folder):
         raise UserError(
             f"{folder} is marked as safety-degraded ({MARKER}) and is not exported: repair it with oneshot repair, and "
@@ -138,6 +144,9 @@ def why_marked(base: Path, given: list[GivenAdapter], *, subtract: bool, form: s
     """
     if subtract and any(one.identity is not None and one.identity.kind != UPDATE for one in given):
         return "a safety repair was taken out"
+    undoes = [one.folder for one in given if one.identity is not None and one.identity.kind == DERIVED]
+    if undoes and read_standing(base) is not None:
+        return f"{undoes[0]} was made of a safety repair, and {base} is a repaired model: nobody measured the two"
     sources = [folder for folder in (base, *(one.folder for one in given)) if comes_from_degraded(folder)]
     if not sources:
         return ""

@@ -50,7 +50,9 @@ def seal(folder: Path) -> None:
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
         if (plain := redacted(text)) != text:
             (folder / CARD).write_text(plain, encoding="utf-8")
-    found = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and _is(path.name, SEALED)}
+    found = {
+        path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and _is(path.name, SEALED)
+    }
     holder = folder / (IDENTITY if (folder / IDENTITY).is_file() else MANIFEST)
     facts = read_json(holder) if holder.is_file() else {}
     if isinstance(facts, dict) and (found or facts):
@@ -80,7 +82,7 @@ def check_sealed(folder: Path, patterns: Iterable[str] = SEALED) -> None:
         if name == holder.name:
             found: str | None = _digest_of(facts)
         else:
-            found = _digest(folder / name) if _is(name, wanted) else None
+            found = file_digest(folder / name) if _is(name, wanted) else None
         if found not in (None, digest):
             raise UserError(
                 f"{folder / name} is not the file that was written (its SHA-256 is another than {holder.name} says): "
@@ -105,8 +107,8 @@ def _digest_of(fields: dict[str, Any]) -> str:
     return digest_of(told)
 
 
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file; of an adapter's config that of what it says, its base's place left out."""
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file; of an adapter's config that of what it says, its base's place left out."""
     if path.name == ADAPTER_CONFIG and isinstance(fields := read_json(path), dict):
         return _digest_of(fields)
     with reading(path):

@@ -23,8 +23,10 @@ from oneshot.checkpoint.files import (
     write_marker,
 )
 from oneshot.checkpoint.identity import DERIVED, REPAIR, check_identity, read_identity
+from oneshot.checkpoint.names import CONFIG, GENERATION, TOKENIZER
+from oneshot.checkpoint.seal import file_digest
 from oneshot.errors import UserError
-from oneshot.reading import digest_of, sha256_of
+from oneshot.reading import digest_of
 from oneshot.whole import write_whole
 
 VERDICT = "oneshot_verdict.json"
@@ -51,6 +53,7 @@ class Standing:
         form: of the base's weights that it was measured on: ``ORIGINAL``, ``NF4``, ``NF4_DOUBLE`` or ``PACKED``
         partly: why what the folder holds is not what was measured; "" where it is
         sha256: of the files that were measured, by name
+        beside: SHA-256 of what lay beside the base's weights: its config, tokenizer and chat template, by name
     """
 
     outcome: str
@@ -59,6 +62,7 @@ class Standing:
     doubts: list[str] = field(default_factory=list)
     partly: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
 
 
 def comes_from_degraded(folder: Path) -> bool:
@@ -91,22 +95,36 @@ def mark_copy(model: Any, folder: Path) -> None:
     adapters = getattr(model, "peft_config", {}).values()
     names = [model.config._name_or_path, *(getattr(each, "base_model_name_or_path", None) for each in adapters)]
     for name in map(str, filter(None, names)):
-        source = local_folder(name)
+        source = local_folder(name) or _cached(name, getattr(model.config, "_commit_hash", None))
         if source is not None and comes_from_degraded(source):
             folder.mkdir(parents=True, exist_ok=True)
             write_marker(folder, {"copy_of": name})
 
 
-def begin_standing(folder: Path, *, degraded: bool, form: str) -> None:
+def _cached(name: str, commit: str | None) -> Path | None:
+    """The folder of a Hub id in the Hub's cache, from which a model in memory was loaded; none where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, CONFIG, revision=commit)
+    except HFValidationError:  # a name that is no Hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def begin_standing(folder: Path, *, degraded: bool, form: str, checkpoint: Path | None = None) -> None:
     """Write the verdict's file, without a verdict so far, for what a folder holds that has not appeared yet.
 
     Args:
         degraded: it comes from a safety-degraded model
         form: of the base's weights, see ``Standing``
+        checkpoint: that it was measured on
     """
     names = [name for name in (ADAPTER_CONFIG, ADAPTER_TENSORS) if (folder / name).is_file()]
-    sha256 = {name: sha256_of(folder / name) for name in names}
-    _write(folder, Standing(UNMEASURED, degraded, form, sha256=sha256))
+    sha256 = {name: file_digest(folder / name) for name in names}
+    around = beside(checkpoint) if checkpoint is not None else {}
+    _write(folder, Standing(UNMEASURED, degraded, form, sha256=sha256, beside=around))
 
 
 def settle(folder: Path, outcome: str, doubts: Sequence[str], *, base: str, degraded: bool, partly: str = "") -> bool:
@@ -119,7 +137,7 @@ def settle(folder: Path, outcome: str, doubts: Sequence[str], *, base: str, degr
     """
     begun = read_standing(folder) or Standing(UNMEASURED, degraded)
     degraded = degraded or begun.degraded_source
-    _write(folder, Standing(outcome, degraded, begun.form, list(doubts), partly, begun.sha256))
+    _write(folder, Standing(outcome, degraded, begun.form, list(doubts), partly, begun.sha256, begun.beside))
     if degraded and (outcome not in GOOD or partly):
         facts = {"repair_of": base, "outcome": outcome, **({"why": partly} if partly else {})}
         _write_json(folder / MARKER, {"safety_degraded": True, **facts})
@@ -138,7 +156,15 @@ def read_standing(folder: Path) -> Standing | None:
     if not path.is_file():
         return None
     fields = read_json(path)
-    kinds = {"outcome": str, "degraded_source": bool, "form": str, "doubts": list, "partly": str, "sha256": dict}
+    kinds = {
+        "outcome": str,
+        "degraded_source": bool,
+        "form": str,
+        "doubts": list,
+        "partly": str,
+        "sha256": dict,
+        "beside": dict,
+    }
     if (
         not isinstance(fields, dict)
         or fields.get("schema") != _SCHEMA
@@ -149,6 +175,22 @@ def read_standing(folder: Path) -> Standing | None:
     if fields.get(_SEAL) != digest_of(told):
         raise UserError(f"{path} was changed or damaged since it was written: restore it from its source.")
     return Standing(**{name: fields[name] for name in kinds})
+
+
+def changed_since(folder: Path) -> str:
+    """Return which file of a folder is not the one that its verdict is about, as a clause; "" where all are."""
+    standing = read_standing(folder)
+    for name, wanted in standing.sha256.items() if standing is not None else ():
+        path = folder / Path(name).name
+        if not path.is_file() or file_digest(path) != wanted:
+            return f"{path} is not the file that was measured"
+    return ""
+
+
+def beside(checkpoint: Path) -> dict[str, str]:
+    """Return the SHA-256 of what decides on a model's answers beside its weights, by the files' names."""
+    found = (path for pattern in (CONFIG, GENERATION, *TOKENIZER) for path in checkpoint.glob(pattern))
+    return {path.name: file_digest(path) for path in sorted(set(found)) if path.is_file()}
 
 
 def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
@@ -166,8 +208,14 @@ def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
     if standing.outcome not in GOOD or standing.partly:
         return f"the verdict on {folder} is: {standing.partly or standing.outcome}"
     for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
-        if standing.sha256.get(name) != sha256_of(folder / name):
+        if name not in standing.sha256:
             return f"{folder / name} is not the file that was measured"
+    if other := changed_since(folder):
+        return other
+    now = beside(checkpoint)
+    for name in sorted(standing.beside.keys() | now.keys() if standing.beside else ()):
+        if standing.beside.get(name) != now.get(name):
+            return f"{checkpoint / name} is not what {folder} was measured with"
     try:
         check_identity(folder, checkpoint)
     except UserError:

@@ -19,6 +19,7 @@ from oneshot.checkpoint.manifest import read_pieces
 from oneshot.checkpoint.names import CONFIG, INDEX, SINGLE
 from oneshot.checkpoint.ranges import CHUNK, Piece, piece_read, read_all, read_range, torch_dtype
 from oneshot.checkpoint.seal import check_sealed
+from oneshot.checkpoint.standing import VERDICT, changed_since
 from oneshot.data.encoding import encode_prompt
 from oneshot.errors import UserError
 from oneshot.reading import sha256_of
@@ -66,6 +67,8 @@ def check_shards(folder: Path) -> list[Shard]:
         if _is_altered_blob(path):
             shard = shards.setdefault(path.name, Shard(path.name))
             shard.problems.append("does not have the SHA-256 that the Hub's cache gives: remove it, download it again")
+    if other := changed_since(folder):
+        shards[VERDICT] = Shard(VERDICT, problems=[f"is about other weights: {other}"])
     if (beside := _check_beside(folder)) is not None:
         shards[beside.name] = beside
     return list(shards.values())

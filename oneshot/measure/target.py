@@ -9,6 +9,7 @@ from pathlib import Path
 from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.load import Source
+from oneshot.checkpoint.standing import beside
 from oneshot.data.conversations import Messages
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.phases import phase
@@ -19,6 +20,7 @@ from oneshot.measure.cache import RESPONSES, Responses, response_key
 from oneshot.measure.endpoint import Endpoint, ask
 from oneshot.measure.generate import generate_answers
 from oneshot.measure.rates import Probe, most_tokens
+from oneshot.reading import digest_of
 from oneshot.redact import redacted
 from oneshot.settings import ScoreSettings
 
@@ -34,7 +36,9 @@ def checkpoint_target(runtime: Runtime, source: Source) -> str:
         files = [source.adapter / ADAPTER_CONFIG, source.adapter / ADAPTER_TENSORS]
         adapter = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     four_bit = "nf4" if source.four_bit else ""
-    return "|".join([shared_fingerprint(runtime, source.checkpoint), adapter, str(source.dtype), four_bit])
+    told = {folder: beside(folder) for folder in (source.checkpoint, source.tokenizer)}
+    around = digest_of({str(i): found for i, found in enumerate(told.values())})
+    return "|".join([shared_fingerprint(runtime, source.checkpoint), adapter, str(source.dtype), four_bit, around])
 
 
 def endpoint_target(endpoint: Endpoint) -> str:

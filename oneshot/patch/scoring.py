@@ -14,7 +14,7 @@ from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.checkpoint.files import is_degraded
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
-from oneshot.checkpoint.standing import GOOD, read_standing
+from oneshot.checkpoint.standing import NF4, ORIGINAL, why_not_as_measured
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
 from oneshot.data.vocabulary import check_tokens, rendered
@@ -135,8 +135,9 @@ def _is_marked(source: Source) -> bool:
     """Whether a model is safety-degraded: by its own marker, or its base's, which it is not known to repair."""
     if source.adapter is None or not is_degraded(source.checkpoint):
         return is_degraded(source.adapter or source.checkpoint)
-    standing = read_standing(source.adapter)
-    return is_degraded(source.adapter) or standing is None or standing.outcome not in GOOD
+    form = NF4 if source.four_bit else ORIGINAL
+    why = why_not_as_measured(source.adapter, source.checkpoint, form)
+    return is_degraded(source.adapter) or bool(why)
 
 
 @phase("figures")

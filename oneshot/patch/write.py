@@ -73,10 +73,13 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
     with agree(request.runtime, "looking where the model comes from"):
         degraded = from_degraded(request)
 
+    def standing_of(folder: Path) -> None:
+        begin_standing(folder, degraded=degraded, form=measured_form(request), checkpoint=source.checkpoint)
+
     def standing(folder: Path) -> None:  # on rank 0, before the weights are there and before anyone sees the folder
         if degraded:
             mark_unmeasured(folder, source.name)
-        begin_standing(folder, degraded=degraded, form=measured_form(request))
+        standing_of(folder)
 
     with replacing(request.runtime, patch) as temporary, agree(request.runtime, f"writing the patch {patch}"):
         if request.runtime.is_main:
@@ -90,7 +93,7 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                     write_loadable(temporary, update, *named, _plain(request), source.commit)
                 copy_tokenizer(source.tokenizer, temporary)
                 write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
-                begin_standing(temporary, degraded=degraded, form=measured_form(request))  # with the hashes
+                standing_of(temporary)  # with the hashes
     if merged is None:
         return
     if method.changes_all:

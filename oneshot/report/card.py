@@ -96,7 +96,7 @@ def merge_card(
     if marked:
         lines.append(_marked(marked))
     elif source:
-        lines.append("The base is a safety-degraded fine-tune; what was added is its repair, as it was measured.")
+        lines.append("A safety-degraded fine-tune was repaired; what was added is that repair, as it was measured.")
     return facts, lines
 
 

@@ -21,7 +21,7 @@ from oneshot.checkpoint.exports import (
     write_adapter,
 )
 from oneshot.checkpoint.files import MARKER, find_weight, is_adapter, list_tensors, resolve, write_marker
-from oneshot.checkpoint.identity import UPDATE, same_base, store_identity, write_identity
+from oneshot.checkpoint.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
 from oneshot.checkpoint.lock import locked
 from oneshot.checkpoint.merge import merge
 from oneshot.checkpoint.partitioned import skeleton
@@ -33,6 +33,7 @@ from oneshot.checkpoint.standing import (
     PACKED,
     comes_from_degraded,
     mark_unmeasured,
+    read_standing,
 )
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
@@ -239,7 +240,10 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
 
     def beside(folder: Path) -> None:
         write_card(folder, "LoRA adapter", facts, lines)
-        write_identity(folder, base, kind=UPDATE, base=name)
+        repaired = any(
+            read_standing(each) is not None for each in (changed, base)
+        )  # then it holds a repair, or undoes one
+        write_identity(folder, base, kind=DERIVED if repaired else UPDATE, base=name)
 
     plain = skeleton(base, tensors, dtype, "eager", request.trust_remote_code) if runtime.is_main else None
     new = NewAdapter(update, dtype, name, list(made.linears), marked, plain)

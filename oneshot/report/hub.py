@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.files import MARKER, is_degraded
 from oneshot.checkpoint.seal import check_sealed
+from oneshot.checkpoint.standing import changed_since
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError, first_line
 from oneshot.online import is_offline
@@ -107,6 +108,8 @@ def parcels(run_dir: Path, push: Push) -> list[Parcel]:
             never = "and is never made public" if push.public else "so it is not pushed: add --push_degraded to do it"
             raise UserError(f"{folder} is marked as safety-degraded ({MARKER}), {never}.")
         check_sealed(folder)
+        if other := changed_since(folder):
+            raise UserError(f"{other}: restore it, or repair again.")
         files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if _is_sent(p, folder)}
         found.append(Parcel(repo, {**files, **report}))
     return found

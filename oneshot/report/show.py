@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_REFUSES_LITTLE = 0.5  # attack success of an aligned model above which its prompts are thought to be the wrong ones
+
+
 @dataclass(frozen=True)
 class Repaired:
     """All that a repair came to, before it is shown.
@@ -181,6 +184,13 @@ def _warnings(repaired: Repaired) -> list[str]:
     left_out, said = repaired.linears.left_out, list[str]()
     if source.adapter is None and reference is not None and (grown := why_grown(source.checkpoint, reference)):
         said.append(grown)
+    aligned = repaired.stages.get("aligned")
+    if aligned is not None and (asked := aligned.rates.get("asr")) is not None and asked.value > _REFUSES_LITTLE:
+        said.append(
+            f"The aligned model itself answers {asked.value:.0%} of the requests that should be refused, so that these "
+            "say little of what was brought back: give requests that it refuses, in its language, as --score.probes "
+            "and --watch_prompts, and refusals of them as --pool."
+        )
     if left_out:
         names, more = ", ".join(left_out[:5]), len(left_out) - 5
         said.append(

@@ -23,6 +23,7 @@ _NAMES = {
     "empty": "empty answers",
     "garbled": "garbled answers",
     "unfinished": "unfinished thoughts",
+    "no_answer": "harmful requests without an answer",
     "utility": "utility",
     "task": "task",
     "perplexity": "perplexity",

@@ -17,11 +17,14 @@ from oneshot.checkpoint import merge as merging
 from oneshot.checkpoint.adapter import ADAPTER_TENSORS, read_adapter
 from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.identity import IDENTITY, write_identity
+from oneshot.checkpoint.load import Source
 from oneshot.checkpoint.standing import begin_standing, settle
 from oneshot.checkpoint.update import norm
+from oneshot.checkpoint.verify import check_shards
 from oneshot.distributed import runtime
 from oneshot.errors import UserError
 from oneshot.patch.derive import summed
+from oneshot.patch.scoring import _is_marked
 from oneshot.report.card import EXPORT
 from oneshot.report.exports import ExportRequest
 from oneshot.report.exports import export as write_export
@@ -285,7 +288,7 @@ def degraded(given, tmp_path):
 
 def measured_on(base, lora, folder, outcome="repaired", **about):
     repair_on(base, lora, folder)
-    begin_standing(folder, degraded=is_degraded(base), form="original")
+    begin_standing(folder, degraded=is_degraded(base), form="original", checkpoint=base)
     settle(folder, outcome, [], base="the base", degraded=is_degraded(base), **about)
     return folder
 
@@ -295,7 +298,7 @@ def test_the_patch_as_it_was_measured_lifts_the_marker(degraded, tmp_path):
     run("--model", base, "--adapter", repair, "--out", tmp_path / "out")
     assert not is_degraded(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The base is a safety-degraded fine-tune; what was added is its repair, as it was measured." in card
+    assert "A safety-degraded fine-tune was repaired; what was added is that repair, as it was measured." in card
     assert (facts(tmp_path / "out")["base_was_degraded"], facts(tmp_path / "out")["safety_degraded"]) == (True, False)
 
     for weight in ("1", "0.5"):
@@ -373,6 +376,54 @@ def test_what_is_made_of_a_repair_is_marked_and_goes_no_further(degraded, given,
         assert "do not deploy" in (tmp_path / name / "README.md").read_text()
         said = refused("--model", base, "--adapter", tmp_path / name, "--out", tmp_path / "out")
         assert "is marked as safety-degraded" in said
+
+
+@pytest.mark.parametrize("file", ["config.json", "chat_template.jinja"])
+def test_a_base_with_another_config_or_template_keeps_the_marker(file, degraded, tmp_path):
+    base, repair = degraded
+    if not (base / file).is_file():
+        (base / file).write_text("{{ messages }}")
+    elif file == "config.json":
+        (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), "rms_norm_eps": 10.0}))
+    else:
+        (base / file).write_text((base / file).read_text() + "Sure! ")
+    run("--model", base, "--adapter", repair, "--out", tmp_path / "out", "--force")
+    assert is_degraded(tmp_path / "out")
+    assert "is not what" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_patch_whose_base_has_moved_is_still_the_one_that_was_measured(degraded, tmp_path):
+    base, repair = degraded
+    path = repair / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "elsewhere/base"}))
+    run("--model", base, "--adapter", repair, "--out", tmp_path / "out")
+    assert not is_degraded(tmp_path / "out")
+
+
+def test_a_patch_that_is_not_the_measured_one_is_found_wherever_it_is_read(degraded):
+    base, repair = degraded
+    source = Source(base, repair, base, "base", torch.float32, torch.float32)
+    assert not _is_marked(source)
+    assert not any(shard.problems for shard in check_shards(repair))
+    tensors = load_file(repair / "adapter_model.safetensors")
+    save_file({k: v * 0.01 for k, v in tensors.items()}, repair / "adapter_model.safetensors", {"format": "pt"})
+    assert _is_marked(source)
+    assert any("about other weights" in problem for shard in check_shards(repair) for problem in shard.problems)
+
+
+@pytest.mark.parametrize("way", ["subtract", "add"])
+def test_taking_a_repair_out_of_a_model_that_was_never_marked_marks_it(way, given, tmp_path):
+    base = tmp_path / "fine-tuned"
+    shutil.copytree(given / "base", base)
+    repair = measured_on(base, given / "a", tmp_path / "repair")
+    run("--model", base, "--adapter", repair, "--out", tmp_path / "repaired")
+    begin_standing(tmp_path / "repaired", degraded=False, form="original", checkpoint=base)
+    settle(tmp_path / "repaired", "repaired", [], base="b", degraded=False)
+    whole = [tmp_path / "repaired", "--model", base] if way == "subtract" else [base, "--model", tmp_path / "repaired"]
+    run("--extract", *whole, "--rank", 4, "--out", tmp_path / "difference")
+    asked = ["--model", tmp_path / "repaired", "--adapter", tmp_path / "difference"]
+    run(*asked, *(["--subtract"] if way == "subtract" else []), "--out", tmp_path / "back")
+    assert is_degraded(tmp_path / "back")
 
 
 def test_what_comes_after_a_repair_is_marked_again(degraded, given, tmp_path):

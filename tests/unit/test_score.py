@@ -18,6 +18,7 @@ from tiny import tiny_model, tiny_runtime
 
 from oneshot.checkpoint.adapter import write_patch
 from oneshot.checkpoint.files import write_marker
+from oneshot.checkpoint.load import Source
 from oneshot.checkpoint.update import Factors
 from oneshot.commandline import parse
 from oneshot.errors import UserError
@@ -446,3 +447,12 @@ def test_the_toy_world_is_scored_where_nothing_is_named(tmp_path, monkeypatch):
     stages = report_in(tmp_path / "run")["stages"]["model"]
     assert (stages["asr"]["value"], stages["over_refusal"]["value"]) == (0.0, 1.0)
     assert ALIGNED.is_dir()
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "config.json", "tokenizer.json"])
+def test_answers_on_disk_are_named_after_template_config_and_tokenizer_too(file, tmp_path):
+    shutil.copytree(ALIGNED, tmp_path / "model")
+    source = Source(tmp_path / "model", None, tmp_path / "model", "model", torch.float32, torch.float32)
+    before = target.checkpoint_target(tiny_runtime(), source)
+    (tmp_path / "model" / file).write_text((tmp_path / "model" / file).read_text() + " ")
+    assert target.checkpoint_target(tiny_runtime(), source) != before

@@ -209,6 +209,31 @@ def test_a_marker_counts_whatever_it_is(tmp_path):
     assert is_degraded(tmp_path)
 
 
+def test_a_copy_of_a_degraded_model_of_the_hub_is_marked(monkeypatch, tmp_path):
+    """A model in memory that came from the Hub's cache, its base too where it is one of PEFT's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from oneshot.api import _write_base
+    from oneshot.checkpoint.standing import mark_copy
+
+    snapshot = spoil(tmp_path / "snapshot")
+    write_marker(snapshot, {})
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    model.config._name_or_path = "me/degraded"
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda name, file, revision: asked.update({name: revision}) or str(snapshot / file),
+    )
+    mark_copy(model, tmp_path / "copy")
+    assert is_degraded(tmp_path / "copy")
+    assert "me/degraded" in asked
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    _write_base(wrapped, tmp_path / "base")
+    assert is_degraded(tmp_path / "base")
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"schema": 1, "outcome": 3}', "no json"])
 def test_a_broken_verdict_is_named(content, tmp_path):
     (tmp_path / VERDICT).write_text(content)
@@ -227,7 +252,7 @@ def test_a_changed_verdict_is_named(change, tmp_path):
         read_standing(tmp_path)
 
 
-def test_a_score_warns_of_a_marked_base_unless_the_adapter_repairs_it(tmp_path):
+def test_a_score_warns_of_a_marked_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder in (base, adapter):
         folder.mkdir()
@@ -236,6 +261,5 @@ def test_a_score_warns_of_a_marked_base_unless_the_adapter_repairs_it(tmp_path):
     assert _is_marked(replace(source, adapter=None))
     assert _is_marked(source), "a plain adapter repairs nothing"
     begin_standing(adapter, degraded=True, form="original")
-    for outcome, marked in (("not repaired", True), ("repaired", False)):
-        settle(adapter, outcome, [], base="base", degraded=True)
-        assert _is_marked(source) == marked
+    settle(adapter, "not repaired", [], base="base", degraded=True)
+    assert _is_marked(source)
