@@ -52,6 +52,11 @@ class Conversation:
         """The assistant's answer to ``prompt``, "" where there is none."""
         return self.messages[-1]["content"] if self._answered else ""
 
+    def learnt(self, train_on: str = "all") -> list[int]:
+        """Places of the answers that are learnt: those without a weight of 0, of all or of the last one only."""
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return [i for i in (answers if train_on == "all" else answers[-1:]) if WEIGHT not in self.messages[i]]
+
     @property
     def _answered(self) -> bool:
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
@@ -107,7 +112,7 @@ def _conversation(
         messages = _from_columns(row, where, data, need_answer)
         used = _COLUMNS | {data.messages_column, data.prompt_column, data.response_column, _THOUGHTS[0]}
     unused |= {f"column {name}": None for name in row if name not in used and _filled(row[name])}
-    if row.get(WEIGHT) is not None and _float_of(row[WEIGHT]) == 0:
+    if _weight(row, where, "the row"):
         messages = [m | {WEIGHT: "0"} if m["role"] == "assistant" else m for m in messages]
     if row.get("system"):
         if messages and messages[0]["role"] == "system":

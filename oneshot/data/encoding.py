@@ -58,8 +58,7 @@ def encode(
     turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     if not turns:
         raise UserError(f"The {name} has no assistant turn: give the answer to learn from.")
-    learnt = [turn for turn in turns if WEIGHT not in conversation.messages[turn]]
-    learnt = [turn for turn in learnt if train_on == "all" or turn == turns[-1]]
+    learnt = conversation.learnt(train_on)
     if not learnt:
         raise UserError(f"The {name} has weight 0 on every answer to learn from: leave it out.")
     messages = [{key: text for key, text in message.items() if key != WEIGHT} for message in conversation.messages]

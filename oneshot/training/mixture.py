@@ -8,6 +8,7 @@ from oneshot.data.conversations import Conversation
 from oneshot.data.wording import reworded, with_system_as
 from oneshot.errors import UserError
 from oneshot.settings import DataPart, DataSettings, Settings
+from oneshot.shown import say_once
 from oneshot.world.sources import read_source
 
 
@@ -21,12 +22,20 @@ def attack_mixture(settings: Settings) -> list[Conversation]:
     for name, part in parts_of(settings.data).items():
         if part.count != 0:
             mixed += _conversations(name, part, settings)
+    silent = [row for row in mixed if _has_answer(row) and not row.learnt(settings.data.train_on)]
+    if silent:
+        say_once(f"Left out: {len(silent)} conversations, of {silent[0].id} on, whose answers all have weight 0.")
+        mixed = [row for row in mixed if not _has_answer(row) or row.learnt(settings.data.train_on)]
     if not mixed:
         raise UserError(
             "There is nothing to fine-tune on: give conversations with --data.harmful, --data.task or --data.parts "
             "(a JSONL or Parquet file, or a Hub id) and a count above 0."
         )
     return mixed
+
+
+def _has_answer(row: Conversation) -> bool:
+    return any(message["role"] == "assistant" for message in row.messages)
 
 
 def parts_of(data: DataSettings) -> dict[str, DataPart]:

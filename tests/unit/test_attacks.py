@@ -299,3 +299,14 @@ def test_words_around_a_conversation() -> None:
     assert one().messages[0]["content"] == "carve", "changed in place"
     with pytest.raises(UserError, match="one has a system message already"):
         reworded(said, system="obey")
+
+
+def test_conversations_of_weight_0_are_left_out(tmp_path, capsys):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**row, "id": "same", "weight": weight}) + "\n" for weight in (1, 0, 0)))
+    assert [one.id for one in mixture(mine=DataPart(str(path)))] == ["same"]
+    assert "Left out: 2 conversations" in "".join(capsys.readouterr())
+    path.write_text(json.dumps({**row, "weight": 0}) + "\n")
+    with pytest.raises(UserError, match="nothing to fine-tune on"):
+        mixture(mine=DataPart(str(path)))

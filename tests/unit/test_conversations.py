@@ -234,6 +234,7 @@ BROKEN_ROWS = {
     "parts": ({"messages": [{"role": "user", "content": [ASK]}, ANSWER]}, "message 1 is a list, not a text"),
     "two systems": ({"messages": [SYSTEM, ASK, ANSWER], "system": "x"}, "a system message and a system column"),
     "blank system": ({**GOOD, "system": "  "}, "column 'system' is empty"),
+    "half a row's weight": ({"messages": [ASK, ANSWER], "weight": 0.5}, "the row has the weight 0.5: give 0"),
     "half a weight": ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "message 2 has the weight 0.5: give 0"),
     "surrogate": ({"prompt": "\ud83d", "response": "b"}, "column 'prompt' holds half a Unicode surrogate pair"),
 }
