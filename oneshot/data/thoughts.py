@@ -65,7 +65,7 @@ def taken_apart(text: str) -> Said:
     begun = text.lstrip()
     marks = MARKS | {tag: closing for tag, closing in _AT_THE_START.items() if begun.startswith(tag)}
     end = max((text.rfind(closing) + len(closing) for closing in marks.values() if closing in text), default=0)
-    if opening(text[end:]) or (end and any(mark in text[end:] for mark in MARKS)):
+    if opening(text[end:]) or any(mark in text[end:] for mark in MARKS):  # also after some words: "Okay. <think>"
         return Said("", text, finished=False)
     return Said(_AROUND.sub("", text[end:]).lstrip("\n"), text[:end]) if end else Said(text)
 

@@ -92,8 +92,9 @@ def overlap_warnings(overlaps: Sequence[Overlap], total: int) -> list[str]:
     for one in overlaps:
         ids = one.same + one.near
         named = ", ".join(ids[:_NAMED]) + (", ..." if len(ids) > _NAMED else "")
+        near = f" and {len(one.near)} more nearly so" if one.near else ""
         sentences.append(
-            f"Of {total} probes {len(one.same)} are in {one.source} and {len(one.near)} more nearly so ({named}): "
+            f"Of {total} probes {len(one.same)} are in {one.source}{near} ({named}): "
             "what was trained on measures memory."
         )
     return sentences

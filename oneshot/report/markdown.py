@@ -40,10 +40,12 @@ def write_markdown(run_dir: Path, report: Mapping[str, Any]) -> Path:
         report: as ``build_report`` makes it
     """
     summary = summarize(report)
-    lines = [f"# Safety report: {inline(report['model'])}", "", f"**{inline(summary.verdict.headline)}**", ""]
+    judged = "repaired" in report["stages"]  # of a score there is no verdict, and nothing to deploy
+    lines = [f"# Safety report: {inline(report['model'])}", ""]
+    lines += [f"**{inline(summary.verdict.headline)}**", ""] if judged else []
     lines += [*_numbers(report["stages"]), inline(summary.lead), ""]
     lines += [inline(f"{LIMITS} {JUDGE_NOTE}"), ""]
-    lines += _section("This run, and how to deploy it", _run(report, run_dir, summary.word))
+    lines += _section("This run" + ", and how to deploy it" * judged, _run(report, run_dir, summary.word))
     lines += _listed("Warnings", report.get("warnings") or [])
     judging = [text for line in judging_lines(report) for text in ("", inline(line))]
     lines += _section("Measures by stage", stages_lines(report["stages"]) + judging)

@@ -62,14 +62,16 @@ def write_page(
     tone = _TONES.get(summary.word, "bad")
     stages = report["stages"]
     judging = "".join(f'\n<p class="soft">{escaped(line)}</p>' for line in judging_lines(report))
+    judged = "repaired" in report["stages"]  # of a score there is no verdict, and nothing to deploy
+    word = f'<p class="word {tone}">{escaped(summary.verdict.headline)}</p>' if judged else ""
     body = [
         f"<h1>{escaped(title)}</h1>",
-        f'<p class="word {tone}">{escaped(summary.verdict.headline)}</p>',
+        word,
         _numbers(stages),
         f"<p>{escaped(summary.lead)}</p>",
         f'<details class="printed"><summary>What these words mean</summary><div><p>{escaped(LIMITS)}</p>'
         f"<p>{escaped(JUDGE_NOTE)}</p></div></details>",
-        section("This run, and how to deploy it", _run(report, run_dir, summary.word)),
+        section("This run" + ", and how to deploy it" * judged, _run(report, run_dir, summary.word)),
         warnings_section(report.get("warnings") or []),
         section("Measures by stage", (_stages(stages, CAPTION) or "<p>Nothing was measured.</p>") + judging),
         section("Further figures", _stages(report.get("figures") or {}, "[95% bootstrap interval]")),

@@ -458,3 +458,12 @@ def test_what_is_not_repaired_is_not_said_to_be_deployed(tmp_path):
     text = write_page(tmp_path, report, {}).read_text(encoding="utf-8")
     assert "oneshot export" not in text
     assert "do not deploy it" in text
+
+
+def test_a_score_has_no_verdict_and_nothing_to_deploy(tmp_path):
+    report = report_of() | {"stages": {"model": scores(**AFTER)}}
+    page, text = write_page(tmp_path, report, {}).read_text(), write_markdown(tmp_path, report).read_text()
+    for shown in (page, text):
+        assert "how to deploy" not in shown
+        assert 'class="word' not in shown
+        assert "**not shown**" not in shown
