@@ -461,7 +461,9 @@ def test_what_is_not_repaired_is_not_said_to_be_deployed(tmp_path):
 
 
 def test_a_score_has_no_verdict_and_nothing_to_deploy(tmp_path):
-    report = report_of() | {"stages": {"model": scores(**AFTER)}}
+    report = build_report(
+        Run("lab/toy", 2, 5), stages={"model": scores(**AFTER)}, example=None, repair=None, resources={}
+    )
     page, text = write_page(tmp_path, report, {}).read_text(), write_markdown(tmp_path, report).read_text()
     for shown in (page, text):
         assert "how to deploy" not in shown
