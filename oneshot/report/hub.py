@@ -7,10 +7,12 @@ Private unless asked otherwise, and what is marked as safety-degraded stays here
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import MARKER, is_degraded
+from oneshot.checkpoint.files import ADAPTER_CONFIG, MARKER, is_degraded
+from oneshot.checkpoint.identity import read_identity
 from oneshot.checkpoint.seal import check_sealed
 from oneshot.checkpoint.standing import changed_since
 from oneshot.distributed.runtime import Runtime, agree
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BESIDE = "report"  # folder in the repository; the page and answers.jsonl hold answers to attacks, and stay here
+
+
+_OF_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", MARKER)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,9 @@ def listed(sent: list[Parcel], push: Push) -> list[str]:
     for parcel in sent:
         lines.append(f"{parcel.repo} ({who}): {len(parcel.files)} files, {parcel.nbytes / 1e6:.1f} MB")
         lines += [f"  {name} ({path.stat().st_size:,} bytes)" for name, path in parcel.files.items()]
+        identity = read_identity(parcel.files[ADAPTER_CONFIG].parent) if ADAPTER_CONFIG in parcel.files else None
+        if identity is not None and Path(identity.base).is_absolute():
+            lines.append(f"  (its card and config name the base {identity.base}, a folder of this machine)")
     return lines
 
 
@@ -164,8 +172,12 @@ def _made(api: Any, repo: str, push: Push) -> None:
 
 
 def _sent(api: Any, parcel: Parcel) -> str:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in parcel.files.items()]
-    api.create_commit(parcel.repo, adds, commit_message="A safety repair by oneshot")
+    there = [sibling.rfilename for sibling in api.model_info(parcel.repo).siblings or ()]
+    # of an earlier push: shards or an index beside other weights, a marker beside a good verdict
+    stale = [name for name in there if name not in parcel.files and any(fnmatch(name, kind) for kind in _OF_WEIGHTS)]
+    changes: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in stale]
+    changes += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in parcel.files.items()]
+    api.create_commit(parcel.repo, changes, commit_message="A safety repair by oneshot")
     return f"{api.endpoint}/{parcel.repo}"

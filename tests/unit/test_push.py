@@ -131,3 +131,18 @@ def test_a_repair_looks_before_it_begins_whether_it_can_be_pushed_and_is_pushed_
     (files,) = hub.repositories["lab/mine"].commits.values()
     assert files["adapter_model.safetensors"] == (found.patch_folder / "adapter_model.safetensors").read_bytes()
     assert json.loads(files["report/report.json"])["schema"] == 1
+
+
+def test_a_second_push_leaves_no_weights_and_no_marker_of_the_first(hub, finished):
+    hub.repository("lab/patch-repaired").private = True
+    old = {
+        "model-00001-of-00002.safetensors": b"x",
+        "model.safetensors.index.json": b"{}",
+        "SAFETY_DEGRADED.json": b"{}",
+    }
+    hub.repository("lab/patch-repaired").add("main", {**old, "notes.txt": b"mine"})
+    command.main([str(finished), "lab/patch"])
+    whole = hub.repositories["lab/patch-repaired"]
+    files = whole.commits[whole.refs["main"]]
+    assert not old.keys() & files.keys()
+    assert files["notes.txt"] == b"mine"
