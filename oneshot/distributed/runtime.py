@@ -259,6 +259,7 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # misses an optional kernel, and says so to people who use no 4-bit weights
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # of a marker's card, which PEFT adds to
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
