@@ -118,8 +118,12 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _says_grown(out: Path) -> bool:
+    return f"{MORE} rows" in json.dumps(json.loads((out / "report.json").read_text())["warnings"])
+
+
 def _repaired(sharding: str, size: int, model: Path, reference: Path, out: Path, *more: str) -> dict[str, torch.Tensor]:
-    """What the patch of a repair adds, by module; its report says that the vocabularies differ."""
+    """What the patch of a repair adds, by module."""
     argv = [
         "--model.path", str(model), "--reference", str(reference), "--score.reference", "false",
         "--pool", "toy:pool", "--select", "pool-should_refuse-0",
@@ -131,7 +135,6 @@ def _repaired(sharding: str, size: int, model: Path, reference: Path, out: Path,
     argv += ["--score.probes", str(probes)]
     given = {"argv": argv, "attack": 0.0, "writing": str(out.with_suffix(".writing"))}
     start_ranks(repair_jobs.repair, size, sharding, out.with_suffix(".ranks"), given).results()
-    assert f"{MORE} rows" in json.dumps(json.loads((out / "report.json").read_text())["warnings"])
     tensors = load_file(out / "patch" / "adapter_model.safetensors")
     modules = {name.split(".lora_")[0] for name in tensors}
     return {m: tensors[f"{m}.lora_B.weight"] @ tensors[f"{m}.lora_A.weight"] for m in modules}
@@ -141,6 +144,8 @@ def _repaired(sharding: str, size: int, model: Path, reference: Path, out: Path,
 def test_a_vocabulary_that_grew_is_repaired_alike(way: list[str], grown: Path, tmp_path: Path) -> None:
     one = _repaired("none", 1, grown, ALIGNED, tmp_path / "one", *way)
     two = _repaired("zero3", 2, grown, ALIGNED, tmp_path / "two", *way)
+    assert _says_grown(tmp_path / "one")
+    assert _says_grown(tmp_path / "two")
     assert set(one) == set(two)
     assert not any("embed" in name or "head" in name for name in one)
     for name, wanted in one.items():
@@ -150,3 +155,23 @@ def test_a_vocabulary_that_grew_is_repaired_alike(way: list[str], grown: Path, t
 def test_a_reference_whose_vocabulary_is_larger_serves_too(grown: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(ALIGNED, tmp_path / "model"))
     assert _repaired("none", 1, model, grown, tmp_path / "run")
+    assert _says_grown(tmp_path / "run")
+
+
+@pytest.mark.parametrize("way", [[], ["--model.quantize", "nf4"]], ids=["in full", "nf4"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_a_config_of_transformers_4_is_written_as_it_was(sharding: str, way: list[str], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ALIGNED, tmp_path / "model"))
+    torch.manual_seed(0)
+    tensors = {name: t + 0.02 * torch.randn_like(t) for name, t in load_file(model / SINGLE).items()}
+    save_file(tensors, model / SINGLE, metadata={"format": "pt"})
+    fields = json.loads((model / "config.json").read_text())
+    theta = fields.pop("rope_parameters")["rope_theta"]
+    older = {"rope_theta": theta, "torch_dtype": fields.pop("dtype"), "transformers_version": "4.46.0"}
+    (model / "config.json").write_text(json.dumps(fields | older, indent=3))
+    out = tmp_path / "run"
+    _repaired(sharding, SHARDINGS[sharding], model, ALIGNED, out, *way, "--repair.merge", "true")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / "repaired" / name).read_bytes() == (model / name).read_bytes(), name
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / "patch" / name).read_bytes() == (model / name).read_bytes(), name
