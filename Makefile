@@ -9,8 +9,7 @@ ARGS ?=
 # Of gpu: where its results go, and a folder of wheels that the machine's Python lacks.
 OUT ?= gpu-results
 WHEELS ?=
-# Those joined by a comma run side by side.
-TIERS ?= unit distributed faults e2e cluster,models
+TIERS ?= unit distributed faults cluster e2e models
 # How many files of tests run at a time; 0 runs them one after the other, as --pdb and -s need it.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
@@ -49,20 +48,16 @@ demo: $(READY) ## damage and repair the embedded toy model; needs no GPU
 
 # Tiers run in order and the first that fails ends the run. pytest's status 5 says that ARGS selected nothing in a tier.
 # tests/gpu is for TIERS=gpu alone, one file after the other, as there is one GPU; without one its tests are skipped.
-# One thread per process: tests are small, and several run at a time. There is one Slurm cluster, so its tests take
-# turns, with one worker of their own where others run beside them.
-comma := ,
+# One thread per process: tests are small, and several run at a time. There is one Slurm cluster, so its tests take turns.
 test: export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: $(READY) ## run the tests, fastest tier first
 	@status=5; for tier in $(TIERS); do \
-	  paths=$$(for name in $$(echo $$tier | tr , ' '); do test ! -d tests/$$name || echo tests/$$name; done); \
-	  test -n "$$paths" || continue; \
+	  test -d tests/$$tier || continue; \
 	  case $$tier in cluster|gpu) workers=0 ;; *) workers=$(WORKERS) ;; esac; \
-	  case $$tier in *$(comma)*) dist=loadgroup ;; *) dist=loadfile ;; esac; \
 	  case $$tier in gpu) kind=gpu ;; *) kind="not gpu" ;; esac; \
-	  echo "==" $$paths; code=0; \
-	  $(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -m "$$kind" -n $$workers --dist $$dist $$paths $(ARGS) || code=$$?; \
+	  echo "== tests/$$tier"; code=0; \
+	  $(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -m "$$kind" -n $$workers --dist loadfile tests/$$tier $(ARGS) || code=$$?; \
 	  case $$code in 0) status=0 ;; 5) ;; *) exit $$code ;; esac; \
 	done; exit $$status
 

@@ -14,13 +14,6 @@ from slurmjobs import HERE, TINY, Cluster, repair_settings, stage
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the cluster's tests on one worker, and those that run beside them file by file."""
-    for item in items:
-        file = item.path.relative_to(HERE.parent)
-        item.add_marker(pytest.mark.xdist_group(file.parts[0] if HERE in item.path.parents else str(file)))
-
-
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
