@@ -39,7 +39,7 @@ class Ran:
 
 
 def launch(
-    topology: str, script: Path | str, *arguments: str, timeout: float = 240, cwd: Path = ROOT, **environment: str
+    topology: str, script: Path | str, *arguments: str, timeout: float = 720, cwd: Path = ROOT, **environment: str
 ) -> Ran:
     """Run ``script`` under ``launch/<topology>_cpu.yaml`` (single: ``launch/single.yaml``).
 
@@ -51,7 +51,7 @@ def launch(
     return run([*command, str(script), *arguments], timeout=timeout, cwd=cwd, **environment)
 
 
-def run(command: list[str], *, timeout: float = 240, cwd: Path = ROOT, **environment: str) -> Ran:
+def run(command: list[str], *, timeout: float = 720, cwd: Path = ROOT, **environment: str) -> Ran:
     """Run a command in a process group of its own, so that nothing of it outlives the call."""
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
     variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment}
