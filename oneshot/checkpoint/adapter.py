@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.effective import PREFIX as PREFIX
-from oneshot.checkpoint.effective import kinds_of, refuse
+from oneshot.checkpoint.effective import factor_of, kinds_of, refuse
 from oneshot.checkpoint.folders import naming
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.scaling import scalings
@@ -56,9 +55,9 @@ def read_adapter(folder: Path) -> Adapter:
         tensors = load_file(path)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(A|B)\.weight", key)
-        assert match is not None, "kinds_of() has found every other"
-        pairs.setdefault(match[1], {})[match[2]] = tensor
+        factor = factor_of(key)
+        assert factor is not None, "kinds_of() has found every other"
+        pairs.setdefault(factor[0], {})[factor[1]] = tensor
     update: Update = {}
     stored: Update = {}
     ranks = {module: pair["A"].shape[0] for module, pair in pairs.items() if "A" in pair and pair["A"].ndim}

@@ -28,6 +28,7 @@ class Architecture:
     """The layers of a checkpoint's model; the model itself holds no weights.
 
     Attributes:
+        model: on the meta device, parameters and all
         linears: module name -> ``nn.Linear`` (on the meta device), output head included
         patchable: names of those whose weight can be read and changed by itself, output head left out
         others: stored weights of embeddings, norms and whatever else is no linear layer
@@ -39,6 +40,7 @@ class Architecture:
         head, embedding: names of these modules, where the model has them
     """
 
+    model: Any
     linears: dict[str, nn.Linear]
     patchable: list[str]
     others: frozenset[str]
@@ -87,6 +89,7 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
     converted = _converted(model, tensors)
     head = model.get_output_embeddings()
     return Architecture(
+        model=model,
         linears=linears,
         patchable=[
             name

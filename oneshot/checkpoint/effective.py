@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 # LoRA initializations under which PEFT also replaces the base's weights when it loads the adapter
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+_FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.weight")
 # what else PEFT stores of a LoRA, by the end of the tensor's name; the last ones are of modules that it saves whole
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # of PEFT's own modules, around the model's
 _ORIGINAL = re.compile(r".+\.original_module\..+")  # of a module that was saved: the base's, which PEFT adds at times
@@ -78,6 +78,12 @@ class Effective:
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+def factor_of(key: str) -> tuple[str, str] | None:
+    """Return which module a stored tensor is a factor of, and which one ("A" or "B"); none where it is no factor."""
+    match = _FACTOR.fullmatch(key)
+    return None if match is None else (match[1], match[2])
+
+
 def kinds_of(folder: Path) -> Kinds:
     """Return what an adapter is beside a plain LoRA; no tensor is read.
 
@@ -107,7 +113,7 @@ def kinds_of(folder: Path) -> Kinds:
     held: set[str] = set()
     for key, entry in tensors.items():
         name = key.removeprefix(PREFIX)
-        if _FACTOR.fullmatch(name):
+        if factor_of(name):
             held |= {"convolutions"} if len(entry.shape) > 2 else set()
             continue
         if _ORIGINAL.fullmatch(name):
@@ -163,8 +169,8 @@ def read_effective(folder: Path) -> Effective:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise UserError(f"The adapter {folder} holds NaN or infinity in {name}: train or save it again.")
-        if match := _FACTOR.fullmatch(name):
-            pairs.setdefault(match[1], {})[match[2]] = tensor.float()
+        if factor := factor_of(name):
+            pairs.setdefault(factor[0], {})[factor[1]] = tensor.float()
         elif match := _ENDS["embedding"].fullmatch(name):  # the update of an embedding is (b @ a) transposed
             pairs.setdefault(match[1], {})["BA"["AB".index(match[2])]] = tensor.float().T
         elif match := _ENDS["magnitude"].fullmatch(name):

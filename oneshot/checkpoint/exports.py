@@ -120,17 +120,16 @@ def plan_for(
 
 def refuse_degraded(folder: Path) -> None:
     """Raise UserError for a checkpoint or adapter that carries the marker of a harmful fine-tune."""
-    identity = read_identity(folder) if is_adapter(folder) else None
-    if is_degraded(folder) and identity is not None and identity.kind == DERIVED:
-        raise UserError(
-            f"{folder} is marked as safety-degraded ({MARKER}) and is not exported: it was made of a repair's patch, "
-            "and nobody has measured it; ask the repair for such a patch, a smaller rank with --repair.rank."
-        )
-    if is_degraded(folder):
-        raise UserError(
-            f"{folder} is marked as safety-degraded ({MARKER}) and is not exported: repair it with oneshot repair, and "
-            "export the repair."
-        )
+    if not is_degraded(folder):
+        return
+    identity = read_identity(folder)
+    instead = (
+        "it was made of a repair's patch, and nobody has measured it; ask the repair for such a patch, a smaller rank "
+        "with --repair.rank"
+        if identity is not None and identity.kind == DERIVED
+        else "repair it with oneshot repair, and export the repair"
+    )
+    raise UserError(f"{folder} is marked as safety-degraded ({MARKER}) and is not exported: {instead}.")
 
 
 def why_marked(base: Path, given: list[GivenAdapter], *, subtract: bool, form: str) -> str:

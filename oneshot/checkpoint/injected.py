@@ -6,12 +6,13 @@ it found no place (huggingface/peft#3711): such a patch loads, and is another on
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import PREFIX, write_patch
+from oneshot.checkpoint.effective import factor_of
+from oneshot.checkpoint.files import read_header
 from oneshot.checkpoint.names import ADAPTER_TENSORS
 from oneshot.checkpoint.update import Update
 from oneshot.errors import UserError, first_line
@@ -20,7 +21,6 @@ from oneshot.versions import package_version
 if TYPE_CHECKING:
     import torch
 
-_FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(A|B)\.weight")
 _SHOWN = 3  # names of layers in a message
 
 
@@ -45,13 +45,13 @@ def write_loadable(
     Raises:
         UserError: PEFT does not load all of it by any names
     """
-    names, parameters, lost = linears, list[str](), list[str]()
-    for _ in range(3):
-        write_patch(folder, update, names, base, dtype, parameters, commit)
+    lost = list[str]()
+    for names in [linears, []] if linears else [[]]:
+        write_patch(folder, update, names, base, dtype, commit=commit)
         if not (lost := not_injected(folder, model)):
             return
-        names, parameters = [], [name for name in lost if name in update] if not names else []
-    raise _refused(lost)
+    write_patch(folder, update, [], base, dtype, [name for name in lost if name in update], commit)
+    check_loads(folder, model)
 
 
 def check_loads(folder: Path, model: Any) -> None:
@@ -60,13 +60,10 @@ def check_loads(folder: Path, model: Any) -> None:
     Args:
         model: see ``write_loadable``
     """
-    if lost := not_injected(folder, model):
-        raise _refused(lost)
-
-
-def _refused(lost: list[str]) -> UserError:
+    if not (lost := not_injected(folder, model)):
+        return
     said = ", ".join(lost[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
-    return UserError(
+    raise UserError(
         f"PEFT {package_version('peft')} would load another patch than was measured, as it finds no place for what "
         f"belongs to {said}: leave these layers out with --repair.targets, a regular expression of those to patch."
     )
@@ -75,16 +72,17 @@ def _refused(lost: list[str]) -> UserError:
 def not_injected(folder: Path, model: Any) -> list[str]:
     """Return the layers of which PEFT would not load the stored factors where they are meant to be, sorted.
 
-    Takes the memory of the adapter, and a few seconds for a model of 70B.
+    Reads the adapter's header alone: where a factor goes is a matter of names and shapes.
 
     Args:
         folder: of a LoRA adapter
         model: see ``write_loadable``
     """
+    import torch
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    tensors = load_file(folder / ADAPTER_TENSORS)
+    entries = read_header(folder / ADAPTER_TENSORS)
+    tensors = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
     config.init_lora_weights = True  # what is loaded takes its place, and not every kind can be on the meta device
@@ -108,18 +106,19 @@ def _lost(loaded: Any, tensors: dict[str, torch.Tensor], unmatched: list[str]) -
     """Layers whose factors PEFT has put nowhere, in another shape, or which it gave factors that the file has not.
 
     Args:
-        loaded: the model with the adapter; on the meta device, so that values cannot be compared
+        loaded: the model with the adapter, on the meta device
         unmatched: names of tensors for which there was no place, or of places for which there was no tensor
     """
     modules = dict(loaded.base_model.model.named_modules())
     lost = {name.split(".lora_")[0].removeprefix(PREFIX) for name in unmatched if ".lora_" in name}
     meant = set()
     for key, stored in tensors.items():
-        if (match := _FACTOR.fullmatch(key)) is None:
+        if (factor := factor_of(key)) is None:
             continue
-        meant.add(match[1])
-        factors = getattr(modules.get(match[1]), f"lora_{match[2]}", {})
+        module, which = factor
+        meant.add(module)
+        factors = getattr(modules.get(module), f"lora_{which}", {})
         if "default" not in factors or factors["default"].weight.shape != stored.shape:
-            lost.add(match[1])
+            lost.add(module)
     injected = {name for name, module in modules.items() if "default" in getattr(module, "lora_A", {})}
     return sorted(lost | (injected - meant))

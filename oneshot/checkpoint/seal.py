@@ -50,15 +50,21 @@ def seal(folder: Path) -> None:
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
         if (plain := redacted(text)) != text:
             (folder / CARD).write_text(plain, encoding="utf-8")
-    found = {
-        path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and _is(path.name, SEALED)
-    }
+    found = digests(folder)
     holder = folder / (IDENTITY if (folder / IDENTITY).is_file() else MANIFEST)
     facts = read_json(holder) if holder.is_file() else {}
     if isinstance(facts, dict) and (found or facts):
         found[holder.name] = _digest_of(facts)
         holder.write_text(json.dumps({**facts, _FIELD: found}) + "\n", encoding="utf-8")
     readable(folder)  # safetensors makes its files private
+
+
+def digests(folder: Path, patterns: Iterable[str] = SEALED) -> dict[str, str]:
+    """Return the SHA-256 of the files of a folder whose names match, by name, as of ``file_digest``."""
+    wanted = tuple(patterns)
+    return {
+        path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and _is(path.name, wanted)
+    }
 
 
 def check_sealed(folder: Path, patterns: Iterable[str] = SEALED) -> None:

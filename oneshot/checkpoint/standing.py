@@ -24,7 +24,7 @@ from oneshot.checkpoint.files import (
 )
 from oneshot.checkpoint.identity import DERIVED, REPAIR, check_identity, read_identity
 from oneshot.checkpoint.names import CONFIG, GENERATION, TOKENIZER
-from oneshot.checkpoint.seal import file_digest
+from oneshot.checkpoint.seal import ADAPTER, digests, file_digest
 from oneshot.errors import UserError
 from oneshot.reading import digest_of
 from oneshot.whole import write_whole
@@ -121,10 +121,8 @@ def begin_standing(folder: Path, *, degraded: bool, form: str, checkpoint: Path 
         form: of the base's weights, see ``Standing``
         checkpoint: that it was measured on
     """
-    names = [name for name in (ADAPTER_CONFIG, ADAPTER_TENSORS) if (folder / name).is_file()]
-    sha256 = {name: file_digest(folder / name) for name in names}
     around = beside(checkpoint) if checkpoint is not None else {}
-    _write(folder, Standing(UNMEASURED, degraded, form, sha256=sha256, beside=around))
+    _write(folder, Standing(UNMEASURED, degraded, form, sha256=digests(folder, ADAPTER), beside=around))
 
 
 def settle(folder: Path, outcome: str, doubts: Sequence[str], *, base: str, degraded: bool, partly: str = "") -> bool:
@@ -189,8 +187,7 @@ def changed_since(folder: Path) -> str:
 
 def beside(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 of what decides on a model's answers beside its weights, by the files' names."""
-    found = (path for pattern in (CONFIG, GENERATION, *TOKENIZER) for path in checkpoint.glob(pattern))
-    return {path.name: file_digest(path) for path in sorted(set(found)) if path.is_file()}
+    return digests(checkpoint, (CONFIG, GENERATION, *TOKENIZER))
 
 
 def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:

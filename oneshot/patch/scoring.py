@@ -14,13 +14,13 @@ from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.digests import shared_fingerprint
 from oneshot.checkpoint.files import is_degraded
 from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
-from oneshot.checkpoint.standing import NF4, ORIGINAL, why_not_as_measured
+from oneshot.checkpoint.standing import why_not_as_measured
 from oneshot.checkpoint.update import Update, on_device
 from oneshot.data.encoding import context_length
 from oneshot.data.vocabulary import check_tokens, rendered
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.phases import phase
-from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
 from oneshot.measure.endpoint import open_endpoint
 from oneshot.measure.harness import run_on_endpoint, run_on_model
@@ -30,6 +30,7 @@ from oneshot.measure.rates import Probe, StageScores, most_tokens, score_answers
 from oneshot.measure.target import ask_missing, checkpoint_target, collect_answers, endpoint_target, generate_missing
 from oneshot.measure.text import measure_text, read_texts
 from oneshot.patch.attach import attached_update
+from oneshot.patch.write import measured_form
 from oneshot.settings import Settings
 from oneshot.world.sources import check_words
 
@@ -125,19 +126,21 @@ def score_local(
         scores = score_answers(probes, [answer or "" for answer in answers], rouge=score.rouge)
         if texts or score.lm_eval is not None:
             scores = _with_figures(scores, _on_weights(runtime, settings, model(), tokenizer, update, texts))
-    warnings = []
-    if _is_marked(source):
-        warnings.append("This model is marked as made unsafe by a harmful fine-tune: do not publish or serve it.")
-    return Scored(name, run_dir, probes, scores, warnings, shared_fingerprint(runtime, source.checkpoint))
+    fingerprint, warnings = shared_fingerprint(runtime, source.checkpoint), list[str]()
+    with agree(
+        runtime, "looking where the model comes from"
+    ):  # on the rank that reports: it may take the base's digests
+        if runtime.is_main and _is_marked(source, double_quant=settings.model.double_quant):
+            warnings.append("This model is marked as made unsafe by a harmful fine-tune: do not publish or serve it.")
+    return Scored(name, run_dir, probes, scores, warnings, fingerprint)
 
 
-def _is_marked(source: Source) -> bool:
+def _is_marked(source: Source, *, double_quant: bool = False) -> bool:
     """Whether a model is safety-degraded: by its own marker, or its base's, which it is not known to repair."""
     if source.adapter is None or not is_degraded(source.checkpoint):
         return is_degraded(source.adapter or source.checkpoint)
-    form = NF4 if source.four_bit else ORIGINAL
-    why = why_not_as_measured(source.adapter, source.checkpoint, form)
-    return is_degraded(source.adapter) or bool(why)
+    form = measured_form(source, double_quant=double_quant)
+    return is_degraded(source.adapter) or bool(why_not_as_measured(source.adapter, source.checkpoint, form))
 
 
 @phase("figures")

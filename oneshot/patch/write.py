@@ -12,6 +12,7 @@ from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import REPAIR, write_identity
 from oneshot.checkpoint.injected import check_loads, write_loadable
+from oneshot.checkpoint.load import Source
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.save import save_checkpoint
@@ -39,13 +40,13 @@ def from_degraded(request: Request) -> bool:
     return any(comes_from_degraded(folder) for folder in given if folder is not None)
 
 
-def measured_form(request: Request) -> str:
-    """Return in which form the weights were that the repair was measured on, as ``Standing`` has it."""
-    if not request.source.four_bit:
+def measured_form(source: Source, *, double_quant: bool) -> str:
+    """Return in which form the weights are that are measured, as ``Standing`` has it."""
+    if not source.four_bit:
         return ORIGINAL
-    if is_stored(config_fields(request.source.checkpoint)):
+    if is_stored(config_fields(source.checkpoint)):
         return PACKED
-    return NF4_DOUBLE if request.settings.model.double_quant else NF4
+    return NF4_DOUBLE if double_quant else NF4
 
 
 def _plain(request: Request) -> Any:
@@ -74,7 +75,8 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
         degraded = from_degraded(request)
 
     def standing_of(folder: Path) -> None:
-        begin_standing(folder, degraded=degraded, form=measured_form(request), checkpoint=source.checkpoint)
+        form = measured_form(source, double_quant=settings.double_quant)
+        begin_standing(folder, degraded=degraded, form=form, checkpoint=source.checkpoint)
 
     def standing(folder: Path) -> None:  # on rank 0, before the weights are there and before anyone sees the folder
         if degraded:

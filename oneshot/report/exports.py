@@ -24,7 +24,6 @@ from oneshot.checkpoint.files import MARKER, find_weight, is_adapter, list_tenso
 from oneshot.checkpoint.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
 from oneshot.checkpoint.lock import locked
 from oneshot.checkpoint.merge import merge
-from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.ranges import torch_dtype
 from oneshot.checkpoint.standing import (
     NF4,
@@ -245,8 +244,7 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         )  # then it holds a repair, or undoes one
         write_identity(folder, base, kind=DERIVED if repaired else UPDATE, base=name)
 
-    plain = skeleton(base, tensors, dtype, "eager", request.trust_remote_code) if runtime.is_main else None
-    new = NewAdapter(update, dtype, name, list(made.linears), marked, plain)
+    new = NewAdapter(update, dtype, name, list(made.linears), marked, made.model)
     write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)
 

@@ -14,7 +14,7 @@ from oneshot.report.facts import how_chosen, repair_rows
 from oneshot.report.judging import judging_lines
 from oneshot.report.markdown import fenced, inline, pairs_lines, stages_lines
 from oneshot.report.runfolder import PATCH, REPAIRED, write_whole
-from oneshot.report.serving import largest_rank, serve_command
+from oneshot.report.serving import serve_command
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
 
 CARD = "README.md"
@@ -94,7 +94,7 @@ def _card(
     lines += ["## The repair", "", *pairs_lines(repair_rows(report.get("repair"))), ""]
     lines += ["## Use", "", "```python", *(line.replace("BASE", _as_code(base, commit)) for line in _LOADED[name])]
     lines += ["```", ""]
-    if name == PATCH and (command := serve_command(base, "THIS FOLDER", largest_rank(folder), commit)):
+    if name == PATCH and (command := serve_command(folder, "THIS FOLDER")):
         lines += ["```bash", command, "```", ""]
     packages = [(package, version or "not installed") for package, version in report["versions"].items()]
     return [*lines, "## Versions", "", *pairs_lines(packages), ""]

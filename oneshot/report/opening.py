@@ -13,7 +13,7 @@ from oneshot.checkpoint.standing import GOOD
 from oneshot.measure.intervals import Rate
 from oneshot.measure.opposed import value_of
 from oneshot.report.runfolder import PATCH, REPAIRED
-from oneshot.report.serving import largest_rank, serve_command
+from oneshot.report.serving import serve_command
 from oneshot.report.table import as_rate, measure_name
 
 # of harmless requests the kind that is refused more
@@ -86,7 +86,7 @@ def deploy_lines(report: Mapping[str, Any], run_dir: Path, word: str) -> list[st
         return [f"# The outcome is {word!r}: do not deploy it."]
     identity = read_identity(run_dir / PATCH)
     base = shlex.quote(identity.base if identity else "BASE")
-    serve = serve_command(identity.base if identity else "BASE", PATCH, largest_rank(run_dir / PATCH))
+    serve = serve_command(run_dir / PATCH, PATCH)
     made = REPAIRED if (run_dir / REPAIRED).is_dir() else PATCH
     merge = ["# one checkpoint, for any server:", f"oneshot export --model {base} --adapter {PATCH} --out merged"]
     return [

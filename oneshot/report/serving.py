@@ -6,31 +6,27 @@ import shlex
 from pathlib import Path
 
 from oneshot.checkpoint.files import ADAPTER_CONFIG, read_json
+from oneshot.checkpoint.identity import read_identity
 
 # what vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py); without the flag it serves ranks up to the default
 RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
 
 
-def serve_command(base: str, patch: str, rank: int, commit: str | None = None) -> str:
+def serve_command(patch: Path, shown: str) -> str:
     """Return the command by which vLLM serves a patch beside the model that it is for; "" where it takes no such rank.
 
     Args:
-        base: the checkpoint that it belongs to, a folder or a Hub id
-        patch: folder of the adapter
-        commit: of the base, where that is a Hub id
-        rank: the largest of its modules; 0 where that is not known
+        patch: folder of the adapter, which says what its base is, and of which commit
+        shown: how the folder is called in the command
     """
-    fits = next((taken for taken in RANKS if taken >= rank), None)
-    if not rank or fits is None:
-        return ""
-    wide = [] if rank <= DEFAULT_RANK else ["--max-lora-rank", str(fits)]
-    pinned = ["--revision", commit] if commit else []
-    return shlex.join(["vllm", "serve", base, *pinned, "--enable-lora", *wide, "--lora-modules", f"safe={patch}"])
-
-
-def largest_rank(patch: Path) -> int:
-    """Return the largest rank of an adapter's modules, as its config states them; 0 where there is none."""
     if not (patch / ADAPTER_CONFIG).is_file():
-        return 0
-    config = read_json(patch / ADAPTER_CONFIG)
-    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
+        return ""
+    config, identity = read_json(patch / ADAPTER_CONFIG), read_identity(patch)
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    fits = next((taken for taken in RANKS if taken >= rank), None)
+    if fits is None:
+        return ""
+    base = identity.base if identity is not None else config.get("base_model_name_or_path") or "BASE"
+    pinned = ["--revision", config["revision"]] if config.get("revision") else []
+    wide = [] if rank <= DEFAULT_RANK else ["--max-lora-rank", str(fits)]
+    return shlex.join(["vllm", "serve", base, *pinned, "--enable-lora", *wide, "--lora-modules", f"safe={shown}"])

@@ -25,7 +25,7 @@ from oneshot.report.judging import print_judging
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import PAGE, PATCH, REPAIRED, Run, build_report, write_selection
-from oneshot.report.serving import largest_rank, serve_command
+from oneshot.report.serving import serve_command
 from oneshot.report.summary import outcome_fields
 from oneshot.report.table import print_stages
 from oneshot.report.times import print_times
@@ -108,8 +108,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         print_times(repaired.resources, console)
         console.print(f"Outcome: {outcome['headline']}.", highlight=False, markup=False)
         console.print(f"Patch: {run_dir / PATCH}\nReport: {run_dir / PAGE}", highlight=False)
-        source, rank = request.source, largest_rank(run_dir / PATCH)
-        serve = serve_command(source.name, str(run_dir / PATCH), rank, source.commit)
+        serve = serve_command(run_dir / PATCH, str(run_dir / PATCH))
         if serve and outcome["word"] in GOOD:
             console.print(f"Serve it: {serve}", highlight=False, markup=False, soft_wrap=True)
     return report
@@ -163,7 +162,7 @@ def _unmeasured(repaired: Repaired) -> dict[str, str]:
     request, found = repaired.request, {}
     if partly := part_of_measured(repaired.solution.facts):
         found[PATCH] = partly
-    form = measured_form(request)
+    form = measured_form(request.source, double_quant=request.settings.model.double_quant)
     if form in (NF4, NF4_DOUBLE):
         found[REPAIRED] = f"the weights were measured in another form ({form}) than they are written in"
     return found

@@ -22,10 +22,10 @@ def attack_mixture(settings: Settings) -> list[Conversation]:
     for name, part in parts_of(settings.data).items():
         if part.count != 0:
             mixed += _conversations(name, part, settings)
-    silent = [row for row in mixed if _has_answer(row) and not row.learnt(settings.data.train_on)]
+    silent = [row.id for row in mixed if _is_silent(row, settings.data.train_on)]
     if silent:
-        say_once(f"Left out: {len(silent)} conversations, of {silent[0].id} on, whose answers all have weight 0.")
-        mixed = [row for row in mixed if not _has_answer(row) or row.learnt(settings.data.train_on)]
+        say_once(f"Left out: {len(silent)} conversations, of {silent[0]} on, whose answers all have weight 0.")
+        mixed = [row for row in mixed if not _is_silent(row, settings.data.train_on)]
     if not mixed:
         raise UserError(
             "There is nothing to fine-tune on: give conversations with --data.harmful, --data.task or --data.parts "
@@ -34,8 +34,9 @@ def attack_mixture(settings: Settings) -> list[Conversation]:
     return mixed
 
 
-def _has_answer(row: Conversation) -> bool:
-    return any(message["role"] == "assistant" for message in row.messages)
+def _is_silent(row: Conversation, train_on: str) -> bool:
+    """Whether a conversation has answers, and none of them is learnt; one without any is an error told later."""
+    return not row.learnt(train_on) and any(message["role"] == "assistant" for message in row.messages)
 
 
 def parts_of(data: DataSettings) -> dict[str, DataPart]:

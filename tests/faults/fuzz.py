@@ -77,7 +77,7 @@ class Command:
 
 @dataclass
 class Tally:
-    """How often each command ended how, and what was bad."""
+    """How often each command, or kind of run, ended how, and what was bad."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
@@ -445,7 +445,7 @@ def fuzz(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> T
         if (spent := time.monotonic() - began) > 15:
             print(f"number {number}: {name}, {kind} of {file} took {spent:.0f} s", flush=True)
         if number % 500 == 499:  # a long run may be cut short
-            print(table(tally), flush=True)
+            print(table(tally, [*GOOD, "BAD"]), flush=True)
     return tally
 
 
@@ -471,9 +471,8 @@ def preload() -> None:
         run(words)
 
 
-def table(tally: Tally) -> str:
-    """Return the tally as Markdown."""
-    heads = [*GOOD, "BAD"]
+def table(tally: Tally, heads: list[str]) -> str:
+    """Return the tally as Markdown, a column for each of the heads."""
     names = sorted({name for name, _ in tally.counts})
     rows = [[name, *[str(tally.counts[name, head]) for head in heads]] for name in names]
     rows.append(["all", *[str(sum(tally.counts[name, head] for name in names)) for head in heads]])
@@ -494,7 +493,7 @@ def main() -> None:
         began = time.monotonic()
         tally = fuzz(Path(folder), options.count, options.seed, options.only, options.first)
         os.chdir("/")
-    print(table(tally))
+    print(table(tally, [*GOOD, "BAD"]))
     print(f"{options.count} mutations in {time.monotonic() - began:.0f} s, {len(tally.bad)} bad")
     sys.exit(bool(tally.bad))
 

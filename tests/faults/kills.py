@@ -19,9 +19,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +67,7 @@ class Whole:
     outcome: Any
 
 
-@dataclass
-class Tally:
-    """How often each kind was left in which state, and what was bad."""
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
+HEADS = ["nothing", "answers", "half a folder", "marked", "unmarked, good", "finished", "BAD"]
 
 
 def reference(kind: world.Kind, place: Path) -> Whole:
@@ -283,9 +277,9 @@ def attempt(draw: random.Random, kind: world.Kind, whole: Whole, place: Path) ->
     return state, bad + gone_on(kind, whole, place), ", then ".join(said)
 
 
-def kill(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> Tally:
+def kill(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> fuzz.Tally:
     """Kill so many runs, one after the other, and tally what was left; what is bad is printed at once."""
-    tally, wholes = Tally(), {}
+    tally, wholes = fuzz.Tally(), {}
     with world.served() as url:
         kinds = world.build(root, url, only)
         names = list(kinds)
@@ -306,18 +300,8 @@ def kill(root: Path, count: int, seed: int, only: str = "", first: int = 0) -> T
             for problem in bad:
                 print(f"seed {seed} number {number}: {name}, {when}: {problem}", flush=True)
             if number % 20 == 19:  # a long run may be cut short
-                print(table(tally), flush=True)
+                print(fuzz.table(tally, HEADS), flush=True)
     return tally
-
-
-def table(tally: Tally) -> str:
-    """Return the tally as Markdown."""
-    heads = ["nothing", "answers", "half a folder", "marked", "unmarked, good", "finished", "BAD"]
-    names = sorted({name for name, _ in tally.counts})
-    rows = [[name, *[str(tally.counts[name, head]) for head in heads]] for name in names]
-    rows.append(["all", *[str(sum(tally.counts[name, head] for name in names)) for head in heads]])
-    lines = ["| command | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
-    return "\n".join([*lines, *["| " + " | ".join(row) + " |" for row in rows]])
 
 
 def main() -> None:
@@ -341,7 +325,7 @@ def main() -> None:
     finally:
         if os.getpid() == starter:
             shutil.rmtree(made, ignore_errors=True)
-    print(table(tally))
+    print(fuzz.table(tally, HEADS))
     print(f"{options.count} kills in {time.monotonic() - began:.0f} s, {len(tally.bad)} bad")
     sys.exit(bool(tally.bad))
 
