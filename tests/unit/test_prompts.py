@@ -179,7 +179,7 @@ def test_what_was_trained_on_is_found_however_it_is_written():
         ("the guard", ["short"], ["near"]),
     ]
     assert overlap_warnings(found, 4) == [
-        "Of 4 probes 1 are in the repair example and 0 more nearly so (same): what was trained on measures memory.",
+        "Of 4 probes 1 are in the repair example (same): what was trained on measures memory.",
         "Of 4 probes 1 are in the guard and 1 more nearly so (short, near): what was trained on measures memory.",
     ]
 
