@@ -1,0 +1,77 @@
+"""Experts of a mixture that are held together: one (experts, ., .) parameter per projection, a matrix for each expert.
+
+To a repair each is a layer of its own, named "<experts module>.<expert>.<projection>", with factors as of a linear
+layer: y = x W^T, W (out, in), whichever way the parameter holds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # of a module of fused experts; gate and up are one where fused
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One expert's matrix of one projection; holds no weight of its own.
+
+    Attributes:
+        module: the fused experts, ``path`` its name in the model
+        projection: name of the parameter in it that holds all experts' matrices
+        index: which expert
+        out_features, in_features: shape (m, n) of the matrix as it multiplies, of partitioned parameters too
+        transposed: whether the parameter holds (n, m)
+    """
+
+    module: nn.Module
+    path: str
+    projection: str
+    index: int
+    out_features: int
+    in_features: int
+    transposed: bool
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.path}.{self.projection}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.index}.{self.projection}"
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that hold fused experts behind transformers' experts interface, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "is_transposed") and any(_held(module, projection) for projection in PROJECTIONS)
+    }
+
+
+def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
+    """Return every fused expert's matrices by name, layer after layer, expert after expert."""
+    found = {}
+    for path, module in fused_experts(model).items():
+        held = [projection for projection in PROJECTIONS if _held(module, projection)]
+        for index in range(_shape(getattr(module, held[0]))[0]):
+            for projection in held:
+                transposed = bool(module.is_transposed)
+                first, second = _shape(getattr(module, projection))[1:]
+                m, n = (second, first) if transposed else (first, second)
+                matrix = ExpertMatrix(module, path, projection, index, m, n, transposed)
+                found[matrix.name] = matrix
+    return found
+
+
+def _held(module: nn.Module, projection: str) -> bool:
+    return len(_shape(module._parameters.get(projection))) == 3
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of a parameter, partitioned (ZeRO-3) or not."""
+    return () if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
