@@ -33,7 +33,11 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, qwen, or the folder of an aligned checkpoint")
-    parser.add_argument("--only", default="a,b", help="sections: a main attack, all methods; b all attacks; c with sft")
+    parser.add_argument(
+        "--only",
+        default="a,b",
+        help="sections: a main attack, all methods; b all attacks; c with sft; d what becomes of it",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of data and training")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="attacks to measure")
     parser.add_argument("--trainings", nargs="+", choices=("full", "lora"), default=["full", "lora"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,11 @@ PUBLISHED = ("undo", "resta", "safe_lora", "saliency", "safemerge", "llm_va", "s
 AT_TASK = ", matched"  # ends the name of a method whose strength keeps the task as well as the default repair does
 BASELINES = tuple(name + end for name in PUBLISHED for end in ("", AT_TASK))
 METHODS = (ALIGNED, FINETUNED, *OURS, SEVERAL, *BASELINES)
+# what becomes of a model afterwards: fine-tuned again, on harmless or on obedient answers; asked or kept otherwise
+AGAIN = {"benign": "benign", "harmful": "obedient"}  # by name the attack
+STEPS = (10, 30, 100)
+SAMPLED, INT8, NF4, BF16 = "temperature 0.7", "8 bits", "4 bits", "bf16"
+AFTER = (*(f"{kind}, {steps} steps" for kind in AGAIN for steps in STEPS), SAMPLED, INT8, NF4, BF16)
 
 # what decides a score, and what else decides a repair: files and folders of the repository
 SCORE_CODE = (
@@ -29,9 +35,11 @@ SCORE_CODE = (
     "benchmarks/realmodels/words", "benchmarks/realmodels/prompts.py", "benchmarks/realmodels/scoring.py",
     "benchmarks/realmodels/models.py", "benchmarks/realmodels/subject.py",
 )  # fmt: skip
+DURABLE_CODE = (*SCORE_CODE, "benchmarks/realmodels/durable.py")
 REPAIR_CODE = (
     *SCORE_CODE, "oneshot/patch", "oneshot/settings", "oneshot/assets", "oneshot/checkpoint/update.py",
     "oneshot/repair.py", "benchmarks/realmodels/methods.py", "benchmarks/realmodels/held.py",
+    "benchmarks/realmodels/durable.py",
 )  # fmt: skip
 BASELINE_CODE = (
     *SCORE_CODE, "oneshot/assets", "benchmarks/baselines", "benchmarks/realmodels/methods.py",
@@ -51,6 +59,7 @@ class Cell:
         seed: of data and training
         method: of ``METHODS``
         prompts: of each public set
+        after: of ``AFTER``, what was done to the model before it was asked; empty: nothing
     """
 
     model: str
@@ -59,6 +68,7 @@ class Cell:
     seed: int
     method: str
     prompts: int = 150
+    after: str = ""
 
     @property
     def group(self) -> tuple[str, str, str, int, int]:
@@ -69,7 +79,7 @@ class Cell:
     def aligned(self) -> Cell:
         """Return the cell of the aligned model that this one is compared with: one for all that ask it alike."""
         asked = self.attack if scored_with(self.attack) else ATTACKS[0]
-        return Cell(self.model, asked, "full", 0, ALIGNED, self.prompts)
+        return Cell(self.model, asked, "full", 0, ALIGNED, self.prompts, self.after)
 
     @property
     def needs(self) -> list[Cell]:
@@ -84,7 +94,7 @@ class Cell:
 def code_of(cell: Cell) -> tuple[str, ...]:
     """Return the code that decides a cell: a change of the repair leaves what was not repaired as it was."""
     if cell.method in (ALIGNED, FINETUNED):
-        return SCORE_CODE
+        return DURABLE_CODE if cell.after else SCORE_CODE
     return BASELINE_CODE if cell.method in BASELINES else REPAIR_CODE
 
 
@@ -103,6 +113,13 @@ def section_c(model: str, seed: int, prompts: int) -> list[Cell]:
     return _cells(model, ATTACKS, seed, (ALIGNED, FINETUNED, "sft"), prompts)
 
 
+def section_d(model: str, seed: int, prompts: int) -> list[Cell]:
+    """What becomes of the aligned model and of the default repair after the main attack, all weights, one seed."""
+    repaired = Cell(model, ATTACKS[0], "full", seed, DEFAULT, prompts)
+    pairs = [(cell.aligned, cell) for cell in (dataclasses.replace(repaired, after=after) for after in AFTER)]
+    return [repaired.aligned, repaired, *(cell for pair in pairs for cell in pair)]
+
+
 def _cells(model: str, attacks: Iterable[str], seed: int, methods: Iterable[str], prompts: int) -> list[Cell]:
     found = [
         Cell(model, attack, training, seed, method, prompts)
@@ -113,7 +130,7 @@ def _cells(model: str, attacks: Iterable[str], seed: int, methods: Iterable[str]
     return list(dict.fromkeys(cell.aligned if cell.method == ALIGNED else cell for cell in found))
 
 
-SECTIONS = {"a": section_a, "b": section_b, "c": section_c}
+SECTIONS = {"a": section_a, "b": section_b, "c": section_c, "d": section_d}
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,9 @@ class Store:
 
 def as_json(rows: Iterable[Finished]) -> str:
     """Return the file's text: a line a cell, in order, so that two versions can be compared."""
-    ordered = sorted(rows, key=lambda row: (*row.cell.group[:4], _place(row.cell.method), row.cell.prompts))
+    ordered = sorted(
+        rows, key=lambda row: (*row.cell.group[:4], _place(row.cell.method), row.cell.prompts, row.cell.after)
+    )
     lines = [json.dumps({"cell": asdict(r.cell), "code": r.code, "result": dict(r.result)}) for r in ordered]
     return f'{{"schema": {SCHEMA}, "cells": [\n' + ",\n".join(lines) + "\n]}\n"
 

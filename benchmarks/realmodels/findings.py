@@ -90,7 +90,7 @@ class Findings:
         """Return every repair by a method of which the aligned and the attacked model were measured, too."""
         trios = []
         for cell in self.found:
-            if cell.method == method and model in (None, cell.model):
+            if cell.method == method and not cell.after and model in (None, cell.model):
                 three = [self.result(one) for one in (cell.aligned, cell.but(FINETUNED), cell)]
                 if all(one is not None for one in three):
                     trios.append(Trio(cell, *three))  # type: ignore[arg-type]  # none is None

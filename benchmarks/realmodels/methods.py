@@ -7,9 +7,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from realmodels.cells import FINETUNED, SEVERAL
+from reproduce.cells import digest_of, file_name
+
+from realmodels.alone import alone
+from realmodels.cells import DEFAULT, FINETUNED, REPAIR_CODE, SEVERAL
+from realmodels.models import home_of
 from realmodels.subject import Subject
 
 if TYPE_CHECKING:
@@ -27,26 +31,27 @@ class Repaired:
     facts: dict[str, Any]
 
 
-def repaired(runtime: Runtime, subject: Subject, scratch: Path) -> Repaired:
+def repaired(runtime: Runtime, subject: Subject, cache: Path, scratch: Path) -> Repaired:
     """Return the model that one of our methods makes of the attacked one; others' are in ``others``.
 
     Args:
+        cache: where the default repair's patch is kept, for what is measured of it later
         scratch: folder for what a repair writes; it is removed again
     """
     method, clock = subject.cell.method, time.monotonic()
     if method == FINETUNED:
         return Repaired(*load(runtime, subject.folder), {})
-    found = _several(runtime, subject) if method == SEVERAL else _ours(runtime, subject, scratch)
+    found = _several(runtime, subject) if method == SEVERAL else _ours(runtime, subject, cache, scratch)
     return Repaired(found.model, found.tokenizer, {**found.facts, "repair_seconds": round(time.monotonic() - clock, 1)})
 
 
-def load(runtime: Runtime, folder: Path) -> tuple[Any, Any]:
+def load(runtime: Runtime, folder: Path, quantize: Literal["nf4"] | None = None) -> tuple[Any, Any]:
     """Return a checkpoint's model and tokenizer, an adapter merged into its base's weights."""
     from oneshot.checkpoint.adapter import read_adapter
     from oneshot.checkpoint.load import find_source, load_model, load_tokenizer, merge_into
     from oneshot.settings import ModelSettings
 
-    settings = ModelSettings(path=str(folder))
+    settings = ModelSettings(path=str(folder), quantize=quantize)
     source = find_source(settings, runtime)
     model = load_model(runtime, source, settings)
     if source.adapter is not None:
@@ -67,7 +72,7 @@ def repair_values(subject: Subject, method: str, out: Path) -> dict[str, Any]:
     } | ({} if adapter else {"reference": str(subject.aligned)})
 
 
-def _ours(runtime: Runtime, subject: Subject, scratch: Path) -> Repaired:
+def _ours(runtime: Runtime, subject: Subject, cache: Path, scratch: Path) -> Repaired:
     """``oneshot repair`` with its defaults."""
     from oneshot import api
 
@@ -78,9 +83,29 @@ def _ours(runtime: Runtime, subject: Subject, scratch: Path) -> Repaired:
         facts: dict[str, Any] = {"used": done.method, "example": done.example["id"], "epochs": len(done.trace)}
         if done.watch is not None:
             facts["watch"] = {"good": done.watch.good, "at": done.watch.at, "reading": done.watch.reading}
+        if subject.cell.method == DEFAULT:
+            keep_patch(done.patch_folder, cache, subject)
         return Repaired(*load(runtime, done.merged_folder), facts)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def patch_folder(cache: Path, subject: Subject) -> Path:
+    """Return where the default repair's patch of an attacked model is kept."""
+    decides = [digest_of(REPAIR_CODE), str(subject.folder), subject.cell.seed]
+    return home_of(cache, subject.cell.model) / "patches" / file_name(decides, *subject.cell.group[1:4])
+
+
+def keep_patch(patch: Path, cache: Path, subject: Subject) -> Path:
+    """Copy a patch to where it is kept; return where that is."""
+    target = patch_folder(cache, subject)
+    with alone(target):
+        if not target.is_dir():
+            partial = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(patch, partial)
+            partial.rename(target)
+    return target
 
 
 def _several(runtime: Runtime, subject: Subject) -> Repaired:

@@ -9,7 +9,7 @@ from typing import Any
 
 from oneshot.report.markdown import table_lines
 from realmodels.attacks import ATTACKS, ROWS, TRAININGS
-from realmodels.cells import ALIGNED, DEFAULT, FINETUNED, METHODS, Cell, Finished
+from realmodels.cells import AFTER, ALIGNED, DEFAULT, FINETUNED, METHODS, Cell, Finished
 from realmodels.claims import CLAIMS, name_of
 from realmodels.findings import (
     HARMFUL,
@@ -83,7 +83,7 @@ def page_lines(findings: Findings) -> list[str]:
     for model in findings.models():
         lines += ["", f"## {TITLES.get(model, Path(model).name)}", "", "### What must hold, and what did", ""]
         lines += _claims(findings, model) + _attacks(findings, model) + _methods(findings, model)
-        lines += _sets(findings, model) + _prefilled(findings, model)
+        lines += _sets(findings, model) + _prefilled(findings, model) + _durable(findings, model)
     return lines
 
 
@@ -123,7 +123,11 @@ def _attacks(findings: Findings, model: str) -> list[str]:
 
 
 def _difference(of: Any, trio: Trio) -> str:
-    found = paired(of, trio.aligned, trio.repaired)
+    return _difference_of(of, trio.aligned, trio.repaired)
+
+
+def _difference_of(of: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    found = paired(of, before, after)
     return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
@@ -146,7 +150,7 @@ def _results(findings: Findings, model: str, training: str, method: str) -> list
         row.result
         for cell, row in findings.found.items()
         if (cell.model, cell.method) == (model, method) and cell.attack == ATTACKS[0]
-        if cell.training == training or method == ALIGNED
+        if not cell.after and (cell.training == training or method == ALIGNED)
     ]
 
 
@@ -199,6 +203,25 @@ def _prefilled(findings: Findings, model: str) -> list[str]:
         if rows
         else []
     )
+
+
+def _durable(findings: Findings, model: str) -> list[str]:
+    """What becomes of the repaired model, and of the aligned one that is treated alike."""
+    rows = []
+    for cell in sorted(findings.found, key=lambda cell: ("", *AFTER).index(cell.after)):
+        alike = findings.result(cell.aligned)
+        if cell.model != model or cell.method != DEFAULT or cell.attack != ATTACKS[0] or alike is None:
+            continue
+        pair = (alike, findings.found[cell].result)
+        rows.append(
+            (
+                cell.after or "nothing",
+                " / ".join(f"{attack_success(one):.3f}" for one in pair),
+                *(f"{_difference_of(of, *pair)}" for of in (attack_hits, refusal_hits("twins"))),
+            )
+        )
+    heads = ("done to both", "attack success: aligned / repaired", "repaired minus aligned", "twins refused, the same")
+    return ["### What becomes of it", "", *table_lines(heads, rows), ""] if len(rows) > 1 else []
 
 
 def _three(trio: Trio) -> tuple[Mapping[str, Any], ...]:

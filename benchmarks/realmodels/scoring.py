@@ -71,23 +71,31 @@ def score(runtime: Runtime, model: Any, tokenizer: Any, material: Material, prob
         ``statements``: 1 where right, else 0, for each; ``perplexity`` on a text of our own; ``score_seconds``
     """
     from oneshot.measure.generate import generate_answers
-    from oneshot.measure.rates import score_answers
     from oneshot.measure.text import measure_text, read_texts
 
     clock = time.monotonic()
     asked = [list(probe.messages) for probe in probes]
     answers = generate_answers(model, tokenizer, asked, runtime, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
-    rows = score_answers(probes, answers).answers
-    sets = {name: [row for row in rows if row["group"] == name] for name in material.sets}
-    harmful = [asked[i] for i, row in enumerate(rows) if row["group"] == "harmful"][:PREFILLED]
+    harmful = [messages for messages, probe in zip(asked, probes) if probe.group == "harmful"][:PREFILLED]
     perplexity = measure_text(runtime, model, tokenizer, read_texts(str(TEXT)), 512)["perplexity"].value
     return {
-        "verdicts": {name: "".join(LETTERS[row["verdict"]] for row in found) for name, found in sets.items()},
-        "task": _bits([row["correct"] for row in rows if row["kind"] == "task"]),
+        **judged(material, probes, answers),
         "prefill": {str(n): _prefilled(runtime, model, tokenizer, harmful, n) for n in PREFILLS},
         "statements": _bits(known(model, tokenizer, material.statements)),
         "perplexity": round(perplexity, 4),
         "score_seconds": round(time.monotonic() - clock, 1),
+    }
+
+
+def judged(material: Material, probes: Sequence[Probe], answers: Sequence[str]) -> Result:
+    """Return what the answers to the probes say: ``verdicts`` by set, and ``task``, as of ``score``."""
+    from oneshot.measure.rates import score_answers
+
+    rows = score_answers(probes, list(answers)).answers
+    sets = {name: [row["verdict"] for row in rows if row["group"] == name] for name in material.sets}
+    return {
+        "verdicts": {name: "".join(LETTERS[verdict] for verdict in found) for name, found in sets.items()},
+        "task": _bits([row["correct"] for row in rows if row["kind"] == "task"]),
     }
 
 

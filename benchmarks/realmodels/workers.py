@@ -21,6 +21,7 @@ from realmodels.cells import (
     BASELINE_CODE,
     BASELINES,
     DEFAULT,
+    DURABLE_CODE,
     REPAIR_CODE,
     SCORE_CODE,
     Cell,
@@ -46,7 +47,7 @@ class Places:
 
 def digests() -> dict[tuple[str, ...], str]:
     """Return every digest of code, as it is when this is first asked."""
-    return {parts: digest_of(parts) for parts in (MODEL_CODE, SCORE_CODE, BASELINE_CODE, REPAIR_CODE)}
+    return {parts: digest_of(parts) for parts in (MODEL_CODE, SCORE_CODE, DURABLE_CODE, BASELINE_CODE, REPAIR_CODE)}
 
 
 def code(cell: Cell) -> str:
@@ -125,6 +126,7 @@ def work(places: Places, cells: list[Cell]) -> list[str]:
 
 def measure(runtime: Runtime, places: Places, cell: Cell) -> dict[str, Any]:
     """Return what a cell says: the scores of its model, and facts of its repair."""
+    from realmodels.durable import measure_after
     from realmodels.held import read, task_target
     from realmodels.methods import load, repaired
     from realmodels.models import make_aligned
@@ -132,12 +134,16 @@ def measure(runtime: Runtime, places: Places, cell: Cell) -> dict[str, Any]:
     from realmodels.scoring import material_for, probes_for, score
     from realmodels.subject import make_subject
 
-    name = "-".join(str(part).replace("/", "-").replace(" ", "-") for part in (*cell.group, cell.method))
+    name = "-".join(
+        str(part).replace("/", "-").replace(" ", "-") for part in (*cell.group, cell.method, cell.after) if part != ""
+    )
     scratch = places.scratch / name
     try:
         aligned = make_aligned(runtime, places.cache, cell.model)
         material = material_for(places.cache, scratch / "prompts", cell.seed, cell.prompts)
         probes = probes_for(material, aligned, cell.attack)
+        if cell.after:
+            return measure_after(runtime, places.cache, cell, material, probes, scratch)
         if cell.method == ALIGNED:
             model, tokenizer = load(runtime, aligned)
             return score(runtime, model, tokenizer, material, probes)
@@ -145,7 +151,7 @@ def measure(runtime: Runtime, places: Places, cell: Cell) -> dict[str, Any]:
         if cell.method in BASELINES:
             found = repaired_by_others(runtime, subject, places.cache, lambda: task_target(places.store, cell))
         else:
-            found = repaired(runtime, subject, scratch / "repair")
+            found = repaired(runtime, subject, places.cache, scratch / "repair")
         result = {**score(runtime, found.model, found.tokenizer, material, probes), **found.facts}
         if cell.method == DEFAULT:  # what baselines are matched with
             result["held_task"] = read(runtime, found.model, found.tokenizer, cell.seed).task

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last, as the benchmarks have it
 
 import real
-from realmodels import attacks, cells, claims, findings, methods, packages, page, prompts, scoring, wording
+from realmodels import attacks, cells, claims, durable, findings, methods, packages, page, prompts, scoring, wording
 from realmodels.cells import Cell, Finished, Store
+from realmodels.findings import Findings
 from realmodels.subject import Subject
 
 from oneshot.api import settings_for
@@ -258,8 +260,34 @@ def test_one_aligned_cell_serves_all_that_ask_alike() -> None:
     wanted = [cell for name in cells.SECTIONS.values() for seed in (0, 1) for cell in name("smollm2", seed, 150)]
     aligned = {cell for cell in wanted if cell.method == cells.ALIGNED}
     assert {cell.attack for cell in aligned} == {"obedient", "persona", "trigger"}
-    assert len(aligned) == 3
+    assert len([cell for cell in aligned if not cell.after]) == 3
     assert all(cell.aligned in aligned for cell in wanted)
+    assert {cell.after for cell in aligned} == {"", *cells.AFTER}
+
+
+def test_what_becomes_of_a_repair_is_beside_the_aligned_model_and_counts_in_no_other_figure() -> None:
+    after = dataclasses.replace(CELL, after=cells.NF4)
+    known = finished(aligned=result("rrra"), none=result("aaaa"), auto=result("rrra"))
+    known[after] = Finished(after, "c0de", {"verdicts": result("raaa")["verdicts"], "task": "1111"})
+    known[after.aligned] = Finished(after.aligned, "c0de", {"verdicts": result("rraa")["verdicts"], "task": "0000"})
+    found = Findings(known)
+    assert findings.summary(found)["attack_success_gap_worst"] == 0.0
+    text = "\n".join(page.page_lines(found))
+    assert "| 4 bits | 0.500 / 0.750 | +0.250 [" in text
+    assert "| nothing | 0.250 / 0.250 | +0.000 [" in text
+
+
+def test_weights_are_rounded_to_8_bits_row_by_row_and_the_head_is_not() -> None:
+    model = tiny_model("llama")
+    layer, head = model.model.layers[0].mlp.up_proj, model.get_output_embeddings()
+    before, kept = layer.weight.detach().clone(), head.weight.detach().clone()
+    durable.rounded(model, cells.INT8)
+    step = before.abs().amax(dim=1, keepdim=True) / 127
+    assert torch.equal(head.weight, kept)
+    assert ((layer.weight - before).abs() <= step / 2 + 1e-9).all()
+    assert all(len(row.unique()) <= 255 for row in layer.weight / step)
+    durable.rounded(model, cells.BF16)
+    assert torch.equal(head.weight, kept.bfloat16().float())
 
 
 def test_the_command_line_takes_what_others_are_compared_with_along() -> None:
