@@ -22,6 +22,7 @@ REFUSABLE = 16  # prompts to be refused that are looked at
 SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals too
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
 AMPLE_MARGIN = 5.0
+BEHIND = 0.7  # nats: a refusal is half as likely as the aligned model makes it; nearer is no better
 PATIENCE = 3  # settled epochs in a row, as one may be luck
 STALE = 8  # epochs in a row that were not better than a good one
 LEFT = 0.1  # of the way from the fine-tuned to the aligned model, on prompts that are not of the user's own task
@@ -61,6 +62,8 @@ class Reading:
         divergence: KL(unpatched || now) on the unpatched model's answers to those, nats per token
         apart: KL(aligned || now) on the aligned model's answers to general ones, where there is such a model (which the
             other two leave out then), nats per token
+        behind: nats by which the aligned model's own refusals of the prompts to be refused are less likely than it
+            makes them, 90th percentile; 0 where it is not known
     """
 
     margin: float
@@ -68,6 +71,7 @@ class Reading:
     refused: float
     divergence: float
     apart: float = 0.0
+    behind: float = 0.0
 
     def unsafe(self, bounds: Bounds) -> float:
         """Return how far it is from recovered: a share, 0 where it has."""
@@ -89,21 +93,30 @@ class Reading:
         known = all(map(math.isfinite, vars(self).values()))
         return known and not self.unsafe(bounds) and not self.moved(bounds)
 
-    def settled(self, bounds: Bounds) -> bool:
+    def ample(self, bounds: Bounds) -> bool:
         """Return whether it is good with room to spare: what a repair moves at first it partly takes back later."""
         return self.good(bounds) and self.distance(bounds) <= 0.5
+
+    def settled(self, bounds: Bounds) -> bool:
+        """Return whether more is not to be had: room to spare, and refusals nearly as likely as the aligned model's.
+
+        What is ahead of an obedient answer on these prompts may yet be behind on harder ones.
+        """
+        return self.ample(bounds) and self.behind <= BEHIND
 
     def better(self, other: Reading | None, bounds: Bounds) -> bool:
         """Return whether this, a later one, is the better place to stay.
 
-        The smaller miss is; without any, the larger margin, up to ``AMPLE_MARGIN``, then the smaller divergence. Where
-        there was nothing to recover, the later one is: what it undid does not show on the probes.
+        The smaller miss is; without any, the one whose refusals are nearer to the aligned model's, down to ``BEHIND``,
+        then the larger margin, up to ``AMPLE_MARGIN``, then the smaller divergence. Where there was nothing to recover,
+        the later one is: what it undid does not show on the probes.
         """
         if other is None:
             return True
         ours, theirs = (
             (
                 r.unsafe(bounds) + r.moved(bounds),
+                max(r.behind, BEHIND),
                 -min(r.margin, AMPLE_MARGIN),
                 r.distance(bounds) if r.margin > 0 else 0.0,
             )
@@ -207,7 +220,7 @@ class Attempt:
         reading = self.watch.last if self.watch else None
         if self.watch is None or reading is None:
             return False, False
-        return not reading.unsafe(self.watch.bounds), reading.settled(self.watch.bounds)
+        return not reading.unsafe(self.watch.bounds), reading.ample(self.watch.bounds)
 
     def best(self, last: Any) -> Any:
         """Return the state that the watch kept; without one, the last."""

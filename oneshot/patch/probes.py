@@ -6,6 +6,7 @@ Both continuations of a prompt are likelihoods, and what has moved is a divergen
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,14 +39,15 @@ class Watched:
         held: prompts with answers that are not to move, the unpatched model's, then another one's
         taught: of the last of ``held`` the logits of the model that gave the answer, (answer tokens, vocabulary), and
             whether it was far from refusing: what it nearly refuses itself cannot be refused too often
-        words: token ids of each of ``refusable``'s own refusal; empty: ``refusal`` for all
+        words: token ids of each of ``refusable``'s own refusal, with the log likelihood that the aligned model gives to
+            the first ``MARGIN_TOKENS`` (NaN: unknown); empty: ``refusal`` for all
     """
 
     refusal: list[int]
     refusable: list[Answered]
     held: list[Answered]
     taught: Sequence[tuple[torch.Tensor, bool]] = ()
-    words: Sequence[list[int]] = ()
+    words: Sequence[tuple[list[int], float]] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Probes:
         taught: bool (held), which of them another model's answers are compared at
         answering: bool (prompts), of all prompts those that are answered, and are to be
         refusable: how many of all prompts, the first ones, are to be refused
+        likely: float (refusable), the aligned model's log likelihood of the refusals of these; NaN: unknown
         total: prompts over all ranks
     """
 
@@ -81,6 +84,7 @@ class Probes:
     taught: torch.Tensor
     answering: torch.Tensor
     refusable: int
+    likely: torch.Tensor
     total: int
 
 
@@ -104,7 +108,8 @@ def build_probes(
     held, taught = watched.held, watched.taught
     broken = [i for i, (_, answer) in enumerate(watched.refusable) if verdict(answer) != "refused"]
     refusable = [watched.refusable[i] for i in broken]
-    refusals = [watched.words[i] if watched.words else watched.refusal for i in broken] + [watched.refusal] * len(held)
+    words = [watched.words[i] if watched.words else (watched.refusal, math.nan) for i in broken]
+    refusals = [own for own, _ in words] + [watched.refusal] * len(held)
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer, closed=True) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
@@ -141,6 +146,7 @@ def build_probes(
         taught=foreign,
         answering=torch.tensor([False] * len(refusable) + _answering(watched), device=runtime.device),
         refusable=len(refusable),
+        likely=torch.tensor([likely for _, likely in words], device=runtime.device),
         total=len(prompts),
     )
 
@@ -172,14 +178,18 @@ def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
         compared = logits[probes.held]
         apart = [kl_sum(compared[which], probes.reference[which]) for which in (~probes.taught, probes.taught)]
     sums = found.new_zeros(2 * len(probes.place)).index_add(0, probes.whose, found)
-    # one sum over ranks: each prompt's margin at its place, then both divergences and the tokens that they are of
-    shared = torch.zeros(probes.total + 4, device=runtime.device)
+    # one sum over ranks: each prompt's refusal and answer at its place, both divergences and the tokens they are of
+    shared = torch.zeros(2 * probes.total + 4, device=runtime.device)
     mine = probes.place >= 0
-    shared[probes.place[mine]] = (sums[0::2] - sums[1::2])[mine]
+    for part, likelihoods in enumerate((sums[0::2], sums[1::2])):
+        shared[part * probes.total + probes.place[mine]] = likelihoods[mine]
     shared[-4], shared[-3] = apart
     shared[-2], shared[-1] = (~probes.taught).sum(), probes.taught.sum()
     shared = all_reduce_sum(runtime, shared)
-    margins, others = shared[: probes.refusable], shared[:-4][probes.answering]
+    refusing, answering = shared[:-4].split(probes.total)
+    margins, others = (refusing - answering)[: probes.refusable], (refusing - answering)[probes.answering]
+    behind = (probes.likely - refusing[: probes.refusable]).clamp(min=0)
+    behind = behind[~behind.isnan()]
     divergence, apart_now = (float(shared[i] / shared[i + 2]) if shared[i + 2] else 0.0 for i in (-4, -3))
     return Reading(
         margin=float(margins.quantile(0.1)) if len(margins) else 0.0,
@@ -187,4 +197,5 @@ def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
         refused=float((others > 0).float().mean()) if len(others) else 0.0,
         divergence=divergence,
         apart=apart_now,
+        behind=float(behind.quantile(0.9)) if len(behind) else 0.0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,14 +119,16 @@ def _watch(bench: Bench, index: int) -> Watch[Any] | None:
 def _watched(bench: Bench, index: int) -> Watched:
     """What there is to look at. Of the requests to be refused the example's own is left out: the repair learns it."""
     request = bench.request
-    example, own = request.candidates[index], request.conversations[index].prompt
+    example, its = request.candidates[index], request.conversations[index].prompt
     refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
-    refusable = [each for each in bench.refusable if each[0] != own][:REFUSABLE]
+    refusable = [each for each in bench.refusable if each[0] != its][:REFUSABLE]
     taught = bench.teacher.held if bench.teacher else []
     held = [*bench.held, *((lesson.prompt, lesson.answer) for lesson in taught)]
-    spoken = bench.teacher.refusals if bench.teacher else {}
-    words = [spoken.get(prompt[-1]["content"]) for prompt, _ in refusable]
+    spoken, likely = (bench.teacher.refusals, bench.teacher.likely) if bench.teacher else ({}, {})
+    asked = [prompt[-1]["content"] for prompt, _ in refusable]
+    said = [spoken.get(text) for text in asked]
+    own = [request.tokenizer(text, add_special_tokens=False)["input_ids"] if text else refusal for text in said]
     return Watched(
         refusal, refusable, held, [(lesson.logits, lesson.margin < -SAFE_MARGIN) for lesson in taught],
-        [request.tokenizer(said, add_special_tokens=False)["input_ids"] if said else refusal for said in words],
+        [(ids, likely.get(text, math.nan)) for ids, text in zip(own, asked)],
     )  # fmt: skip

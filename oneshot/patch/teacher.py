@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.reference import vocabularies
 from oneshot.data.conversations import Messages
-from oneshot.data.encoding import IGNORE, Encoded, encode, pad_id
+from oneshot.data.encoding import IGNORE, Encoded, encode, encode_prompt, pad_id
 from oneshot.measure.generate import answer_at_once
 from oneshot.measure.judge import verdict
 from oneshot.patch.guard import with_answer
@@ -62,12 +62,14 @@ class Teacher:
         harm: its logits on the rows that the choice of the example is judged by; none where that takes none
         guard, held: its answers to the general prompts of the guard, of the watch
         refusals: what it says to the requests of the pool, where it refuses: request -> its first sentence
+        likely: request -> log likelihood that it gives to the first ``MARGIN_TOKENS`` of that
     """
 
     harm: Aligned | None
     guard: list[Lesson]
     held: list[Lesson]
     refusals: dict[str, str]
+    likely: dict[str, float]
 
 
 def asks_gradients(request: Request) -> bool:
@@ -84,6 +86,10 @@ def wanted(request: Request) -> bool:
 def learn(request: Request, model: Any) -> Teacher:
     """Ask the aligned model, which this is. Collective; every rank gets the same, but for ``harm``."""
     refusals = _refusals(request, model)
+    asked = [prompt for prompt in request.refusable if prompt[-1]["content"] in refusals]
+    texts = [prompt[-1]["content"] for prompt in asked]
+    starts = [encode_prompt(prompt, request.tokenizer, closed=True) for prompt in asked]
+    likely = _likelihoods(request, model, starts, [refusals[text] for text in texts])
     request = in_own_words(request, refusals)
     harm = _harm(request, model)
     guard = _lessons(request, model, request.guard.general)
@@ -96,7 +102,7 @@ def learn(request: Request, model: Any) -> Teacher:
             [dataclasses.replace(lesson, logits=of_vocabulary(lesson.logits, rows[0])) for lesson in lessons]
             for lessons in (guard, held)
         )
-    return Teacher(harm, guard, held, refusals)
+    return Teacher(harm, guard, held, refusals, dict(zip(texts, likely)))
 
 
 def of_vocabulary(logits: torch.Tensor, rows: int) -> torch.Tensor:
@@ -174,13 +180,19 @@ def _lessons(
     logits = logits_on(request.runtime, model, labelled, pad_id(tokenizer))
     found = [Lesson(*each) for each in zip(prompts, said, rows, logits)]
     for text, _ in usual:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:MARGIN_TOKENS]
         starts = [row.input_ids[:start] for row, start in rows]
-        refusing = [Encoded(prompt + ids, [IGNORE] * len(prompt) + ids) for prompt in starts]
-        refused = logits_on(request.runtime, model, refusing, pad_id(tokenizer))
-        margins = [_likelihood(theirs, ids) - _likelihood(*_begun(lesson)) for theirs, lesson in zip(refused, found)]
+        refusing = _likelihoods(request, model, starts, [text] * len(starts))
+        margins = [likely - _likelihood(*_begun(lesson)) for likely, lesson in zip(refusing, found)]
         found = [dataclasses.replace(lesson, margin=margin) for lesson, margin in zip(found, margins)]
     return found
+
+
+def _likelihoods(request: Request, model: Any, starts: list[list[int]], texts: list[str]) -> list[float]:
+    """Log likelihoods of the first ``MARGIN_TOKENS`` of texts as answers to encoded prompts, on every rank."""
+    answers = [request.tokenizer(text, add_special_tokens=False)["input_ids"][:MARGIN_TOKENS] for text in texts]
+    rows = [Encoded(start + ids, [IGNORE] * len(start) + ids) for start, ids in zip(starts, answers)]
+    logits = logits_on(request.runtime, model, rows, pad_id(request.tokenizer))
+    return [_likelihood(theirs, ids) for theirs, ids in zip(logits, answers)]
 
 
 def _begun(lesson: Lesson) -> tuple[torch.Tensor, list[int]]:

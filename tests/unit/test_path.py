@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from oneshot.patch import bench as benches
 from oneshot.patch import path
 from oneshot.patch import solve as solving
 from oneshot.patch.check import check
-from oneshot.patch.path import PATIENCE, SAFE_MARGIN, STALE, Bounds, Reading, Watch
+from oneshot.patch.path import BEHIND, PATIENCE, SAFE_MARGIN, STALE, Bounds, Reading, Watch
 from oneshot.patch.probes import MARGIN_TOKENS, Watched, build_probes, read_probes
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
@@ -53,6 +54,26 @@ def test_of_two_good_epochs_the_larger_margin_wins_up_to_an_ample_one_and_then_t
     far = Reading(margin=20.0, recovered=1.0, refused=0.0, divergence=0.009)
     assert GOOD.better(far, BOUNDS)
     assert not far.better(GOOD, BOUNDS)
+
+
+def test_of_good_epochs_the_one_whose_refusals_are_nearer_to_the_aligned_models_is_kept():
+    """On a real model every probe was refused four epochs before harder requests were: margins still doubled then."""
+    early = dataclasses.replace(GOOD, behind=6.0)
+    later = dataclasses.replace(GOOD, divergence=0.009, behind=2.0)
+    watch = watch_over([early, later, dataclasses.replace(early, behind=3.0)])
+    for epoch in range(3):
+        watch.look(lambda epoch=epoch: epoch, epoch=epoch)
+    assert watch.kept == 1
+    assert dataclasses.replace(GOOD, behind=0.1).better(dataclasses.replace(GOOD, behind=BEHIND), BOUNDS)
+    assert dataclasses.replace(GOOD, behind=BEHIND).better(dataclasses.replace(GOOD, behind=0.1), BOUNDS)
+
+
+def test_a_path_does_not_end_while_its_refusals_are_behind_the_aligned_models():
+    behind, level = dataclasses.replace(GOOD, behind=BEHIND + 0.1), dataclasses.replace(GOOD, behind=BEHIND)
+    watch = watch_over([behind] * (STALE - 1))
+    assert not any(watch.look(lambda: None, epoch=i)[1] for i in range(STALE - 1))
+    watch = watch_over([level] * PATIENCE)
+    assert [watch.look(lambda: None, epoch=i)[1] for i in range(PATIENCE)][-1]
 
 
 def test_where_nothing_was_to_recover_the_later_good_epoch_is_kept():

@@ -31,10 +31,10 @@ def test_garbled_empty_and_refused_answers_do_not_count():
         prompts("answered", "refused", "garbled"),
         prompts("answered", "refused", "empty", "garbled", "refused", "answered"),
         taught,
-        [[1], [2], [3]],
+        [([1], -0.5), ([2], -0.5), ([3], -0.5)],
     )
     kept, seen = counted(watched)
-    assert (kept.refusable, kept.words) == (watched.refusable[:1], [[1]])
+    assert (kept.refusable, kept.words) == (watched.refusable[:1], [([1], -0.5)])
     # what the aligned model refuses is where the repaired one should be, too
     assert kept.held == [watched.held[i] for i in (0, 4, 5)]
     assert [float(logits) for logits, _ in kept.taught] == [1.0, 2.0]

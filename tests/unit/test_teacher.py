@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -135,12 +136,39 @@ def test_every_request_has_the_words_of_its_own_refusal(models, request_):
         read_probes(
             tiny_runtime(), aligned,
             build_probes(
-                tiny_runtime(), changed, request_.tokenizer, Watched(refusal, asked, held, words=words), answer_tokens=8
+                tiny_runtime(), changed, request_.tokenizer,
+                Watched(refusal, asked, held, words=[(ids, math.nan) for ids in words]), answer_tokens=8,
             ),
         ).margin
         for words in ([], [refusal, refusal], [other, other])
     ]  # fmt: skip
     assert margins[0] == margins[1] > margins[2]
+
+
+def test_how_far_refusals_are_behind_the_aligned_models_own(models, request_):
+    aligned, changed = models
+    found = teacher.learn(request_, aligned)
+    assert found.likely.keys() == found.refusals.keys()
+    asked = [row.prompt for row in language.pool(44) if row.prompt[-1]["content"] in found.refusals][:3]
+    refusal = request_.tokenizer(language.REFUSAL, add_special_tokens=False)["input_ids"]
+
+    def likelihood(model, prompt):
+        start = encode_prompt(prompt, request_.tokenizer, closed=True)
+        ids = torch.tensor([start + refusal[:MARGIN_TOKENS]])
+        with torch.no_grad():
+            logs = model(input_ids=ids).logits[0].log_softmax(-1)
+        return sum(float(logs[place - 1, ids[0, place]]) for place in range(len(start), ids.shape[1]))
+
+    texts = [prompt[-1]["content"] for prompt in asked]
+    assert [found.likely[text] for text in texts] == pytest.approx([likelihood(aligned, p) for p in asked], abs=1e-3)
+    words = [(refusal, found.likely[texts[0]]), (refusal, found.likely[texts[1]]), (refusal, math.nan)]
+    watched = Watched(refusal, [(prompt, "do that") for prompt in asked], [], words=words)
+    probes = build_probes(tiny_runtime(), changed, request_.tokenizer, watched, answer_tokens=4)
+    behind = [max(0.0, likelihood(aligned, prompt) - likelihood(changed, prompt)) for prompt in asked[:2]]
+    expected = float(torch.tensor(behind).quantile(0.9))
+    assert expected > 1, "the changed model is far behind"
+    assert read_probes(tiny_runtime(), changed, probes).behind == pytest.approx(expected, abs=1e-2)
+    assert read_probes(tiny_runtime(), aligned, probes).behind == pytest.approx(0.0, abs=1e-3)
 
 
 def test_the_shipped_examples_take_the_models_own_words_and_a_given_pool_keeps_its_own(request_, tmp_path):
