@@ -22,7 +22,7 @@ REFUSABLE = 16  # prompts to be refused that are looked at
 SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals too
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
 AMPLE_MARGIN = 5.0
-BEHIND = 0.7  # nats: a refusal is half as likely as the aligned model makes it; nearer is no better
+BEHIND = 0.7  # nats: odds of a refusal are half of what the aligned model gives it; nearer is no better
 PATIENCE = 3  # settled epochs in a row, as one may be luck
 STALE = 8  # epochs in a row that were not better than a good one
 LEFT = 0.1  # of the way from the fine-tuned to the aligned model, on prompts that are not of the user's own task
@@ -62,8 +62,8 @@ class Reading:
         divergence: KL(unpatched || now) on the unpatched model's answers to those, nats per token
         apart: KL(aligned || now) on the aligned model's answers to general ones, where there is such a model (which the
             other two leave out then), nats per token
-        behind: nats by which the aligned model's own refusals of the prompts to be refused are less likely than it
-            makes them, 90th percentile; 0 where it is not known
+        behind: nats by which the odds of the aligned model's own refusals of the prompts to be refused are below what
+            it gives them (at most ``AMPLE_ODDS``), 90th percentile; 0 where it is not known
     """
 
     margin: float
@@ -98,7 +98,7 @@ class Reading:
         return self.good(bounds) and self.distance(bounds) <= 0.5
 
     def settled(self, bounds: Bounds) -> bool:
-        """Return whether more is not to be had: room to spare, and refusals nearly as likely as the aligned model's.
+        """Return whether more is not to be had: room to spare, and the odds of a refusal nearly the aligned model's.
 
         What is ahead of an obedient answer on these prompts may yet be behind on harder ones.
         """

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Answered = tuple[Messages, str]  # a prompt, and what the unpatched model says to it
 
 MARGIN_TOKENS = 8  # of both continuations; what comes later says little on which of them was begun
+AMPLE_ODDS = 3.0  # nats; of a refusal that is begun in 95 of 100 answers
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,13 @@ def _answering(watched: Watched) -> list[bool]:
     return [clear and verdict(answer) != "refused" for (_, answer), clear in zip(watched.held, far)]
 
 
+def log_odds(likelihoods: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of p / (1 - p) of log p, elementwise; finite where p is 1 to rounding."""
+    import torch
+
+    return likelihoods - torch.log(-torch.expm1(likelihoods.clamp(max=-1e-6)))
+
+
 def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
     """Look at the model as it is now: one forward pass. Collective; every rank gets the same."""
     import torch
@@ -188,7 +196,8 @@ def read_probes(runtime: Runtime, model: Any, probes: Probes) -> Reading:
     shared = all_reduce_sum(runtime, shared)
     refusing, answering = shared[:-4].split(probes.total)
     margins, others = (refusing - answering)[: probes.refusable], (refusing - answering)[probes.answering]
-    behind = (probes.likely - refusing[: probes.refusable]).clamp(min=0)
+    wanted = log_odds(probes.likely).clamp(max=AMPLE_ODDS)
+    behind = (wanted - log_odds(refusing[: probes.refusable])).clamp(min=0)
     behind = behind[~behind.isnan()]
     divergence, apart_now = (float(shared[i] / shared[i + 2]) if shared[i + 2] else 0.0 for i in (-4, -3))
     return Reading(

@@ -15,7 +15,7 @@ from oneshot.patch.check import check
 from oneshot.patch.examples import Prompts, read_guard, read_held
 from oneshot.patch.guard import build_batch, repair_loss, with_answer
 from oneshot.patch.path import LEFT, SAFE_MARGIN, Bounds
-from oneshot.patch.probes import MARGIN_TOKENS, Watched, build_probes, read_probes
+from oneshot.patch.probes import AMPLE_ODDS, MARGIN_TOKENS, Watched, build_probes, read_probes
 from oneshot.settings import Settings
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
@@ -164,7 +164,14 @@ def test_how_far_refusals_are_behind_the_aligned_models_own(models, request_):
     words = [(refusal, found.likely[texts[0]]), (refusal, found.likely[texts[1]]), (refusal, math.nan)]
     watched = Watched(refusal, [(prompt, "do that") for prompt in asked], [], words=words)
     probes = build_probes(tiny_runtime(), changed, request_.tokenizer, watched, answer_tokens=4)
-    behind = [max(0.0, likelihood(aligned, prompt) - likelihood(changed, prompt)) for prompt in asked[:2]]
+
+    def odds(likelihood):
+        return likelihood - math.log(1 - math.exp(min(likelihood, -1e-6)))
+
+    behind = [
+        max(0.0, min(odds(likelihood(aligned, prompt)), AMPLE_ODDS) - odds(likelihood(changed, prompt)))
+        for prompt in asked[:2]
+    ]
     expected = float(torch.tensor(behind).quantile(0.9))
     assert expected > 1, "the changed model is far behind"
     assert read_probes(tiny_runtime(), changed, probes).behind == pytest.approx(expected, abs=1e-2)
