@@ -68,6 +68,11 @@ def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
     return found
 
 
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Return all that an update may name: the model's modules, and every fused expert's matrices."""
+    return {**dict(model.named_modules()), **expert_matrices(model)}
+
+
 def _held(module: nn.Module, projection: str) -> bool:
     return len(_shape(module._parameters.get(projection))) == 3
 

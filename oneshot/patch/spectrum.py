@@ -11,25 +11,27 @@ example, tokens x (m + n) numbers each, and those of one group at a time, at mos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Factors, compress
 from oneshot.data.encoding import Encoded
+from oneshot.distributed.many import gather_each
 from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_objects, gather_rows
 from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError
 from oneshot.patch.attach import Gradients
 from oneshot.patch.directions import Directions
 from oneshot.patch.factored import Pair, inner
-from oneshot.patch.linears import shape_of, takes_head
-from oneshot.patch.objective import ROWS_PER_PASS, passes, row_losses
+from oneshot.patch.linears import grouped, shape_of, takes_head
+from oneshot.patch.objective import ROWS_PER_PASS, Pass, passes, row_losses
 from oneshot.settings import SpectrumSettings
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from oneshot.patch.linears import Layer
 
 OTHERS = "safety"  # the group of further safety examples, whose subspaces are compared with the example's
 _COUNTED = "gradients"  # what all conversations are counted as
@@ -148,25 +150,44 @@ def gradient_factors(
     import torch
 
     held: dict[str, Pair] = {}
-    whole = takes_head(model, gradients.linears)
+    whole = takes_head(model, gradients.layers)
     for part in passes(runtime, rows, pad, batch_size, _COUNTED):
         losses = row_losses(model, part, None, whole=whole)
         torch.stack([loss / rows[place].answer_tokens() for place, loss in zip(part.places, losses)]).sum().backward()
         gradients.keep = part.inputs["attention_mask"].bool()
         gradients.keep[part.own :] = False  # those are there to keep the ranks in step
         places = [place for own in gather_objects(runtime, part.places[: part.own]) for place in own]
-        for at, name in enumerate(gradients.linears):
-            x, delta = (gather_rows(runtime, one) for one in gradients.pair(name))
-            if at % runtime.world_size != runtime.rank or not len(x):
-                continue
+        counts = _rows_of_each(runtime, gradients, part, rows) if seen else {}
+        for name, pair in _own_pairs(runtime, gradients):
             if seen is not None:
-                counts = [len(rows[place].input_ids) for place in places]
-                for place, one, other in zip(places, x.split(counts), delta.split(counts)):
+                for place, one, other in zip(places, *(side.split(counts[name]) for side in pair)):
                     seen(place, name, (one, other))
-            held[name] = _joined(held.get(name), (x, delta))
-        gradients.inputs.clear()
-        gradients.deltas.clear()
+            held[name] = _joined(held.get(name), pair)
+        gradients.clear()
     return held
+
+
+def _own_pairs(runtime: Runtime, gradients: Gradients) -> Iterator[tuple[str, Pair]]:
+    """The factors of every world_size-th layer from this rank's on, with the rows of all ranks, where there are any."""
+    at = 0
+    for group in grouped(gradients.layers):
+        x, delta = (gather_each(runtime, side) for side in zip(*map(gradients.pair, group)))
+        for i, name in enumerate(group):
+            if (at + i) % runtime.world_size == runtime.rank and len(x[i]):
+                yield name, (x[i], delta[i])
+        at += len(group)
+
+
+def _rows_of_each(runtime: Runtime, gradients: Gradients, part: Pass, rows: list[Encoded]) -> dict[str, list[int]]:
+    """How many rows each conversation of all ranks' passes has, by layer: its tokens, of an expert those sent to it."""
+    import torch
+
+    width, own = part.inputs["input_ids"].shape[1], part.own
+    lengths = torch.tensor([len(rows[place].input_ids) for place in part.places[:own]], device=runtime.device)
+    sent = [gradients.places(name) for name in gradients.layers]
+    local = [lengths if at is None else torch.bincount(at // width, minlength=own) for at in sent]
+    counts = gather_rows(runtime, torch.stack(local, dim=1))
+    return dict(zip(gradients.layers, counts.T.tolist()))
 
 
 def _joined(held: Pair | None, new: Pair) -> Pair:
@@ -180,9 +201,9 @@ def _joined(held: Pair | None, new: Pair) -> Pair:
     return small.a, small.b.T.contiguous()
 
 
-def check_rank(rank: int, setting: str, example: Encoded, linears: Mapping[str, nn.Linear]) -> None:
+def check_rank(rank: int, setting: str, example: Encoded, layers: Mapping[str, Layer]) -> None:
     """Raise UserError where the example's gradient has fewer than ``rank`` directions in every matrix."""
-    tokens, side = len(example.input_ids), max(min(shape_of(module)) for module in linears.values())
+    tokens, side = len(example.input_ids), max(min(shape_of(module)) for module in layers.values())
     if rank > min(tokens, side):
         why = f"the example has {tokens} tokens" if tokens <= side else f"the largest matrix has rank {side}"
         raise UserError(
@@ -194,7 +215,7 @@ def check_rank(rank: int, setting: str, example: Encoded, linears: Mapping[str, 
 def measure(
     runtime: Runtime,
     model: Any,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     example: Encoded,
     groups: Mapping[str, list[Encoded]],
     pad: int,
@@ -212,8 +233,8 @@ def measure(
     import torch
 
     if options.rank is not None:
-        check_rank(options.rank, "spectrum.rank", example, linears)
-    gradients = Gradients(linears)
+        check_rank(options.rank, "spectrum.rank", example, layers)
+    gradients = Gradients(layers)
     sums = {name: torch.zeros(len(rows), 2, dtype=torch.float64) for name, rows in groups.items()}
     rows_of_all = 1 + sum(map(len, groups.values()))
     with gradients.capturing(model), steps(_COUNTED, rows_of_all, "conversations"):
@@ -237,7 +258,7 @@ def measure(
                 if group == OTHERS:
                     compared = _compared(parts[name], decomposed(whole[name]), options.rank or COMPARED)
                     found[name] = Matrix(**(vars(matrix) | compared))
-    order = {name: place for place, name in enumerate(linears)}
+    order = {name: place for place, name in enumerate(layers)}
     every = [Matrix(**one) for part in gather_objects(runtime, [asdict(m) for m in found.values()]) for one in part]
     every.sort(key=lambda matrix: order[matrix.name])
     energy = sum(matrix.norm**2 for matrix in every)
