@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.files import TensorEntry, list_tensors
+from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import Range
 from oneshot.checkpoint.manifest import Pieces, read_pieces
 from oneshot.checkpoint.ranges import Read, read_all
-from oneshot.checkpoint.traced import Loading, Traced, trace_loading
+from oneshot.checkpoint.traced import Loading, Segment, Traced, trace_loading, whole
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -41,48 +40,77 @@ class Stored:
     loading: Loading
 
 
-def open_stored(model: PreTrainedModel, folder: Path) -> Stored:
-    """Return a folder's tensors as those of ``model``, which may be on the meta device or partitioned.
+def open_stored(folder: Path, model: Any = None) -> Stored:
+    """Return what a folder holds, as the tensors of a model.
+
+    Args:
+        model: on any device, also partitioned; none: every tensor is by its stored name
 
     Raises:
         UserError: as ``list_tensors`` and ``read_pieces``
     """
     tensors = list_tensors(folder)
-    loading = trace_loading(model, {name: entry.shape for name, entry in tensors.items()})
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    loading = Loading(whole(shapes), {}, []) if model is None else trace_loading(model, shapes)
     return Stored(folder, tensors, read_pieces(folder, tensors), loading)
 
 
-def traced(stored: Stored, name: str, shape: tuple[int, ...]) -> Traced:
-    """Return the ranges that a tensor of the model is, having checked its shape.
+def parts_of(stored: Stored, name: str) -> Traced:
+    """Return the ranges that a tensor of the model is.
 
     Raises:
-        UserError: the checkpoint lacks it, holds it in another shape, or in a form that is no list of ranges
+        UserError: the checkpoint lacks it, or holds it in a form that is no list of ranges
     """
-    found = stored.loading.made.get(name)
-    if found is None and (reason := stored.loading.reasons.get(name)) is not None:
-        raise UserError(f"{stored.folder} cannot be read tensor by tensor: of {name}, {reason}.")
+    found, reason = stored.loading.made.get(name), stored.loading.reasons.get(name)
+    if found is None and reason is not None:
+        raise UserError(f"{stored.folder} holds no ranges of {name}, as {reason}: save it with transformers again.")
+    if found is None and (other := find_weight(stored.tensors, name.removesuffix(".weight"))) is not None:
+        return whole({other: stored.tensors[other].shape})[other]
     if found is None:
-        raise UserError(f"{stored.folder} holds no weight for {name}: is it a checkpoint of the same architecture?")
-    if found.shape != shape:
-        raise UserError(
-            f"{stored.folder} holds {name} of shape {list(found.shape)} where the model's is {list(shape)}: give a "
-            "checkpoint of the same architecture."
-        )
+        of = name.removesuffix(".weight")
+        raise UserError(f"{stored.folder} holds no weight for {of}: is it a checkpoint of the same architecture?")
     return found
 
 
-def range_reads(stored: Stored, name: str, wanted: Range, out: torch.Tensor) -> list[Read]:
-    """Return the reads that fill ``out`` with a range of one of the model's tensors.
+def matrix_in(stored: Stored, name: str, target: Any) -> Traced:
+    """Return the ranges that a target's matrix is: of a linear layer (m, n), of an expert as its parameter holds it.
 
     Args:
-        wanted: elements of the model's tensor, flattened
+        target: an ``ExpertMatrix``, or a linear layer named ``name``
+
+    Raises:
+        UserError: as ``parts_of``; or the experts are others than the model's
+    """
+    if not isinstance(target, ExpertMatrix):
+        return parts_of(stored, f"{name}.weight")
+    held = parts_of(stored, target.parameter)
+    own, shape = expert_range(target)
+    if held.shape[1:] != shape or own.stop > math.prod(held.shape):
+        raise UserError(
+            f"{stored.folder} holds {target.parameter} of shape {list(held.shape)}, where an expert's matrix in the "
+            f"model is {list(shape)}: give a checkpoint of the same architecture."
+        )
+    return Traced(shape, tuple(held.take(own.start, own.stop)))
+
+
+def expert_range(matrix: ExpertMatrix) -> tuple[Range, tuple[int, int]]:
+    """Return which elements of its parameter an expert's matrix is, and its shape there."""
+    shape = (matrix.out_features, matrix.in_features)
+    numel = math.prod(shape)
+    return Range(matrix.index * numel, (matrix.index + 1) * numel, numel), shape[::-1] if matrix.transposed else shape
+
+
+def range_reads(stored: Stored, parts: Traced, wanted: Range, out: torch.Tensor) -> list[Read]:
+    """Return the reads that fill ``out`` with a range of a tensor.
+
+    Args:
+        wanted: elements of the tensor, flattened
         out: (wanted.size,), as of ``Read``; beyond ``wanted.numel`` it becomes zero
     """
-    found = stored.loading.made[name]
-    segments = list(found.take(wanted.start, wanted.stop))
+    segments = list(parts.take(wanted.start, wanted.stop))
     if not segments:  # an empty partition: a read of nothing, which zeroes the padding
-        last = found.segments[-1]
-        segments = [type(last)(last.name, last.stop, last.stop)]
+        end = parts.segments[-1].stop
+        segments = [Segment(parts.segments[-1].name, end, end)]
     reads, at = [], 0
     for number, segment in enumerate(segments, 1):
         numel = segment.stop - segment.start
@@ -94,29 +122,24 @@ def range_reads(stored: Stored, name: str, wanted: Range, out: torch.Tensor) -> 
     return reads
 
 
-def expert_range(matrix: ExpertMatrix) -> tuple[Range, tuple[int, int]]:
-    """Return which elements of its parameter an expert's matrix is, and their shape there."""
-    shape = (matrix.out_features, matrix.in_features)
-    numel, begin = math.prod(shape), matrix.index * math.prod(shape)
-    return Range(begin, begin + numel, numel), shape[::-1] if matrix.transposed else shape
+def read_matrix(stored: Stored, name: str, target: Any) -> torch.Tensor:
+    """Return a target's matrix (m, n) as it multiplies, fp32, on the CPU.
 
-
-def read_expert(stored: Stored, matrix: ExpertMatrix) -> torch.Tensor:
-    """Return one expert's matrix (out, in), fp32, on the CPU.
+    Args:
+        target: as of ``matrix_in``
 
     Raises:
-        UserError: as ``traced``, or as ``read_in_order``
+        UserError: as ``matrix_in`` and ``read_in_order``
     """
     import torch
 
-    wanted, shape = expert_range(matrix)
-    traced(stored, matrix.parameter, _whole(matrix))
-    values = torch.empty(wanted.numel)
-    read_all(range_reads(stored, matrix.parameter, wanted, values))
-    return values.view(shape).T.contiguous() if matrix.transposed else values.view(shape)
+    parts = matrix_in(stored, name, target)
+    numel = math.prod(parts.shape)
+    values = torch.empty(numel)
+    read_all(range_reads(stored, parts, Range(0, numel, numel), values))
+    return as_it_multiplies(values.view(parts.shape), target)
 
 
-def _whole(matrix: ExpertMatrix) -> tuple[int, ...]:
-    """Shape of the parameter that holds all experts' matrices."""
-    parameter: Any = getattr(matrix.module, matrix.projection)
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def as_it_multiplies(values: torch.Tensor, target: Any) -> torch.Tensor:
+    """Return a matrix, as a parameter holds it, as (m, n)."""
+    return values.T.contiguous() if isinstance(target, ExpertMatrix) and target.transposed else values

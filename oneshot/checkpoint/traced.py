@@ -51,7 +51,7 @@ class Traced:
             yield Segment(segment.name, start + shift, end + shift)
             start, at = end, at + 1
 
-    # what transformers' operations ask of a tensor; of what is not here no range is made
+    # what transformers' operations ask of a tensor; what asks for more has no ranges
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,6 +81,11 @@ class Traced:
 
     def chunk(self, chunks: int, dim: int = 0) -> list[Traced]:
         return _split(self, -(-self.shape[dim] // chunks), dim)
+
+
+def whole(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Traced]:
+    """Return tensors of these names and shapes as ranges of themselves."""
+    return {name: Traced(tuple(shape), (Segment(name, 0, math.prod(shape)),)) for name, shape in shapes.items()}
 
 
 def _joined(shape: tuple[int, ...], segments: Iterable[Segment]) -> Traced:
@@ -166,20 +171,20 @@ def trace_loading(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]])
 
     transforms = get_model_conversion_mapping(model)
     converters = {p: t for t in transforms if isinstance(t, WeightConverter) for p in t.source_patterns}
-    own = set(model.state_dict(keep_vars=True))
+    own = dict.fromkeys(model.state_dict(keep_vars=True), True)
     made: dict[str, Traced] = {}
     merged: dict[str, Any] = {}
+    stored = whole(shapes)
     for key in sorted(shapes, key=dot_natural_key):
         target, pattern = _renamed(key, transforms, model.base_model_prefix, own)
-        traced = Traced(tuple(shapes[key]), (Segment(key, 0, math.prod(shapes[key])),))
         if target not in own:
             continue
         if pattern is None:
-            made.setdefault(target, traced)
+            made.setdefault(target, stored[key])
             continue
         if target not in merged:
             merged[target] = deepcopy(converters[pattern])
-        merged[target].add_tensor(target, key, pattern, traced)
+        merged[target].add_tensor(target, key, pattern, stored[key])
     reasons: dict[str, str] = {}
     for target, converter in merged.items():
         try:
@@ -193,16 +198,15 @@ def trace_loading(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]])
     return Loading(made, reasons, [transform for transform in transforms if transform.was_used()])
 
 
-def _renamed(key: str, transforms: list[Any], prefix: str, own: set[str]) -> tuple[str, str | None]:
+def _renamed(key: str, transforms: list[Any], prefix: str, own: dict[str, bool]) -> tuple[str, str | None]:
     """What ``from_pretrained`` calls a stored tensor, and which converter's pattern it matches."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    known = dict.fromkeys(own, True)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    target, pattern = rename_source_key(key, renamings, converters, prefix, known)
+    target, pattern = rename_source_key(key, renamings, converters, prefix, own)
     if target not in own and key in own:
-        target, pattern = rename_source_key(key, [], [], prefix, known)
+        target, pattern = rename_source_key(key, [], [], prefix, own)
     return target, pattern
 
 
@@ -214,9 +218,8 @@ def trace_saving(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    whole = {name: Traced(tuple(s), (Segment(name, 0, math.prod(s)),)) for name, s in shapes.items()}
     try:
-        stored: Any = revert_weight_conversion(model, cast(Any, whole))
+        stored: Any = revert_weight_conversion(model, cast(Any, whole(shapes)))
     except Exception as error:  # as in loading
         raise NotImplementedError(str(error) or type(error).__name__) from error
     return dict(stored)
