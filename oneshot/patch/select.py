@@ -21,7 +21,7 @@ from oneshot.data.encoding import Encoded
 from oneshot.distributed.many import gather_each
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import attached_update, counted, streamed
-from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
+from oneshot.patch.factored import Pair, add_routed, inner, inner_rows, squared_norms, summary
 from oneshot.patch.guard import RepairBatch, with_example
 from oneshot.patch.halving import Trial, halve, ranked, rungs, short_list, standing
 from oneshot.patch.linears import grouped, shape_of, takes_head
@@ -137,10 +137,9 @@ def target_factors(
         for group in grouped(layers):  # in one order on all ranks, reached by this rank's rows or not
             m, n = shape_of(layers[group[0]])
             none = kind.new_zeros(0, n), kind.new_zeros(0, m)
-            own = [found.pop(name, none) for name in group]
-            xs = gather_each(runtime, [x.contiguous() for x, _ in own])
-            deltas = gather_each(runtime, [delta.contiguous() for _, delta in own])
-            for name, pair in zip(group, zip(xs, deltas)):
+            mine = [found.pop(name, none) for name in group]
+            sides = [gather_each(runtime, [pair[side].contiguous() for pair in mine]) for side in (0, 1)]
+            for name, pair in zip(group, zip(*sides)):
                 if len(pair[0]):
                     add(name, pair)
     return found
@@ -168,7 +167,7 @@ def first_order(
         ) -> None:  # fmt: skip
             kind = torch.promote_types(x.dtype, torch.float32)
             if places is not None:
-                _add_experts(sums, (x.to(kind), delta.to(kind)), places // (tokens // rows), target.get(name))
+                add_routed(sums, (x.to(kind), delta.to(kind)), places // (tokens // rows), target.get(name))
                 return
             if x.shape[:-1].numel() != tokens:
                 return  # behind a router: which of these tokens are whose is not known
@@ -186,21 +185,6 @@ def first_order(
             table[2, place] = shares[i].detach()
     products, squares, losses = all_reduce_sum(runtime, table)
     return products.tolist(), squares.sqrt().tolist(), losses.tolist()
-
-
-def _add_experts(sums: torch.Tensor, pair: Pair, owners: torch.Tensor, target: Pair | None) -> None:
-    """Add an expert's share to each conversation's inner product with the target and its squared norm, (2, rows).
-
-    Args:
-        pair: the tokens that were sent to it, of all conversations
-        owners: int64 (tokens,), whose they are
-    """
-    x, delta = pair
-    if target is not None:
-        products = ((x @ target[0].T).double() * (delta @ target[1].T).double()).sum(dim=1)
-        sums[0].index_add_(0, owners, products)
-    squares = (x @ x.T).double() * (delta @ delta.T).double() * (owners[:, None] == owners)
-    sums[1].index_add_(0, owners, squares.sum(dim=1))
 
 
 def draw(count: int, rule: str, seed: int) -> Chosen | None:

@@ -24,7 +24,8 @@ from oneshot.patch.linears import grouped, shape_of
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
 from oneshot.patch.select import hardest
-from oneshot.patch.spectrum import check_rank, decomposed, gradient_factors
+from oneshot.patch.spectrum import check_rank, decomposed
+from oneshot.patch.summed import gradient_factors
 
 if TYPE_CHECKING:
     from oneshot.patch.bench import Bench

@@ -10,12 +10,12 @@ example, guard and watch was sent are as the fine-tune left them: nothing is kno
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import ExpertMatrix, layers_of
-from oneshot.checkpoint.update import Factors, Update
+from oneshot.checkpoint.experts import ExpertMatrix, named_layers
+from oneshot.checkpoint.update import Update
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import attached
 from oneshot.patch.cost import Cost
@@ -27,15 +27,14 @@ from oneshot.patch.directions import (
     update_factors,
 )
 from oneshot.patch.guard import RepairBatch, alike, noisy_example, repair_loss
-from oneshot.patch.linears import grouped
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
+from oneshot.patch.weighted import Layout, Weighted, layout_of, reach_of
 
 if TYPE_CHECKING:
     import torch
 
     from oneshot.patch.bench import Bench
-    from oneshot.patch.linears import Layer
     from oneshot.patch.recipe import Recipe
 
 # undoing a direction once is not enough where others, that are left out, carry the damage, too; of an adapter none is
@@ -57,7 +56,7 @@ def prepare(bench: Bench) -> dict[str, Directions]:
         return adapter_directions(request.adapter.update, request.runtime.device)
     assert request.reference is not None
     targets, recipe = bench.linears.targets, request.recipe
-    difference = checkpoint_difference(request.source.checkpoint, request.reference, targets)
+    difference = checkpoint_difference(request.source.checkpoint, request.reference, targets, bench.model)
     return shared_directions(request.runtime, targets, recipe.rank, difference, recipe.rank_experts)
 
 
@@ -72,69 +71,11 @@ def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Updat
         "coefficients": sum(len(c) for c in coefficients.values()),
         "energy_of_directions": held / energy if energy else math.nan,
     }
-    known = layers_of(bench.model)
-    if experts := sum(isinstance(known[name], ExpertMatrix) for name in directions):
+    layers = named_layers(bench.model, directions)
+    if experts := sum(isinstance(layer, ExpertMatrix) for layer in layers.values()):
         facts |= {"experts": experts, "experts_not_reached": len(unreached)}
     touched = {name: c for name, c in coefficients.items() if kept or name not in unreached}
     return {name: update_factors(directions[name], 1 - c if kept else -c) for name, c in touched.items()}, facts
-
-
-class Weighted(Mapping[str, Factors]):
-    """The update that adds so much of each direction, of which a matrix's factors are made when first asked for.
-
-    Attributes:
-        made: those that were asked for: of thousands of experts a pass reaches some
-    """
-
-    def __init__(self, directions: dict[str, Directions], layout: Layout, weights: torch.Tensor) -> None:
-        self.made: dict[str, Factors] = {}
-        self._directions, self._layout = directions, layout
-        self._parts = weights.split(layout.sizes)
-
-    def __getitem__(self, name: str) -> Factors:
-        if name not in self.made:
-            part, own = self._layout.places[name]
-            self.made[name] = update_factors(self._directions[name], self._parts[part][own])
-        return self.made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._directions)
-
-    def __len__(self) -> int:
-        return len(self._directions)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where in a vector of all coefficients each matrix's are.
-
-    Attributes:
-        sizes: of the vector's parts: one for each layer, and one for all experts of one parameter, so that autograd
-            takes apart hundreds and not thousands
-        places: matrix -> (number of its part, where in that part its own are)
-        starts: number of a part -> where it starts
-    """
-
-    sizes: list[int]
-    places: dict[str, tuple[int, slice]]
-    starts: list[int]
-
-    def own(self, name: str) -> slice:
-        """Return where in the whole vector a matrix's coefficients are."""
-        part, within = self.places[name]
-        return slice(self.starts[part] + within.start, self.starts[part] + within.stop)
-
-
-def layout_of(layers: Mapping[str, Layer], directions: dict[str, Directions]) -> Layout:
-    """Lay the coefficients of all matrices out in one vector, in the layers' order."""
-    found = Layout([], {}, [])
-    for part, group in enumerate(grouped(layers)):
-        at = 0
-        for name in group:
-            found.places[name] = part, slice(at, at := at + len(directions[name].s))
-        found.starts.append(sum(found.sizes))
-        found.sizes.append(at)
-    return found
 
 
 def learn(
@@ -149,79 +90,58 @@ def learn(
 ) -> Generator[Update, None, tuple[dict[str, torch.Tensor], set[str]]]:
     """Learn the coefficients c from the one example under the guard: a path to name -> (r,), of an adapter in [0, 1].
 
-    With them come the names of experts' matrices that no token was sent to, whose coefficients are 0.
+    With them come the names of experts' matrices that no token was sent to, of which c is 0.
 
     Args:
         recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
             other requests than the example's, such as a backdoor. Its undo is the pull of each coefficient towards 1,
-            times the mean of (1 - c)^2 over what was reached: what neither the example nor the guard minds is undone.
-            It grows while the guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the
-            watch
+            times the mean of (1 - c)^2 over what was reached: what neither example nor guard minds is undone. It grows
+            while the guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the watch
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
     """
     import torch
 
-    known = layers_of(model)
-    changed = {name: known[name] for name in directions}
-    layout = layout_of(changed, directions)
-    unreached = {name for name, layer in changed.items() if isinstance(layer, ExpertMatrix)}
+    changed = named_layers(model, directions)
+    layout = layout_of(changed, {name: len(found.s) for name, found in directions.items()})
     flat = torch.zeros(sum(layout.sizes), device=runtime.device, requires_grad=True)
-    pulled = torch.ones_like(flat, dtype=torch.bool)
-    for name in unreached:
-        pulled[layout.own(name)] = False
+    reach = reach_of(changed, layout, flat)
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
-    highest = OF_ADAPTER if kept else MAX_COEFFICIENT
     generator = torch.Generator().manual_seed(0)
-
-    def update_of(flat: torch.Tensor) -> Weighted:
-        return Weighted(directions, layout, 1 - flat if kept else -flat)
-
+    update_of = partial(_update_of, directions, layout, kept)
     for epoch in range(1, recipe.epochs + 1):
         with attached(changed, update := update_of(flat)):
             loss, kl = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
         attempt.tracer.check(epoch, loss + weight * kl)
-        _mark(runtime, layout, update, unreached, pulled)
-        (undo / runtime.world_size * (1 - flat)[pulled].clamp(min=0).square().mean()).backward()
+        reach.add(runtime, update.made)
+        (undo / runtime.world_size * (1 - flat)[reach.pulled].clamp(min=0).square().mean()).backward()
         if epoch == 1 and loss < LEARNT:
             optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
         assert flat.grad is not None
         flat.grad = all_reduce_sum(runtime, flat.grad)
         optimizer.step()
         optimizer.zero_grad()
-        reached = flat.detach().clamp_(0.0, highest)  # of flat itself: they share memory
+        reached = flat.detach().clamp_(
+            0.0, OF_ADAPTER if kept else MAX_COEFFICIENT
+        )  # of flat itself: they share memory
         with attached(changed, update := update_of(reached)):
             seen, stop = attempt.look(reached.clone, epoch)
-        _mark(runtime, layout, update, unreached, pulled)
-        now = {"undone": reached[pulled].mean().item(), "noise": noise, "weight": weight, **seen}
+        reach.add(runtime, update.made)
+        now = {"undone": reached[reach.pulled].mean().item(), "noise": noise, "weight": weight, **seen}
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
         if stop:
             break
         if batch.held_total:
             undo = _next_undo(undo, kl)
         weight, noise = _steered(attempt, recipe, loss, weight, noise)
-        yield {name: update[name] for name in changed if kept or name not in unreached}
+        yield {name: update[name] for name in changed if kept or name not in reach.missed}
     best = attempt.best(flat.detach())
-    return {name: best[layout.own(name)] for name in changed}, unreached
+    return {name: best[layout.own(name)] for name in changed}, reach.missed
 
 
-def _mark(runtime: Runtime, layout: Layout, update: Weighted, unreached: set[str], pulled: torch.Tensor) -> None:
-    """Take from the unreached experts those that a pass of any rank has asked the update for. Collective.
-
-    Args:
-        pulled: (coefficients,), which ones the pull acts on; theirs are added
-    """
-    import torch
-
-    if not unreached:
-        return
-    order = sorted(unreached)
-    asked = torch.tensor([name in update.made for name in order], dtype=torch.int32, device=runtime.device)
-    for name, count in zip(order, all_reduce_sum(runtime, asked).tolist()):
-        if count:
-            pulled[layout.own(name)] = True
-            unreached.remove(name)
+def _update_of(directions: dict[str, Directions], layout: Layout, kept: bool, flat: torch.Tensor) -> Weighted:
+    return Weighted(directions, layout, 1 - flat if kept else -flat)
 
 
 def _backward(
