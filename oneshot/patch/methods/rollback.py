@@ -122,9 +122,7 @@ def learn(
         flat.grad = all_reduce_sum(runtime, flat.grad)
         optimizer.step()
         optimizer.zero_grad()
-        reached = flat.detach().clamp_(
-            0.0, OF_ADAPTER if kept else MAX_COEFFICIENT
-        )  # of flat itself: they share memory
+        reached = flat.detach().clamp_(0.0, OF_ADAPTER if kept else MAX_COEFFICIENT)  # of flat: they share memory
         with attached(changed, update := update_of(reached)):
             seen, stop = attempt.look(reached.clone, epoch)
         reach.add(runtime, update.made)
