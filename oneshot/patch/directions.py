@@ -6,18 +6,19 @@ at a time, and all get the factors of all.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
-from oneshot.checkpoint.layout import FLOATS, Range, tensor_bytes
-from oneshot.checkpoint.manifest import read_pieces
-from oneshot.checkpoint.ranges import Piece, Read, read_all
+from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range
+from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.reference import other_rows
+from oneshot.checkpoint.segments import Stored, as_it_multiplies, matrix_in, open_stored, range_reads
+from oneshot.checkpoint.traced import Traced
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.distributed.phases import count, phase
 from oneshot.distributed.runtime import Runtime, broadcast
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
-
-Stored = tuple[TensorEntry, str, Sequence[Piece]]  # a tensor in a file, its name, and its checksums
 
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
@@ -111,73 +110,78 @@ def shared_directions(
 
 
 def checkpoint_difference(
-    finetuned: Path, reference: Path, linears: dict[str, Any]
+    finetuned: Path, reference: Path, targets: dict[str, Any], model: Any = None
 ) -> Callable[[str, bool], torch.Tensor | None]:
     """Return (name, mine) -> W_finetuned - W_reference (fp32), read from the checkpoints one matrix at a time.
+
+    Args:
+        targets: name -> linear layer or ``ExpertMatrix``; the two may store experts in different forms
+        model: whose modules these are, on any device, also partitioned; none finds them by stored names alone
 
     Raises:
         UserError: the reference lacks a matrix, or has another shape; checked for all layers before any is read. Or,
             as it is read, a matrix that is not finite
     """
-    ours, theirs = list_tensors(finetuned), list_tensors(reference)
-    checks = read_pieces(finetuned, ours), read_pieces(reference, theirs)
-    pairs: dict[str, tuple[str, str]] = {}
-    for module in linears:
-        mine, other = find_weight(ours, module), find_weight(theirs, module)
-        for found, folder in ((mine, finetuned), (other, reference)):
-            if found is None:
-                raise UserError(f"{folder} holds no weight for {module}: is it a checkpoint of the same architecture?")
-        assert mine is not None
-        assert other is not None
-        for found, entry, folder in ((mine, ours[mine], finetuned), (other, theirs[other], reference)):
-            if entry.dtype not in FLOATS:
-                raise UserError(
-                    f"{folder} holds {found} as {entry.dtype}, quantized: rollback compares full-precision checkpoints."
-                )
-        alike = ours[mine].shape == theirs[other].shape
-        if not alike and not other_rows(mine, ours[mine], theirs[other]):
+    ours, theirs = open_stored(finetuned, model), open_stored(reference, model)
+    pairs: dict[str, tuple[Traced, Traced]] = {}
+    for name, target in targets.items():
+        mine, other = matrix_in(ours, name, target), matrix_in(theirs, name, target)
+        for stored, parts in ((ours, mine), (theirs, other)):
+            _check_floats(stored, parts)
+        if mine.shape != other.shape and not other_rows(f"{name}.weight", mine.shape, other.shape):
             raise UserError(
-                f"The reference {reference} has {other} of shape {list(theirs[other].shape)}, the model has "
-                f"{list(ours[mine].shape)}: give the aligned checkpoint that this model was fine-tuned from."
+                f"The reference {reference} has {other.segments[0].name} of shape {list(other.shape)}, the model has "
+                f"{list(mine.shape)}: give the aligned checkpoint that this model was fine-tuned from."
             )
-        pairs[module] = (mine, other)
+        pairs[name] = mine, other
 
-    def difference(module: str, wanted: bool) -> torch.Tensor | None:
+    def difference(name: str, wanted: bool) -> torch.Tensor | None:
         if not wanted:
             return None
-        mine, other = pairs[module]
+        mine, other = pairs[name]
         with phase("read"):
-            delta = _difference(
-                (ours[mine], mine, checks[0].get(mine, ())), (theirs[other], other, checks[1].get(other, ()))
-            )
-            count(read=sum(tensor_bytes(entry.shape, entry.dtype) for entry in (ours[mine], theirs[other])))
+            delta = _difference((ours, mine), (theirs, other))
+            count(read=_bytes(ours, mine) + _bytes(theirs, other))
         if not math.isfinite(float(delta.norm())):
-            raise UserError(f"{mine} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
-        return delta
+            raise UserError(f"{name} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
+        return as_it_multiplies(delta, targets[name])
 
     return difference
 
 
-def _difference(ours: Stored, theirs: Stored) -> torch.Tensor:
-    """The fp32 difference of two stored tensors, read side by side, in the memory of one and the requests'.
+def _check_floats(stored: Stored, parts: Traced) -> None:
+    for segment in parts.segments:
+        if (dtype := stored.tensors[segment.name].dtype) not in FLOATS:
+            raise UserError(
+                f"{stored.folder} holds {segment.name} as {dtype}, quantized: rollback compares full-precision "
+                "checkpoints."
+            )
+
+
+def _bytes(stored: Stored, parts: Traced) -> int:
+    return sum((s.stop - s.start) * ITEM_SIZES[stored.tensors[s.name].dtype] for s in parts.segments)
+
+
+def _difference(ours: tuple[Stored, Traced], theirs: tuple[Stored, Traced]) -> torch.Tensor:
+    """The fp32 difference of two stored matrices, read side by side, in the memory of one and the requests'.
 
     Zero in rows that the second one lacks.
     """
     import torch
 
-    shape = ours[0].shape
-    common = min(math.prod(entry.shape) for entry in (ours[0], theirs[0]))
+    shape = ours[1].shape
+    common = min(math.prod(parts.shape) for _, parts in (ours, theirs))
     whole = Range(0, common, common)
     every, one_at_a_time = torch.zeros(math.prod(shape)), threading.Lock()
-    delta = every[:common]
 
     def put(sign: int, place: torch.Tensor, values: torch.Tensor) -> None:
         with one_at_a_time:  # the two files' requests for the same elements may come in at once
             place.add_(values, alpha=sign)
 
     read_all(
-        Read(entry, whole, delta, name, pieces, functools.partial(put, sign))
-        for (entry, name, pieces), sign in ((ours, 1), (theirs, -1))
+        dataclasses.replace(read, put=functools.partial(put, sign))
+        for (stored, parts), sign in ((ours, 1), (theirs, -1))
+        for read in range_reads(stored, parts, whole, every[:common])
     )
     return every.view(shape)
 

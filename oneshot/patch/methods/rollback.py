@@ -52,7 +52,7 @@ def prepare(bench: Bench) -> dict[str, Directions]:
         return adapter_directions(request.adapter.update, request.runtime.device)
     assert request.reference is not None
     targets = bench.linears.targets
-    difference = checkpoint_difference(request.source.checkpoint, request.reference, targets)
+    difference = checkpoint_difference(request.source.checkpoint, request.reference, targets, bench.model)
     return shared_directions(request.runtime, targets, request.recipe.rank, difference)
 
 
