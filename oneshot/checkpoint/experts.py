@@ -85,5 +85,7 @@ def _held(module: nn.Module, projection: str) -> bool:
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of a parameter, partitioned (ZeRO-3) or not."""
-    return () if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Shape of a parameter, partitioned (ZeRO-3) or not, of one in 4 bits what it had."""
+    if parameter is None:
+        return ()
+    return tuple(getattr(parameter, "unpacked_shape", None) or getattr(parameter, "ds_shape", parameter.shape))

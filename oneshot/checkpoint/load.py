@@ -24,6 +24,7 @@ from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton
 from oneshot.checkpoint.quantized import make_four_bit
 from oneshot.checkpoint.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
 from oneshot.checkpoint.ties import keep_apart
+from oneshot.checkpoint.traced import trace_loading
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
@@ -223,7 +224,8 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     # before the skeleton, whose weights are allocated for a moment: partitions in the holes could not be given back
     give_back_freed_memory(runtime, sum(math.prod(entry.shape) for entry in tensors.values()))
     model = skeleton(source.checkpoint, tensors, dtype, settings.attention, settings.trust_remote_code)
-    reason = why_not(model, tensors)
+    loading = trace_loading(model, {name: entry.shape for name, entry in tensors.items()})
+    reason = why_not(model, tensors, loading)
     if runtime.sharding == "zero3":
         refuse_eight_bit(model.config)
     if reason is not None and source.four_bit:
@@ -233,9 +235,10 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     if reason is None:
         four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
         if runtime.sharding == "zero3":
-            fill_partitions(runtime, model, source.checkpoint, dtype, four_bit)
+            fill_partitions(runtime, model, source.checkpoint, loading, dtype, four_bit)
         else:
-            fill_whole(runtime, model, source.checkpoint, dtype, four_bit)
+            fill_whole(runtime, model, source.checkpoint, loading, dtype, four_bit)
+        model._weight_conversions = loading.conversions  # by which transformers, and we, name what is saved
         return model, model.config
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
         print(f"Loading the stock way: {reason}.", flush=True)
