@@ -265,16 +265,15 @@ def merge_into(runtime: Runtime, model: nn.Module, update: Update) -> None:
 
     from oneshot.distributed.engine import modified
 
-    layers, weights, changes = layers_of(model), dict[int, Any](), dict[int, list[tuple[Any, Factors]]]()
+    layers, changes = layers_of(model), dict[Any, list[tuple[Any, Factors]]]()  # weight -> what is added to it
     for name, factors in update.items():
         check_fits(layers, name, factors)
         layer = layers[name]
         weight = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
-        weights[id(weight)] = weight
-        changes.setdefault(id(weight), []).append((layer, factors))
-    for key, weight in weights.items():
+        changes.setdefault(weight, []).append((layer, factors))
+    for weight, several in changes.items():
         with torch.no_grad(), modified(runtime, weight):  # of fused experts all at once
-            for layer, factors in changes[key]:
+            for layer, factors in several:
                 added = (factors.b @ factors.a).to(weight.device, weight.dtype)
                 if isinstance(layer, ExpertMatrix):
                     weight.data[layer.index] += added.T if layer.transposed else added
