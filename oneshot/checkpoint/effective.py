@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.experts import PROJECTIONS
 from oneshot.checkpoint.files import PICKLED_ADAPTER, read_header
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.checkpoint.scaling import scalings
@@ -28,6 +29,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.weight")
 # what else PEFT stores of a LoRA, by the end of the tensor's name; the last ones are of modules that it saves whole
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # of PEFT's own modules, around the model's
+_PARAMETERS = ("weight", *PROJECTIONS)  # a layer's own weight is as good as the layer; fused experts are read, too
 _ORIGINAL = re.compile(r".+\.original_module\..+")  # of a module that was saved: the base's, which PEFT adds at times
 _ENDS = {
     "magnitude": re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?"),
@@ -107,8 +109,8 @@ def kinds_of(folder: Path) -> Kinds:
     if config.get("alora_invocation_tokens"):
         found.never.append("alora_invocation_tokens")
     fused = config.get("target_parameters") or []
-    if not isinstance(fused, list) or not all(str(name).endswith(".weight") for name in fused):
-        found.by_peft.append("target_parameters")  # a layer's own weight is as good as the layer
+    if not isinstance(fused, list) or not all(str(name).rsplit(".", 1)[-1] in _PARAMETERS for name in fused):
+        found.by_peft.append("target_parameters")
     saved: list[str] = []
     held: set[str] = set()
     for key, entry in tensors.items():

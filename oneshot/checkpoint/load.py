@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.bases import base_of
 from oneshot.checkpoint.configs import read_config, read_tokenizer
+from oneshot.checkpoint.experts import ExpertMatrix, layers_of
 from oneshot.checkpoint.files import (
     is_adapter,
     list_tensors,
@@ -275,20 +276,32 @@ def merge_into(runtime: Runtime, model: nn.Module, update: Update) -> None:
 
     from oneshot.distributed.engine import modified
 
-    modules = dict(model.named_modules())
+    layers, changes = layers_of(model), dict[Any, list[tuple[Any, Factors]]]()  # weight -> what is added to it
     for name, factors in update.items():
-        check_fits(modules, name, factors)
-        weight = modules[name].weight
-        with torch.no_grad(), modified(runtime, weight):
-            weight.data += (factors.b @ factors.a).to(weight.device, weight.dtype)
+        check_fits(layers, name, factors)
+        layer = layers[name]
+        weight = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
+        changes.setdefault(weight, []).append((layer, factors))
+    for weight, several in changes.items():
+        with torch.no_grad(), modified(runtime, weight):  # of fused experts all at once
+            for layer, factors in several:
+                added = (factors.b @ factors.a).to(weight.device, weight.dtype)
+                if isinstance(layer, ExpertMatrix):
+                    weight.data[layer.index] += added.T if layer.transposed else added
+                else:
+                    weight.data += added
 
 
-def check_fits(modules: dict[str, Any], name: str, factors: Factors) -> None:
-    """Raise UserError unless the update of module ``name`` fits the model's module of that name."""
+def check_fits(layers: dict[str, Any], name: str, factors: Factors) -> None:
+    """Raise UserError unless the update of layer ``name`` fits the model's layer of that name.
+
+    Args:
+        layers: as ``layers_of`` returns them
+    """
     from torch import nn
 
-    module = modules.get(name)
-    if not isinstance(module, nn.Linear):
+    module = layers.get(name)
+    if not isinstance(module, (nn.Linear, ExpertMatrix)):
         raise UserError(f"The adapter changes {name}, which is no linear layer of this base model: check the base.")
     shape = (module.out_features, module.in_features)
     if (factors.b.shape[0], factors.a.shape[1]) != shape:

@@ -133,13 +133,25 @@ def read_matrix(stored: Stored, name: str, target: Any) -> torch.Tensor:
     Raises:
         UserError: as ``matrix_in`` and ``read_in_order``
     """
+    return as_it_multiplies(_read(stored, matrix_in(stored, name, target)), target)
+
+
+def read_parameter(stored: Stored, name: str) -> torch.Tensor:
+    """Return a tensor of the model whole, fp32, on the CPU.
+
+    Raises:
+        UserError: as ``parts_of`` and ``read_in_order``
+    """
+    return _read(stored, parts_of(stored, name))
+
+
+def _read(stored: Stored, parts: Traced) -> torch.Tensor:
     import torch
 
-    parts = matrix_in(stored, name, target)
     numel = math.prod(parts.shape)
     values = torch.empty(numel)
     read_all(range_reads(stored, parts, Range(0, numel, numel), values))
-    return as_it_multiplies(values.view(parts.shape), target)
+    return values.view(parts.shape)
 
 
 def as_it_multiplies(values: torch.Tensor, target: Any) -> torch.Tensor:
