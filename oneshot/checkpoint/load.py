@@ -234,6 +234,8 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
         return None, model.config
     if reason is None:
         four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
+        if runtime.is_main and four_bit is not None and four_bit.kept:
+            print(_stays(four_bit.kept, dtype), flush=True)
         if runtime.sharding == "zero3":
             fill_partitions(runtime, model, source.checkpoint, loading, dtype, four_bit)
         else:
@@ -243,6 +245,15 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
         print(f"Loading the stock way: {reason}.", flush=True)
     return None, model.config
+
+
+def _stays(kept: list[str], dtype: torch.dtype) -> str:
+    """What to say of experts that are not read in 4 bits."""
+    return (
+        f"{len(kept)} tensors of fused experts stay in {str(dtype).removeprefix('torch.')}, {kept[0]} for one: in 4 "
+        "bits are those behind transformers' experts interface whose matrices fill whole blocks of 64 weights, read "
+        "from a checkpoint that is not in 4 bits itself."
+    )
 
 
 def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:
