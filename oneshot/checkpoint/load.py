@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.bases import base_of
 from oneshot.checkpoint.configs import read_config, read_tokenizer
+from oneshot.checkpoint.experts import ExpertMatrix, layers_of
 from oneshot.checkpoint.files import (
     is_adapter,
     list_tensors,
@@ -23,6 +24,7 @@ from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton
 from oneshot.checkpoint.quantized import make_four_bit
 from oneshot.checkpoint.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
 from oneshot.checkpoint.ties import keep_apart
+from oneshot.checkpoint.traced import trace_loading
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
@@ -222,7 +224,8 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     # before the skeleton, whose weights are allocated for a moment: partitions in the holes could not be given back
     give_back_freed_memory(runtime, sum(math.prod(entry.shape) for entry in tensors.values()))
     model = skeleton(source.checkpoint, tensors, dtype, settings.attention, settings.trust_remote_code)
-    reason = why_not(model, tensors)
+    loading = trace_loading(model, {name: entry.shape for name, entry in tensors.items()})
+    reason = why_not(model, tensors, loading)
     if runtime.sharding == "zero3":
         refuse_eight_bit(model.config)
     if reason is not None and source.four_bit:
@@ -232,9 +235,10 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     if reason is None:
         four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
         if runtime.sharding == "zero3":
-            fill_partitions(runtime, model, source.checkpoint, dtype, four_bit)
+            fill_partitions(runtime, model, source.checkpoint, loading, dtype, four_bit)
         else:
-            fill_whole(runtime, model, source.checkpoint, dtype, four_bit)
+            fill_whole(runtime, model, source.checkpoint, loading, dtype, four_bit)
+        model._weight_conversions = loading.conversions  # by which transformers, and we, name what is saved
         return model, model.config
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
         print(f"Loading the stock way: {reason}.", flush=True)
@@ -261,20 +265,33 @@ def merge_into(runtime: Runtime, model: nn.Module, update: Update) -> None:
 
     from oneshot.distributed.engine import modified
 
-    modules = dict(model.named_modules())
+    layers, weights, changes = layers_of(model), dict[int, Any](), dict[int, list[tuple[Any, Factors]]]()
     for name, factors in update.items():
-        check_fits(modules, name, factors)
-        weight = modules[name].weight
-        with torch.no_grad(), modified(runtime, weight):
-            weight.data += (factors.b @ factors.a).to(weight.device, weight.dtype)
+        check_fits(layers, name, factors)
+        layer = layers[name]
+        weight = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
+        weights[id(weight)] = weight
+        changes.setdefault(id(weight), []).append((layer, factors))
+    for key, weight in weights.items():
+        with torch.no_grad(), modified(runtime, weight):  # of fused experts all at once
+            for layer, factors in changes[key]:
+                added = (factors.b @ factors.a).to(weight.device, weight.dtype)
+                if isinstance(layer, ExpertMatrix):
+                    weight.data[layer.index] += added.T if layer.transposed else added
+                else:
+                    weight.data += added
 
 
-def check_fits(modules: dict[str, Any], name: str, factors: Factors) -> None:
-    """Raise UserError unless the update of module ``name`` fits the model's module of that name."""
+def check_fits(layers: dict[str, Any], name: str, factors: Factors) -> None:
+    """Raise UserError unless the update of layer ``name`` fits the model's layer of that name.
+
+    Args:
+        layers: as ``layers_of`` returns them
+    """
     from torch import nn
 
-    module = modules.get(name)
-    if not isinstance(module, nn.Linear):
+    module = layers.get(name)
+    if not isinstance(module, (nn.Linear, ExpertMatrix)):
         raise UserError(f"The adapter changes {name}, which is no linear layer of this base model: check the base.")
     shape = (module.out_features, module.in_features)
     if (factors.b.shape[0], factors.a.shape[1]) != shape:

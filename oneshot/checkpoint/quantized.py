@@ -17,6 +17,7 @@ from oneshot.checkpoint.files import TensorEntry, read_tensor
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
 from oneshot.checkpoint.ranges import Read
 from oneshot.checkpoint.scheme import holds_packed, is_stored
+from oneshot.checkpoint.traced import Traced
 from oneshot.distributed.runtime import Runtime, gather_parts
 from oneshot.errors import UserError
 
@@ -45,6 +46,32 @@ class FourBit:
     double: bool
     dtype: torch.dtype
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def takes(self, parameter: str) -> bool:
+        """Return whether a parameter is held in 4 bits."""
+        return parameter.removesuffix(".weight") in self.layers
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's elements of a packed weight.
+
+    Attributes:
+        name: the parameter's
+        parts: where its weights are stored
+        own: range of packed elements
+        out: (own.size,), where they go
+    """
+
+    name: str
+    parts: Traced
+    own: Range
+    out: torch.Tensor
+
+    @property
+    def numel(self) -> int:
+        """Weights of the whole parameter."""
+        return math.prod(self.parts.shape)
 
 
 def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtype, *, double: bool) -> FourBit:
@@ -141,39 +168,39 @@ def as_bytes(read: Read) -> Read:
     )
 
 
-def weights_behind(four_bit: FourBit, read: Read, device: torch.device) -> Read:
-    """Return the read of the weights, in whole blocks, of which a range of packed elements is made on ``device``."""
+def weights_behind(four_bit: FourBit, share: Share, device: torch.device) -> tuple[Range, torch.Tensor]:
+    """Return which weights, in whole blocks, a share of packed elements is made of, and where to read them to."""
     import torch
 
-    numel = math.prod(read.entry.shape)
-    touched, _ = blocks(numel, read.wanted, 2 * four_bit.dtype.itemsize)
-    start, stop = touched.start * BLOCK, min(touched.stop * BLOCK, numel)
-    out = torch.empty(stop - start, dtype=four_bit.dtype, device=device)
-    return replace(read, wanted=Range(start, stop, stop - start), out=out)
+    touched, _ = blocks(share.numel, share.own, 2 * four_bit.dtype.itemsize)
+    start, stop = touched.start * BLOCK, min(touched.stop * BLOCK, share.numel)
+    return Range(start, stop, stop - start), torch.empty(stop - start, dtype=four_bit.dtype, device=device)
 
 
-def pack(four_bit: FourBit, read: Read, weights: Read) -> None:
-    """Fill ``read.out`` with packed elements made of ``weights``; keep the scales of the blocks that begin in it."""
+def pack(four_bit: FourBit, share: Share, values: torch.Tensor) -> None:
+    """Fill ``share.out`` with packed elements made of ``values``, the weights behind it.
+
+    The scales of the blocks that begin in it are kept.
+    """
     import torch
     from bitsandbytes.functional import quantize_4bit
 
-    values = weights.out
-    assert read.out is not None
-    assert values is not None
-    own, size = read.wanted, four_bit.dtype.itemsize
+    own, size = share.own, four_bit.dtype.itemsize
     target = torch.zeros(own.size * size, dtype=torch.uint8, device=values.device)
-    _, mine = blocks(math.prod(read.entry.shape), own, 2 * size)
+    touched, mine = blocks(share.numel, own, 2 * size)
     scales = torch.empty(mine.numel, device=values.device)
-    for begin in range(weights.wanted.start, weights.wanted.stop, _CHUNK):
-        end = min(begin + _CHUNK, weights.wanted.stop)
-        part = values[begin - weights.wanted.start : end - weights.wanted.start]
+    start = touched.start * BLOCK
+    stop = start + len(values)
+    for begin in range(start, stop, _CHUNK):
+        end = min(begin + _CHUNK, stop)
+        part = values[begin - start : end - start]
         packed, state = quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
         low, high = max(begin // 2, own.start * size), min(-(-end // 2), own.stop * size)
         target[low - own.start * size : high - own.start * size] = packed.view(-1)[low - begin // 2 : high - begin // 2]
         first, low = begin // BLOCK, max(begin // BLOCK, mine.start)
         scales[low - mine.start : -(-end // BLOCK) - mine.start] = state.absmax[low - first :]
-    read.out.copy_(target.view(four_bit.dtype))
-    four_bit.scales[read.name.removesuffix(".weight")] = scales
+    share.out.copy_(target.view(four_bit.dtype))
+    four_bit.scales[share.name.removesuffix(".weight")] = scales
 
 
 def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry], *, partitioned: bool) -> None:

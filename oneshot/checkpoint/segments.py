@@ -40,18 +40,20 @@ class Stored:
     loading: Loading
 
 
-def open_stored(folder: Path, model: Any = None) -> Stored:
+def open_stored(folder: Path, model: Any = None, loading: Loading | None = None) -> Stored:
     """Return what a folder holds, as the tensors of a model.
 
     Args:
         model: on any device, also partitioned; none: every tensor is by its stored name
+        loading: of such a model from this folder, where it is known
 
     Raises:
         UserError: as ``list_tensors`` and ``read_pieces``
     """
     tensors = list_tensors(folder)
     shapes = {name: entry.shape for name, entry in tensors.items()}
-    loading = Loading(whole(shapes), {}, []) if model is None else trace_loading(model, shapes)
+    if loading is None:
+        loading = Loading(whole(shapes), {}, []) if model is None else trace_loading(model, shapes)
     return Stored(folder, tensors, read_pieces(folder, tensors), loading)
 
 
@@ -63,7 +65,7 @@ def parts_of(stored: Stored, name: str) -> Traced:
     """
     found, reason = stored.loading.made.get(name), stored.loading.reasons.get(name)
     if found is None and reason is not None:
-        raise UserError(f"{stored.folder} holds no ranges of {name}, as {reason}: save it with transformers again.")
+        raise UserError(f"{stored.folder} cannot be read tensor by tensor, as {reason}: save it again as one that can.")
     if found is None and (other := find_weight(stored.tensors, name.removesuffix(".weight"))) is not None:
         return whole({other: stored.tensors[other].shape})[other]
     if found is None:
@@ -131,13 +133,25 @@ def read_matrix(stored: Stored, name: str, target: Any) -> torch.Tensor:
     Raises:
         UserError: as ``matrix_in`` and ``read_in_order``
     """
+    return as_it_multiplies(_read(stored, matrix_in(stored, name, target)), target)
+
+
+def read_parameter(stored: Stored, name: str) -> torch.Tensor:
+    """Return a tensor of the model whole, fp32, on the CPU.
+
+    Raises:
+        UserError: as ``parts_of`` and ``read_in_order``
+    """
+    return _read(stored, parts_of(stored, name))
+
+
+def _read(stored: Stored, parts: Traced) -> torch.Tensor:
     import torch
 
-    parts = matrix_in(stored, name, target)
     numel = math.prod(parts.shape)
     values = torch.empty(numel)
     read_all(range_reads(stored, parts, Range(0, numel, numel), values))
-    return as_it_multiplies(values.view(parts.shape), target)
+    return values.view(parts.shape)
 
 
 def as_it_multiplies(values: torch.Tensor, target: Any) -> torch.Tensor:

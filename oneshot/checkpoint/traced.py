@@ -193,8 +193,8 @@ def trace_loading(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]])
         except Exception as error:  # whatever an operation does with a tensor that is none
             operations = ", ".join(type(operation).__name__ for operation in converter.operations)
             names = [target.replace(converter.target_patterns[0], each) for each in converter.target_patterns]
-            said = f"transformers makes it of stored tensors by {operations} ({str(error) or type(error).__name__})"
-            reasons |= dict.fromkeys(names, said)
+            said = f"of stored tensors by {operations} ({str(error) or type(error).__name__})"
+            reasons |= {name: f"transformers makes {name} {said}" for name in names}
     return Loading(made, reasons, [transform for transform in transforms if transform.was_used()])
 
 

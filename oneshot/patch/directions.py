@@ -10,27 +10,32 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from oneshot.checkpoint.experts import ExpertMatrix
 from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range
 from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.reference import other_rows
 from oneshot.checkpoint.segments import Stored, as_it_multiplies, matrix_in, open_stored, range_reads
 from oneshot.checkpoint.traced import Traced
 from oneshot.checkpoint.update import Factors, Update
+from oneshot.distributed.many import share_each
 from oneshot.distributed.phases import count, phase
-from oneshot.distributed.runtime import Runtime, broadcast
+from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.steps import each
 from oneshot.errors import UserError
-from oneshot.patch.linears import shape_of
+from oneshot.patch.linears import grouped, shape_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
+
+    from oneshot.patch.linears import Layer
+
+Rank = TypeVar("Rank", int, "int | None")
 
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
@@ -77,36 +82,64 @@ def decompose(delta: torch.Tensor, rank: int, seed: int = 0) -> Directions:
 @phase("decompose")
 def shared_directions(
     runtime: Runtime,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     rank: int,
     delta_of: Callable[[str, bool], torch.Tensor | None],
+    rank_experts: int | None = None,
 ) -> dict[str, Directions]:
     """Decompose one matrix per rank at a time and share the factors: the same on every rank, for any world size.
 
     Args:
         delta_of: (name, mine) -> the (m, n) update; called for every matrix on every rank in the same order, so it
             may be a collective; where the matrix is not this rank's, nothing need be returned
+        rank_experts: directions of an expert's matrix; none: as many as of another
     """
-    import torch
-
     found = {}
-    for i, name in enumerate(each(linears, "update decomposed", "matrices")):
+    for i, (name, layer) in enumerate(each(layers.items(), "update decomposed", "matrices")):
         mine = i % runtime.world_size == runtime.rank
         delta = delta_of(name, mine)
         if mine:
             assert delta is not None
-            found[name] = decompose(delta.to(runtime.device), rank, seed=i)
-    shared = {}
-    for i, (name, module) in enumerate(linears.items()):
-        m, n = shape_of(module)
-        r = min(rank, m, n)
-        flat = torch.empty(m * r + r + r * n + 1, device=runtime.device)
-        if name in found:
-            d = found.pop(name)
-            flat = torch.cat([d.u.flatten(), d.s, d.vt.flatten(), d.s.new_tensor([d.energy])])
-        u, s, vt, energy = broadcast(runtime, flat, i % runtime.world_size).split([m * r, r, r * n, 1])
-        shared[name] = Directions(u.view(m, r), s, vt.view(r, n), float(energy))
+            found[name] = decompose(delta.to(runtime.device), rank_for(layer, rank, rank_experts), seed=i)
+    shared, first = {}, 0
+    for group in grouped(layers):
+        shapes = [shape_of(layers[name]) for name in group]
+        ranks = [min(rank_for(layers[name], rank, rank_experts), *shape) for name, shape in zip(group, shapes)]
+        own = {i: packed(found.pop(name)) for i, name in enumerate(group) if name in found}
+        sizes = [r * (m + n + 1) + 1 for r, (m, n) in zip(ranks, shapes)]
+        for name, shape, r, flat in zip(group, shapes, ranks, share_each(runtime, own, sizes, first)):
+            shared[name] = unpacked(flat, shape, r)
+        first += len(group)
     return shared
+
+
+def rank_for(layer: Layer, rank: Rank, rank_experts: int | None) -> Rank | int:
+    """Return the rank that is meant for a layer: that of experts, if given, for an expert's matrix."""
+    return rank if rank_experts is None or not isinstance(layer, ExpertMatrix) else rank_experts
+
+
+def packed(directions: Directions) -> torch.Tensor:
+    """Return directions as one vector, (r (m + n + 1) + 1,)."""
+    import torch
+
+    d = directions
+    return torch.cat([d.u.flatten(), d.s, d.vt.flatten(), d.s.new_tensor([d.energy])])
+
+
+def leading(directions: Directions, rank: int) -> Directions:
+    """Return the first ``rank`` directions; zeros where there are fewer."""
+    from torch.nn.functional import pad
+
+    d, missing = directions, max(0, rank - len(directions.s))
+    u, s, vt = d.u[:, :rank], d.s[:rank], d.vt[:rank]
+    return Directions(pad(u, (0, missing)), pad(s, (0, missing)), pad(vt, (0, 0, 0, missing)), d.energy)
+
+
+def unpacked(flat: torch.Tensor, shape: tuple[int, int], rank: int) -> Directions:
+    """Return what ``packed`` packed, of a matrix of that shape."""
+    m, n = shape
+    u, s, vt, energy = flat.split([m * rank, rank, rank * n, 1])
+    return Directions(u.view(m, rank), s, vt.view(rank, n), float(energy))
 
 
 def checkpoint_difference(

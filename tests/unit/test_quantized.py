@@ -79,10 +79,9 @@ def test_the_output_head_stays_in_full_precision(tmp_path):
     assert {type(m).__name__ for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)} == {"Linear4bit"}
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
-def test_what_cannot_be_read_in_four_bits_says_why(family, tmp_path):
-    with pytest.raises(UserError, match=r"cannot be read in 4 bits|no linear layer that can be quantized"):
-        load(saved(tiny_model(family), tmp_path), quantize="nf4")
+def test_what_cannot_be_read_in_four_bits_says_why(tmp_path):
+    with pytest.raises(UserError, match="no linear layer that can be quantized"):
+        load(saved(tiny_model("gpt2"), tmp_path), quantize="nf4")
 
 
 def test_a_flipped_bit_is_found_while_it_is_quantized(tmp_path):
