@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from oneshot.patch.linears import Layer
+
 _LOWERED = "factors rounded"
 _CHUNK = 4 << 20  # elements compared at a time
 
@@ -134,17 +136,11 @@ def extracted(
     Raises:
         UserError: the checkpoints have different tensors or shapes, or do not differ
     """
+    layers: dict[str, Layer] = {**wanted.linears, **wanted.experts}
     with agree(runtime, f"comparing {changed} with {base}"):
-        difference = checkpoint_difference(changed, base, {**wanted.linears, **wanted.experts}, wanted.model)
+        difference = checkpoint_difference(changed, base, layers, wanted.model)
         rest = _other_differences(runtime, changed, base, wanted)
-    layers: list[tuple[dict[str, Any], int]] = [
-        (wanted.linears, wanted.rank), (wanted.experts, wanted.rank_experts)
-    ]  # fmt: skip
-    directions = {
-        name: found
-        for some, rank in layers
-        for name, found in shared_directions(runtime, some, rank, difference).items()
-    }
+    directions = shared_directions(runtime, layers, wanted.rank, difference, wanted.rank_experts)
     update: Update = {}
     left: dict[str, Remainder] = {}
     with steps(_LOWERED, len(directions), "matrices"):

@@ -44,8 +44,9 @@ from oneshot.patch.derive import Wanted, extracted, is_exact, lowered, summed
 from oneshot.redact import without_secrets
 from oneshot.report.card import adapter_card, merge_card, write_card
 from oneshot.report.markdown import inline
+from oneshot.settings import RepairSettings
 
-_RANK_EXPERTS = 2  # of an extracted patch, as of a repair
+_RANK_EXPERTS = RepairSettings().rank_experts  # of an extracted patch, as of a repair
 
 
 @dataclass(frozen=True)
