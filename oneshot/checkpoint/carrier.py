@@ -204,6 +204,24 @@ def _single(expert: str, projection: str, factors: Factors, names: Names) -> Ite
         yield f"{expert}.{names.down if projection == DOWN else names.up}", trimmed(factors)
 
 
+def halves(name: str, factors: Factors) -> tuple[Factors, Factors] | None:
+    """Return the factors of an expert's gate and of its up where they share no direction; none where they do.
+
+    An adapter of single experts gives each its own; in it they must stay apart, or neither fits its rank any more.
+
+    Args:
+        name: of the matrix in an update
+    """
+    if not name.endswith(f".{GATED}") or expert_of(name) is None:
+        return None
+    half = factors.b.shape[0] // 2
+    upper, lower = (part.ne(0).any(dim=0) for part in (factors.b[:half], factors.b[half:]))
+    if not bool(upper.any()) or not bool(lower.any()) or bool((upper & lower).any()):
+        return None
+    gate, up = Factors(factors.b[:half], factors.a), Factors(factors.b[half:], factors.a)
+    return trimmed(gate), trimmed(up)
+
+
 def model_path(path: str) -> str:
     """Return the model's name of an experts module that a file of single experts names."""
     model, file = MIXTRAL.ends

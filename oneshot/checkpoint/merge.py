@@ -20,7 +20,8 @@ from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
-from oneshot.checkpoint.merge_plan import Change, MergePlan, Term, plan_merge, shared_out
+from oneshot.checkpoint.merge_experts import Term
+from oneshot.checkpoint.merge_plan import Change, MergePlan, plan_merge, shared_out
 from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
@@ -139,13 +140,13 @@ def _merged(runtime: Runtime, plan: MergePlan, share: list[str]) -> Iterator[tup
     for name in share:
         slot, terms, change = plan.slots[name], plan.terms.get(name), plan.changes.get(name, _UNCHANGED)
         altered = terms is not None or change is not _UNCHANGED
-        row = max(1, math.prod(slot.shape[1:]))
+        row = max(1, slot.shape[-1]) if len(slot.shape) > 1 else 1
         whole = _whole(runtime, plan, name)
         entry, item = plan.tensors[name], ITEM_SIZES[slot.dtype]
         if not altered and whole is None:
             entry = replace(entry, dtype=_COPIED_AS[item])
         rows = math.prod(slot.shape) // row
-        for first, last in _cuts(rows, _PIECE // (row * item)):
+        for first, last in _pieces(rows, _PIECE // (row * item), terms or []):
             start, stop = first * row, last * row
             values = _filled(next(buffers), plan, name, entry, start, stop) if whole is None else whole[start:stop]
             if altered:
@@ -203,8 +204,9 @@ def _alter(rows: torch.Tensor, first: int, terms: list[Term], change: Change) ->
         total = rows[begin:end].to(wide, copy=True)
         own = slice(first + begin, first + end)
         for term in terms:
-            product = term.factors.b[own] @ term.factors.a
-            total += product.mul_(term.scale)  # scaled after the product: PEFT's order, hence its bits
+            if term.first <= own.start and own.stop <= term.first + len(term.factors.b):
+                product = term.factors.b[own.start - term.first : own.stop - term.first] @ term.factors.a
+                total += product.mul_(term.scale)  # scaled after the product: PEFT's order, hence its bits
         if change.added is not None:
             total += change.added[own, None]
         if change.norms is not None:
@@ -220,6 +222,14 @@ def _check_finite(values: torch.Tensor, name: str, dtype: str, base: Path) -> No
             f"{name} holds NaN or infinity after the merge, in {dtype}: check that {base} is finite, and that the "
             "adapter is not too large for it."
         )
+
+
+def _pieces(rows: int, most: int, terms: list[Term]) -> Iterator[tuple[int, int]]:
+    """Cut rows as ``_cuts`` does, and wherever a summand begins or ends: each has a part of it whole, or nothing."""
+    edges = {0, rows, *(edge for term in terms for edge in (term.first, term.first + len(term.factors.b)))}
+    for first, last in itertools.pairwise(sorted(edges)):
+        for start, stop in _cuts(last - first, most):
+            yield first + start, first + stop
 
 
 def _cuts(rows: int, most: int) -> Iterator[tuple[int, int]]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from oneshot.checkpoint.adapter import Adapter
 from oneshot.checkpoint.architecture import Architecture, architecture_of
 from oneshot.checkpoint.beside import Changes, carried
+from oneshot.checkpoint.carrier import expert_of
 from oneshot.checkpoint.dequantize import Packed, packed_weights
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, read_pieces
+from oneshot.checkpoint.merge_experts import Term, expert_terms, experts_in
 from oneshot.checkpoint.update import Factors
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
 from oneshot.errors import UserError
@@ -22,14 +24,6 @@ if TYPE_CHECKING:
 
 _MERGED_COST = 3  # of a tensor that is computed, against one of its size that is copied
 _UNPACKED = "BF16"  # dtype of what bitsandbytes had packed
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of a weight: scale * (b @ a)."""
-
-    factors: Factors
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -131,12 +125,19 @@ def plan_merge(
     shapes = {name: packed[name].shape if name in packed else entry.shape for name, entry in tensors.items()}
     dtypes = {name: _UNPACKED if name in packed else entry.dtype for name, entry in tensors.items()}
     terms: dict[str, list[Term]] = {}
+    experts = None
     for what, added in parts:
         for module, term in added.items():
-            name = _stored_weight(what, module, base, tensors, architecture)
-            terms.setdefault(name, []).append(fitting(what, module, term, name, shapes[name], base, architecture))
-            if dtypes[name] not in FLOATS:
-                raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
+            if expert_of(module):
+                experts = experts or experts_in(base, architecture.model)
+                summands = expert_terms(what, module, term, experts)
+            else:
+                name = _stored_weight(what, module, base, tensors, architecture)
+                summands = [(name, fitting(what, module, term, name, shapes[name], base, architecture))]
+            for name, summand in summands:
+                terms.setdefault(name, []).append(summand)
+                if dtypes[name] not in FLOATS:
+                    raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
     slots, headers = plan_shards(shapes, dtypes, max_bytes)
     quantized = architecture.quantized if through_nf4 else frozenset()
     config = Changes("bfloat16" if packed else None, apart=architecture.untied)

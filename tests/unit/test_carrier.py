@@ -18,6 +18,7 @@ from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices
 from oneshot.checkpoint.injected import check_loads, not_injected, write_loadable
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.errors import UserError
+from oneshot.patch.directions import adapter_directions, update_factors
 from oneshot.patch.linears import select_linears
 
 # model type -> the form that its class in vLLM takes, where PEFT takes it, too
@@ -246,5 +247,11 @@ def test_single_experts_with_factors_of_their_own_for_gate_and_up(tmp_path):
     theirs = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "own").merge_and_unload()
     for parameter, value in theirs.named_parameters():
         assert close(meant.get_parameter(parameter), value, 1e-6), parameter
-    write_repaired_adapter(tmp_path / "new", adapter, {n: Factors(0.5 * f.b, f.a) for n, f in adapter.update.items()})
+    rolled, generator = {}, torch.Generator().manual_seed(6)
+    for name, found in adapter_directions(adapter.update, "cpu").items():
+        exact = update_factors(found, torch.ones(len(found.s)))
+        assert close(product(exact), product(adapter.update[name]))
+        rolled[name] = update_factors(found, torch.rand(len(found.s), generator=generator))
+    write_repaired_adapter(tmp_path / "new", adapter, rolled)
     check_same_form(adapter, tmp_path, model)
+    assert same_products(read_adapter(tmp_path / "new").update, rolled)
