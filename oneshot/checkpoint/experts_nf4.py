@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.experts import PROJECTIONS, fused_experts
@@ -15,6 +16,10 @@ from oneshot.checkpoint.experts import PROJECTIONS, fused_experts
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+# (projection, expert, input (rows, n), output (rows, m), which of the tokens these rows are, int64 (rows,), rising) ->
+# the output to go on with
+At = Callable[[str, int, "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 IMPLEMENTATION = "oneshot_nf4"  # the name by which transformers knows our function
 BLOCK = 64  # weights per scale, as of linear layers
@@ -109,39 +114,67 @@ def _registered() -> str:
 
 
 def forward_one_by_one(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    at: At | None = None,
 ) -> torch.Tensor:
     """Return the experts' weighted sum, (tokens, hidden), as transformers' own functions do; arguments are theirs.
+
+    Only experts that a token is sent to are computed.
 
     Args:
         module: the fused experts, each projection packed or not
         hidden_states: (tokens, hidden)
         top_k_index: int64 (tokens, k), the experts that each token is sent to
         top_k_weights: (tokens, k)
+        at: called at every matrix; its output is the next one's input
     """
     import torch
 
+    tokens, k = top_k_index.shape
+    sent = top_k_index.flatten()
+    order = sent.argsort(stable=True)  # expert after expert
+    counts = torch.bincount(sent, minlength=module.num_experts).tolist()
+    rows = order // k
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    found = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-    for index in top_k_index.unique().tolist():
-        rows, place = torch.where(top_k_index == index)
-        inner = _linear(module, first, index, hidden_states[rows])
+    found = []
+    for index, (x, own) in enumerate(zip(hidden_states[rows].split(counts), rows.split(counts))):
+        if not len(x):
+            continue
+        inner = _linear(module, first, index, x)
+        inner = inner if at is None else at(first, index, x, inner, own)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         y = _linear(module, "down_proj", index, inner)
-        y = module.post_expert_norm(y) if module.has_post_expert_norm else y
-        found = found.index_add(0, rows, (y * top_k_weights[rows, place, None]).to(found.dtype))
-    return found.to(hidden_states.dtype)
+        y = y if at is None else at("down_proj", index, inner, y, own)
+        found.append(module.post_expert_norm(y) if module.has_post_expert_norm else y)
+    weighted = torch.cat(found) * top_k_weights.flatten()[order][:, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    # a token's outputs side by side: added up in one order, whatever the device
+    return weighted[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 def _linear(module: Any, projection: str, index: int, x: torch.Tensor) -> torch.Tensor:
     """One expert's (rows, n) -> (rows, m), with its bias."""
-    y: torch.Tensor = _product().apply(x, getattr(module, projection), index, module.is_transposed)
+    import torch
+
+    parameter = getattr(module, projection)
+    if parameter.requires_grad:
+        y = torch.nn.functional.linear(x, parameter[index].T if module.is_transposed else parameter[index])
+    else:
+        y = _product().apply(x, parameter, index, module.is_transposed)
     return y + getattr(module, f"{projection}_bias")[index] if module.has_bias else y
 
 
 @functools.cache
 def _product() -> Any:
-    """The product with one frozen expert's matrix, of which autograd keeps the parameter and nothing unpacked."""
+    """The product with one frozen expert's matrix, of which autograd keeps the parameter and nothing else.
+
+    What is unpacked would be held until backward, and a view would hold all experts' weights that were gathered for the
+    forward pass (ZeRO-3): they are unpacked, or gathered, for backward again.
+    """
     import torch
 
     class Product(torch.autograd.Function):

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.added import check_fits
 from oneshot.checkpoint.experts import ExpertMatrix, layers_of
-from oneshot.checkpoint.load import check_fits
 from oneshot.checkpoint.update import Factors
 from oneshot.patch.expert_hook import Hook, hooked
 from oneshot.patch.linears import shape_of

@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from oneshot.checkpoint.load import load_model, merge_into
+from oneshot.checkpoint.added import merge_into
+from oneshot.checkpoint.load import load_model
 from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.conversations import Messages
 from oneshot.distributed.engine import TrainingEngine, frozen, start_training
