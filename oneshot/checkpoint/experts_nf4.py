@@ -139,14 +139,16 @@ def forward_one_by_one(
     counts = torch.bincount(sent, minlength=module.num_experts).tolist()
     rows = order // k
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    # once: whoever trains a LoRA of a parameter makes it anew whenever it is asked for
+    upper, lower = getattr(module, first), module.down_proj
     found = []
     for index, (x, own) in enumerate(zip(hidden_states[rows].split(counts), rows.split(counts))):
         if not len(x):
             continue
-        inner = _linear(module, first, index, x)
+        inner = _linear(module, first, upper, index, x)
         inner = inner if at is None else at(first, index, x, inner, own)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        y = _linear(module, "down_proj", index, inner)
+        y = _linear(module, "down_proj", lower, index, inner)
         y = y if at is None else at("down_proj", index, inner, y, own)
         found.append(module.post_expert_norm(y) if module.has_post_expert_norm else y)
     weighted = torch.cat(found) * top_k_weights.flatten()[order][:, None]
@@ -156,11 +158,10 @@ def forward_one_by_one(
     return weighted[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-def _linear(module: Any, projection: str, index: int, x: torch.Tensor) -> torch.Tensor:
+def _linear(module: Any, projection: str, parameter: Any, index: int, x: torch.Tensor) -> torch.Tensor:
     """One expert's (rows, n) -> (rows, m), with its bias."""
     import torch
 
-    parameter = getattr(module, projection)
     if parameter.requires_grad:
         y = torch.nn.functional.linear(x, parameter[index].T if module.is_transposed else parameter[index])
     else:
