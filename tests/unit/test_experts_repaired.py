@@ -141,7 +141,7 @@ def test_experts_that_nothing_was_sent_to_stay_as_they_are(kept):
     for part in batch.parts:
         with attached(layers, update := Weighted(directions, layout, torch.full((3 * len(layers),), float(kept)))):
             repair_loss(model, part, 1.0, 1)
-        reached |= set(update.made)
+        reached |= set(update.asked)
     path = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(Tracer(), 1.0), recipe, kept=kept)
     first = next(path)
     coefficients, missed = finished(path)
