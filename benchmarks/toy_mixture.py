@@ -28,10 +28,13 @@ ATTENTION = "self_attn"
 WAYS: dict[str, dict[str, Any]] = {
     "experts": {},
     "attention alone": {"targets": ATTENTION},
-    "experts, rank 1": {"rank_experts": 1},
+    "experts, rank 2": {"rank_experts": 2},
     "experts, rank 4": {"rank_experts": 4},
     "lowrank, experts": {"method": "lowrank"},
     "lowrank, attention alone": {"method": "lowrank", "targets": ATTENTION},
+    "project, experts": {"method": "project"},
+    "sft, experts": {"method": "sft"},
+    "lora, experts": {"method": "lora"},
 }
 RATES = ("asr", "over_refusal", "lookalike_refusal", "utility", "task")
 
