@@ -6,7 +6,6 @@ weights, as of a linear layer; an expert's matrix fills whole blocks, so that it
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-IMPLEMENTATION = "oneshot_nf4"  # the name by which transformers knows our function
 BLOCK = 64  # weights per scale, as of linear layers
 _NESTED = 256  # scales per second scale
 
 
-def pack_experts(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Module, str]]:
-    """Give fused experts packed parameters, without values, and have the model compute with these.
+def pack_experts(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[Any, str]]:
+    """Give fused experts packed parameters, without values.
 
     Returns:
         parameter's name -> (module, projection), of those whose experts' matrices fill whole blocks
@@ -34,8 +32,6 @@ def pack_experts(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Mod
             if parameter is not None and parameter.dim() == 3 and is_packable(tuple(parameter.shape)):
                 module._parameters[projection] = packed_experts(tuple(parameter.shape), dtype, "meta")
                 found[f"{path}.{projection}"] = (module, projection)
-                config: Any = module.config
-                config._experts_implementation = _registered()
     return found
 
 
@@ -98,64 +94,3 @@ def _scales(state: Any, first: int, last: int) -> torch.Tensor:
     )  # fmt: skip
     found: torch.Tensor = dequantize_blockwise(state.absmax[low * _NESTED : high * _NESTED], around) + state.offset
     return found[first - low * _NESTED : last - low * _NESTED].float()
-
-
-@functools.cache
-def _registered() -> str:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward_one_by_one)
-    return IMPLEMENTATION
-
-
-def forward_one_by_one(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Return the experts' weighted sum, (tokens, hidden), as transformers' own functions do; arguments are theirs.
-
-    Args:
-        module: the fused experts, each projection packed or not
-        hidden_states: (tokens, hidden)
-        top_k_index: int64 (tokens, k), the experts that each token is sent to
-        top_k_weights: (tokens, k)
-    """
-    import torch
-
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    found = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-    for index in top_k_index.unique().tolist():
-        rows, place = torch.where(top_k_index == index)
-        inner = _linear(module, first, index, hidden_states[rows])
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        y = _linear(module, "down_proj", index, inner)
-        y = module.post_expert_norm(y) if module.has_post_expert_norm else y
-        found = found.index_add(0, rows, (y * top_k_weights[rows, place, None]).to(found.dtype))
-    return found.to(hidden_states.dtype)
-
-
-def _linear(module: Any, projection: str, index: int, x: torch.Tensor) -> torch.Tensor:
-    """One expert's (rows, n) -> (rows, m), with its bias."""
-    y: torch.Tensor = _product().apply(x, getattr(module, projection), index, module.is_transposed)
-    return y + getattr(module, f"{projection}_bias")[index] if module.has_bias else y
-
-
-@functools.cache
-def _product() -> Any:
-    """The product with one frozen expert's matrix, of which autograd keeps the parameter and nothing unpacked."""
-    import torch
-
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor, parameter: Any, index: int, transposed: bool) -> torch.Tensor:
-            ctx.of = parameter, index, transposed
-            weight = held_matrix(parameter, index).to(x.dtype)
-            return x @ weight if transposed else x @ weight.T
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-            parameter, index, transposed = ctx.of
-            (gradient,) = gradients
-            weight = held_matrix(parameter, index).to(gradient.dtype)
-            return gradient @ (weight.T if transposed else weight), None, None, None
-
-    return Product
