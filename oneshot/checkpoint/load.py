@@ -21,7 +21,7 @@ from oneshot.checkpoint.files import (
 from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
-from oneshot.checkpoint.quantized import make_four_bit
+from oneshot.checkpoint.quantized import make_four_bit, what_stays
 from oneshot.checkpoint.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
 from oneshot.checkpoint.ties import keep_apart
 from oneshot.checkpoint.traced import trace_loading
@@ -234,10 +234,10 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
         return None, model.config
     if reason is None:
         four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
-        if runtime.sharding == "zero3":
-            fill_partitions(runtime, model, source.checkpoint, loading, dtype, four_bit)
-        else:
-            fill_whole(runtime, model, source.checkpoint, loading, dtype, four_bit)
+        if runtime.is_main and four_bit is not None and four_bit.kept:
+            print(what_stays(four_bit), flush=True)
+        fill = fill_partitions if runtime.sharding == "zero3" else fill_whole
+        fill(runtime, model, source.checkpoint, loading, dtype, four_bit)
         model._weight_conversions = loading.conversions  # by which transformers, and we, name what is saved
         return model, model.config
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
@@ -265,16 +265,15 @@ def merge_into(runtime: Runtime, model: nn.Module, update: Update) -> None:
 
     from oneshot.distributed.engine import modified
 
-    layers, weights, changes = layers_of(model), dict[int, Any](), dict[int, list[tuple[Any, Factors]]]()
+    layers, changes = layers_of(model), dict[Any, list[tuple[Any, Factors]]]()  # weight -> what is added to it
     for name, factors in update.items():
         check_fits(layers, name, factors)
         layer = layers[name]
         weight = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
-        weights[id(weight)] = weight
-        changes.setdefault(id(weight), []).append((layer, factors))
-    for key, weight in weights.items():
+        changes.setdefault(weight, []).append((layer, factors))
+    for weight, several in changes.items():
         with torch.no_grad(), modified(runtime, weight):  # of fused experts all at once
-            for layer, factors in changes[key]:
+            for layer, factors in several:
                 added = (factors.b @ factors.a).to(weight.device, weight.dtype)
                 if isinstance(layer, ExpertMatrix):
                     weight.data[layer.index] += added.T if layer.transposed else added

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.configs import read_config, read_generation_config
 from oneshot.checkpoint.files import TensorEntry
 from oneshot.checkpoint.layout import FLOATS, Range, owners, partition
-from oneshot.checkpoint.quantized import FourBit, finish, packed_parameter
+from oneshot.checkpoint.quantized import FourBit, empty_like, finish
 from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.scheme import holds_packed, is_stored
 from oneshot.checkpoint.segments import Stored, open_stored, range_reads
@@ -243,7 +243,7 @@ def _give_shapes(
             if parameter is None:
                 continue
             if four_bit is not None and four_bit.takes(f"{path}.{name}"):
-                made[id(parameter)] = packed_parameter(module, dtype, device)
+                made[id(parameter)] = empty_like(module, parameter, dtype, device)
             elif id(parameter) not in made:
                 data = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
                 made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)

@@ -66,8 +66,9 @@ def build_mixture(vocabulary_size: int, seed: int, *, hidden: int = 96, layers: 
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    sparse = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": hidden // 2, "norm_topk_prob": True}
-    config = Qwen3MoeConfig(**_common(vocabulary_size, hidden, layers), head_dim=hidden // 4, **sparse)
+    sparse: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": hidden // 2}
+    sparse |= {"head_dim": hidden // 4, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(**_common(vocabulary_size, hidden, layers), **sparse)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3MoeForCausalLM(config)
