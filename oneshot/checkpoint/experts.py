@@ -50,8 +50,13 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if hasattr(module, "is_transposed") and any(_held(module, projection) for projection in PROJECTIONS)
+        if is_single(module) and any(_held(module, projection) for projection in PROJECTIONS)
     }
+
+
+def is_single(module: nn.Module) -> bool:
+    """Return whether a module is behind transformers' experts interface, so that each expert can be used by itself."""
+    return hasattr(module, "is_transposed")
 
 
 def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:

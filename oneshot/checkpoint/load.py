@@ -20,7 +20,7 @@ from oneshot.checkpoint.files import (
 from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
-from oneshot.checkpoint.quantized import make_four_bit
+from oneshot.checkpoint.quantized import make_four_bit, what_stays
 from oneshot.checkpoint.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
 from oneshot.checkpoint.ties import keep_apart
 from oneshot.checkpoint.traced import trace_loading
@@ -232,25 +232,14 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     if reason is None:
         four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
         if runtime.is_main and four_bit is not None and four_bit.kept:
-            print(_stays(four_bit.kept, dtype), flush=True)
-        if runtime.sharding == "zero3":
-            fill_partitions(runtime, model, source.checkpoint, loading, dtype, four_bit)
-        else:
-            fill_whole(runtime, model, source.checkpoint, loading, dtype, four_bit)
+            print(what_stays(four_bit), flush=True)
+        fill = fill_partitions if runtime.sharding == "zero3" else fill_whole
+        fill(runtime, model, source.checkpoint, loading, dtype, four_bit)
         model._weight_conversions = loading.conversions  # by which transformers, and we, name what is saved
         return model, model.config
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
         print(f"Loading the stock way: {reason}.", flush=True)
     return None, model.config
-
-
-def _stays(kept: list[str], dtype: torch.dtype) -> str:
-    """What to say of experts that are not read in 4 bits."""
-    return (
-        f"{len(kept)} tensors of fused experts stay in {str(dtype).removeprefix('torch.')}, {kept[0]} for one: in 4 "
-        "bits are those behind transformers' experts interface whose matrices fill whole blocks of 64 weights, read "
-        "from a checkpoint that is not in 4 bits itself."
-    )
 
 
 def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:

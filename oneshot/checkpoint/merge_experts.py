@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.carrier import expert_of
+from oneshot.checkpoint.carrier import MIXTRAL, PLAIN, expert_of, singles
 from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices
 from oneshot.checkpoint.segments import Stored, matrix_in, open_stored
 from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator, Mapping
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,22 @@ def experts_in(base: Path, model: Any) -> StoredExperts:
         model: its model, on any device
     """
     return StoredExperts(open_stored(base, model), expert_matrices(model))
+
+
+def by_layer(added: Mapping[str, Term], linears: Collection[str]) -> Iterator[tuple[str, Term]]:
+    """Yield what is added to each matrix; where a model has a layer per expert, to that: gate and up apart again.
+
+    Args:
+        linears: names of the model's linear layers
+    """
+    for name, term in added.items():
+        for names in (PLAIN, MIXTRAL) if expert_of(name) else ():
+            own = singles(name, term.factors, names)
+            if all(layer in linears for layer, _ in own):
+                yield from ((layer, Term(factors, term.scale)) for layer, factors in own)
+                break
+        else:
+            yield name, term
 
 
 def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> list[tuple[str, Term]]:

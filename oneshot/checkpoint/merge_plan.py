@@ -14,7 +14,7 @@ from oneshot.checkpoint.dequantize import Packed, packed_weights
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, read_pieces
-from oneshot.checkpoint.merge_experts import Term, expert_terms, experts_in
+from oneshot.checkpoint.merge_experts import Term, by_layer, expert_terms, experts_in
 from oneshot.checkpoint.update import Factors
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
 from oneshot.errors import UserError
@@ -127,8 +127,8 @@ def plan_merge(
     terms: dict[str, list[Term]] = {}
     experts = None
     for what, added in parts:
-        for module, term in added.items():
-            if expert_of(module):
+        for module, term in by_layer(added, architecture.linears):
+            if expert_of(module) and module not in architecture.linears:
                 experts = experts or experts_in(base, architecture.model)
                 summands = expert_terms(what, module, term, experts)
             else:

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.experts_forward import one_by_one_name
 from oneshot.checkpoint.experts_nf4 import BLOCK, pack_experts, packed_experts
 from oneshot.checkpoint.files import TensorEntry, read_tensor
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
@@ -25,7 +26,6 @@ from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 _CHUNK = 1 << 20  # weights quantized at a time, which bounds the kernel's temporary memory
 
@@ -49,7 +49,7 @@ class FourBit:
     stored: bool
     double: bool
     dtype: torch.dtype
-    experts: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    experts: dict[str, tuple[Any, str]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -133,6 +133,8 @@ def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtyp
             module.bias.data = module.bias.data.to(dtype)
     model.is_loaded_in_4bit = True  # PEFT asks for it
     experts = {} if stored else pack_experts(model, dtype)
+    for holder, _ in experts.values():
+        holder.config._experts_implementation = one_by_one_name()
     return FourBit(layers, stored, double, dtype, experts, _kept(model))
 
 
@@ -146,6 +148,15 @@ def _kept(model: Any) -> list[str]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and not isinstance(module, _ConvNd)
     ]
+
+
+def what_stays(four_bit: FourBit) -> str:
+    """Return what to say of experts that are not read in 4 bits."""
+    return (
+        f"{len(four_bit.kept)} tensors of fused experts stay in {str(four_bit.dtype).removeprefix('torch.')}, "
+        f"{four_bit.kept[0]} for one: in 4 bits are those behind transformers' experts interface whose matrices fill "
+        "whole blocks of 64 weights, read from a checkpoint that is not in 4 bits itself."
+    )
 
 
 def empty_like(module: Any, parameter: Any, dtype: torch.dtype, device: Any) -> Any:

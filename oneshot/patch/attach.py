@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.added import check_fits
 from oneshot.checkpoint.experts import ExpertMatrix, layers_of
+from oneshot.checkpoint.experts_forward import Hook
 from oneshot.checkpoint.update import Factors
-from oneshot.patch.expert_hook import Hook, hooked
+from oneshot.patch.expert_hook import hooked
 from oneshot.patch.linears import shape_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ FIRST_DECREASE = 0.1  # a first step along a factored gradient aims, to first or
 
 @contextlib.contextmanager
 def _at_each(layers: Mapping[str, Layer], hook: Hook) -> Iterator[None]:
-    """Within the block ``hook`` is called at every layer that computes: see ``expert_hook.Hook``.
+    """Within the block ``hook`` is called at every layer that computes: see ``experts_forward.Hook``.
 
     Of a linear layer x and y are whole, (..., n) and (..., m), and the rows none.
     """

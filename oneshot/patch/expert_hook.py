@@ -1,31 +1,20 @@
-"""Fused experts computed one after the other, so that hooks see each as the linear layers that it is.
+"""Hooks on fused experts, which see each as the linear layers that it is.
 
-transformers lets a model's experts be computed by any function that is registered with it. Ours is in place while
-something is hooked on, so that a model on which nothing is keeps transformers' own, which are faster.
+What computes experts one after the other is in place while something is hooked on, so that a model on which nothing is
+keeps transformers' own, faster functions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.experts_nf4 import forward_one_by_one
+from oneshot.checkpoint.experts_forward import HOOKS, Hook, one_by_one_name
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
-IMPLEMENTATION = "oneshot"  # the name that our function is registered by
-
-# (name of the matrix, its input (rows, n), its output (rows, m), which of the tokens, laid end to end, these rows are,
-# int64 (rows,), rising) -> another output, or none; of a layer to which every token goes there are no such rows
-Hook = Callable[[str, "torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "torch.Tensor | None"]
-
-_HOOKS: WeakKeyDictionary[nn.Module, list[tuple[str, Hook]]] = WeakKeyDictionary()  # with the experts' path, each
 
 
 @contextlib.contextmanager
@@ -39,7 +28,7 @@ def hooked(layers: Mapping[str, Any], hook: Hook) -> Iterator[None]:
     if not modules:
         yield
         return
-    _register()
+    name = one_by_one_name()
 
     def chosen(name: str, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
         return hook(name, x, y, rows) if name in layers else None
@@ -47,34 +36,13 @@ def hooked(layers: Mapping[str, Any], hook: Hook) -> Iterator[None]:
     configs: dict[int, Any] = {id(module.config): module.config for module in modules.values()}
     before = {key: config._experts_implementation for key, config in configs.items()}
     for path, module in modules.items():
-        _HOOKS.setdefault(module, []).append((path, chosen))
+        HOOKS.setdefault(module, []).append((path, chosen))
     try:
         for config in configs.values():
-            config._experts_implementation = IMPLEMENTATION
+            config._experts_implementation = name
         yield
     finally:
         for key, config in configs.items():
             config._experts_implementation = before[key]
         for path, module in modules.items():
-            _HOOKS[module].remove((path, chosen))
-
-
-@functools.cache
-def _register() -> None:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _with_hooks)
-
-
-def _with_hooks(module: Any, *routed: torch.Tensor) -> torch.Tensor:
-    """What transformers calls: the experts, with what is hooked on at each of their matrices."""
-    hooks = _HOOKS.get(module, [])
-
-    def at(projection: str, index: int, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        for path, hook in hooks:
-            other = hook(f"{path}.{index}.{projection}", x, y, rows)
-            y = y if other is None else other
-        return y
-
-    hidden_states, top_k_index, top_k_weights = routed
-    return forward_one_by_one(module, hidden_states, top_k_index, top_k_weights, at)
+            HOOKS[module].remove((path, chosen))

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_configs import SPARSE
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch, write_repaired_adapter
-from oneshot.checkpoint.carrier import APART, STACKED, carried, expert_of, in_form
+from oneshot.checkpoint.carrier import APART, STACKED, Carried, expert_of, in_form
 from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices
 from oneshot.checkpoint.injected import check_loads, not_injected, write_loadable
 from oneshot.checkpoint.update import Factors, Update
@@ -236,8 +236,7 @@ def test_single_experts_with_factors_of_their_own_for_gate_and_up(tmp_path):
             for name, (m, n) in {"w1": (112, 64), "w3": (112, 64), "w2": (64, 112)}.items():
                 pair = (0.1 * torch.randn(*size, generator=generator) for size in ((m, 3), (3, n)))
                 experts[f"model.layers.{layer}.block_sparse_moe.experts.{index}.{name}"] = Factors(*pair)
-    own = carried({})
-    own = type(own)(experts, APART, {"gate_up_proj": 3}, ("w1", "w3", "w2"))
+    own = Carried(experts, APART, {"gate_up_proj": 3}, ("w1", "w3", "w2"), experts=frozenset(experts))
     write_patch(tmp_path / "own", own, [], "base", torch.float32)
     config = json.loads((tmp_path / "own" / "adapter_config.json").read_text()) | {"lora_alpha": 6}
     (tmp_path / "own" / "adapter_config.json").write_text(json.dumps(config))

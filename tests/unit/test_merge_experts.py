@@ -19,6 +19,7 @@ from oneshot.checkpoint.carrier import APART, STACKED, in_form
 from oneshot.checkpoint.identity import UPDATE, check_identity, read_identity, write_identity
 from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.merge import merge_update
+from oneshot.checkpoint.merge_experts import Term, by_layer
 from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
@@ -179,3 +180,16 @@ def test_an_adapter_is_turned_into_the_other_form(folder, tmp_path):
     assert [read.experts and read.experts.form for read in both] == [STACKED, APART]
     with pytest.raises(UserError, match="expert_form is for adapters"):
         run(tmp_path / "no", model=str(base), adapters=[str(own)], expert_form="2d")
+
+
+def test_an_expert_that_is_a_layer_of_its_own_gets_its_part():
+    """As in models whose code is their own: there gate and up are two layers."""
+    gate, up, down = (f"model.layers.0.mlp.experts.3.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    both = Term(Factors(torch.arange(8.0).view(4, 2), torch.ones(2, 3)), 2.0)
+    one = Term(Factors(torch.ones(3, 2), torch.ones(2, 2)), 2.0)
+    added = {"model.layers.0.mlp.experts.3.gate_up_proj": both, down: one}
+    found = dict(by_layer(added, {gate, up, down}))
+    assert found.keys() == {gate, up, down}
+    assert torch.equal(torch.cat([product(found[gate].factors), product(found[up].factors)]), product(both.factors))
+    assert {term.scale for term in found.values()} == {2.0}
+    assert dict(by_layer(added, {"model.layers.0.self_attn.q_proj"})) == added
