@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -227,4 +228,6 @@ def with_lora(model: Any, linears: Linears, rank: int, rank_experts: int | None 
         alpha_pattern=own,
         bias="none",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match")  # they do, parameters
+        return get_peft_model(model, config)
