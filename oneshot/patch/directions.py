@@ -173,7 +173,8 @@ def checkpoint_difference(
             delta = _difference((ours, mine), (theirs, other))
             count(read=ours.nbytes(mine) + theirs.nbytes(other))
         if not math.isfinite(float(delta.norm())):
-            raise UserError(f"{name} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
+            held = mine.segments[0].name if len(mine.segments) == 1 else name
+            raise UserError(f"{held} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
         return as_it_multiplies(delta, targets[name])
 
     return difference
