@@ -59,6 +59,7 @@ class Carried:
         ranks: projection -> rank, of the experts
         modules: what PEFT's ``target_modules`` name of them
         parameters: what ``target_parameters`` name of them
+        experts: those of ``update`` that are theirs
     """
 
     update: Update
@@ -66,11 +67,12 @@ class Carried:
     ranks: dict[str, int] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    experts: frozenset[str] = frozenset()
 
     @property
     def linears(self) -> Update:
         """The part that is no expert's."""
-        return {name: factors for name, factors in self.update.items() if not is_experts(name)}
+        return {name: factors for name, factors in self.update.items() if name not in self.experts}
 
 
 def expert_of(name: str) -> tuple[str, int, str] | None:
@@ -93,9 +95,9 @@ def shapes_of(model: Any) -> Shapes:
     return found
 
 
-def served_form(model: Any) -> str:
-    """Return the form that the model's class in vLLM takes; where that is single names, PEFT need not."""
-    return STACKED if _SERVED_STACKED.fullmatch(str(getattr(model.config, "model_type", ""))) else APART
+def served_form(model_type: str) -> str:
+    """Return the form that a model's class in vLLM takes; where that is single names, PEFT need not."""
+    return STACKED if _SERVED_STACKED.fullmatch(model_type) else APART
 
 
 def names_for(model: Any) -> Names:
@@ -112,7 +114,7 @@ def in_form(update: Update, model: Any, form: str = "") -> Carried:
     Args:
         form: of the experts' factors; none: that which the model's class in vLLM takes
     """
-    return carried(update, form or served_form(model), shapes_of(model), names_for(model))
+    return carried(update, form or served_form(model.config.model_type), shapes_of(model), names_for(model))
 
 
 def carried(
@@ -125,11 +127,15 @@ def carried(
 
     Args:
         form: of the experts' factors, where there are any; none: 3-D, which PEFT takes of every architecture
-        shapes: of the model's experts; none: those in the update are all
+        shapes: of the model's experts, others than which there are none; none: those in the update are all
         names: of single experts' tensors, in 2-D
         ranks: module as the file names it -> rank of an expert in it, where that is given; none: the least that does
     """
-    experts = {name: factors for name, factors in update.items() if expert_of(name)}
+    experts = {
+        name: factors
+        for name, factors in update.items()
+        if (one := expert_of(name)) and (shapes is None or one[0] in shapes)
+    }
     linears = {name: factors for name, factors in update.items() if name not in experts}
     if not experts:
         return Carried(linears)
@@ -138,11 +144,11 @@ def carried(
         sizes = shapes or sizes  # PEFT gives factors to the experts of every layer
         held, found = _apart(experts, sizes, names, ranks)
         modules = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in held))
-        return Carried({**linears, **held}, APART, found, modules)
+        return Carried({**linears, **held}, APART, found, modules, (), frozenset(held))
     sizes = {path: (shapes or {}).get(path, size) for path, size in sizes.items()}
     held, found = _stacked(experts, sizes, ranks)
     parameters = tuple(f"{path}.{projection}" for path, size in sizes.items() for projection in size)
-    return Carried({**linears, **held}, STACKED, found, (), parameters)
+    return Carried({**linears, **held}, STACKED, found, (), parameters, frozenset(held))
 
 
 def sizes_of(experts: Update) -> Shapes:
@@ -195,6 +201,12 @@ def _apart(
     return wide, dict.fromkeys(PROJECTIONS, rank)
 
 
+def singles(name: str, factors: Factors, names: Names) -> list[tuple[str, Factors]]:
+    """Return the factors of an expert's matrix under the names that single experts have."""
+    path, index, projection = expert_of(name) or ("", 0, "")
+    return list(_single(f"{_written(path, names)}.{index}", projection, factors, names))
+
+
 def _single(expert: str, projection: str, factors: Factors, names: Names) -> Iterator[tuple[str, Factors]]:
     if projection == GATED:
         half = factors.b.shape[0] // 2
@@ -202,6 +214,24 @@ def _single(expert: str, projection: str, factors: Factors, names: Names) -> Ite
         yield f"{expert}.{names.up}", trimmed(Factors(factors.b[half:], factors.a.clone()))
     else:
         yield f"{expert}.{names.down if projection == DOWN else names.up}", trimmed(factors)
+
+
+def halves(name: str, factors: Factors) -> tuple[Factors, Factors] | None:
+    """Return the factors of an expert's gate and of its up where they share no direction; none where they do.
+
+    An adapter of single experts gives each its own; in it they must stay apart, or neither fits its rank any more.
+
+    Args:
+        name: of the matrix in an update
+    """
+    if not name.endswith(f".{GATED}") or expert_of(name) is None:
+        return None
+    half = factors.b.shape[0] // 2
+    upper, lower = (part.ne(0).any(dim=0) for part in (factors.b[:half], factors.b[half:]))
+    if not bool(upper.any()) or not bool(lower.any()) or bool((upper & lower).any()):
+        return None
+    gate, up = Factors(factors.b[:half], factors.a), Factors(factors.b[half:], factors.a)
+    return trimmed(gate), trimmed(up)
 
 
 def model_path(path: str) -> str:

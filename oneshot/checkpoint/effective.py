@@ -7,14 +7,14 @@ the effective update, magnitudes, saved modules and all.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.carrier_read import uncarried
 from oneshot.checkpoint.experts import PROJECTIONS
 from oneshot.checkpoint.files import PICKLED_ADAPTER, read_header
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
-from oneshot.checkpoint.scaling import scalings
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
@@ -195,9 +195,8 @@ def read_effective(folder: Path) -> Effective:
     lost = [module for module in (*found.magnitudes, *found.biases) if module not in found.factors]
     if lost:
         raise UserError(f"{path} holds no factors of {lost[0]}: the adapter is incomplete, save it again.")
-    ranks = {module: factors.rank for module, factors in found.factors.items()}
-    found.scaling.update(scalings(config, ranks, folder / ADAPTER_CONFIG))
-    return found
+    read = uncarried(found.factors, config, folder / ADAPTER_CONFIG)
+    return replace(found, factors=read.stored, scaling=read.scaling)
 
 
 def _numbers(config: dict[str, Any], module: str, rows: int, folder: Path) -> list[int]:

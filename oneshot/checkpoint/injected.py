@@ -14,6 +14,7 @@ from oneshot.checkpoint.adapter import PREFIX, write_patch
 from oneshot.checkpoint.carrier import APART, INNER, SINGLE_EXPERT, STACKED, Carried, in_form, model_path
 from oneshot.checkpoint.carrier_read import parameter_of
 from oneshot.checkpoint.effective import factor_of
+from oneshot.checkpoint.experts import fused_experts
 from oneshot.checkpoint.files import read_header
 from oneshot.checkpoint.names import ADAPTER_TENSORS
 from oneshot.checkpoint.update import Update
@@ -98,6 +99,7 @@ def not_injected(folder: Path, model: Any) -> list[str]:
     entries = read_header(folder / ADAPTER_TENSORS)
     tensors = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
     config = PeftConfig.from_pretrained(str(folder))
+    fused = set(fused_experts(model))
     parameters = config.target_parameters or []  # as the file has them: PEFT adds to them
     config.inference_mode = True
     config.init_lora_weights = True  # what is loaded takes its place, and not every kind can be on the meta device
@@ -112,40 +114,45 @@ def not_injected(folder: Path, model: Any) -> list[str]:
                 "the layer out with --repair.targets, a regular expression of those to be patched."
             ) from error
     try:
-        lost = _lost(loaded, tensors, [*result.missing_keys, *result.unexpected_keys])
+        unmatched = [*result.missing_keys, *result.unexpected_keys]
+        lost = _lost(loaded, _meant(tensors, fused), unmatched)
         return sorted({*lost, *_misplaced(loaded, tensors, [str(name) for name in parameters])})
     finally:
         loaded.unload()
 
 
-def _lost(loaded: Any, tensors: dict[str, torch.Tensor], unmatched: list[str]) -> list[str]:
+def _lost(loaded: Any, meant: dict[tuple[str, str], tuple[int, ...]], unmatched: list[str]) -> list[str]:
     """Layers whose factors PEFT has put nowhere, in another shape, or which it gave factors that the file has not.
 
     Args:
         loaded: the model with the adapter, on the meta device
+        meant: see ``_meant``
         unmatched: names of tensors for which there was no place, or of places for which there was no tensor
     """
     modules = dict(loaded.base_model.model.named_modules())
     lost = {name.split(".lora_")[0].removeprefix(PREFIX) for name in unmatched if ".lora_" in name}
-    meant = set()
-    for (module, which), shape in _meant(tensors).items():
-        meant.add(module)
+    for (module, which), shape in meant.items():
         factors = getattr(modules.get(module), f"lora_{which}", {})
         if "default" not in factors or factors["default"].weight.shape != shape:
             lost.add(module)
     injected = {name for name, module in modules.items() if "default" in getattr(module, "lora_A", {})}
-    return sorted(lost | (injected - meant))
+    return sorted(lost | (injected - {module for module, _ in meant}))
 
 
-def _meant(tensors: dict[str, torch.Tensor]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Of which shape a factor is in the model, by module and which one: those of single experts PEFT makes one."""
+def _meant(tensors: dict[str, torch.Tensor], fused: set[str]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Of which shape a factor is in the model, by module and which one: those of single experts PEFT makes one.
+
+    Args:
+        fused: names of the model's modules of fused experts
+    """
     found: dict[tuple[str, str], tuple[int, ...]] = {}
     projections: dict[tuple[str, str], set[str]] = {}
     for key, stored in tensors.items():
         if (factor := factor_of(key)) is None:
             continue
         module, which = factor
-        if (single := SINGLE_EXPERT.fullmatch(module)) is None:
+        single = SINGLE_EXPERT.fullmatch(module)
+        if single is None or model_path(single[1]) not in fused:
             found[module, which] = tuple(stored.shape)
             continue
         path = model_path(single[1]) + ("" if single[3] in ("down_proj", "w2") else INNER)

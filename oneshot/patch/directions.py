@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from oneshot.checkpoint.carrier import halves
 from oneshot.checkpoint.experts import ExpertMatrix
 from oneshot.checkpoint.layout import Range
 from oneshot.checkpoint.ranges import read_all
@@ -210,13 +211,32 @@ def _difference(ours: tuple[Stored, Traced], theirs: tuple[Stored, Traced]) -> t
 
 @phase("decompose")
 def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
-    """Decompose a LoRA's own update, exactly and without forming b @ a: QR of both factors, SVD of the small core."""
-    import torch
+    """Decompose a LoRA's own update, exactly and without forming b @ a.
 
+    Of an expert whose gate and up have factors of their own, each is decomposed by itself.
+    """
     found = {}
     for name, factors in each(update.items(), "adapter decomposed", "matrices"):
-        qb, rb = torch.linalg.qr(factors.b.to(device))
-        qa, ra = torch.linalg.qr(factors.a.to(device).T)
-        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-        found[name] = Directions(qb @ u, s, vt @ qa.T, float(s.square().sum()))
+        parts = halves(name, factors)
+        one = [_of_factors(part, device) for part in parts or [factors]]
+        found[name] = one[0] if parts is None else _one_above_the_other(*one)
     return found
+
+
+def _of_factors(factors: Factors, device: Any) -> Directions:
+    """The directions of b @ a: QR of both factors, SVD of the small core."""
+    import torch
+
+    qb, rb = torch.linalg.qr(factors.b.to(device))
+    qa, ra = torch.linalg.qr(factors.a.to(device).T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    return Directions(qb @ u, s, vt @ qa.T, float(s.square().sum()))
+
+
+def _one_above_the_other(upper: Directions, lower: Directions) -> Directions:
+    """The directions of two matrices as of one with the rows of both: orthogonal as matrices, if not on the right."""
+    import torch
+
+    s, order = torch.cat([upper.s, lower.s]).sort(descending=True, stable=True)
+    u, vt = torch.block_diag(upper.u, lower.u)[:, order], torch.cat([upper.vt, lower.vt])[order]
+    return Directions(u, s, vt, upper.energy + lower.energy)

@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_configs import SPARSE
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch, write_repaired_adapter
-from oneshot.checkpoint.carrier import APART, STACKED, carried, expert_of, in_form
+from oneshot.checkpoint.carrier import APART, STACKED, Carried, expert_of, in_form
 from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices
 from oneshot.checkpoint.injected import check_loads, not_injected, write_loadable
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.errors import UserError
+from oneshot.patch.directions import adapter_directions, update_factors
 from oneshot.patch.linears import select_linears
 
 # model type -> the form that its class in vLLM takes, where PEFT takes it, too
@@ -130,6 +131,16 @@ def test_each_form_is_written_on_request_and_is_the_other(name, tmp_path):
 
 
 @pytest.mark.parametrize("form", [STACKED, APART])
+def test_experts_may_have_the_rank_of_the_other_layers(form, tmp_path):
+    """Beside dense MLPs of the same rank PEFT would take the experts for fused ones of twice the rank."""
+    model = tiny("deepseek_v3")
+    update, meta = update_of(model, 3, 3), copy.deepcopy(model).to("meta")
+    write_loadable(tmp_path, in_form(update, meta, form), select_linears(model).every, "base", torch.float32, meta)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert close(logits_of(loaded), logits_of(merged(model, update)))
+
+
+@pytest.mark.parametrize("form", [STACKED, APART])
 def test_some_experts_alone_and_no_linear_layer(form, tmp_path):
     model = tiny("qwen3_next")
     update = {name: f for name, f in update_of(model).items() if (one := expert_of(name)) and one[1] == 3}
@@ -235,8 +246,7 @@ def test_single_experts_with_factors_of_their_own_for_gate_and_up(tmp_path):
             for name, (m, n) in {"w1": (112, 64), "w3": (112, 64), "w2": (64, 112)}.items():
                 pair = (0.1 * torch.randn(*size, generator=generator) for size in ((m, 3), (3, n)))
                 experts[f"model.layers.{layer}.block_sparse_moe.experts.{index}.{name}"] = Factors(*pair)
-    own = carried({})
-    own = type(own)(experts, APART, {"gate_up_proj": 3}, ("w1", "w3", "w2"))
+    own = Carried(experts, APART, {"gate_up_proj": 3}, ("w1", "w3", "w2"), experts=frozenset(experts))
     write_patch(tmp_path / "own", own, [], "base", torch.float32)
     config = json.loads((tmp_path / "own" / "adapter_config.json").read_text()) | {"lora_alpha": 6}
     (tmp_path / "own" / "adapter_config.json").write_text(json.dumps(config))
@@ -246,5 +256,11 @@ def test_single_experts_with_factors_of_their_own_for_gate_and_up(tmp_path):
     theirs = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "own").merge_and_unload()
     for parameter, value in theirs.named_parameters():
         assert close(meant.get_parameter(parameter), value, 1e-6), parameter
-    write_repaired_adapter(tmp_path / "new", adapter, {n: Factors(0.5 * f.b, f.a) for n, f in adapter.update.items()})
+    rolled, generator = {}, torch.Generator().manual_seed(6)
+    for name, found in adapter_directions(adapter.update, "cpu").items():
+        exact = update_factors(found, torch.ones(len(found.s)))
+        assert close(product(exact), product(adapter.update[name]))
+        rolled[name] = update_factors(found, torch.rand(len(found.s), generator=generator))
+    write_repaired_adapter(tmp_path / "new", adapter, rolled)
     check_same_form(adapter, tmp_path, model)
+    assert same_products(read_adapter(tmp_path / "new").update, rolled)
