@@ -142,8 +142,8 @@ def _rank_fields(held: Carried, rank: int) -> tuple[int, dict[str, int]]:
     if not held.form:
         return rank, {}
     if held.form != APART:
-        first = rank or max(held.ranks.values())
-        return first, {rf"experts\.{projection}": own for projection, own in held.ranks.items() if own != first}
+        # always: of a gate_proj beside it PEFT makes a pattern of its own, with twice the rank, which comes after ours
+        return rank or max(held.ranks.values()), {rf"experts\.{name}": own for name, own in held.ranks.items()}
     first = max(held.ranks.values())  # from which PEFT works out the rank of what it fuses
     ends = sorted({re.escape(".".join(name.split(".")[-2:])) for name in held.linears})
     return first, {rf"(?:{'|'.join(ends)})(?:\.weight)?": rank} if rank not in (0, first) else {}

@@ -19,11 +19,11 @@ from oneshot.checkpoint.files import (
 )
 from oneshot.checkpoint.manifest import check_share
 from oneshot.checkpoint.names import CONFIG
-from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, skeleton, why_not
+from oneshot.checkpoint.partitioned import fill_partitions, fill_whole, made_as_read, skeleton, why_not
 from oneshot.checkpoint.quantized import make_four_bit, what_stays
 from oneshot.checkpoint.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
+from oneshot.checkpoint.segments import described
 from oneshot.checkpoint.ties import keep_apart
-from oneshot.checkpoint.traced import trace_loading
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.phases import count, count_passes, counting, phase
@@ -221,8 +221,8 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     # before the skeleton, whose weights are allocated for a moment: partitions in the holes could not be given back
     give_back_freed_memory(runtime, sum(math.prod(entry.shape) for entry in tensors.values()))
     model = skeleton(source.checkpoint, tensors, dtype, settings.attention, settings.trust_remote_code)
-    loading = trace_loading(model, {name: entry.shape for name, entry in tensors.items()})
-    reason = why_not(model, tensors, loading)
+    stored = described(source.checkpoint, tensors, model)
+    reason = why_not(model, stored)
     if runtime.sharding == "zero3":
         refuse_eight_bit(model.config)
     if reason is not None and source.four_bit:
@@ -231,11 +231,11 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
         return None, model.config
     if reason is None:
         four_bit = make_four_bit(model, tensors, dtype, double=settings.double_quant) if source.four_bit else None
-        if runtime.is_main and four_bit is not None and four_bit.kept:
-            print(what_stays(four_bit), flush=True)
+        if runtime.is_main and (said := what_stays(four_bit)):
+            print(said, flush=True)
         fill = fill_partitions if runtime.sharding == "zero3" else fill_whole
-        fill(runtime, model, source.checkpoint, loading, dtype, four_bit)
-        model._weight_conversions = loading.conversions  # by which transformers, and we, name what is saved
+        fill(runtime, model, source.checkpoint, stored.loading, dtype, four_bit)
+        made_as_read(model, stored)
         return model, model.config
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time
         print(f"Loading the stock way: {reason}.", flush=True)

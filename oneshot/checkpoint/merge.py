@@ -20,7 +20,7 @@ from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
-from oneshot.checkpoint.merge_experts import Term
+from oneshot.checkpoint.merge_experts import Term, experts_through_nf4
 from oneshot.checkpoint.merge_plan import Change, MergePlan, plan_merge, shared_out
 from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
 from oneshot.checkpoint.update import Factors, Update
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _PIECE = 8 << 20  # bytes read and written at a time, about
 _BLOCK = 1 << 18  # elements computed at a time, about: in fp32 they stay in the processor's cache
 _UNCHANGED = Change()
+_HELD = 2  # parameters of experts, both of a layer: files hold the parts of one among those of the other
 _ROWS = 64  # rows come in multiples of this: BLAS then gives the bits that it gives for the whole product
 _COPIED_AS = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}  # bytes are copied as integers: dtypes without a torch name too
 
@@ -137,11 +138,12 @@ def _merged(runtime: Runtime, plan: MergePlan, share: list[str]) -> Iterator[tup
     import torch
 
     buffers = itertools.cycle([torch.empty(_PIECE, dtype=torch.uint8) for _ in range(2)])
+    held: dict[str, dict[str, torch.Tensor]] = {}
     for name in share:
         slot, terms, change = plan.slots[name], plan.terms.get(name), plan.changes.get(name, _UNCHANGED)
         altered = terms is not None or change is not _UNCHANGED
         row = max(1, slot.shape[-1]) if len(slot.shape) > 1 else 1
-        whole = _whole(runtime, plan, name)
+        whole = _whole(runtime, plan, name, held)
         entry, item = plan.tensors[name], ITEM_SIZES[slot.dtype]
         if not altered and whole is None:
             entry = replace(entry, dtype=_COPIED_AS[item])
@@ -155,12 +157,24 @@ def _merged(runtime: Runtime, plan: MergePlan, share: list[str]) -> Iterator[tup
             yield name, start, values
 
 
-def _whole(runtime: Runtime, plan: MergePlan, name: str) -> torch.Tensor | None:
-    """A whole tensor, flat, where it is not the stored one: another in its place, or one after NF4."""
+def _whole(
+    runtime: Runtime, plan: MergePlan, name: str, held: dict[str, dict[str, torch.Tensor]]
+) -> torch.Tensor | None:
+    """A whole tensor, flat, where it is not the stored one: another in its place, or one after NF4.
+
+    Args:
+        held: parameters of experts that were last read whole, kept from call to call
+    """
     change = plan.changes.get(name)
     if change is not None and change.whole is not None:
         dtype = torch_dtype(replace(plan.tensors[name], dtype=plan.slots[name].dtype), name)
         return change.whole.to(dtype, copy=True).flatten()
+    if (parameter := plan.fused.get(name)) is not None and plan.experts is not None:
+        if parameter not in held:
+            if len(held) == _HELD:
+                del held[next(iter(held))]
+            held[parameter] = experts_through_nf4(plan.experts, parameter, runtime.device, double=plan.double_quant)
+        return held[parameter].pop(name)
     return _dequantized(runtime, plan, name) if name in plan.packed or name in plan.quantized else None
 
 

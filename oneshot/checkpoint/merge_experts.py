@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.carrier import MIXTRAL, PLAIN, expert_of, singles
+from oneshot.checkpoint.dequantize import through_nf4
 from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices
-from oneshot.checkpoint.segments import Stored, matrix_in, open_stored
+from oneshot.checkpoint.experts_nf4 import is_packable
+from oneshot.checkpoint.layout import Range
+from oneshot.checkpoint.ranges import read_all, torch_dtype
+from oneshot.checkpoint.segments import Stored, matrix_in, open_stored, range_reads
 from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
+
+    import torch
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,49 @@ def experts_in(base: Path, model: Any) -> StoredExperts:
         model: its model, on any device
     """
     return StoredExperts(open_stored(base, model), expert_matrices(model))
+
+
+def quantized_experts(experts: StoredExperts) -> dict[str, str]:
+    """Return the stored tensors of experts that oneshot loads in 4 bits, each with the parameter that it is a part of.
+
+    Those of parameters that are no ranges of stored tensors, or hold more than that, are left out.
+    """
+    found: dict[str, str] = {}
+    shapes = {name: entry.shape for name, entry in experts.stored.tensors.items()}
+    for parameter in dict.fromkeys(matrix.parameter for matrix in experts.matrices.values()):
+        parts = experts.stored.loading.made.get(parameter)
+        if parts is None or not is_packable(parts.shape):
+            continue
+        names = {segment.name for segment in parts.segments}
+        if sum(math.prod(shapes[name]) for name in names) == math.prod(parts.shape):
+            found |= dict.fromkeys(names, parameter)
+    return found
+
+
+def experts_through_nf4(
+    experts: StoredExperts, parameter: str, device: torch.device, *, double: bool
+) -> dict[str, torch.Tensor]:
+    """Return what NF4 leaves of a parameter of experts, by stored tensor, flat, in the dtype of the file, on the CPU.
+
+    Its scales are quantized together, as they are when it is loaded.
+    """
+    import torch
+
+    stored = experts.stored
+    parts = stored.loading.made[parameter]
+    numel = math.prod(parts.shape)
+    first = parts.segments[0].name
+    values = torch.empty(numel, dtype=torch_dtype(stored.tensors[first], first))
+    read_all(range_reads(stored, parts, Range(0, numel, numel), values))
+    values = through_nf4(values.view(parts.shape[0], -1), device, double=double)
+    sizes = {segment.name: math.prod(stored.tensors[segment.name].shape) for segment in parts.segments}
+    found = {name: values.new_empty(size) for name, size in sizes.items()}
+    at = 0
+    for segment in parts.segments:
+        size = segment.stop - segment.start
+        found[segment.name][segment.start : segment.stop] = values[at : at + size]
+        at += size
+    return found
 
 
 def by_layer(added: Mapping[str, Term], linears: Collection[str]) -> Iterator[tuple[str, Term]]:

@@ -131,6 +131,16 @@ def test_each_form_is_written_on_request_and_is_the_other(name, tmp_path):
 
 
 @pytest.mark.parametrize("form", [STACKED, APART])
+def test_experts_may_have_the_rank_of_the_other_layers(form, tmp_path):
+    """Beside dense MLPs of the same rank PEFT would take the experts for fused ones of twice the rank."""
+    model = tiny("deepseek_v3")
+    update, meta = update_of(model, 3, 3), copy.deepcopy(model).to("meta")
+    write_loadable(tmp_path, in_form(update, meta, form), select_linears(model).every, "base", torch.float32, meta)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert close(logits_of(loaded), logits_of(merged(model, update)))
+
+
+@pytest.mark.parametrize("form", [STACKED, APART])
 def test_some_experts_alone_and_no_linear_layer(form, tmp_path):
     model = tiny("qwen3_next")
     update = {name: f for name, f in update_of(model).items() if (one := expert_of(name)) and one[1] == 3}

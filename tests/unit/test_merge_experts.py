@@ -16,6 +16,7 @@ from tiny import tiny_runtime
 
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.carrier import APART, STACKED, in_form
+from oneshot.checkpoint.experts import expert_matrices
 from oneshot.checkpoint.identity import UPDATE, check_identity, read_identity, write_identity
 from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.merge import merge_update
@@ -196,3 +197,21 @@ def test_an_expert_that_is_a_layer_of_its_own_gets_its_part():
     assert torch.equal(torch.cat([product(found[gate].factors), product(found[up].factors)]), product(both.factors))
     assert {term.scale for term in found.values()} == {2.0}
     assert dict(by_layer(added, {"model.layers.0.self_attn.q_proj"})) == added
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_pass_through_nf4_as_they_are_loaded(name, double, folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    model, base = checkpoint(name, folder)
+    own = patch(model, base, tmp_path / "patch")
+    options = {"model": str(base), "adapters": [str(own)], "base": "dequantized", "double_quant": double}
+    ours, update = loaded(run(tmp_path / "merged", **options)), read_adapter(own).update
+    for one in expert_matrices(model).values():
+        whole = model.get_parameter(one.parameter).detach()
+        packed, state = quantize_4bit(whole, blocksize=64, compress_statistics=double, quant_type="nf4")
+        left = dequantize_4bit(packed, state).view(whole.shape)[one.index]
+        added = product(update[one.name])
+        assert torch.equal(ours[one.parameter][one.index], left + (added.T if one.transposed else added)), one.name
