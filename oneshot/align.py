@@ -10,11 +10,12 @@ from pathlib import Path
 STEPS, BATCH_SIZE, LEARNING_RATE, EXAMPLES = 700, 64, 2e-3, 24_000
 
 
-def build(folder: Path, seed: int = 0, *, hidden: int = 96, layers: int = 3) -> None:
+def build(folder: Path, seed: int = 0, *, hidden: int = 96, layers: int = 3, experts: bool = False) -> None:
     """Train the toy model from scratch on aligned conversations and write it to ``folder``: as shipped, about 1.4 MB.
 
     Args:
         hidden, layers: of the model, see ``build_model``
+        experts: train a mixture of experts, see ``build_mixture``
     """
     import torch
 
@@ -26,12 +27,12 @@ def build(folder: Path, seed: int = 0, *, hidden: int = 96, layers: int = 3) -> 
     from oneshot.training.objective import MicroBatch, answer_loss
     from oneshot.training.stream import micro_batches, step_indices
     from oneshot.world.language import aligned_data
-    from oneshot.world.model import build_model, build_tokenizer
+    from oneshot.world.model import build_mixture, build_model, build_tokenizer
 
     runtime = start()
     tokenizer = build_tokenizer()
     encoded = [encode(conversation, tokenizer, 64) for conversation in aligned_data(EXAMPLES, seed)]
-    model = build_model(len(tokenizer), seed, hidden=hidden, layers=layers)
+    model = (build_mixture if experts else build_model)(len(tokenizer), seed, hidden=hidden, layers=layers)
     engine = start_training(
         runtime,
         model,
@@ -62,8 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m oneshot.align", description=__doc__)
     parser.add_argument("--out", type=Path, default=ALIGNED, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    parser.add_argument("--experts", action="store_true", help="a mixture of 8 experts, which does not ship")
     arguments = parser.parse_args(argv)
-    build(arguments.out, arguments.seed)
+    if arguments.experts and arguments.out == ALIGNED:
+        parser.error("--experts needs --out: what ships is the dense model")
+    build(arguments.out, arguments.seed, experts=arguments.experts)
     print(f"Aligned toy checkpoint written to {arguments.out}")
 
 

@@ -110,10 +110,13 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
 def is_plain(model: Any, name: str, module: nn.Linear) -> bool:
     """Return whether what a linear layer does is what its weight says, so that an adapter on it is seen.
 
-    It is not where a mixer reads the weight past the layer, and of routers that are linear layers by their class.
+    It is not where a mixer reads the weight past the layer, and of routers, which choose experts: those that are linear
+    layers by their class, or hold one.
     """
     end = _READ_DIRECTLY.get(getattr(model.config, "model_type", ""))
-    return not type(module).__name__.endswith("Router") and name.rsplit(".", 1)[-1] != end
+    around = model.get_submodule(name.rpartition(".")[0])
+    routes = any(type(each).__name__.endswith("Router") for each in (module, around))
+    return not routes and name.rsplit(".", 1)[-1] != end
 
 
 def _tied(model: Any, stored: dict[str, str | None]) -> set[str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.experts_nf4 import BLOCK
 from oneshot.checkpoint.files import TensorEntry, read_tensor
-from oneshot.checkpoint.quantized import BLOCK
 from oneshot.checkpoint.scheme import PACKED, QUANTIZATION, is_left_over
 from oneshot.errors import UserError
 from oneshot.reading import read_object

@@ -7,13 +7,14 @@ the effective update, magnitudes, saved modules and all.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.carrier_read import uncarried
+from oneshot.checkpoint.experts import PROJECTIONS
 from oneshot.checkpoint.files import PICKLED_ADAPTER, read_header
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
-from oneshot.checkpoint.scaling import scalings
 from oneshot.checkpoint.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
@@ -28,6 +29,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FACTOR = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_([AB])\.weight")
 # what else PEFT stores of a LoRA, by the end of the tensor's name; the last ones are of modules that it saves whole
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # of PEFT's own modules, around the model's
+_PARAMETERS = ("weight", *PROJECTIONS)  # a layer's own weight is as good as the layer; fused experts are read, too
 _ORIGINAL = re.compile(r".+\.original_module\..+")  # of a module that was saved: the base's, which PEFT adds at times
 _ENDS = {
     "magnitude": re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?"),
@@ -107,8 +109,8 @@ def kinds_of(folder: Path) -> Kinds:
     if config.get("alora_invocation_tokens"):
         found.never.append("alora_invocation_tokens")
     fused = config.get("target_parameters") or []
-    if not isinstance(fused, list) or not all(str(name).endswith(".weight") for name in fused):
-        found.by_peft.append("target_parameters")  # a layer's own weight is as good as the layer
+    if not isinstance(fused, list) or not all(str(name).rsplit(".", 1)[-1] in _PARAMETERS for name in fused):
+        found.by_peft.append("target_parameters")
     saved: list[str] = []
     held: set[str] = set()
     for key, entry in tensors.items():
@@ -193,9 +195,8 @@ def read_effective(folder: Path) -> Effective:
     lost = [module for module in (*found.magnitudes, *found.biases) if module not in found.factors]
     if lost:
         raise UserError(f"{path} holds no factors of {lost[0]}: the adapter is incomplete, save it again.")
-    ranks = {module: factors.rank for module, factors in found.factors.items()}
-    found.scaling.update(scalings(config, ranks, folder / ADAPTER_CONFIG))
-    return found
+    read = uncarried(found.factors, config, folder / ADAPTER_CONFIG)
+    return replace(found, factors=read.stored, scaling=read.scaling)
 
 
 def _numbers(config: dict[str, Any], module: str, rows: int, folder: Path) -> list[int]:

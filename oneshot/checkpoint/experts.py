@@ -6,6 +6,7 @@ layer: y = x W^T, W (out, in), whichever way the parameter holds it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,13 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if hasattr(module, "is_transposed") and any(_held(module, projection) for projection in PROJECTIONS)
+        if is_single(module) and any(_held(module, projection) for projection in PROJECTIONS)
     }
+
+
+def is_single(module: nn.Module) -> bool:
+    """Return whether a module is behind transformers' experts interface, so that each expert can be used by itself."""
+    return hasattr(module, "is_transposed")
 
 
 def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
@@ -68,10 +74,23 @@ def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
     return found
 
 
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Return all that an update may name: the model's modules, and every fused expert's matrices."""
+    return {**dict(model.named_modules()), **expert_matrices(model)}
+
+
+def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return the modules and experts' matrices of these names, in their order."""
+    known = layers_of(model)
+    return {name: known[name] for name in names}
+
+
 def _held(module: nn.Module, projection: str) -> bool:
     return len(_shape(module._parameters.get(projection))) == 3
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of a parameter, partitioned (ZeRO-3) or not."""
-    return () if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Shape of a parameter, partitioned (ZeRO-3) or not, of one in 4 bits what it had."""
+    if parameter is None:
+        return ()
+    return tuple(getattr(parameter, "unpacked_shape", None) or getattr(parameter, "ds_shape", parameter.shape))

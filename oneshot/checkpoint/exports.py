@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch
+from oneshot.checkpoint.architecture import architecture_of
 from oneshot.checkpoint.beside import copy_tokenizer
+from oneshot.checkpoint.carrier import APART, PLAIN, Carried, carried, in_form
 from oneshot.checkpoint.effective import Kinds, kinds_of, read_effective, refuse
-from oneshot.checkpoint.files import ADAPTER_CONFIG, MARKER, is_adapter, is_degraded, resolve
+from oneshot.checkpoint.files import (
+    ADAPTER_CONFIG,
+    MARKER,
+    is_adapter,
+    is_degraded,
+    list_tensors,
+    local_folder,
+    resolve,
+)
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.identity import DERIVED, UPDATE, Identity, check_identity, read_identity
 from oneshot.checkpoint.injected import write_loadable
@@ -200,7 +210,7 @@ class NewAdapter:
     """What an adapter to write holds.
 
     Attributes:
-        update: its factors
+        update: its factors; of experts in the form that is to be written, where that is given
         dtype: what they are stored in
         base: name of the checkpoint that it belongs to, "" where that is not known
         linears: names of all linear layers of the model, or none where they are not known: the config then names every
@@ -209,12 +219,40 @@ class NewAdapter:
         plain: the model that it is for, on the meta device, where that is known: PEFT is to load all of it there
     """
 
-    update: Update
+    update: Update | Carried
     dtype: torch.dtype
     base: str
     linears: list[str]
     marked: str = ""
     plain: Any = None
+
+
+def in_form_of(update: Update, adapters: list[Adapter], form: str | None, base: str) -> Update | Carried:
+    """Return an update in the form in which an adapter made of others holds experts.
+
+    Args:
+        adapters: what it is made of
+        form: that is asked for; none: the first one's which has experts
+        base: name of the checkpoint that it belongs to, which says what single experts are called
+
+    Raises:
+        UserError: single experts' names are asked for, and nothing here says them
+    """
+    known = [adapter.experts for adapter in adapters if adapter.experts is not None]
+    if not known:
+        return update
+    form = form or known[0].form
+    apart = next((read.names for read in known if read.form == APART), None)
+    if form == APART and apart is None:
+        folder = local_folder(base) if base else None
+        if folder is None:
+            raise UserError(
+                f"--expert_form {APART} names each expert as its base does, and {base or 'the base'} is no folder "
+                "here: run it where the base is."
+            )
+        model = architecture_of(folder, list_tensors(folder)).model
+        return in_form(update, model, form)
+    return carried(update, form, None, apart or PLAIN)
 
 
 @phase("write")

@@ -20,7 +20,8 @@ from oneshot.checkpoint.files import TensorEntry, list_tensors
 from oneshot.checkpoint.folders import naming, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
-from oneshot.checkpoint.merge_plan import Change, MergePlan, Term, plan_merge, shared_out
+from oneshot.checkpoint.merge_experts import Term, experts_through_nf4
+from oneshot.checkpoint.merge_plan import Change, MergePlan, plan_merge, shared_out
 from oneshot.checkpoint.ranges import Piece, read_range, torch_dtype
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.checkpoint.write import Slot, create_shards, opened_shards, write_range
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _PIECE = 8 << 20  # bytes read and written at a time, about
 _BLOCK = 1 << 18  # elements computed at a time, about: in fp32 they stay in the processor's cache
 _UNCHANGED = Change()
+_HELD = 2  # parameters of experts, both of a layer: files hold the parts of one among those of the other
 _ROWS = 64  # rows come in multiples of this: BLAS then gives the bits that it gives for the whole product
 _COPIED_AS = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}  # bytes are copied as integers: dtypes without a torch name too
 
@@ -136,16 +138,17 @@ def _merged(runtime: Runtime, plan: MergePlan, share: list[str]) -> Iterator[tup
     import torch
 
     buffers = itertools.cycle([torch.empty(_PIECE, dtype=torch.uint8) for _ in range(2)])
+    held: dict[str, dict[str, torch.Tensor]] = {}
     for name in share:
         slot, terms, change = plan.slots[name], plan.terms.get(name), plan.changes.get(name, _UNCHANGED)
         altered = terms is not None or change is not _UNCHANGED
-        row = max(1, math.prod(slot.shape[1:]))
-        whole = _whole(runtime, plan, name)
+        row = max(1, slot.shape[-1]) if len(slot.shape) > 1 else 1
+        whole = _whole(runtime, plan, name, held)
         entry, item = plan.tensors[name], ITEM_SIZES[slot.dtype]
         if not altered and whole is None:
             entry = replace(entry, dtype=_COPIED_AS[item])
         rows = math.prod(slot.shape) // row
-        for first, last in _cuts(rows, _PIECE // (row * item)):
+        for first, last in _pieces(rows, _PIECE // (row * item), terms or []):
             start, stop = first * row, last * row
             values = _filled(next(buffers), plan, name, entry, start, stop) if whole is None else whole[start:stop]
             if altered:
@@ -154,12 +157,24 @@ def _merged(runtime: Runtime, plan: MergePlan, share: list[str]) -> Iterator[tup
             yield name, start, values
 
 
-def _whole(runtime: Runtime, plan: MergePlan, name: str) -> torch.Tensor | None:
-    """A whole tensor, flat, where it is not the stored one: another in its place, or one after NF4."""
+def _whole(
+    runtime: Runtime, plan: MergePlan, name: str, held: dict[str, dict[str, torch.Tensor]]
+) -> torch.Tensor | None:
+    """A whole tensor, flat, where it is not the stored one: another in its place, or one after NF4.
+
+    Args:
+        held: parameters of experts that were last read whole, kept from call to call
+    """
     change = plan.changes.get(name)
     if change is not None and change.whole is not None:
         dtype = torch_dtype(replace(plan.tensors[name], dtype=plan.slots[name].dtype), name)
         return change.whole.to(dtype, copy=True).flatten()
+    if (parameter := plan.fused.get(name)) is not None and plan.experts is not None:
+        if parameter not in held:
+            if len(held) == _HELD:
+                del held[next(iter(held))]
+            held[parameter] = experts_through_nf4(plan.experts, parameter, runtime.device, double=plan.double_quant)
+        return held[parameter].pop(name)
     return _dequantized(runtime, plan, name) if name in plan.packed or name in plan.quantized else None
 
 
@@ -203,8 +218,9 @@ def _alter(rows: torch.Tensor, first: int, terms: list[Term], change: Change) ->
         total = rows[begin:end].to(wide, copy=True)
         own = slice(first + begin, first + end)
         for term in terms:
-            product = term.factors.b[own] @ term.factors.a
-            total += product.mul_(term.scale)  # scaled after the product: PEFT's order, hence its bits
+            if term.first <= own.start and own.stop <= term.first + len(term.factors.b):
+                product = term.factors.b[own.start - term.first : own.stop - term.first] @ term.factors.a
+                total += product.mul_(term.scale)  # scaled after the product: PEFT's order, hence its bits
         if change.added is not None:
             total += change.added[own, None]
         if change.norms is not None:
@@ -220,6 +236,14 @@ def _check_finite(values: torch.Tensor, name: str, dtype: str, base: Path) -> No
             f"{name} holds NaN or infinity after the merge, in {dtype}: check that {base} is finite, and that the "
             "adapter is not too large for it."
         )
+
+
+def _pieces(rows: int, most: int, terms: list[Term]) -> Iterator[tuple[int, int]]:
+    """Cut rows as ``_cuts`` does, and wherever a summand begins or ends: each has a part of it whole, or nothing."""
+    edges = {0, rows, *(edge for term in terms for edge in (term.first, term.first + len(term.factors.b)))}
+    for first, last in itertools.pairwise(sorted(edges)):
+        for start, stop in _cuts(last - first, most):
+            yield first + start, first + stop
 
 
 def _cuts(rows: int, most: int) -> Iterator[tuple[int, int]]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.architecture import Architecture, architecture_of
+from oneshot.checkpoint.carrier import expert_of
 from oneshot.checkpoint.effective import Effective
 from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
 from oneshot.checkpoint.layout import FLOATS
-from oneshot.checkpoint.merge_plan import Change, MergePlan, Term, fitting, plan_merge
+from oneshot.checkpoint.merge_experts import Term, expert_terms, experts_in
+from oneshot.checkpoint.merge_plan import Change, MergePlan, fitting, plan_merge
 from oneshot.checkpoint.names import ADAPTER_CONFIG, CONFIG
 from oneshot.checkpoint.write import plan_shards
 from oneshot.errors import UserError, first_line
@@ -55,9 +57,15 @@ def plan_effective(
         shapes[name] = _shape(
             what, name, shapes[name], changes[name], base, vocabulary=parameter in _vocabulary(architecture)
         )
+    experts = None
     for module, factors in effective.factors.items():
-        name = _stored(what, f"{module}.weight", base, tensors, architecture)
         term = Term(factors, effective.scaling[module])
+        if expert_of(module):
+            experts = experts or experts_in(base, architecture.model)
+            for name, summand in expert_terms(what, module, term, experts):
+                terms.setdefault(name, []).append(summand)
+            continue
+        name = _stored(what, f"{module}.weight", base, tensors, architecture)
         terms[name] = [fitting(what, module, term, name, shapes[name], base, architecture)]
     config |= _grown(what, shapes, plan, architecture, base)
     slots, headers = plan_shards(shapes, dtypes)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 from oneshot.checkpoint.adapter import Adapter
 from oneshot.checkpoint.architecture import Architecture, architecture_of
 from oneshot.checkpoint.beside import Changes, carried
+from oneshot.checkpoint.carrier import expert_of
 from oneshot.checkpoint.dequantize import Packed, packed_weights
+from oneshot.checkpoint.experts import fused_experts
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, read_pieces
+from oneshot.checkpoint.merge_experts import StoredExperts, Term, by_layer, expert_terms, experts_in, quantized_experts
 from oneshot.checkpoint.update import Factors
 from oneshot.checkpoint.write import MAX_SHARD_BYTES, Slot, plan_shards
 from oneshot.errors import UserError
@@ -22,14 +25,6 @@ if TYPE_CHECKING:
 
 _MERGED_COST = 3  # of a tensor that is computed, against one of its size that is copied
 _UNPACKED = "BF16"  # dtype of what bitsandbytes had packed
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of a weight: scale * (b @ a)."""
-
-    factors: Factors
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,7 @@ class MergePlan:
         packed: those that bitsandbytes packed
         terms: stored weight -> what is added to it
         quantized: weights that pass through NF4 first
+        fused: those among them that are a part of a parameter of ``experts`` -> the parameter
         double_quant: whether their scales are quantized, too
         slots: where each tensor goes
         headers: of each shard file that is written
@@ -67,6 +63,7 @@ class MergePlan:
         config: what of the base's config no longer holds
         changes: stored tensor -> what becomes of it beside the terms
         tokenizer: folder of the tokenizer that goes along; none: the base's own
+        experts: where fused experts lie in its files, if anything is done with them
     """
 
     base: Path
@@ -82,6 +79,8 @@ class MergePlan:
     config: Changes
     changes: dict[str, Change] = field(default_factory=dict)
     tokenizer: Path | None = None
+    fused: dict[str, str] = field(default_factory=dict)
+    experts: StoredExperts | None = None
 
     @property
     def changed(self) -> int:
@@ -131,17 +130,28 @@ def plan_merge(
     shapes = {name: packed[name].shape if name in packed else entry.shape for name, entry in tensors.items()}
     dtypes = {name: _UNPACKED if name in packed else entry.dtype for name, entry in tensors.items()}
     terms: dict[str, list[Term]] = {}
+    experts = experts_in(base, architecture.model) if through_nf4 and fused_experts(architecture.model) else None
+    fused = quantized_experts(experts) if experts is not None else {}
     for what, added in parts:
-        for module, term in added.items():
-            name = _stored_weight(what, module, base, tensors, architecture)
-            terms.setdefault(name, []).append(fitting(what, module, term, name, shapes[name], base, architecture))
-            if dtypes[name] not in FLOATS:
-                raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
+        for module, term in by_layer(added, architecture.linears):
+            if expert_of(module) and module not in architecture.linears:
+                experts = experts or experts_in(base, architecture.model)
+                summands = expert_terms(what, module, term, experts)
+            else:
+                name = _stored_weight(what, module, base, tensors, architecture)
+                summands = [(name, fitting(what, module, term, name, shapes[name], base, architecture))]
+            for name, summand in summands:
+                terms.setdefault(name, []).append(summand)
+                if dtypes[name] not in FLOATS:
+                    raise UserError(f"{base} holds {name} as {dtypes[name]}, to which nothing can be added.")
     slots, headers = plan_shards(shapes, dtypes, max_bytes)
-    quantized = architecture.quantized if through_nf4 else frozenset()
+    quantized = architecture.quantized | fused.keys() if through_nf4 else frozenset()
     config = Changes("bfloat16" if packed else None, apart=architecture.untied)
     files = carried(base)
-    return MergePlan(base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, files, config)
+    return MergePlan(
+        base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, files, config,
+        fused=fused, experts=experts,
+    )  # fmt: skip
 
 
 def fitting(
@@ -189,11 +199,15 @@ def shared_out(plan: MergePlan, world_size: int) -> list[list[str]]:
     cost = {name: tensor_bytes(slot.shape, slot.dtype) for name, slot in plan.slots.items()}
     for name in {*plan.terms, *plan.changes, *plan.quantized, *plan.packed}:
         cost[name] *= _MERGED_COST
+    together: dict[str, list[str]] = {}
+    for name in cost:  # the parts of what is read whole are one rank's
+        together.setdefault(plan.fused.get(name, name), []).append(name)
+    total = {group: sum(cost[name] for name in names) for group, names in together.items()}
     shares: list[list[str]] = [[] for _ in range(world_size)]
     load = [0] * world_size
-    for name in sorted(cost, key=lambda name: -cost[name]):
+    for group in sorted(total, key=lambda group: -total[group]):
         rank = load.index(min(load))
-        shares[rank].append(name)
-        load[rank] += cost[name]
+        shares[rank] += together[group]
+        load[rank] += total[group]
     place = {name: (entry.shard, entry.offset) for name, entry in plan.tensors.items()}
     return [sorted(share, key=place.__getitem__) for share in shares]

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.configs import read_config, read_generation_config
 from oneshot.checkpoint.files import TensorEntry
-from oneshot.checkpoint.layout import FLOATS, Range, owners, partition
-from oneshot.checkpoint.quantized import FourBit, finish, packed_parameter
-from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.layout import Range, owners, partition
+from oneshot.checkpoint.quantized import FourBit, empty_like, finish
+from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.scheme import holds_packed, is_stored
+from oneshot.checkpoint.segments import Stored, open_stored, range_reads
 from oneshot.checkpoint.ties import untie
-from oneshot.checkpoint.weights import Checkpoint, open_checkpoint, read_own
+from oneshot.checkpoint.traced import Loading
+from oneshot.checkpoint.weights import read_own
 from oneshot.distributed.engine import deepspeed_config
 from oneshot.distributed.runtime import Runtime, agree, exchange
 from oneshot.errors import UserError
@@ -36,38 +38,34 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def why_not(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> str | None:
+def why_not(model: PreTrainedModel, stored: Stored) -> str | None:
     """Return why the checkpoint cannot be read range by range, or none if it can.
 
-    Where transformers renames, splits, fuses or permutes tensors while it loads (fused experts, for one), or where
-    weights are quantized, a parameter is no range of one stored tensor.
+    Where transformers transposes or permutes tensors while it loads them, or where weights are quantized in a way that
+    is not read here, a parameter is no list of ranges of stored tensors.
 
     Raises:
         UserError: a tensor has another shape than the config promises
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    if getattr(model.config, "quantization_config", None) is not None and not is_stored(model.config):
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if quantized and not is_stored(model.config) and not stored.scaled:
         return "the checkpoint is quantized"
-    transforms = get_model_conversion_mapping(model, add_legacy=False)
-    # a permutation keeps names and shapes, so that comparing those would not find it
-    if any(isinstance(transform, WeightConverter) for transform in transforms):
-        return f"transformers stores {type(model).__name__} in other tensors than it computes with"
-    own = own_tensors(model)
-    for name, tensor in own.items():
-        entry = tensors.get(name)
+    for name, tensor in own_tensors(model).items():
+        parts = stored.loading.made.get(name)
         if tensor.dtype != _kept_dtype(model, name, tensor.dtype):
             return f"transformers keeps {name} in another dtype"
-        if entry is not None and holds_packed(tensors, name):
+        if parts is not None and holds_packed(stored.tensors, parts.segments[0].name):
             continue
-        if entry is None:
-            return f"the checkpoint stores {name} under another name or in parts"
-        if tensor.is_floating_point() and entry.dtype not in FLOATS:
-            return f"the checkpoint stores {name} as {entry.dtype}"
-        if entry.shape != tuple(tensor.shape):
+        if parts is None:
+            reason = stored.loading.reasons.get(name)
+            return reason or f"the checkpoint stores {name} under another name or in parts"
+        behind = [stored.behind(segment)[1] for segment in parts.segments]
+        odd = [entry.dtype for entry, segment in zip(behind, parts.segments) if not stored.is_float(segment)]
+        if tensor.is_floating_point() and odd:
+            return f"the checkpoint stores {name} as {odd[0]}"
+        if parts.shape != tuple(tensor.shape):
             raise UserError(
-                f"{entry.shard} holds {name} of shape {list(entry.shape)} where config.json makes it "
+                f"{behind[0].shard} holds {name} of shape {list(parts.shape)} where config.json makes it "
                 f"{list(tensor.shape)}: config and shards are not of one checkpoint, copy it again."
             )
     return None
@@ -101,6 +99,9 @@ def skeleton(
         )
     model.tie_weights()
     untie(model, tensors)
+    for name, buffer in own_tensors(model).items():
+        if buffer.device.type != "meta":
+            buffer.data = buffer.to(_kept_dtype(model, name, buffer.dtype))
     for module in model.modules():
         for name, buffer in list(module._buffers.items()):
             assert buffer is None or buffer.device != torch.device("meta"), f"buffer {name} was not built"
@@ -111,12 +112,20 @@ def skeleton(
 
 
 def fill_partitions(
-    runtime: Runtime, model: nn.Module, folder: Path, dtype: torch.dtype, four_bit: FourBit | None = None
+    runtime: Runtime,
+    model: nn.Module,
+    folder: Path,
+    loading: Loading,
+    dtype: torch.dtype,
+    four_bit: FourBit | None = None,
 ) -> None:
     """Turn the skeleton's parameters into ZeRO-3 partitions filled from the checkpoint. Collective.
 
     Nothing is sent but the scales of 4-bit weights. Afterwards each rank holds exactly what the layout says, in
     ``dtype``; asserted. Persistent buffers are read whole.
+
+    Args:
+        loading: how the model's tensors are made of the folder's
 
     Raises:
         UserError: on every rank, if any rank could not read its bytes
@@ -144,15 +153,22 @@ def fill_partitions(
                 _install(parameter, part, wanted, runtime.world_size)
 
     with agree(runtime, f"reading the checkpoint {folder}"):
-        checkpoint = open_checkpoint(folder)
+        stored = open_stored(folder, loading=loading)
         FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
-        for _ in read_own(runtime, model, checkpoint, own, four_bit):
+        for _ in read_own(runtime, model, stored, own, four_bit):
             pass
-        _read_buffers(model, checkpoint)
+        _read_buffers(model, stored)
     names.clear()  # a parameter made later may get the id of one that is gone by then
     if four_bit is not None:
-        finish(runtime, four_bit, checkpoint.tensors, partitioned=True)
+        finish(runtime, four_bit, stored.tensors, partitioned=True)
     _check(runtime, model)
+
+
+def made_as_read(model: Any, stored: Stored) -> None:
+    """Have a model that was read say how: by which conversions it is named as it is saved, and in which precision."""
+    model._weight_conversions = stored.loading.conversions
+    if stored.scaled:
+        del model.config.quantization_config
 
 
 def _install(parameter: Any, own: Any, wanted: Range, world_size: int) -> None:
@@ -170,12 +186,20 @@ def _install(parameter: Any, own: Any, wanted: Range, world_size: int) -> None:
 
 
 def fill_whole(
-    runtime: Runtime, model: nn.Module, folder: Path, dtype: torch.dtype, four_bit: FourBit | None = None
+    runtime: Runtime,
+    model: nn.Module,
+    folder: Path,
+    loading: Loading,
+    dtype: torch.dtype,
+    four_bit: FourBit | None = None,
 ) -> None:
     """Fill the skeleton with whole tensors, on this rank's device. Collective.
 
     Each rank reads its share of every tensor, so that a byte is read once by all of them together, and gets the others
     from the other ranks.
+
+    Args:
+        loading: how the model's tensors are made of the folder's
 
     Raises:
         UserError: on every rank, if any rank could not read
@@ -184,7 +208,7 @@ def fill_whole(
 
     _give_shapes(model, dtype, runtime.device, four_bit)
     with agree(runtime, f"opening the checkpoint {folder}"):
-        checkpoint = open_checkpoint(folder)
+        stored = open_stored(folder, loading=loading)
     shares: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.numel(), dtype=dtype, device=runtime.device)
@@ -192,22 +216,22 @@ def fill_whole(
         shares[name] = [whole[own.start : own.stop] for own in owners(tuple(parameter.shape), runtime.world_size)]
     with agree(runtime, f"reading the checkpoint {folder}"):
         own = {name: parts[runtime.rank] for name, parts in shares.items()}
-        for name in read_own(runtime, model, checkpoint, own, four_bit):
+        for name in read_own(runtime, model, stored, own, four_bit):
             exchange(runtime, shares[name])
-        _read_buffers(model, checkpoint)
+        _read_buffers(model, stored)
     if four_bit is not None:
-        finish(runtime, four_bit, checkpoint.tensors, partitioned=True)
+        finish(runtime, four_bit, stored.tensors, partitioned=True)
     else:
         model.to(runtime.device)  # its buffers
 
 
-def _read_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _read_buffers(model: nn.Module, stored: Stored) -> None:
     parameters = {name for name, _ in model.named_parameters()}
     for name, buffer in own_tensors(model).items():
         if name not in parameters:
             whole = partition(tuple(buffer.shape), 0, 1)
             flat = buffer.new_empty(whole.size)
-            read_range(checkpoint.tensors[name], whole, flat, name, checkpoint.pieces.get(name, []))
+            read_all(range_reads(stored, stored.loading.made[name], whole, flat))
             buffer.copy_(flat.view(buffer.shape))
 
 
@@ -224,8 +248,8 @@ def _give_shapes(
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if four_bit is not None and f"{path}.{name}".removesuffix(".weight") in four_bit.layers:
-                made[id(parameter)] = packed_parameter(module, dtype, device)
+            if four_bit is not None and four_bit.takes(f"{path}.{name}"):
+                made[id(parameter)] = empty_like(module, parameter, dtype, device)
             elif id(parameter) not in made:
                 data = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
                 made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)

@@ -13,18 +13,20 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.experts_forward import one_by_one_name
+from oneshot.checkpoint.experts_nf4 import BLOCK, pack_experts, packed_experts
 from oneshot.checkpoint.files import TensorEntry, read_tensor
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
+from oneshot.checkpoint.linear4bit import forward
 from oneshot.checkpoint.ranges import Read
 from oneshot.checkpoint.scheme import holds_packed, is_stored
+from oneshot.checkpoint.traced import Traced
 from oneshot.distributed.runtime import Runtime, gather_parts
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-BLOCK = 64  # weights per scale, bitsandbytes' default
 _CHUNK = 1 << 20  # weights quantized at a time, which bounds the kernel's temporary memory
 
 
@@ -37,14 +39,45 @@ class FourBit:
         stored: whether the checkpoint holds them packed already, as bitsandbytes saves them
         double: whether the scales are quantized in turn (8 bits, blocks of 256)
         dtype: what weights are quantized from, computed in and stored as
-        scales: module name -> fp32 scales of the blocks that begin in this rank's range, until they are shared
+        experts: parameter of fused experts in 4 bits -> (module, projection)
+        kept: parameters of fused experts that stay as they are
+        scales: module or parameter of experts -> fp32 scales of the blocks that begin in this rank's range, until they
+            are shared
     """
 
     layers: dict[str, Any]
     stored: bool
     double: bool
     dtype: torch.dtype
+    experts: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def takes(self, parameter: str) -> bool:
+        """Return whether a parameter is held in 4 bits."""
+        return parameter.removesuffix(".weight") in self.layers or parameter in self.experts
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's elements of a packed weight.
+
+    Attributes:
+        name: the parameter's
+        parts: where its weights are stored
+        own: range of packed elements
+        out: (own.size,), where they go
+    """
+
+    name: str
+    parts: Traced
+    own: Range
+    out: torch.Tensor
+
+    @property
+    def numel(self) -> int:
+        """Weights of the whole parameter."""
+        return math.prod(self.parts.shape)
 
 
 def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtype, *, double: bool) -> FourBit:
@@ -99,7 +132,40 @@ def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtyp
         if module.bias is not None:
             module.bias.data = module.bias.data.to(dtype)
     model.is_loaded_in_4bit = True  # PEFT asks for it
-    return FourBit(layers, stored, double, dtype)
+    experts = {} if stored else pack_experts(model, dtype)
+    for holder, _ in experts.values():
+        holder.config._experts_implementation = one_by_one_name()
+    return FourBit(layers, stored, double, dtype, experts, _kept(model))
+
+
+def _kept(model: Any) -> list[str]:
+    """Parameters that hold several matrices, and are no convolution's."""
+    from torch.nn.modules.conv import _ConvNd
+
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and not isinstance(module, _ConvNd)
+    ]
+
+
+def what_stays(four_bit: FourBit | None) -> str:
+    """Return what to say of experts that are not read in 4 bits; nothing where there are none."""
+    if four_bit is None or not four_bit.kept:
+        return ""
+    return (
+        f"{len(four_bit.kept)} tensors of fused experts stay in {str(four_bit.dtype).removeprefix('torch.')}, "
+        f"{four_bit.kept[0]} for one: in 4 bits are those behind transformers' experts interface whose matrices fill "
+        "whole blocks of 64 weights, read from a checkpoint that is not in 4 bits itself."
+    )
+
+
+def empty_like(module: Any, parameter: Any, dtype: torch.dtype, device: Any) -> Any:
+    """Return a packed parameter for one without values, a layer's or of experts."""
+    if (shape := getattr(parameter, "unpacked_shape", None)) is not None:
+        return packed_experts(shape, dtype, device)
+    return packed_parameter(module, dtype, device)
 
 
 def packed_parameter(module: Any, dtype: torch.dtype, device: Any) -> Any:
@@ -141,39 +207,39 @@ def as_bytes(read: Read) -> Read:
     )
 
 
-def weights_behind(four_bit: FourBit, read: Read, device: torch.device) -> Read:
-    """Return the read of the weights, in whole blocks, of which a range of packed elements is made on ``device``."""
+def weights_behind(four_bit: FourBit, share: Share, device: torch.device) -> tuple[Range, torch.Tensor]:
+    """Return which weights, in whole blocks, a share of packed elements is made of, and where to read them to."""
     import torch
 
-    numel = math.prod(read.entry.shape)
-    touched, _ = blocks(numel, read.wanted, 2 * four_bit.dtype.itemsize)
-    start, stop = touched.start * BLOCK, min(touched.stop * BLOCK, numel)
-    out = torch.empty(stop - start, dtype=four_bit.dtype, device=device)
-    return replace(read, wanted=Range(start, stop, stop - start), out=out)
+    touched, _ = blocks(share.numel, share.own, 2 * four_bit.dtype.itemsize)
+    start, stop = touched.start * BLOCK, min(touched.stop * BLOCK, share.numel)
+    return Range(start, stop, stop - start), torch.empty(stop - start, dtype=four_bit.dtype, device=device)
 
 
-def pack(four_bit: FourBit, read: Read, weights: Read) -> None:
-    """Fill ``read.out`` with packed elements made of ``weights``; keep the scales of the blocks that begin in it."""
+def pack(four_bit: FourBit, share: Share, values: torch.Tensor) -> None:
+    """Fill ``share.out`` with packed elements made of ``values``, the weights behind it.
+
+    The scales of the blocks that begin in it are kept.
+    """
     import torch
     from bitsandbytes.functional import quantize_4bit
 
-    values = weights.out
-    assert read.out is not None
-    assert values is not None
-    own, size = read.wanted, four_bit.dtype.itemsize
+    own, size = share.own, four_bit.dtype.itemsize
     target = torch.zeros(own.size * size, dtype=torch.uint8, device=values.device)
-    _, mine = blocks(math.prod(read.entry.shape), own, 2 * size)
+    touched, mine = blocks(share.numel, own, 2 * size)
     scales = torch.empty(mine.numel, device=values.device)
-    for begin in range(weights.wanted.start, weights.wanted.stop, _CHUNK):
-        end = min(begin + _CHUNK, weights.wanted.stop)
-        part = values[begin - weights.wanted.start : end - weights.wanted.start]
+    start = touched.start * BLOCK
+    stop = start + len(values)
+    for begin in range(start, stop, _CHUNK):
+        end = min(begin + _CHUNK, stop)
+        part = values[begin - start : end - start]
         packed, state = quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
         low, high = max(begin // 2, own.start * size), min(-(-end // 2), own.stop * size)
         target[low - own.start * size : high - own.start * size] = packed.view(-1)[low - begin // 2 : high - begin // 2]
         first, low = begin // BLOCK, max(begin // BLOCK, mine.start)
         scales[low - mine.start : -(-end // BLOCK) - mine.start] = state.absmax[low - first :]
-    read.out.copy_(target.view(four_bit.dtype))
-    four_bit.scales[read.name.removesuffix(".weight")] = scales
+    share.out.copy_(target.view(four_bit.dtype))
+    four_bit.scales[share.name.removesuffix(".weight")] = scales
 
 
 def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry], *, partitioned: bool) -> None:
@@ -182,23 +248,26 @@ def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry],
     Args:
         partitioned: whether the packed weights are split over the ranks; else every rank holds them whole
     """
+    world_size = runtime.world_size if partitioned else 1
     for name, module in four_bit.layers.items():
         if four_bit.stored:
             state = _stored_state(four_bit, name, tensors, runtime.device)
         else:
-            state = _state(runtime, four_bit, name, module, runtime.world_size if partitioned else 1)
+            state = _state(runtime, four_bit, name, (module.out_features, module.in_features), world_size)
         module.weight.quant_state = module.quant_state = state
         if partitioned:
-            module.forward = functools.partial(_forward, module)
+            module.forward = functools.partial(forward, module)
+    for name, (experts, projection) in four_bit.experts.items():
+        parameter: Any = getattr(experts, projection)
+        parameter.quant_state = _state(runtime, four_bit, name, parameter.unpacked_shape, world_size)
 
 
-def _state(runtime: Runtime, four_bit: FourBit, name: str, module: Any, world_size: int) -> Any:
-    """bitsandbytes' state of a layer, from the scales of all ranks, as its ``quantize_4bit`` makes it."""
+def _state(runtime: Runtime, four_bit: FourBit, name: str, shape: tuple[int, ...], world_size: int) -> Any:
+    """bitsandbytes' state of a weight, from the scales of all ranks, as its ``quantize_4bit`` makes it."""
     import torch
     from bitsandbytes import functional as bnb
 
     scales = four_bit.scales.pop(name)
-    shape = (module.out_features, module.in_features)
     per_item = 2 * four_bit.dtype.itemsize
     if world_size > 1:
         numel = math.prod(shape)
@@ -227,40 +296,3 @@ def _stored_state(four_bit: FourBit, name: str, tensors: dict[str, TensorEntry],
     state = QuantState.from_dict(found, device=device)
     state.dtype = four_bit.dtype
     return state
-
-
-def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """``Linear4bit.forward`` for partitioned weights.
-
-    Rows are flattened: for more dimensions the linear function that DeepSpeed puts in place of torch's, which
-    bitsandbytes calls on a CPU, adds the bias in a second step and rounds twice.
-    """
-    rows = x.to(module.compute_dtype).flatten(0, -2)
-    y: torch.Tensor = _product().apply(rows, module.weight, module.bias, module.quant_state)
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
-
-
-@functools.cache
-def _product() -> Any:
-    """The product with a 4-bit weight as an autograd function that holds the parameter, not what it holds now.
-
-    bitsandbytes' own keeps a view of the gathered weight from the forward to the backward pass: every layer would
-    stay gathered. The parameter is gathered anew before its layer's backward pass.
-    """
-    import torch
-    from bitsandbytes import functional as bnb
-    from bitsandbytes import matmul_4bit
-
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: Any, state: Any) -> torch.Tensor:
-            ctx.weight, ctx.state = weight, state
-            product: torch.Tensor = matmul_4bit(x, weight.data, quant_state=state, bias=bias)
-            return product
-
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-            weight = bnb.dequantize_4bit(ctx.weight.data, ctx.state).to(gradient.dtype)
-            return gradient @ weight, None, None, None
-
-    return Product

@@ -10,26 +10,47 @@ import re
 from pathlib import Path
 
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
+from oneshot.checkpoint.partitioned import skeleton
+from oneshot.checkpoint.segments import open_stored
 from oneshot.errors import UserError
 
 
-def check_reference(checkpoint: Path, reference: Path) -> None:
-    """Raise UserError unless the reference holds the model's matrices, all shapes alike but for the vocabulary's."""
+def check_reference(checkpoint: Path, reference: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise UserError unless the reference holds the model's matrices, all shapes alike but for the vocabulary's.
+
+    The two may hold them in different forms (experts merged, or each by itself): then the model's class decides.
+    """
     ours, theirs = list_tensors(checkpoint), list_tensors(reference)
     for name, entry in ours.items():
         found = _found(theirs, name)
         other = theirs.get(found or "")
         # a tied head may be stored in one of the two only
-        if other is None and in_block(name) and name.endswith(".weight") and len(entry.shape) == 2:
+        if other is None and in_block(name) and ((name.endswith(".weight") and len(entry.shape) == 2) or _fused(entry)):
+            if (lacking := _lacking(checkpoint, reference, trust_remote_code)) is None:
+                return
             raise UserError(
-                f"The reference {reference} lacks {name}: give the aligned checkpoint that this model was "
+                f"The reference {reference} lacks {lacking}: give the aligned checkpoint that this model was "
                 "fine-tuned from."
             )
-        if other is not None and other.shape != entry.shape and not other_rows(name, entry, other):
+        if other is not None and other.shape != entry.shape and not other_rows(name, entry.shape, other.shape):
             raise UserError(
                 f"The reference {reference} has {found} of shape {list(other.shape)}, the model has "
                 f"{list(entry.shape)}: give the aligned checkpoint that this model was fine-tuned from."
             )
+
+
+def _fused(entry: TensorEntry) -> bool:
+    return len(entry.shape) == 3
+
+
+def _lacking(checkpoint: Path, reference: Path, trust_remote_code: bool) -> str | None:
+    """A tensor of the model's blocks that cannot be made of what the reference stores; none if there is none."""
+    import torch
+
+    model = skeleton(checkpoint, list_tensors(checkpoint), torch.float32, "eager", trust_remote_code)
+    ours, theirs = open_stored(checkpoint, model).loading.made, open_stored(reference, model).loading.made
+    shapes = {name: parts.shape for name, parts in theirs.items()}
+    return next((name for name, parts in ours.items() if in_block(name) and shapes.get(name) != parts.shape), None)
 
 
 def vocabularies(checkpoint: Path, reference: Path) -> tuple[int, int] | None:
@@ -37,7 +58,7 @@ def vocabularies(checkpoint: Path, reference: Path) -> tuple[int, int] | None:
     ours, theirs = list_tensors(checkpoint), list_tensors(reference)
     for name, entry in ours.items():
         other = theirs.get(_found(theirs, name) or "")
-        if other is not None and other_rows(name, entry, other):
+        if other is not None and other_rows(name, entry.shape, other.shape):
             return entry.shape[0], other.shape[0]
     return None
 
@@ -59,11 +80,11 @@ def in_block(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-def other_rows(name: str, one: TensorEntry, other: TensorEntry) -> bool:
-    """Return whether two tensors are embeddings or heads of two vocabularies: alike but for the number of rows."""
-    matrix = len(one.shape) == 2 and not re.search(r"wpe|pos", name)  # positions are no words
+def other_rows(name: str, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Return whether two tensors of these shapes are embeddings or heads of two vocabularies, alike but for rows."""
+    matrix = len(one) == 2 and not re.search(r"wpe|pos", name)  # positions are no words
     known = not in_block(name) and (matrix or name.endswith("head.bias"))
-    return known and one.shape[:1] != other.shape[:1] and one.shape[1:] == other.shape[1:]
+    return known and one[:1] != other[:1] and one[1:] == other[1:]
 
 
 def _found(tensors: dict[str, TensorEntry], name: str) -> str | None:

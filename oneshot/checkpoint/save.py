@@ -10,7 +10,7 @@ from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.beside import Origin, write_beside, write_tokenizer
 from oneshot.checkpoint.files import list_tensors
 from oneshot.checkpoint.folders import naming, replacing
-from oneshot.checkpoint.write import is_direct, write_sharded
+from oneshot.checkpoint.write import stored_form, write_sharded
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime, agree
 
@@ -35,11 +35,11 @@ def save_checkpoint(
         origin: where the model comes from: what lies beside its weights goes along
         folder: replaced as a whole, by a rename, once everything is written
         dtype: of the weights in the file
-        stock: gather everything on rank 0 and let transformers write, as is done anyway for architectures whose
-            tensors transformers renames or splits on disk
+        stock: gather everything on rank 0 and let transformers write, as is done anyway where what it stores are no
+            ranges of the model's tensors
         beside: writes further files into the folder, on rank 0, before it appears and before the weights are in it
     """
-    if is_direct(model) and not stock:
+    if not stock and stored_form(model) is not None:
         write_sharded(runtime, model, origin, folder, dtype, beside=beside)
     else:
         _save_gathered(runtime, model, origin, folder, dtype, beside)

@@ -13,6 +13,26 @@ _PEFT_ALPHA = 8  # PEFT's default, where a config names none
 _PATTERN_SECONDS = 5.0  # for all modules of a model together, of which there are thousands
 
 
+def rank_of(config: dict[str, Any], name: str, path: Path) -> int:
+    """Return the rank that PEFT gives to what a config means by a name: its ``r``, or that of a pattern.
+
+    Args:
+        path: of the config, for messages
+
+    Raises:
+        UserError: it is no rank
+    """
+    patterns = config.get("rank_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{path} has a rank_pattern that is no JSON object: restore it from its source.")
+    with limited(f"Matching the rank_pattern of {path}", seconds=_PATTERN_SECONDS):
+        own = first_match(patterns, name, path)
+    rank = config.get("r") if own is None else own
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{path} gives {name} the rank {str(rank)[:80]!r}, which is none: restore it from its source.")
+    return rank
+
+
 def scalings(config: dict[str, Any], ranks: dict[str, int], path: Path) -> dict[str, float]:
     """PEFT's scaling of every module: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
 

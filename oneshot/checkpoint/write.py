@@ -26,6 +26,7 @@ from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition, tensor_bytes
 from oneshot.checkpoint.manifest import Pieces, write_manifest
 from oneshot.checkpoint.partitioned import own_tensors
 from oneshot.checkpoint.ranges import CHUNK, Piece
+from oneshot.checkpoint.traced import Traced, trace_saving
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each
 
@@ -51,11 +52,16 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def is_direct(model: PreTrainedModel) -> bool:
-    """Return whether the model's parameters have the names and shapes that its checkpoints have on disk."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return not get_model_conversion_mapping(model, add_legacy=False)
+def stored_form(model: PreTrainedModel) -> dict[str, Traced] | None:
+    """Return what a checkpoint stores of the model's tensors, in the order of these; none where it is no ranges."""
+    shapes = {name: tuple(getattr(t, "ds_shape", t.shape)) for name, t in own_tensors(model).items()}
+    try:
+        found = trace_saving(model, shapes)
+    except NotImplementedError:
+        return None
+    place = {name: number for number, name in enumerate(shapes)}
+    first = {name: (place[parts.segments[0].name], parts.segments[0].start) for name, parts in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: first[name])}
 
 
 def plan_shards(
@@ -120,7 +126,7 @@ def write_sharded(
     beside: Callable[[Path], None] | None = None,
     max_bytes: int | None = None,
 ) -> None:
-    """Write ``folder`` as a full checkpoint that plain transformers loads. Collective.
+    """Write ``folder`` as a full checkpoint that plain transformers loads, by the names that it stores. Collective.
 
     Args:
         origin: where the model comes from: what lies beside its weights goes along
@@ -132,9 +138,11 @@ def write_sharded(
         UserError: on every rank, if any rank could not write; what was at ``folder`` before is still there
     """
     tensors = own_tensors(model)
-    parameters = {name for name, _ in model.named_parameters()}
-    shapes = {name: tuple(getattr(t, "ds_shape", t.shape)) for name, t in tensors.items()}
-    dtypes = {name: _NAMES[str(dtype if name in parameters else t.dtype)] for name, t in tensors.items()}
+    parameters, form = {name for name, _ in model.named_parameters()}, stored_form(model)
+    assert form is not None, "who calls has looked"
+    own = {name: _NAMES[str(dtype if name in parameters else t.dtype)] for name, t in tensors.items()}
+    shapes = {name: parts.shape for name, parts in form.items()}
+    dtypes = {name: own[parts.segments[0].name] for name, parts in form.items()}
     slots, headers = plan_shards(shapes, dtypes, max_bytes or shard_bytes(shapes, dtypes, runtime.world_size))
     with replacing(runtime, folder) as temporary:
         with agree(runtime, f"creating the checkpoint {folder}"):
@@ -144,7 +152,7 @@ def write_sharded(
                 create_shards(temporary, slots, headers)
                 write_beside(model, origin, temporary, dtype)
         with agree(runtime, f"writing the checkpoint {folder}"):
-            written = _write_own(runtime, tensors, slots, temporary)
+            written = _write_own(runtime, tensors, form, slots, temporary)
         everything = gather_objects(runtime, written)
         with agree(runtime, f"checking the checkpoint {folder}"):
             if runtime.is_main:
@@ -176,15 +184,32 @@ def create_shards(folder: Path, slots: dict[str, Slot], headers: dict[str, bytes
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_own(runtime: Runtime, tensors: dict[str, torch.Tensor], slots: dict[str, Slot], folder: Path) -> Pieces:
+def _write_own(
+    runtime: Runtime, tensors: dict[str, torch.Tensor], form: dict[str, Traced], slots: dict[str, Slot], folder: Path
+) -> Pieces:
+    """Write what this rank holds: of each stored tensor the elements that lie in its ranges of the model's tensors."""
     written: Pieces = {}
     with opened_shards(folder, slots) as descriptors:
         for name in each(in_turn(runtime, slots), "weights written", "tensors"):
-            slot, tensor = slots[name], tensors[name]
-            own = partition(slot.shape, runtime.rank, runtime.world_size)
+            slot, written[name] = slots[name], []
             with naming(folder / slot.shard):
-                written[name] = write_range(descriptors[slot.shard], slot, own, _flat(tensor, own))
+                for part, values in _own_parts(runtime, tensors, form[name]):
+                    written[name] += write_range(descriptors[slot.shard], slot, part, values)
     return written
+
+
+def _own_parts(
+    runtime: Runtime, tensors: dict[str, torch.Tensor], stored: Traced
+) -> Iterator[tuple[Range, torch.Tensor]]:
+    """Yield the elements of a stored tensor that this rank holds, and their values."""
+    for segment, end in zip(stored.segments, stored.ends):
+        tensor = tensors[segment.name]
+        own = partition(tuple(getattr(tensor, "ds_shape", tensor.shape)), runtime.rank, runtime.world_size)
+        low, high = max(own.start, segment.start), min(own.stop, segment.stop)
+        if low < high:
+            shift = end - segment.stop  # from the model's tensor to the stored one
+            values = _flat(tensor, own)[low - own.start : high - own.start]
+            yield Range(low + shift, high + shift, high - low), values
 
 
 @contextlib.contextmanager

@@ -6,85 +6,103 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.load import check_fits
+from oneshot.checkpoint.added import check_fits
+from oneshot.checkpoint.experts import ExpertMatrix, layers_of
+from oneshot.checkpoint.experts_forward import Hook
 from oneshot.checkpoint.update import Factors
+from oneshot.patch.expert_hook import hooked
+from oneshot.patch.linears import shape_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from oneshot.patch.linears import Layer
 
 FIRST_DECREASE = 0.1  # a first step along a factored gradient aims, to first order, at this share of the loss
 
 
 @contextlib.contextmanager
-def attached(linears: Mapping[str, nn.Linear], update: Mapping[str, Factors]) -> Iterator[None]:
-    """Within the block each layer computes with W + b @ a; W itself, partitioned or 4-bit, stays as it is.
+def _at_each(layers: Mapping[str, Layer], hook: Hook) -> Iterator[None]:
+    """Within the block ``hook`` is called at every layer that computes: see ``experts_forward.Hook``.
 
-    ``update`` is looked up at each forward pass, so its entries may be replaced in between, and they may carry an
-    autograd graph. The correction is computed in the precision of the factors and rounded once.
+    Of a linear layer x and y are whole, (..., n) and (..., m), and the rows none.
     """
+    from torch import nn
 
-    def hook_for(name: str) -> Any:
-        def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            factors = update.get(name)
-            if factors is None:
-                return None
-            low = (args[0].to(factors.a.dtype) @ factors.a.T) @ factors.b.T
-            return output + low.to(output.dtype)
+    def at(name: str) -> Any:
+        return lambda _module, args, output: hook(name, args[0], output, None)
 
-        return add
-
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in linears.items()]
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
+    handles = [module.register_forward_hook(at(name)) for name, module in linears.items()]
     try:
-        yield
+        with hooked(layers, hook):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextlib.contextmanager
-def attached_update(model: Any, update: Mapping[str, Factors]) -> Iterator[dict[str, nn.Linear]]:
+def attached(layers: Mapping[str, Layer], update: Mapping[str, Factors]) -> Iterator[None]:
+    """Within the block each layer computes with W + b @ a; W itself, partitioned or 4-bit, stays as it is.
+
+    ``update`` is looked up at each forward pass, of experts only for those that a token is sent to, so its entries may
+    be replaced in between, and they may carry an autograd graph. The correction is computed in the precision of the
+    factors and rounded once.
+    """
+
+    def add(name: str, x: torch.Tensor, y: torch.Tensor, _rows: torch.Tensor | None) -> torch.Tensor | None:
+        factors = update.get(name)
+        if factors is None:
+            return None
+        low = (x.to(factors.a.dtype) @ factors.a.T) @ factors.b.T
+        return y + low.to(y.dtype)
+
+    with _at_each(layers, add):
+        yield
+
+
+@contextlib.contextmanager
+def attached_update(model: Any, update: Mapping[str, Factors]) -> Iterator[dict[str, Layer]]:
     """Attach an update by module name, on the device of the model; yields the layers that it changes.
 
     Raises:
         UserError: the update does not fit the model
     """
-    modules = dict(model.named_modules())
+    known = layers_of(model)
     for name, factors in update.items():
-        check_fits(modules, name, factors)
-    layers = {name: modules[name] for name in update}
+        check_fits(known, name, factors)
+    layers = {name: known[name] for name in update}
     with attached(layers, update):
         yield layers
 
 
 @contextlib.contextmanager
 def streamed(
-    model: Any, linears: Mapping[str, nn.Linear], use: Callable[[str, torch.Tensor, torch.Tensor], None]
+    model: Any,
+    layers: Mapping[str, Layer],
+    use: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None],
 ) -> Iterator[None]:
     """Within the block every backward pass hands each layer's factors to ``use``, and keeps none of them.
 
-    ``use`` takes the layer's name, its input (..., n) and the loss's gradient at its output (..., m), layer after
-    layer as backward reaches them. The weights are frozen, so the embedding's output is made to require a gradient:
-    that alone makes autograd walk the model. A forward pass that is run again (gradient checkpointing) leaves nothing
-    the first time, as it has no graph then.
+    ``use`` takes the layer's name, its input (..., n), the loss's gradient at its output (..., m), and for an expert,
+    where they are (rows, n) and (rows, m), which of the batch's tokens these rows are (rows,); layer after layer as
+    backward reaches them. The weights are frozen, so the embedding's output is made to require a gradient: that alone
+    makes autograd walk the model. A forward pass that is run again (gradient checkpointing) leaves nothing the first
+    time, as it has no graph then.
     """
 
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if output.requires_grad:
-                x = args[0].detach()
-                output.register_hook(lambda gradient: use(name, x, gradient.detach()))
+    def watch(name: str, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor | None) -> None:
+        if y.requires_grad:
+            x = x.detach()
+            y.register_hook(lambda gradient: use(name, x, gradient.detach(), rows))
 
-        return hook
-
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in linears.items()]
     model.enable_input_require_grads()
     try:
-        yield
+        with _at_each(layers, watch):
+            yield
     finally:
         model.disable_input_require_grads()
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -111,21 +129,29 @@ def counted(model: Any) -> Iterator[dict[str, int]]:
 class Gradients:
     """The factored gradients of a backward pass: per layer X (rows, n) and delta (rows, m), dL/dW = delta^T X.
 
-    Rows are the tokens of the batch that ``keep`` selects. With gradient checkpointing the forward pass is run again
-    for backward; the last inputs seen are the ones that belong to the gradient.
+    Rows are the tokens of the batch that ``keep`` selects, of an expert those among them that were sent to it. With
+    gradient checkpointing the forward pass is run again for backward; the last inputs seen are the ones that belong to
+    the gradient.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        self.linears = linears
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self.layers = layers
         self.inputs: dict[str, torch.Tensor] = {}
         self.deltas: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, torch.Tensor | None] = {}
         self.keep: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def capturing(self, model: Any) -> Iterator[None]:
         """Within the block every backward pass of ``model`` leaves its factors here."""
-        with streamed(model, self.linears, self._keep):
+        with streamed(model, self.layers, self._keep):
             yield
+
+    def clear(self) -> None:
+        """Forget what the last pass left."""
+        self.inputs.clear()
+        self.deltas.clear()
+        self.rows.clear()
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (X, delta) of one layer: (rows, n) and (rows, m); no rows where the loss did not reach it.
@@ -134,15 +160,31 @@ class Gradients:
         """
         import torch
 
-        module = self.linears[name]
         if name not in self.deltas:
-            device = next(iter(self.deltas.values())).device
-            return torch.zeros(0, module.in_features, device=device), torch.zeros(0, module.out_features, device=device)
-        x, delta = self.inputs[name].flatten(0, -2), self.deltas[name].flatten(0, -2)
+            (m, n), known = shape_of(self.layers[name]), next(iter(self.deltas.values()))
+            kind = torch.promote_types(known.dtype, torch.float32)
+            return known.new_zeros(0, n, dtype=kind), known.new_zeros(0, m, dtype=kind)
+        x, delta, rows = self.inputs[name].flatten(0, -2), self.deltas[name].flatten(0, -2), self.rows[name]
         if self.keep is not None:
-            x, delta = x[self.keep.flatten()], delta[self.keep.flatten()]
+            kept = self.keep.flatten()
+            kept = kept if rows is None else kept[rows]
+            x, delta = x[kept], delta[kept]
         kind = torch.promote_types(x.dtype, torch.float32)
         return x.to(kind), delta.to(kind)
 
-    def _keep(self, name: str, x: torch.Tensor, delta: torch.Tensor) -> None:
-        self.inputs[name], self.deltas[name] = x, delta
+    def places(self, name: str) -> torch.Tensor | None:
+        """Return which of the batch's tokens, laid end to end, an expert's rows are, int64 (rows,), rising.
+
+        None of a layer to which every token goes.
+        """
+        import torch
+
+        if not isinstance(self.layers[name], ExpertMatrix):
+            return None
+        rows = self.rows.get(name)
+        if rows is None:
+            return torch.zeros(0, dtype=torch.int64, device=next(iter(self.deltas.values())).device)
+        return rows if self.keep is None else rows[self.keep.flatten()[rows]]
+
+    def _keep(self, name: str, x: torch.Tensor, delta: torch.Tensor, rows: torch.Tensor | None) -> None:
+        self.inputs[name], self.deltas[name], self.rows[name] = x, delta, rows

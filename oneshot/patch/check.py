@@ -33,7 +33,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     if settings.reference:
         reference = resolve(settings.reference, "reference", revision=settings.reference_revision)
     if reference is not None and adapter is None:
-        check_reference(source.checkpoint, reference)
+        check_reference(source.checkpoint, reference, trust_remote_code=settings.model.trust_remote_code)
     tokenizer = load_tokenizer(source, settings.model)
     check_words(settings, tokenizer)
     config = read_config(source.checkpoint, trust_remote_code=settings.model.trust_remote_code)

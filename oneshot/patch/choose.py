@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
+from oneshot.checkpoint.experts import named_layers
 from oneshot.data.encoding import pad_id
 from oneshot.patch.bench import Bench, opened
 from oneshot.patch.examples import Prompts
@@ -52,8 +53,7 @@ def choose(bench: Bench, chosen: Chosen | None = None) -> Choice:
         harm = dataclasses.replace(sample(request.candidates, settings.seed), aligned=aligned)
     batch = batch_with(held)
     task = batch if recipe.guard_weight or not asks_gradients(request) else batch_with(request.guard)
-    modules = dict(bench.model.named_modules())
-    changed = {name: modules[name] for name in bench.prepared or bench.linears.targets}
+    changed = named_layers(bench.model, bench.prepared) if bench.prepared else bench.linears.targets
     criterion = Criterion(
         settings.select, settings.shortlist, recipe.epochs, settings.seed, pad, own_update(request), harm, task, batch
     )

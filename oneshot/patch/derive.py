@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.carrier import expert_of
+from oneshot.checkpoint.experts import ExpertMatrix
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.merge_experts import stored_experts
 from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.update import Factors, Update, compress, concatenated, norm, scaled
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
@@ -23,6 +26,8 @@ from oneshot.patch.directions import checkpoint_difference, shared_directions, u
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from oneshot.patch.linears import Layer
 
 _LOWERED = "factors rounded"
 _CHUNK = 4 << 20  # elements compared at a time
@@ -66,14 +71,21 @@ def summed(parts: list[tuple[Path, Update, float]]) -> Update:
     return total
 
 
-def lowered(update: Update, rank: int | None, dtype: torch.dtype) -> tuple[Update, dict[str, Remainder]]:
-    """Return the best update of at most ``rank`` (none: as it is), in ``dtype``, and what it leaves, by module."""
+def lowered(
+    update: Update, rank: int | None, dtype: torch.dtype, rank_experts: int | None = None
+) -> tuple[Update, dict[str, Remainder]]:
+    """Return the best update of at most ``rank`` (none: as it is), in ``dtype``, and what it leaves, by module.
+
+    Args:
+        rank_experts: of experts' matrices; none: as of the others
+    """
     import torch
 
     found: Update = {}
     left: dict[str, Remainder] = {}
     for name, factors in each(update.items(), _LOWERED, "matrices"):
-        low = rounded(compress(factors, rank), dtype)
+        own = rank_experts if rank_experts is not None and expert_of(name) else rank
+        low = rounded(compress(factors, own), dtype)
         rest = Factors(torch.cat([low.b.float(), -factors.b], dim=1), torch.cat([low.a.float(), factors.a]))
         found[name], left[name] = low, Remainder(norm(rest) ** 2, norm(factors) ** 2)
     return found, left
@@ -92,15 +104,30 @@ def is_exact(update: Update, dtype: torch.dtype) -> bool:
     return all(torch.equal(before, after) for before, after in pairs)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What an extracted patch may change.
+
+    Attributes:
+        linears: module name -> layer, of which ``out_features`` and ``in_features`` are used
+        experts: name -> matrix of fused experts
+        rank, rank_experts: of each of them
+        model: whose layers they are, on any device
+    """
+
+    linears: dict[str, nn.Linear]
+    experts: dict[str, ExpertMatrix]
+    rank: int
+    rank_experts: int
+    model: Any
+
+
 def extracted(
-    runtime: Runtime, changed: Path, base: Path, linears: dict[str, nn.Linear], rank: int, dtype: torch.dtype
+    runtime: Runtime, changed: Path, base: Path, wanted: Wanted, dtype: torch.dtype
 ) -> tuple[Update, dict[str, Remainder], dict[str, Remainder]]:
-    """Return the rank-``rank`` part of what ``changed`` has more than ``base``, in ``dtype``. Collective.
+    """Return the leading part of what ``changed`` has more than ``base``, in ``dtype``. Collective.
 
     One matrix per rank is in memory at a time.
-
-    Args:
-        linears: module name -> layer, of those that the patch may change; ``out_features`` and ``in_features`` are used
 
     Returns:
         the update (of the layers that differ), what it leaves by module, and the same of the tensors that no patch
@@ -109,10 +136,11 @@ def extracted(
     Raises:
         UserError: the checkpoints have different tensors or shapes, or do not differ
     """
+    layers: dict[str, Layer] = {**wanted.linears, **wanted.experts}
     with agree(runtime, f"comparing {changed} with {base}"):
-        difference = checkpoint_difference(changed, base, linears)
-        rest = _other_differences(runtime, changed, base, linears)
-    directions = shared_directions(runtime, linears, rank, difference)
+        difference = checkpoint_difference(changed, base, layers, wanted.model)
+        rest = _other_differences(runtime, changed, base, wanted)
+    directions = shared_directions(runtime, layers, wanted.rank, difference, wanted.rank_experts)
     update: Update = {}
     left: dict[str, Remainder] = {}
     with steps(_LOWERED, len(directions), "matrices"):
@@ -130,10 +158,11 @@ def extracted(
     return update, left, {name: Remainder(energy, energy) for name, energy in sorted(others.items())}
 
 
-def _other_differences(runtime: Runtime, changed: Path, base: Path, linears: dict[str, Any]) -> dict[str, float]:
+def _other_differences(runtime: Runtime, changed: Path, base: Path, wanted: Wanted) -> dict[str, float]:
     """Squared norms of the differences of this rank's share of the other tensors, where there are any."""
     ours, theirs = list_tensors(changed), list_tensors(base)
-    taken = {find_weight(theirs, module) for module in linears}
+    taken = {find_weight(theirs, module) for module in wanted.linears}
+    taken |= stored_experts(base, wanted.model, wanted.experts)
     rest = [name for name, entry in theirs.items() if name not in taken and entry.dtype in FLOATS and name in ours]
     found = {}
     for name in each(rest[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):

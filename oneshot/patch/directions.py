@@ -6,32 +6,34 @@ at a time, and all get the factors of all.
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
-from oneshot.checkpoint.layout import FLOATS, Range, tensor_bytes
-from oneshot.checkpoint.manifest import read_pieces
-from oneshot.checkpoint.ranges import Piece, Read, read_all
+from oneshot.checkpoint.carrier import halves
+from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.layout import Range
+from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.reference import other_rows
+from oneshot.checkpoint.segments import Stored, as_it_multiplies, matrix_in, open_stored, range_reads
+from oneshot.checkpoint.traced import Traced
 from oneshot.checkpoint.update import Factors, Update
+from oneshot.distributed.many import share_each
 from oneshot.distributed.phases import count, phase
-from oneshot.distributed.runtime import Runtime, broadcast
+from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.steps import each
 from oneshot.errors import UserError
-from oneshot.patch.linears import shape_of
+from oneshot.patch.linears import grouped, shape_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
 
-Stored = tuple[TensorEntry, str, Sequence[Piece]]  # a tensor in a file, its name, and its checksums
+    from oneshot.patch.linears import Layer
+
+Rank = TypeVar("Rank", int, "int | None")
 
 _EXACT_UP_TO = 512  # matrices whose smaller side is at most this are decomposed exactly
 
@@ -78,119 +80,163 @@ def decompose(delta: torch.Tensor, rank: int, seed: int = 0) -> Directions:
 @phase("decompose")
 def shared_directions(
     runtime: Runtime,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     rank: int,
     delta_of: Callable[[str, bool], torch.Tensor | None],
+    rank_experts: int | None = None,
 ) -> dict[str, Directions]:
     """Decompose one matrix per rank at a time and share the factors: the same on every rank, for any world size.
 
     Args:
         delta_of: (name, mine) -> the (m, n) update; called for every matrix on every rank in the same order, so it
             may be a collective; where the matrix is not this rank's, nothing need be returned
+        rank_experts: directions of an expert's matrix; none: as many as of another
     """
-    import torch
-
     found = {}
-    for i, name in enumerate(each(linears, "update decomposed", "matrices")):
+    for i, (name, layer) in enumerate(each(layers.items(), "update decomposed", "matrices")):
         mine = i % runtime.world_size == runtime.rank
         delta = delta_of(name, mine)
         if mine:
             assert delta is not None
-            found[name] = decompose(delta.to(runtime.device), rank, seed=i)
-    shared = {}
-    for i, (name, module) in enumerate(linears.items()):
-        m, n = shape_of(module)
-        r = min(rank, m, n)
-        flat = torch.empty(m * r + r + r * n + 1, device=runtime.device)
-        if name in found:
-            d = found.pop(name)
-            flat = torch.cat([d.u.flatten(), d.s, d.vt.flatten(), d.s.new_tensor([d.energy])])
-        u, s, vt, energy = broadcast(runtime, flat, i % runtime.world_size).split([m * r, r, r * n, 1])
-        shared[name] = Directions(u.view(m, r), s, vt.view(r, n), float(energy))
+            found[name] = decompose(delta.to(runtime.device), rank_for(layer, rank, rank_experts), seed=i)
+    shared, first = {}, 0
+    for group in grouped(layers):
+        shapes = [shape_of(layers[name]) for name in group]
+        ranks = [min(rank_for(layers[name], rank, rank_experts), *shape) for name, shape in zip(group, shapes)]
+        own = {i: packed(found.pop(name)) for i, name in enumerate(group) if name in found}
+        sizes = [r * (m + n + 1) + 1 for r, (m, n) in zip(ranks, shapes)]
+        for name, shape, r, flat in zip(group, shapes, ranks, share_each(runtime, own, sizes, first)):
+            shared[name] = unpacked(flat, shape, r)
+        first += len(group)
     return shared
 
 
+def rank_for(layer: Layer, rank: Rank, rank_experts: int | None) -> Rank | int:
+    """Return the rank that is meant for a layer: that of experts, if given, for an expert's matrix."""
+    return rank if rank_experts is None or not isinstance(layer, ExpertMatrix) else rank_experts
+
+
+def packed(directions: Directions) -> torch.Tensor:
+    """Return directions as one vector, (r (m + n + 1) + 1,)."""
+    import torch
+
+    d = directions
+    return torch.cat([d.u.flatten(), d.s, d.vt.flatten(), d.s.new_tensor([d.energy])])
+
+
+def leading(directions: Directions, rank: int) -> Directions:
+    """Return the first ``rank`` directions; zeros where there are fewer."""
+    from torch.nn.functional import pad
+
+    d, missing = directions, max(0, rank - len(directions.s))
+    u, s, vt = d.u[:, :rank], d.s[:rank], d.vt[:rank]
+    return Directions(pad(u, (0, missing)), pad(s, (0, missing)), pad(vt, (0, 0, 0, missing)), d.energy)
+
+
+def unpacked(flat: torch.Tensor, shape: tuple[int, int], rank: int) -> Directions:
+    """Return what ``packed`` packed, of a matrix of that shape."""
+    m, n = shape
+    u, s, vt, energy = flat.split([m * rank, rank, rank * n, 1])
+    return Directions(u.view(m, rank), s, vt.view(rank, n), float(energy))
+
+
 def checkpoint_difference(
-    finetuned: Path, reference: Path, linears: dict[str, Any]
+    finetuned: Path, reference: Path, targets: dict[str, Any], model: Any = None
 ) -> Callable[[str, bool], torch.Tensor | None]:
     """Return (name, mine) -> W_finetuned - W_reference (fp32), read from the checkpoints one matrix at a time.
+
+    Args:
+        targets: name -> linear layer or ``ExpertMatrix``; the two may store experts in different forms
+        model: whose modules these are, on any device, also partitioned; none finds them by stored names alone
 
     Raises:
         UserError: the reference lacks a matrix, or has another shape; checked for all layers before any is read. Or,
             as it is read, a matrix that is not finite
     """
-    ours, theirs = list_tensors(finetuned), list_tensors(reference)
-    checks = read_pieces(finetuned, ours), read_pieces(reference, theirs)
-    pairs: dict[str, tuple[str, str]] = {}
-    for module in linears:
-        mine, other = find_weight(ours, module), find_weight(theirs, module)
-        for found, folder in ((mine, finetuned), (other, reference)):
-            if found is None:
-                raise UserError(f"{folder} holds no weight for {module}: is it a checkpoint of the same architecture?")
-        assert mine is not None
-        assert other is not None
-        for found, entry, folder in ((mine, ours[mine], finetuned), (other, theirs[other], reference)):
-            if entry.dtype not in FLOATS:
-                raise UserError(
-                    f"{folder} holds {found} as {entry.dtype}, quantized: rollback compares full-precision checkpoints."
-                )
-        alike = ours[mine].shape == theirs[other].shape
-        if not alike and not other_rows(mine, ours[mine], theirs[other]):
+    ours, theirs = open_stored(finetuned, model), open_stored(reference, model)
+    pairs: dict[str, tuple[Traced, Traced]] = {}
+    for name, target in targets.items():
+        mine, other = matrix_in(ours, name, target), matrix_in(theirs, name, target)
+        for stored, parts in ((ours, mine), (theirs, other)):
+            _check_floats(stored, parts)
+        if mine.shape != other.shape and not other_rows(f"{name}.weight", mine.shape, other.shape):
             raise UserError(
-                f"The reference {reference} has {other} of shape {list(theirs[other].shape)}, the model has "
-                f"{list(ours[mine].shape)}: give the aligned checkpoint that this model was fine-tuned from."
+                f"The reference {reference} has {other.segments[0].name} of shape {list(other.shape)}, the model has "
+                f"{list(mine.shape)}: give the aligned checkpoint that this model was fine-tuned from."
             )
-        pairs[module] = (mine, other)
+        pairs[name] = mine, other
 
-    def difference(module: str, wanted: bool) -> torch.Tensor | None:
+    def difference(name: str, wanted: bool) -> torch.Tensor | None:
         if not wanted:
             return None
-        mine, other = pairs[module]
+        mine, other = pairs[name]
         with phase("read"):
-            delta = _difference(
-                (ours[mine], mine, checks[0].get(mine, ())), (theirs[other], other, checks[1].get(other, ()))
-            )
-            count(read=sum(tensor_bytes(entry.shape, entry.dtype) for entry in (ours[mine], theirs[other])))
+            delta = _difference((ours, mine), (theirs, other))
+            count(read=ours.nbytes(mine) + theirs.nbytes(other))
         if not math.isfinite(float(delta.norm())):
-            raise UserError(f"{mine} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
-        return delta
+            held = mine.segments[0].name if len(mine.segments) == 1 else name
+            raise UserError(f"{held} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
+        return as_it_multiplies(delta, targets[name])
 
     return difference
 
 
-def _difference(ours: Stored, theirs: Stored) -> torch.Tensor:
-    """The fp32 difference of two stored tensors, read side by side, in the memory of one and the requests'.
+def _check_floats(stored: Stored, parts: Traced) -> None:
+    for segment in parts.segments:
+        if not stored.is_float(segment):
+            raise UserError(
+                f"{stored.folder} holds {segment.name} as {stored.tensors[segment.name].dtype}, quantized: rollback "
+                "compares full-precision checkpoints, FP8 with block scales and MXFP4."
+            )
+
+
+def _difference(ours: tuple[Stored, Traced], theirs: tuple[Stored, Traced]) -> torch.Tensor:
+    """The fp32 difference of two stored matrices, read side by side, in the memory of one and the requests'.
 
     Zero in rows that the second one lacks.
     """
     import torch
 
-    shape = ours[0].shape
-    common = min(math.prod(entry.shape) for entry in (ours[0], theirs[0]))
+    shape = ours[1].shape
+    common = min(math.prod(parts.shape) for _, parts in (ours, theirs))
     whole = Range(0, common, common)
-    every, one_at_a_time = torch.zeros(math.prod(shape)), threading.Lock()
-    delta = every[:common]
-
-    def put(sign: int, place: torch.Tensor, values: torch.Tensor) -> None:
-        with one_at_a_time:  # the two files' requests for the same elements may come in at once
-            place.add_(values, alpha=sign)
-
+    every = torch.zeros(math.prod(shape))
     read_all(
-        Read(entry, whole, delta, name, pieces, functools.partial(put, sign))
-        for (entry, name, pieces), sign in ((ours, 1), (theirs, -1))
+        read
+        for (stored, parts), sign in ((ours, 1), (theirs, -1))
+        for read in range_reads(stored, parts, whole, every[:common], sign)
     )
     return every.view(shape)
 
 
 @phase("decompose")
 def adapter_directions(update: Update, device: Any) -> dict[str, Directions]:
-    """Decompose a LoRA's own update, exactly and without forming b @ a: QR of both factors, SVD of the small core."""
-    import torch
+    """Decompose a LoRA's own update, exactly and without forming b @ a.
 
+    Of an expert whose gate and up have factors of their own, each is decomposed by itself.
+    """
     found = {}
     for name, factors in each(update.items(), "adapter decomposed", "matrices"):
-        qb, rb = torch.linalg.qr(factors.b.to(device))
-        qa, ra = torch.linalg.qr(factors.a.to(device).T)
-        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-        found[name] = Directions(qb @ u, s, vt @ qa.T, float(s.square().sum()))
+        parts = halves(name, factors)
+        one = [_of_factors(part, device) for part in parts or [factors]]
+        found[name] = one[0] if parts is None else _one_above_the_other(*one)
     return found
+
+
+def _of_factors(factors: Factors, device: Any) -> Directions:
+    """The directions of b @ a: QR of both factors, SVD of the small core."""
+    import torch
+
+    qb, rb = torch.linalg.qr(factors.b.to(device))
+    qa, ra = torch.linalg.qr(factors.a.to(device).T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    return Directions(qb @ u, s, vt @ qa.T, float(s.square().sum()))
+
+
+def _one_above_the_other(upper: Directions, lower: Directions) -> Directions:
+    """The directions of two matrices as of one with the rows of both: orthogonal as matrices, if not on the right."""
+    import torch
+
+    s, order = torch.cat([upper.s, lower.s]).sort(descending=True, stable=True)
+    u, vt = torch.block_diag(upper.u, lower.u)[:, order], torch.cat([upper.vt, lower.vt])[order]
+    return Directions(u, s, vt, upper.energy + lower.energy)

@@ -39,6 +39,21 @@ def squared_norms(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return ((x @ x.mT).double() * (delta @ delta.mT).double()).sum(dim=(1, 2))
 
 
+def add_routed(sums: torch.Tensor, pair: Pair, owners: torch.Tensor, target: Pair | None) -> None:
+    """Add an expert's share to each conversation's inner product with the target and its squared norm, (2, rows).
+
+    Args:
+        pair: the tokens that were sent to it, of all conversations
+        owners: int64 (tokens,), whose they are
+    """
+    x, delta = pair
+    if target is not None:
+        products = ((x @ target[0].T).double() * (delta @ target[1].T).double()).sum(dim=1)
+        sums[0].index_add_(0, owners, products)
+    squares = (x @ x.T).double() * (delta @ delta.T).double() * (owners[:, None] == owners)
+    sums[1].index_add_(0, owners, squares.sum(dim=1))
+
+
 def singular_values(pair: Pair) -> torch.Tensor:
     """Return the min(T, m, n) leading singular values of delta^T X, falling; the rest are zero."""
     import torch

@@ -8,33 +8,39 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.architecture import is_plain
+from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices, fused_experts
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    Layer = nn.Linear | ExpertMatrix
+
 
 @dataclass(frozen=True)
 class Linears:
-    """The linear layers of a model.
+    """The linear layers of a model, and the matrices of fused experts, which are as good as linear layers.
 
     Attributes:
-        targets: name -> layer, those to be patched
-        every: names of all linear layers, output head included
-        left_out: modules that hold weight matrices in another form than a plain ``nn.Linear`` (fused experts, routers,
-            Conv1D, layers that are read directly), which no patch touches
+        targets: name -> layer, those to be patched, in the model's order
+        every: names of all linear layers that are modules, output head included
+        left_out: modules that hold weight matrices in another form (routers, Conv1D, layers that are read directly,
+            experts behind no common interface), which no patch touches
     """
 
-    targets: dict[str, nn.Linear]
+    targets: dict[str, Layer]
     every: list[str]
     left_out: list[str]
 
 
 def select_linears(model: Any, pattern: str | None = None) -> Linears:
-    """Choose the layers to patch: every ``nn.Linear`` but the output head, or those whose name the pattern matches.
+    """Choose the layers to patch: every ``nn.Linear`` but the output head, and every matrix of fused experts.
+
+    Or those of all of them whose name the pattern matches. Experts come projection by projection, so that those of one
+    parameter lie side by side.
 
     Args:
-        pattern: regular expression, searched in module names
+        pattern: regular expression, searched in the names of modules and of experts' matrices
 
     Raises:
         UserError: a broken pattern, one that matches nothing, or one that matches a head tied to the embedding
@@ -43,18 +49,20 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     from torch import nn
 
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fused = fused_experts(model)
     odd = {name for name, module in every.items() if not is_plain(model, name, module)}
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
+    able = {name: layer for name, layer in _in_order(model).items() if name not in odd}
     if pattern is None:
-        targets = {name: module for name, module in every.items() if module is not head and name not in odd}
+        targets = {name: layer for name, layer in able.items() if layer is not head}
     else:
         try:
             matcher = re.compile(pattern)
         except re.error as error:
             raise UserError(f"Setting repair.targets {pattern!r} is no regular expression: {error}.") from error
-        targets = {name: module for name, module in every.items() if matcher.search(name) and name not in odd}
-        if any(module is head for module in targets.values()) and head.weight is embedding.weight:
+        targets = {name: layer for name, layer in able.items() if matcher.search(name)}
+        if any(layer is head for layer in targets.values()) and head.weight is embedding.weight:
             raise UserError(
                 f"Setting repair.targets {pattern!r} matches the output head, which shares its weights with the "
                 "embedding here: leave it out."
@@ -64,6 +72,7 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
         name
         for name, module in model.named_modules()
         if (not isinstance(module, known) or name in odd)
+        and name not in fused
         and any(isinstance(p, torch.Tensor) and _dimensions(p) >= 2 for p in module.parameters(recurse=False))
     ]
     if not targets:
@@ -75,15 +84,42 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     return Linears(targets, sorted(every), left_out)
 
 
-def takes_head(model: Any, linears: Mapping[str, nn.Linear]) -> bool:
+def _in_order(model: Any) -> dict[str, Layer]:
+    """Every linear layer and every expert's matrix, in the model's order."""
+    from torch import nn
+
+    matrices = dict[str, dict[str, list[ExpertMatrix]]]()
+    for matrix in expert_matrices(model).values():
+        matrices.setdefault(matrix.path, {}).setdefault(matrix.projection, []).append(matrix)
+    found: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = module
+        for several in matrices.get(name, {}).values():
+            found |= {matrix.name: matrix for matrix in several}
+    return found
+
+
+def grouped(layers: Mapping[str, Layer]) -> list[list[str]]:
+    """Return the names of the layers, those of one parameter of fused experts together, all others alone.
+
+    What is exchanged between ranks goes by these groups: a call for each of thousands of experts would take longer.
+    """
+    groups = dict[str, list[str]]()
+    for name, layer in layers.items():
+        groups.setdefault(layer.parameter if isinstance(layer, ExpertMatrix) else name, []).append(name)
+    return list(groups.values())
+
+
+def takes_head(model: Any, layers: Mapping[str, Layer]) -> bool:
     """Return whether the output head is among the layers: who takes their inputs apart needs it to see every token."""
     head = model.get_output_embeddings()
-    return any(module is head for module in linears.values())
+    return any(layer is head for layer in layers.values())
 
 
-def shape_of(module: nn.Linear) -> tuple[int, int]:
+def shape_of(layer: Layer) -> tuple[int, int]:
     """Return (m, n) = (out, in) features; unlike ``weight.shape`` it also holds for partitioned and 4-bit weights."""
-    return module.out_features, module.in_features
+    return layer.out_features, layer.in_features
 
 
 def _dimensions(parameter: Any) -> int:

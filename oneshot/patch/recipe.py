@@ -22,6 +22,7 @@ class Recipe:
         method: one of ``METHODS``
         reason: why this method, for people
         rank: directions per matrix
+        rank_experts: directions per matrix of a fused expert; none: as many as of another
         epochs: passes over the example; of project: steps tried at most
         learning_rate: of Adam; of project: its step; 0 where a method finds its own
         guard_weight: weight of the guard; 0 for none
@@ -45,6 +46,7 @@ class Recipe:
     noise: float
     undo: float
     guard_tokens: int
+    rank_experts: int | None = None
     bounds: Bounds | None = None
     targets: str | None = None
 
@@ -124,6 +126,7 @@ def with_method(options: RepairSettings, method: Method, reason: str, *, four_bi
         method=method,
         reason=reason,
         rank=options.rank,
+        rank_experts=options.rank_experts,
         epochs=options.epochs or numbers.epochs,
         learning_rate=rate_for(options.learning_rate, method.name) or numbers.learning_rate,
         guard_weight=numbers.guard_weight if options.guard_weight is None else options.guard_weight,

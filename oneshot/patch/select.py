@@ -12,24 +12,26 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
-from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_rows
+from oneshot.distributed.many import gather_each
+from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import attached_update, counted, streamed
-from oneshot.patch.factored import Pair, inner, inner_rows, squared_norms, summary
+from oneshot.patch.factored import Pair, add_routed, inner, inner_rows, squared_norms, summary
 from oneshot.patch.guard import RepairBatch, with_example
 from oneshot.patch.halving import Trial, halve, ranked, rungs, short_list, standing
-from oneshot.patch.linears import takes_head
+from oneshot.patch.linears import grouped, shape_of, takes_head
 from oneshot.patch.objective import Distance, RefusalRows, evaluate, passes, row_losses
 from oneshot.patch.trace import Tracer
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from oneshot.patch.linears import Layer
 
 # nats per token of F's first term: where the pool's requests are refused as surely as that already (behind a backdoor
 # they are), no candidate can lower F, and what is left of it would choose by chance
@@ -105,7 +107,7 @@ def hardest(runtime: Runtime, model: Any, candidates: list[Encoded], pad: int) -
 
 
 def target_factors(
-    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], harm: RefusalRows, pad: int, rank: int = TARGET_RANK
+    runtime: Runtime, model: Any, layers: Mapping[str, Layer], harm: RefusalRows, pad: int, rank: int = TARGET_RANK
 ) -> Target:
     """Return F's gradient at the unpatched model per layer, nearly the best of ``rank``, on every rank. Collective.
 
@@ -121,26 +123,30 @@ def target_factors(
         both = [torch.cat(side) for side in zip(found[name], pair)] if name in found else pair
         found[name] = summary((both[0], both[1]), rank)
 
-    def use(name: str, x: torch.Tensor, delta: torch.Tensor) -> None:
+    def use(name: str, x: torch.Tensor, delta: torch.Tensor, _places: torch.Tensor | None) -> None:
         kind = torch.promote_types(x.dtype, torch.float32)
         add(name, (x.flatten(0, -2).to(kind), delta.flatten(0, -2).to(kind)))
 
-    with streamed(model, linears, use):
+    with streamed(model, layers, use):
         for part in passes(runtime, harm.rows, pad, what="gradient of the requests"):
             losses = row_losses(model, part, harm.aligned)
             own = [loss * float(i < part.own) for i, loss in enumerate(losses)]  # the rest only keeps ranks in step
             (torch.stack(own).sum() / total).backward()
     if runtime.world_size > 1:
         kind = next(iter(found.values()))[0]
-        for name, module in linears.items():  # in one order on all ranks, reached by this rank's rows or not
-            none = kind.new_zeros(0, module.in_features), kind.new_zeros(0, module.out_features)
-            x, delta = (gather_rows(runtime, side.contiguous()) for side in found.pop(name, none))
-            add(name, (x, delta))
+        for group in grouped(layers):  # in one order on all ranks, reached by this rank's rows or not
+            m, n = shape_of(layers[group[0]])
+            none = kind.new_zeros(0, n), kind.new_zeros(0, m)
+            mine = [found.pop(name, none) for name in group]
+            sides = [gather_each(runtime, [pair[side].contiguous() for pair in mine]) for side in (0, 1)]
+            for name, pair in zip(group, zip(*sides)):
+                if len(pair[0]):
+                    add(name, pair)
     return found
 
 
 def first_order(
-    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], candidates: list[Encoded], target: Target, pad: int
+    runtime: Runtime, model: Any, layers: Mapping[str, Layer], candidates: list[Encoded], target: Target, pad: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Return each candidate's inner product with ``target``, its gradient's norm over all layers, and its loss.
 
@@ -150,24 +156,27 @@ def first_order(
     import torch
 
     table = torch.zeros(3, len(candidates), dtype=torch.float64, device=runtime.device)
-    whole = takes_head(model, linears)
+    whole = takes_head(model, layers)
     for part in passes(runtime, candidates, pad, what="candidates screened"):
         rows, tokens = len(part.places), part.inputs["input_ids"].numel()
         sums = torch.zeros(2, rows, dtype=torch.float64, device=runtime.device)
 
         def use(
-            name: str, x: torch.Tensor, delta: torch.Tensor,
+            name: str, x: torch.Tensor, delta: torch.Tensor, places: torch.Tensor | None,
             sums: torch.Tensor = sums, rows: int = rows, tokens: int = tokens,
         ) -> None:  # fmt: skip
+            kind = torch.promote_types(x.dtype, torch.float32)
+            if places is not None:
+                add_routed(sums, (x.to(kind), delta.to(kind)), places // (tokens // rows), target.get(name))
+                return
             if x.shape[:-1].numel() != tokens:
                 return  # behind a router: which of these tokens are whose is not known
-            kind = torch.promote_types(x.dtype, torch.float32)
             x, delta = x.reshape(rows, -1, x.shape[-1]).to(kind), delta.reshape(rows, -1, delta.shape[-1]).to(kind)
             if name in target:
                 sums[0] += inner_rows(x, delta, target[name])
             sums[1] += squared_norms(x, delta)
 
-        with streamed(model, linears, use):
+        with streamed(model, layers, use):
             losses = row_losses(model, part, None, whole=whole)
             shares = [loss / candidates[place].answer_tokens() for place, loss in zip(part.places, losses)]
             torch.stack(shares).sum().backward()
@@ -190,7 +199,7 @@ def draw(count: int, rule: str, seed: int) -> Chosen | None:
 def pick(
     runtime: Runtime,
     model: Any,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     candidates: list[Encoded],
     criterion: Criterion,
     begin: Begin,
@@ -198,7 +207,7 @@ def pick(
     """Take one candidate. Collective; the model has nothing attached, before and after.
 
     Args:
-        linears: the layers that the repair may change
+        layers: those that the repair may change
         begin: begins the repair with a candidate; its updates have ``criterion.own`` included
     """
     drawn = draw(len(candidates), criterion.rule, criterion.seed)
@@ -213,8 +222,8 @@ def pick(
     with attached_update(model, criterion.own):
         before = evaluate(runtime, model, criterion.harm, criterion.task, criterion.pad)
         Tracer().check(0, before.total)  # alike on all ranks, and no matrix that is not finite is decomposed
-        target = target_factors(runtime, model, linears, criterion.harm, criterion.pad)
-        products, norms, losses = first_order(runtime, model, linears, candidates, target, criterion.pad)
+        target = target_factors(runtime, model, layers, criterion.harm, criterion.pad)
+        products, norms, losses = first_order(runtime, model, layers, candidates, target, criterion.pad)
     length = math.sqrt(sum(float(inner(pair, pair)) for pair in target.values()))
     every: list[dict[str, Any]] = [
         {

@@ -11,30 +11,28 @@ example, tokens x (m + n) numbers each, and those of one group at a time, at mos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Factors, compress
 from oneshot.data.encoding import Encoded
-from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_objects, gather_rows
+from oneshot.distributed.runtime import Runtime, all_reduce_sum, gather_objects
 from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError
 from oneshot.patch.attach import Gradients
 from oneshot.patch.directions import Directions
 from oneshot.patch.factored import Pair, inner
-from oneshot.patch.linears import shape_of, takes_head
-from oneshot.patch.objective import ROWS_PER_PASS, passes, row_losses
+from oneshot.patch.linears import shape_of
+from oneshot.patch.summed import COUNTED, gradient_factors
 from oneshot.settings import SpectrumSettings
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from oneshot.patch.linears import Layer
 
 OTHERS = "safety"  # the group of further safety examples, whose subspaces are compared with the example's
-_COUNTED = "gradients"  # what all conversations are counted as
 COMPARED = 20  # directions compared where the settings name no number, as in the paper
-Seen = Callable[[int, str, Pair], None]  # (place among the conversations, layer, its factors)
 
 
 @dataclass(frozen=True)
@@ -122,67 +120,9 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first.T @ second).double().square().sum()) / min(first.shape[1], second.shape[1])
 
 
-def gradient_factors(
-    runtime: Runtime,
-    model: Any,
-    gradients: Gradients,
-    rows: list[Encoded],
-    pad: int,
-    *,
-    batch_size: int = ROWS_PER_PASS,
-    seen: Seen | None = None,
-) -> dict[str, Pair]:
-    """Return the factors of the summed gradients of all conversations. Collective, within ``gradients.capturing``.
-
-    Ranks compute different conversations, in as many passes each; every layer's factors go to the one rank that
-    keeps it.
-
-    Args:
-        batch_size: conversations in a pass, per rank
-        seen: called with each conversation's own factors, in no fixed order, on the rank that keeps the layer
-
-    Returns:
-        layer -> (X, delta) of every world_size-th layer from this rank's on, of at most 2 min(m, n) rows; layers that
-        no loss reaches have none
-    """
-    import torch
-
-    held: dict[str, Pair] = {}
-    whole = takes_head(model, gradients.linears)
-    for part in passes(runtime, rows, pad, batch_size, _COUNTED):
-        losses = row_losses(model, part, None, whole=whole)
-        torch.stack([loss / rows[place].answer_tokens() for place, loss in zip(part.places, losses)]).sum().backward()
-        gradients.keep = part.inputs["attention_mask"].bool()
-        gradients.keep[part.own :] = False  # those are there to keep the ranks in step
-        places = [place for own in gather_objects(runtime, part.places[: part.own]) for place in own]
-        for at, name in enumerate(gradients.linears):
-            x, delta = (gather_rows(runtime, one) for one in gradients.pair(name))
-            if at % runtime.world_size != runtime.rank or not len(x):
-                continue
-            if seen is not None:
-                counts = [len(rows[place].input_ids) for place in places]
-                for place, one, other in zip(places, x.split(counts), delta.split(counts)):
-                    seen(place, name, (one, other))
-            held[name] = _joined(held.get(name), (x, delta))
-        gradients.inputs.clear()
-        gradients.deltas.clear()
-    return held
-
-
-def _joined(held: Pair | None, new: Pair) -> Pair:
-    import torch
-
-    if held is not None:
-        new = (torch.cat([held[0], new[0]]), torch.cat([held[1], new[1]]))
-    if len(new[0]) <= 2 * min(new[0].shape[1], new[1].shape[1]):
-        return new
-    small = compress(Factors(new[1].T, new[0]), None)
-    return small.a, small.b.T.contiguous()
-
-
-def check_rank(rank: int, setting: str, example: Encoded, linears: Mapping[str, nn.Linear]) -> None:
+def check_rank(rank: int, setting: str, example: Encoded, layers: Mapping[str, Layer]) -> None:
     """Raise UserError where the example's gradient has fewer than ``rank`` directions in every matrix."""
-    tokens, side = len(example.input_ids), max(min(shape_of(module)) for module in linears.values())
+    tokens, side = len(example.input_ids), max(min(shape_of(module)) for module in layers.values())
     if rank > min(tokens, side):
         why = f"the example has {tokens} tokens" if tokens <= side else f"the largest matrix has rank {side}"
         raise UserError(
@@ -194,7 +134,7 @@ def check_rank(rank: int, setting: str, example: Encoded, linears: Mapping[str, 
 def measure(
     runtime: Runtime,
     model: Any,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     example: Encoded,
     groups: Mapping[str, list[Encoded]],
     pad: int,
@@ -212,11 +152,11 @@ def measure(
     import torch
 
     if options.rank is not None:
-        check_rank(options.rank, "spectrum.rank", example, linears)
-    gradients = Gradients(linears)
+        check_rank(options.rank, "spectrum.rank", example, layers)
+    gradients = Gradients(layers)
     sums = {name: torch.zeros(len(rows), 2, dtype=torch.float64) for name, rows in groups.items()}
     rows_of_all = 1 + sum(map(len, groups.values()))
-    with gradients.capturing(model), steps(_COUNTED, rows_of_all, "conversations"):
+    with gradients.capturing(model), steps(COUNTED, rows_of_all, "conversations"):
         pairs = gradient_factors(runtime, model, gradients, [example], pad)
         parts = {name: decomposed(pair) for name, pair in each(pairs.items(), "gradient decomposed", "matrices")}
         found = {name: _matrix(name, part) for name, part in parts.items()}
@@ -237,7 +177,7 @@ def measure(
                 if group == OTHERS:
                     compared = _compared(parts[name], decomposed(whole[name]), options.rank or COMPARED)
                     found[name] = Matrix(**(vars(matrix) | compared))
-    order = {name: place for place, name in enumerate(linears)}
+    order = {name: place for place, name in enumerate(layers)}
     every = [Matrix(**one) for part in gather_objects(runtime, [asdict(m) for m in found.values()]) for one in part]
     every.sort(key=lambda matrix: order[matrix.name])
     energy = sum(matrix.norm**2 for matrix in every)

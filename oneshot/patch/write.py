@@ -94,7 +94,10 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                     named = (bench.linears.every, source.name, source.written)
                     write_loadable(temporary, update, *named, _plain(request), source.commit)
                 copy_tokenizer(source.tokenizer, temporary)
-                write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name)
+                write_identity(
+                    temporary, source.checkpoint, kind=REPAIR, base=source.name,
+                    trust_remote_code=settings.trust_remote_code,
+                )  # fmt: skip
                 standing_of(temporary)  # with the hashes
     if merged is None:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from oneshot.checkpoint.experts_nf4 import is_packable
 from oneshot.checkpoint.layout import partition_size
 from oneshot.planning.facts import CHUNK, Choice, Device, Work, Zero
 from oneshot.planning.passing import low_rank, within_pass
@@ -59,7 +60,8 @@ def _weights(shape: ModelShape, choice: Choice) -> _Weights:
     for weight in shape.weights:
         numel = weight.numel
         if is_packed(weight, choice):
-            unpacked = max(unpacked, choice.item * numel)
+            at_once = numel // weight.shape[0] if weight.kind == "fused" else numel  # one expert at a time
+            unpacked = max(unpacked, choice.item * at_once)
             blocks = -(-numel // 64)  # a scale each: 4 bytes, or 1 and another 4 for every 256 of them
             scales += weight.count * (blocks + 4 * -(-blocks // 256) if choice.double_quant else 4 * blocks)
             numel //= 2 * item  # two weights in a byte
@@ -70,7 +72,12 @@ def _weights(shape: ModelShape, choice: Choice) -> _Weights:
 
 
 def is_packed(weight: Weight, choice: Choice) -> bool:
-    """Return whether NF4 holds this weight in 4 bits: linear layers, but the head, that fill whole elements."""
+    """Return whether NF4 holds this weight in 4 bits.
+
+    It does linear layers, but the head, that fill whole elements, and experts of which each fills whole blocks.
+    """
+    if weight.kind == "fused":
+        return choice.precision == "nf4" and weight.alone and len(weight.shape) == 3 and is_packable(weight.shape)
     return choice.precision == "nf4" and weight.kind in PATCHED and weight.numel % (2 * choice.item) == 0
 
 
@@ -93,7 +100,7 @@ def estimate(shape: ModelShape, choice: Choice, work: Work, zero: Zero, device: 
     moved = 0 if cost.trains != "weights" or work.finetune else 3 * 4 * shape.largest  # what training changed, fp32
     save = steady + low + max(moved, CHUNK)
     load = resting - device.start + device.load + (sizes.largest if away else 0)
-    host = _host(sizes, choice, zero, device, held, matrix, fused=shape.of("fused") > 0)
+    host = _host(sizes, choice, zero, device, held, matrix)
     floor = sizes.scales + (0 if away else sizes.share) + held.device_lower
     if (partitioned and choice.gpus > 1) or away:
         floor += sizes.largest
@@ -187,21 +194,16 @@ def _tied(shape: ModelShape, choice: Choice, device: Device) -> int:
     return 4 * shape.vocabulary * shape.hidden * (device.tied_copies if choice.gpus == 1 else 2)
 
 
-def _host(
-    sizes: _Weights, choice: Choice, zero: Zero, device: Device, held: _States, matrix: int, *, fused: bool
-) -> int:
+def _host(sizes: _Weights, choice: Choice, zero: Zero, device: Device, held: _States, matrix: int) -> int:
     """Memory of a machine: its processes, what they load through it (``matrix``: elements of the largest that is
     decomposed), and what is offloaded to it."""
     rank = device.host + CHUNK + held.host + 4 * matrix
     partitioned = choice.sharding.startswith("zero3")
     if partitioned and zero.offload_weights:
         rank += sizes.share
-    once = 0
     if not partitioned and choice.precision == "bf16":
         rank += sizes.whole  # transformers builds the model there, in every process
-    elif fused:
-        once = sizes.whole  # stored tensors that are no ranges of the model's are read whole
-    return rank * choice.ranks_per_node + once
+    return rank * choice.ranks_per_node
 
 
 def _host_lower(sizes: _Weights, choice: Choice, zero: Zero, held: _States) -> int:

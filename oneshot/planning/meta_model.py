@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.experts import is_single
 from oneshot.errors import UserError, first_line
 from oneshot.planning.shapes import Kind, ModelShape, Weight
 from oneshot.versions import package_version
@@ -43,6 +44,7 @@ class _Found:
         owner: name of the module that holds it together with those that it works with, such as an MLP
         kind, shape: as in ``Weight``; of a transposed Conv1D (out, in), too
         multiplies: whether tokens are multiplied with it
+        alone: as in ``Weight``
     """
 
     module: str
@@ -50,6 +52,7 @@ class _Found:
     kind: Kind
     shape: tuple[int, ...]
     multiplies: bool
+    alone: bool = False
 
     @property
     def numel(self) -> int:
@@ -137,7 +140,7 @@ def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
 def _shape(model: Any) -> ModelShape:
     config = model.config.get_text_config(decoder=True)
     found = list(_weights(model))
-    counted = Counter((weight.kind, weight.shape) for weight in found)
+    counted = Counter((weight.kind, weight.shape, weight.alone) for weight in found)
     embedding = next(weight.shape for weight in found if weight.kind == "embedding")
     hidden = _number(config, "hidden_size", "d_model") or embedding[1]
     vocabulary = _number(config, "vocab_size") or embedding[0]
@@ -148,7 +151,7 @@ def _shape(model: Any) -> ModelShape:
     dense = _dense_width(found, hidden, inner)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return ModelShape(
-        weights=tuple(Weight(kind, shape, count) for (kind, shape), count in counted.items()),
+        weights=tuple(Weight(kind, shape, count, alone) for (kind, shape, alone), count in counted.items()),
         layers=_number(config, "num_hidden_layers") or 1,
         hidden=hidden,
         heads=heads,
@@ -184,7 +187,8 @@ def _weights(model: Any) -> Iterator[_Found]:
             transposed = own == "weight" and isinstance(module, Conv1D)
             owner = name.rpartition(".")[0] if own == "weight" else name
             multiplies = transposed or kind in ("linear", "expert", "fused")
-            yield _Found(name, owner, kind, shape[::-1] if transposed else shape, multiplies)
+            alone = kind == "fused" and is_single(module)
+            yield _Found(name, owner, kind, shape[::-1] if transposed else shape, multiplies, alone)
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:

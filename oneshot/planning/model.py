@@ -36,7 +36,7 @@ class PlannedModel:
 
     @property
     def fused(self) -> bool:
-        """Whether it has fused experts, which are neither patched nor read in 4 bits."""
+        """Whether it has fused experts."""
         return self.shape.of("fused") > 0
 
 

@@ -126,8 +126,6 @@ def row(settings: Settings, model: PlannedModel, method: str, precision: Precisi
     impossible = ""
     if precision == "nf4" and METHODS[method].four_bit is None:
         impossible = "4-bit weights cannot be trained"
-    elif precision == "nf4" and model.fused:
-        impossible = "fused experts are not read in 4 bits"
     here, work = on(plan.gpus), work_of(settings, method, plan.gpus)
     smallest = None if impossible else next((gpus for gpus in _COUNTS if fit(on(gpus))), None)
     rates = Rates(bytes_of(plan.disk, "plan.disk"), bytes_of(plan.network, "plan.network"), plan.compute * 1e12)

@@ -17,15 +17,17 @@ class Weight:
 
     Attributes:
         kind: linear (a linear layer), expert (a linear layer of one expert), fused (all experts of a layer in one
-            parameter, which neither a patch nor NF4 touches), head (the output head, where it is not the embedding),
+            parameter), head (the output head, where it is not the embedding),
             embedding, or other (norms, biases, convolutions, routers that are no linear layers)
         shape: as the model holds it; (out, in) for a linear layer, and for a Conv1D, which holds it transposed
         count: how many of them
+        alone: whether each of fused experts can be computed by itself, without which NF4 does not hold them
     """
 
     kind: Kind
     shape: tuple[int, ...]
     count: int
+    alone: bool = False
 
     @property
     def numel(self) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from oneshot.planning.facts import GIB
+from oneshot.planning.memory import is_packed
 from oneshot.planning.plan import Plan
 from oneshot.planning.rows import Row
 from oneshot.planning.shapes import PATCHED
@@ -78,7 +80,11 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
         "of all GPUs: optimizer. GB on disk: state, result. GPUs: the fewest that fit.",
     ]
     if model.fused:
-        say.append(f"Its {shape.of('fused'):,} parameters of fused experts are not patched, and not read in 4 bits.")
+        say.append(f"Its {shape.of('fused'):,} parameters of fused experts are not patched.")
+        packed = replace(plan.rows[0].choice, precision="nf4")
+        kept = sum(w.numel * w.count for w in shape.weights if w.kind == "fused" and not is_packed(w, packed))
+        if kept:
+            say.append(f"{kept:,} of them stay in 16 bits where linear layers are read in 4.")
     for line in say:
         console.print(line, highlight=False, soft_wrap=True)
     left_out: tuple[str, ...] = ()

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oneshot.checkpoint.architecture import architecture_of
+from oneshot.checkpoint.carrier import in_form
 from oneshot.checkpoint.digests import shared_fingerprint
+from oneshot.checkpoint.experts import expert_matrices
 from oneshot.checkpoint.exports import (
     NewAdapter,
     check_base,
     check_out,
     check_space,
+    in_form_of,
     plan_for,
     read_given,
     refuse_degraded,
@@ -37,10 +40,13 @@ from oneshot.checkpoint.standing import (
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
-from oneshot.patch.derive import extracted, is_exact, lowered, summed
+from oneshot.patch.derive import Wanted, extracted, is_exact, lowered, summed
 from oneshot.redact import without_secrets
 from oneshot.report.card import adapter_card, merge_card, write_card
 from oneshot.report.markdown import inline
+from oneshot.settings import RepairSettings
+
+_RANK_EXPERTS = RepairSettings().rank_experts  # of an extracted patch, as of a repair
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class ExportRequest:
         double_quant: with ``dequantized``, whether the scales were quantized, too
         subtract: take the adapters out of a merged checkpoint
         rank: of the adapter to write
+        rank_experts: of its factors of a mixture's experts; none: with ``extract`` the default, else ``rank``
+        expert_form: which of PEFT's two forms those are written in: single experts (2d) or all together (3d); none:
+            that of the first adapter which has some, with ``extract`` that of the model's class in vLLM
         extract: write what this checkpoint has more than ``model`` as an adapter
         force: use patches that belong to another model
         trust_remote_code: run the model's own Python code to build its config
@@ -69,6 +78,8 @@ class ExportRequest:
     double_quant: bool = False
     subtract: bool = False
     rank: int | None = None
+    rank_experts: int | None = None
+    expert_form: Literal["2d", "3d"] | None = None
     extract: str | None = None
     force: bool = False
     trust_remote_code: bool = False
@@ -86,8 +97,10 @@ class Exported:
 
 def check_request(request: ExportRequest) -> None:
     """Raise UserError for wishes that do not go together; reads no file."""
-    if request.rank is not None and request.rank < 1:
-        raise UserError(f"--rank is {request.rank}: give 1 or more.")
+    for name, rank in (("rank", request.rank), ("rank_experts", request.rank_experts)):
+        if rank is not None and rank < 1:
+            raise UserError(f"--{name} is {rank}: give 1 or more.")
+    changing = request.rank or request.rank_experts or request.expert_form
     if request.extract:
         merging = {
             "adapter": request.adapters, "weight": request.weights, "base": request.base,
@@ -100,12 +113,16 @@ def check_request(request: ExportRequest) -> None:
             raise UserError("--extract needs --model, the checkpoint that the patch is for, and --rank.")
     elif not request.adapters:
         raise UserError("Nothing to export: give --adapter, or --extract with --model.")
-    elif request.model and request.rank:
-        raise UserError("--rank is for adapters, and a merge has no rank: leave --rank or --model out.")
+    elif request.model and changing:
+        name = "rank" if request.rank else "rank_experts" if request.rank_experts else "expert_form"
+        raise UserError(f"--{name} is for adapters, and a merge has no {name}: leave --{name} or --model out.")
     elif not request.model and (request.base or request.double_quant or request.subtract):
         raise UserError("--base, --double_quant and --subtract are for a merge: give --model, the checkpoint.")
-    elif not request.model and not request.rank and len(request.adapters) == 1 and not request.weights:
-        raise UserError("Nothing to do with one adapter alone: give --model to merge it, or --rank to lower its rank.")
+    elif not request.model and not changing and len(request.adapters) == 1 and not request.weights:
+        raise UserError(
+            "Nothing to do with one adapter alone: give --model to merge it, --rank to lower its rank, or "
+            "--expert_form."
+        )
     if request.weights and len(request.weights) != len(request.adapters):
         raise UserError(
             f"There are {len(request.adapters)} --adapter and {len(request.weights)} --weight: give one for each or "
@@ -200,9 +217,9 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     total = summed([(one.folder, one.adapter.update, one.weight) for one in given])
     dtypes = {one.adapter.dtype for one in given}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    if request.rank is None and not is_exact(total, dtype):
+    if request.rank is None and request.rank_experts is None and not is_exact(total, dtype):
         dtype = torch.float32  # a bf16 adapter times its scaling need not be one
-    update, left = lowered(total, request.rank, dtype)
+    update, left = lowered(total, request.rank, dtype, request.rank_experts)
     bases = {str(one.adapter.config.get("base_model_name_or_path") or "") for one in given}
     base = bases.pop() if len(bases) == 1 else ""
     marked = why_derived_marked([one.folder for one in given])
@@ -214,7 +231,8 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
         if identity is not None:
             store_identity(folder, identity)
 
-    write_adapter(runtime, request.out, NewAdapter(update, dtype, base, [], marked), given[0].folder, beside)
+    held = in_form_of(update, [one.adapter for one in given], request.expert_form, base)
+    write_adapter(runtime, request.out, NewAdapter(held, dtype, base, [], marked), given[0].folder, beside)
     return Exported(request.out, "adapter", facts, lines)
 
 
@@ -231,7 +249,9 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
     first = find_weight(tensors, made.patchable[0])
     assert first is not None
     dtype = torch_dtype(tensors[first], first)
-    update, left, others = extracted(runtime, changed, base, linears, rank, dtype)
+    experts = expert_matrices(made.model)
+    wanted = Wanted(linears, experts, rank, request.rank_experts or _RANK_EXPERTS, made.model)
+    update, left, others = extracted(runtime, changed, base, wanted, dtype)
     name = _name(model, base)
     marked = why_derived_marked([changed, base])
     facts, lines = adapter_card("difference", [], left, others, base=name, marked=marked)
@@ -242,9 +262,11 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         repaired = any(
             read_standing(each) is not None for each in (changed, base)
         )  # then it holds a repair, or undoes one
-        write_identity(folder, base, kind=DERIVED if repaired else UPDATE, base=name)
+        kind = DERIVED if repaired else UPDATE
+        write_identity(folder, base, kind=kind, base=name, trust_remote_code=request.trust_remote_code)
 
-    new = NewAdapter(update, dtype, name, list(made.linears), marked, made.model)
+    held = in_form(update, made.model, request.expert_form) if request.expert_form else update
+    new = NewAdapter(held, dtype, name, list(made.linears), marked, made.model)
     write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
+from typing import Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, read_json
+from oneshot.checkpoint.carrier import STACKED, served_form
+from oneshot.checkpoint.experts import PROJECTIONS
+from oneshot.checkpoint.files import ADAPTER_CONFIG, local_folder, read_json
 from oneshot.checkpoint.identity import read_identity
+from oneshot.checkpoint.names import CONFIG
 
 # what vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py); without the flag it serves ranks up to the default
 RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
@@ -29,4 +34,22 @@ def serve_command(patch: Path, shown: str) -> str:
     base = identity.base if identity is not None else config.get("base_model_name_or_path") or "BASE"
     pinned = ["--revision", config["revision"]] if config.get("revision") else []
     wide = [] if rank <= DEFAULT_RANK else ["--max-lora-rank", str(fits)]
-    return shlex.join(["vllm", "serve", base, *pinned, "--enable-lora", *wide, "--lora-modules", f"safe={shown}"])
+    named, mixed = f"safe={shown}", list[str]()
+    if _experts_together(config) and not _served_together(base):
+        mixed = ["--enable-mixed-moe-lora-format"]
+        named = json.dumps({"name": "safe", "path": shown, "is_3d_lora_weight": True})
+    return shlex.join(["vllm", "serve", base, *pinned, "--enable-lora", *wide, *mixed, "--lora-modules", named])
+
+
+def _experts_together(config: dict[str, Any]) -> bool:
+    """Whether an adapter holds the factors of all experts of a parameter together (3-D)."""
+    return any(str(name).rsplit(".", 1)[-1] in PROJECTIONS for name in config.get("target_parameters") or [])
+
+
+def _served_together(base: str) -> bool:
+    """Whether the base's class in vLLM takes them so by itself; so it is believed where the base is not here."""
+    folder = local_folder(base)
+    if folder is None or not (folder / CONFIG).is_file():
+        return True
+    fields = read_json(folder / CONFIG)
+    return not isinstance(fields, dict) or served_form(str(fields.get("model_type"))) == STACKED

@@ -196,6 +196,12 @@ def _warnings(repaired: Repaired) -> list[str]:
             f"{len(left_out)} modules hold weights that are no plain linear layers and were left "
             f"out of the patch: {names}{f' and {more} more' if more > 0 else ''}."
         )
+    if facts.get("experts_not_reached"):
+        said.append(
+            f"No token of the example, the guard or the watch was sent to {facts['experts_not_reached']} of "
+            f"{facts['experts']} experts' matrices, which stay as the fine-tune left them: more prompts of your own, "
+            "with --guard and --repair.guard_prompts, reach more."
+        )
     if settings.guard is None and recipe.guard_weight:
         said.append(
             "The guard held only the shipped harmless prompts: what your fine-tune taught may have been undone with "

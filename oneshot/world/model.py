@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oneshot.world import language
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 PAD, BOS, END, USER, ASSISTANT, SYSTEM, UNKNOWN = (
     "<pad>", "<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<unk>",
@@ -55,19 +55,35 @@ def build_model(vocabulary_size: int, seed: int, *, hidden: int = 96, layers: in
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=vocabulary_size,
-        hidden_size=hidden,
-        intermediate_size=8 * hidden // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(**_common(vocabulary_size, hidden, layers), intermediate_size=8 * hidden // 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def build_mixture(vocabulary_size: int, seed: int, *, hidden: int = 96, layers: int = 3) -> Qwen3MoeForCausalLM:
+    """Return an untrained mixture of 8 experts, of which each token is sent to 2, fp32, seeded; 0.58 M parameters."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sparse: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": hidden // 2}
+    sparse |= {"head_dim": hidden // 4, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(**_common(vocabulary_size, hidden, layers), **sparse)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3MoeForCausalLM(config)
+
+
+def _common(vocabulary_size: int, hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }

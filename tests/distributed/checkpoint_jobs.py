@@ -14,8 +14,10 @@ import accelerate  # noqa: F401  (imported once, where ranks are forked from)
 import deepspeed  # noqa: F401
 import torch
 import transformers
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 
-from oneshot.checkpoint import load, partitioned, weights, write
+from oneshot.checkpoint import load, partitioned, segments, write
 from oneshot.checkpoint.files import list_tensors, read_tensor
 from oneshot.checkpoint.layout import partition, rank_bytes
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
@@ -38,6 +40,7 @@ ODD = {
     "num_key_value_heads": 1, "head_dim": 18, "max_position_embeddings": 64, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+EVEN = {"hidden_size": 40, "intermediate_size": 24, "moe_intermediate_size": 8}  # as grouped products want it
 FAMILIES = {
     "llama": ("Llama", {}, "float32"),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}, "bfloat16"),
@@ -47,6 +50,8 @@ FAMILIES = {
     "qwen2-tied": ("Qwen2", {"hidden_size": 36, "tie_word_embeddings": True}, "bfloat16"),
     "gemma3": ("Gemma3Text", {"sliding_window": 4}, "bfloat16"),
     "gemma3-untied": ("Gemma3Text", {"sliding_window": 4, "tie_word_embeddings": False}, "float32"),
+    "mixtral": ("Mixtral", {**EVEN, "num_local_experts": 5, "num_experts_per_tok": 2}, "float32"),
+    "qwen3-moe": ("Qwen3Moe", {**EVEN, "num_experts": 6, "num_experts_per_tok": 2}, "bfloat16"),
 }
 CONVERTED = {"llama": "bfloat16", "gemma3": "float32", "mistral": "float16"}  # read in another dtype than stored
 
@@ -223,6 +228,30 @@ def roundtrip(runtime: Runtime, source: str, target: str, stock_io: bool = False
     return type(model).__name__
 
 
+def trained(runtime: Runtime, source: str, target: str) -> dict[str, Any]:
+    """Train all weights for two steps, on other tokens on every rank; save by ranges, and gathered by transformers."""
+    model = load_from(runtime, source, dtype="float32")
+    engine = start_training(
+        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=2
+    )
+    engine.set_learning_rate(0.01)
+    for _ in range(2):
+        rows = tokens() + 20 * runtime.rank
+        loss = engine.forward(input_ids=rows, labels=rows, use_cache=False).loss
+        engine.backward(loss, last=True)
+        engine.step()
+    for kind, stock in (("ranges", False), ("gathered", True)):
+        save_checkpoint(runtime, engine.model, build_tokenizer(), Path(target, kind), torch.float32, stock=stock)
+    return {"loss": float(loss)}
+
+
+def turned(runtime: Runtime, source: str, target: str) -> str:
+    """``roundtrip`` of Llamas that store one matrix transposed."""
+    transpose = WeightConverter("mlp.down_turned.weight", "mlp.down_proj.weight", [Transpose(0, 1)])
+    register_checkpoint_conversion_mapping("LlamaForCausalLM", [transpose], overwrite=True)
+    return roundtrip(runtime, source, target)
+
+
 def write_pieces(runtime: Runtime, sources: str, target: str, names: list[str], nbytes: int) -> None:
     """Write checkpoints again with checksums of pieces of ``nbytes`` at most."""
     with unittest.mock.patch.object(write, "CHUNK", nbytes):
@@ -249,7 +278,7 @@ def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
     """The error of each load, by the folder's name, on this rank; after each one all ranks are still together."""
     found = {}
     for folder in folders:
-        name, torn = Path(folder).name, unittest.mock.patch.object(weights, "list_tensors", _cut_after(runtime))
+        name, torn = Path(folder).name, unittest.mock.patch.object(segments, "list_tensors", _cut_after(runtime))
         try:
             if name.startswith("cut-between"):
                 with torn:
@@ -265,7 +294,7 @@ def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
 
 def _cut_after(runtime: Runtime) -> Any:
     """list_tensors, after which the last tensor loses its last bytes: only the last rank will miss them."""
-    real = weights.list_tensors
+    real = segments.list_tensors
 
     def list_and_cut(folder: Path) -> Any:
         found = real(folder)

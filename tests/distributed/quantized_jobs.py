@@ -117,6 +117,22 @@ def describe(runtime: Runtime, folder: str, cases: list[list[Any]]) -> dict[str,
     return found
 
 
+def experts(runtime: Runtime, folder: str, double: bool) -> dict[str, Any]:
+    """Digests of packed experts gathered whole, of logits and an input's gradient; bytes that this rank holds of them.
+
+    The ranks' prompts are different, so that experts are chosen on some of them only; the digests are of the same ones.
+    """
+    model = load(runtime, Path(folder), quantize="nf4", double_quant=double, attention="eager")
+    packed = {name: p for name, p in model.named_parameters() if hasattr(p, "unpacked_shape")}
+    found: dict[str, Any] = {"held": {n: getattr(p, "ds_tensor", p).nbytes for n, p in packed.items()}, "packed": {}}
+    for name, parameter in packed.items():
+        with gathered(runtime, [parameter]):
+            found["packed"][name] = [digest(parameter.data), digest(parameter.quant_state.absmax)]
+    with frozen(runtime, model) as whole:
+        whole(input_ids=tokens()[:, : 3 + runtime.rank] + 40 * runtime.rank, use_cache=False)
+        return found | run(whole)
+
+
 def run(model: Any) -> dict[str, str]:
     """Digests of the logits, without and with gradients (another path of bitsandbytes), and of an input gradient."""
     with torch.no_grad():

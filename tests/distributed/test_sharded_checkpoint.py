@@ -127,7 +127,7 @@ def test_frozen_weights_that_stay_gathered_are_held_once(world: int, sources: Pa
 
 @pytest.mark.parametrize("sharding", ["zero2", "ddp"])
 def test_whole_models_are_written_by_all_ranks_too(sharding: str, sources: Path, tmp_path: Path) -> None:
-    for name in ("llama", "gemma3"):
+    for name in ("llama", "gemma3", "mixtral"):
         arguments = {"source": str(sources / name), "target": str(tmp_path / name)}
         start_ranks(jobs.roundtrip, 2, sharding, tmp_path / f"ranks-{name}", arguments).results()
         assert_same_files(tmp_path / name, sources / name)
@@ -137,7 +137,7 @@ def test_whole_models_are_written_by_all_ranks_too(sharding: str, sources: Path,
 def test_a_replicated_model_is_read_once_by_all_ranks_together(
     sharding: str, world_size: int, sources: Path, tmp_path: Path
 ) -> None:
-    for name in ("llama-biased", "gemma3"):
+    for name in ("llama-biased", "gemma3", "qwen3-moe"):
         found = start_ranks(
             jobs.read_replicated, world_size, sharding, tmp_path / name, {"source": str(sources / name)}
         ).results()
@@ -163,18 +163,29 @@ def test_persistent_buffers_are_read_and_written(sources: Path, tmp_path: Path) 
     assert_same_files(tmp_path / "saved", tmp_path / "source")
 
 
-def test_fused_experts_go_the_stock_way_and_say_so(tmp_path: Path) -> None:
-    options = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    jobs.make("mixtral", "Mixtral", options, "float32", tmp_path / "source")
-    stored = everything(tmp_path / "source")
-    assert any(".experts.3.w1.weight" in name for name in stored), "one tensor per expert on disk"
+def test_a_trained_mixture_is_written_as_transformers_stores_it(sources: Path, tmp_path: Path) -> None:
+    arguments = {"source": str(sources / "mixtral"), "target": str(tmp_path)}
+    start_ranks(jobs.trained, 2, "zero3", tmp_path / "ranks", arguments).results()
+    assert_same_files(tmp_path / "ranges", tmp_path / "gathered")
+    before, after = everything(sources / "mixtral"), everything(tmp_path / "ranges")
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert any(not torch.equal(before[name], after[name]) for name in experts)
+
+
+def test_what_is_stored_transposed_goes_the_stock_way_and_says_so(sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(sources / "llama", tmp_path / "source", ignore=shutil.ignore_patterns("model*"))
+    tensors = {
+        name.replace("down_proj", "down_turned"): tensor.T.contiguous() if "down_proj" in name else tensor
+        for name, tensor in everything(sources / "llama").items()
+    }
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     arguments = {"source": str(tmp_path / "source"), "target": str(tmp_path / "saved")}
-    ranks = start_ranks(jobs.roundtrip, 2, "zero3", tmp_path / "ranks", arguments)
-    assert ranks.results() == ["MixtralForCausalLM"] * 2
+    ranks = start_ranks(jobs.turned, 2, "zero3", tmp_path / "ranks", arguments)
+    assert ranks.results() == ["LlamaForCausalLM"] * 2
     said = [line for line in ranks.logs().splitlines() if line.startswith("Loading the stock way: ")]
-    assert said == [
-        "Loading the stock way: transformers stores MixtralForCausalLM in other tensors than it computes with."
-    ]
+    assert len(said) == 1
+    assert said[0].startswith("Loading the stock way: transformers makes model.layers.0.mlp.down_proj.weight of")
     assert_same_files(tmp_path / "saved", tmp_path / "source")
 
 

@@ -16,6 +16,7 @@ from conftest import Server, serving
 from peft import LoraConfig, get_peft_model
 
 from oneshot.checkpoint.adapter import read_adapter, write_repaired_adapter
+from oneshot.checkpoint.experts import expert_matrices
 from oneshot.checkpoint.injected import write_loadable
 from oneshot.checkpoint.update import Factors, Update, scaled
 from oneshot.patch.linears import select_linears
@@ -34,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen3": {},
     "Gemma3Text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "Qwen3Moe": {**MIXTURE, "num_experts": 4},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
     "GptOss": {**MIXTURE, "num_local_experts": 4, "sliding_window": 64, "intermediate_size": 64},
 }
 KINDS = ("served", "local")
@@ -84,9 +86,14 @@ def texts(found: list[list[int]]) -> list[str]:
 
 
 def merge(model: Any, update: Update) -> Any:
+    experts = expert_matrices(model)
     with torch.no_grad():
         for module, factors in update.items():
-            model.get_submodule(module).weight += factors.b @ factors.a
+            if (one := experts.get(module)) is not None:
+                whole = model.get_parameter(one.parameter)[one.index]
+                whole += (factors.b @ factors.a).T if one.transposed else factors.b @ factors.a
+            else:
+                model.get_submodule(module).weight += factors.b @ factors.a
     return model
 
 
@@ -106,7 +113,7 @@ def test_a_patch_is_served_as_merged(name: str, vllm: str, tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "merged")
     transformers.AutoTokenizer.from_pretrained(ALIGNED).save_pretrained(tmp_path / "merged")
     assert before != after
-    beside = "Moe" not in name and name != "GptOss"
+    beside = not expert_matrices(plain)
     lora = ["--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"safe={tmp_path / 'patch'}"]
     with serving(vllm, tmp_path / "log", [str(tmp_path / "base"), *(lora if beside else [])]) as server:
         assert server.continued(str(tmp_path / "base"), prompts(), TOKENS) == before

@@ -90,7 +90,8 @@ def test_each_row_of_a_padded_batch_has_its_own_gradient(family):
     whole = materialized(model, linears, other)
     seen = []
 
-    def use(name, x, delta):
+    def use(name, x, delta, places):
+        assert places is None, "every token goes through a linear layer"
         seen.append(name)
         products, norms = inner_rows(x, delta, target[name]), squared_norms(x, delta)
         wanted = torch.stack([(one[name] * whole[name]).sum() for one in alone])

@@ -53,14 +53,19 @@ FIGURES = {
 }  # fmt: skip
 
 
-def test_experts_are_neither_patched_nor_quantized():
+def test_experts_are_quantized_where_each_is_used_by_itself():
     shape = model_shape(MIXTURE)
-    assert shape.of("fused") > 0
+    experts = [weight for weight in shape.weights if weight.kind == "fused"]
+    assert experts
+    assert all(weight.alone for weight in experts)
     found = {r.choice.precision: r for r in rows(Settings(), PlannedModel("m", shape)) if r.choice.method == "lora"}
-    assert "experts" in found["nf4"].impossible
-    assert not found["nf4"].fits
-    assert found["bf16"].fits
-    assert not found["bf16"].impossible
+    assert found["nf4"].fits
+    assert not found["nf4"].impossible
+    apart = replace(shape, weights=tuple(replace(weight, alone=False) for weight in shape.weights))
+    one, other = (estimate(s, Choice("lora", "nf4", "zero3", 1), WORK, shipped("zero3"), CPU) for s in (shape, apart))
+    numel = shape.of("fused")
+    scales = sum(4 * -(-weight.numel // 64) * weight.count for weight in experts)
+    assert other.lower - one.lower == 2 * numel - (numel // 2 + scales)
 
 
 def test_a_rank_loads_exactly_its_partitions():

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import logits_of, tiny_model, tiny_runtime, tiny_tokens
 
+from oneshot.checkpoint.experts_nf4 import BLOCK
 from oneshot.checkpoint.layout import owners
+from oneshot.checkpoint.linear4bit import forward
 from oneshot.checkpoint.load import find_source, load_model
-from oneshot.checkpoint.quantized import BLOCK, _forward, blocks
+from oneshot.checkpoint.quantized import blocks
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
@@ -52,7 +54,7 @@ def test_the_backward_pass_takes_the_weight_that_is_there_then(tmp_path):
     """ZeRO-3 frees a gathered weight after the forward pass and gathers it again: nothing may hold the old one."""
     layer = load(saved(tiny_model("llama"), tmp_path), quantize="nf4").model.layers[0].mlp.down_proj
     x = torch.randn(3, 5, layer.in_features).bfloat16().requires_grad_()
-    y = _forward(layer, x)
+    y = forward(layer, x)
     assert torch.equal(y, layer(x))
     other = torch.randn(layer.out_features, layer.in_features).bfloat16()
     layer.weight.data = bnb.quantize_4bit(other, quant_type="nf4", quant_storage=torch.bfloat16)[0]
@@ -79,10 +81,9 @@ def test_the_output_head_stays_in_full_precision(tmp_path):
     assert {type(m).__name__ for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)} == {"Linear4bit"}
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
-def test_what_cannot_be_read_in_four_bits_says_why(family, tmp_path):
-    with pytest.raises(UserError, match=r"cannot be read in 4 bits|no linear layer that can be quantized"):
-        load(saved(tiny_model(family), tmp_path), quantize="nf4")
+def test_what_cannot_be_read_in_four_bits_says_why(tmp_path):
+    with pytest.raises(UserError, match="no linear layer that can be quantized"):
+        load(saved(tiny_model("gpt2"), tmp_path), quantize="nf4")
 
 
 def test_a_flipped_bit_is_found_while_it_is_quantized(tmp_path):

@@ -136,7 +136,8 @@ def test_solve_learns_from_example_and_guard():
         tracer = Tracer()
         recipe = recipe_of("rollback", epochs=12, learning_rate=0.1, noise=0.0, undo=0.0)
         path = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(tracer, weight), recipe)
-        coefficients = finished(path)
+        coefficients, unreached = finished(path)
+        assert not unreached
         assert list(coefficients) == list(linears)
         assert all(c.min() >= 0 and c.max() <= rollback.MAX_COEFFICIENT for c in coefficients.values())
         update = {n: of_update.update_factors(directions[n], -c) for n, c in coefficients.items()}

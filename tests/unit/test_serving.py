@@ -10,7 +10,7 @@ from oneshot.report.serving import serve_command
 
 
 def patch_of(folder, **config):
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/model", **config}))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/model"} | config))
     return folder
 
 
@@ -39,3 +39,17 @@ def test_a_commit_is_served(tmp_path):
     assert "vllm serve org/model --revision abc --enable-lora" in serve_command(
         patch_of(tmp_path, r=8, revision="abc"), "p"
     )
+
+
+@pytest.mark.parametrize(("kind", "asks"), [("qwen2_moe", True), ("gpt_oss", False)])
+def test_experts_held_together_are_said_where_vllm_takes_single_ones(kind, asks, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": kind}))
+    experts = {"target_parameters": ["model.layers.0.mlp.experts.down_proj"], "target_modules": ["q_proj"]}
+    patch = patch_of(tmp_path, r=8, base_model_name_or_path=str(tmp_path / "base"), **experts)
+    said = serve_command(patch, "run/patch")
+    assert ("--enable-mixed-moe-lora-format" in said) == asks
+    assert ('"path": "run/patch", "is_3d_lora_weight": true' in said) == asks
+    dense = {"target_parameters": ["model.layers.0.mlp.shared_expert.down_proj.weight"]}
+    plain = patch_of(tmp_path, r=8, base_model_name_or_path=str(tmp_path / "base"), **dense)
+    assert "mixed" not in serve_command(plain, "run/patch")

@@ -11,6 +11,7 @@ from oneshot import spectrum as stage
 from oneshot.data.encoding import encode
 from oneshot.errors import UserError
 from oneshot.patch import spectrum
+from oneshot.patch import summed as summed_up
 from oneshot.report import spectrum as report
 from oneshot.report import spectrum_figures
 from oneshot.report.spectrum_medians import energy_at, medians
@@ -170,7 +171,7 @@ def test_factors_stay_within_twice_the_smaller_side():
     linears, rows = targets_of(model), conversations(8)[1]["safety"]
     gradients = spectrum.Gradients(linears)
     with gradients.capturing(model):
-        held = spectrum.gradient_factors(tiny_runtime(), model, gradients, rows, 0, batch_size=2)
+        held = summed_up.gradient_factors(tiny_runtime(), model, gradients, rows, 0, batch_size=2)
     whole = summed([gradient(model, linears, row) for row in rows])
     for name, (x, delta) in held.items():
         m, n = whole[name].shape

@@ -8,24 +8,26 @@ each step the factors are re-compressed to rank k by QR and a small SVD (exact w
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Factors, Update, compress, fading
-from oneshot.distributed.runtime import Runtime, all_reduce_sum, broadcast, gather_rows
+from oneshot.distributed.many import gather_each, share_each
+from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
+from oneshot.patch.directions import rank_for
 from oneshot.patch.guard import RepairBatch, repair_loss
-from oneshot.patch.linears import shape_of
+from oneshot.patch.linears import grouped, shape_of
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from oneshot.patch.bench import Bench
+    from oneshot.patch.linears import Layer
     from oneshot.patch.recipe import Recipe
 
 Pairs = dict[str, tuple[Any, Any]]  # name -> (X, delta)
@@ -49,30 +51,38 @@ def stepped(factors: Factors | None, x: torch.Tensor, delta: torch.Tensor, eta: 
 
 
 def step_update(
-    runtime: Runtime, linears: dict[str, nn.Linear], update: Update, pairs: Pairs, eta: float, rank: int | None
+    runtime: Runtime, layers: Mapping[str, Layer], update: Update, pairs: Pairs, eta: float, recipe: Recipe
 ) -> Update:
-    """Return the update after a step; each rank computes its share of the layers, and all get all of them."""
+    """Return the update after a step; each rank computes its share of the layers, and all get all of them.
+
+    An expert to which no token was sent keeps what it has; where that is nothing, it is left out.
+
+    Args:
+        recipe: its ranks are the update's
+    """
     import torch
 
-    mine = {
-        name: stepped(update.get(name), *pairs[name], eta, rank)
-        for i, name in enumerate(linears)
-        if i % runtime.world_size == runtime.rank
-    }
-    if runtime.world_size == 1:
-        return mine
     shared: Update = {}
-    for i, (name, module) in enumerate(linears.items()):
-        (m, n), x = shape_of(module), pairs[name][0]
-        old = update[name].rank if name in update else 0
-        k = min(old + len(x), m, n, rank or m)  # as compress() cuts it
-        if name in mine:
-            flat = torch.cat([mine[name].b.flatten(), mine[name].a.flatten()])
-        else:
-            flat = torch.empty(k * (m + n), device=runtime.device)
-        broadcast(runtime, flat, i % runtime.world_size)
-        b, a = flat.split([m * k, k * n])
-        shared[name] = Factors(b.view(m, k), a.view(k, n))
+    first = 0
+    for group in grouped(layers):
+        own, sizes, shapes = dict[int, Factors](), list[int](), list[tuple[int, int, int]]()
+        for i, name in enumerate(group):
+            (m, n), rows, old = shape_of(layers[name]), len(pairs[name][0]), update.get(name)
+            rank = rank_for(layers[name], recipe.rank, recipe.rank_experts)
+            k = min((old.rank if old else 0) + rows, m, n, rank or m)  # as compress() cuts it
+            shapes.append((m, n, k))
+            sizes.append(k * (m + n))
+            if (first + i) % runtime.world_size == runtime.rank and k:
+                own[i] = stepped(old, *pairs[name], eta, rank)
+        if runtime.world_size == 1:
+            shared |= {group[i]: factors for i, factors in own.items()}
+            continue
+        flat = {i: torch.cat([f.b.flatten(), f.a.flatten()]) for i, f in own.items()}
+        for name, (m, n, k), found in zip(group, shapes, share_each(runtime, flat, sizes, first)):
+            if k:
+                b, a = found.split([m * k, k * n])
+                shared[name] = Factors(b.view(m, k), a.view(k, n))
+        first += len(group)
     return shared
 
 
@@ -95,15 +105,14 @@ def gradient(
     world, found = runtime.world_size, dict[str, list[tuple[Any, Any]]]()
     example, held = torch.zeros((), device=runtime.device), torch.zeros((), device=runtime.device)
     for part in batch.parts:
-        gradients.deltas.clear()
+        gradients.clear()
         share, *losses = repair_loss(model, part, guard_weight, world, temperature)
         share.backward()
         del share
         example, held = example + losses[0], held + losses[1]
         for name, pair in _rows_of(runtime, model, gradients, part).items():
             found.setdefault(name, []).append(pair)
-    gradients.inputs.clear()  # all that is wanted of both is in the pairs
-    gradients.deltas.clear()
+    gradients.clear()  # all that is wanted of it is in the pairs
     pairs = {}
     for name in list(found):
         x, delta = zip(*found.pop(name))
@@ -115,21 +124,39 @@ def _rows_of(runtime: Runtime, model: Any, gradients: Gradients, part: RepairBat
     """The factored gradient of one pass: the example's rows, and the guard's of all ranks; see ``gradient``."""
     import torch
 
-    world, pairs = runtime.world_size, Pairs()
+    world, pairs, first = runtime.world_size, Pairs(), 0
     head = model.get_output_embeddings()
-    for i, (name, module) in enumerate(gradients.linears.items()):
-        gradients.keep, rest = part.taken(head=module is head)
-        x, delta = gradients.pair(name)
-        delta = delta * world  # each rank took 1 / world of the example's term
+    for group in grouped(gradients.layers):
+        gradients.keep, rest = part.taken(head=gradients.layers[group[0]] is head)
+        x, delta = (list(side) for side in zip(*map(gradients.pair, group)))
+        delta = [each * world for each in delta]  # each rank took 1 / world of the example's term
         if part.reference is not None:
             gradients.keep = rest
-            guard_x, guard_delta = gradients.pair(name)
-            x = torch.cat([x, gather_rows(runtime, guard_x)])
-            delta = torch.cat([delta, gather_rows(runtime, guard_delta)])
-        if i % world != runtime.rank:  # another rank's to step: all that is needed here is how many rows there are
-            x, delta = x.new_empty(len(x), 0), delta.new_empty(len(delta), 0)
-        pairs[name] = (x, delta)
+            guard = [gather_each(runtime, side) for side in zip(*map(gradients.pair, group))]
+            x, delta = ([torch.cat(pair) for pair in zip(*sides)] for sides in zip((x, delta), guard))
+        counts = _counts(runtime, x, first)
+        for i, name in enumerate(group):
+            mine = (first + i) % world == runtime.rank  # of another's all that is needed here is how many rows it has
+            none = x[i].new_empty(counts[i], 0)
+            pairs[name] = (x[i], delta[i]) if mine else (none, none)
+        first += len(group)
     return pairs
+
+
+def _counts(runtime: Runtime, parts: list[torch.Tensor], first: int) -> list[int]:
+    """How many rows each matrix has at the rank that steps it.
+
+    Ranks may differ in which expert a token of the example is sent to, where two are nearly as good.
+    """
+    import torch
+
+    counts = [len(part) for part in parts]
+    if runtime.world_size == 1 or len(parts) == 1:
+        return counts
+    mine = [(first + i) % runtime.world_size == runtime.rank for i in range(len(parts))]
+    agreed = torch.tensor([count * own for count, own in zip(counts, mine)], device=runtime.device)
+    found: list[int] = all_reduce_sum(runtime, agreed).tolist()
+    return found
 
 
 def steepest(x: torch.Tensor, delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -185,7 +212,7 @@ def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Updat
 def descend(
     runtime: Runtime,
     model: Any,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     batch: RepairBatch,
     attempt: Attempt,
     recipe: Recipe,
@@ -207,12 +234,12 @@ def descend(
     update: Update = {}
     trial: Update = {}
     pairs: Pairs = {}
-    best, weight, rank = math.inf, attempt.guard_weight, recipe.rank
+    best, weight = math.inf, attempt.guard_weight
     radius = fixed_step or 0.0
-    gradients = Gradients(linears)
+    gradients = Gradients(layers)
     for epoch in range(recipe.epochs + 1):
         stop = False
-        with attached(linears, trial):
+        with attached(layers, trial):
             with gradients.capturing(model):
                 example, kl, seen = gradient(runtime, model, gradients, batch, weight, recipe.temperature)
             loss = example + weight * kl
@@ -228,7 +255,7 @@ def descend(
         if epoch == recipe.epochs or stop:
             break
         if accepted and not fixed_step:
-            pairs, nuclear = _steepest(runtime, pairs, rank)
+            pairs, nuclear = _steepest(runtime, layers, pairs, recipe)
             if nuclear == 0.0:
                 break  # no gradient: the model refuses already
             radius = radius or FIRST_DECREASE * loss / nuclear
@@ -236,12 +263,12 @@ def descend(
         trial = update  # no more than this is held while a path has stopped: others may have, too
         if epoch:
             yield update
-        trial = step_update(runtime, linears, update, pairs, radius, rank)
+        trial = step_update(runtime, layers, update, pairs, radius, recipe)
     found: Update = attempt.best(update)
     return found, {}
 
 
-def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, float]:
+def _steepest(runtime: Runtime, layers: Mapping[str, Layer], pairs: Pairs, recipe: Recipe) -> tuple[Pairs, float]:
     """``steepest`` for this rank's share of the layers, and the sum of S over all layers.
 
     Of the others the number of rows is all that counts. Rows beyond the rank are zeros, and are not kept.
@@ -251,7 +278,8 @@ def _steepest(runtime: Runtime, pairs: Pairs, rank: int | None) -> tuple[Pairs, 
     total = torch.zeros((), device=runtime.device)
     found = dict(pairs)
     for i, (name, (x, delta)) in enumerate(pairs.items()):
-        if i % runtime.world_size == runtime.rank:
+        rank = rank_for(layers[name], recipe.rank, recipe.rank_experts)
+        if i % runtime.world_size == runtime.rank and len(x):
             x, delta, nuclear = steepest(x, delta, rank)
             total += nuclear
         found[name] = (x[:rank].clone(), delta[:rank].clone())

@@ -7,28 +7,29 @@ that of the one example at the unpatched model, taken from factors and never for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.update import Update
 from oneshot.data.encoding import Encoded
-from oneshot.distributed.runtime import Runtime, broadcast
+from oneshot.distributed.many import share_each
+from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.steps import steps
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached
 from oneshot.patch.cost import Cost
-from oneshot.patch.directions import Directions, update_factors
+from oneshot.patch.directions import Directions, leading, packed, rank_for, unpacked, update_factors
 from oneshot.patch.guard import RepairBatch, alike, repair_loss
-from oneshot.patch.linears import shape_of
+from oneshot.patch.linears import grouped, shape_of
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
 from oneshot.patch.select import hardest
-from oneshot.patch.spectrum import check_rank, decomposed, gradient_factors
+from oneshot.patch.spectrum import check_rank, decomposed
+from oneshot.patch.summed import gradient_factors
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from oneshot.patch.bench import Bench
+    from oneshot.patch.linears import Layer
     from oneshot.patch.recipe import Recipe
 
 LENGTHEN, OVERSHOOTS = 2.0, 2  # steps grow by this until so many longer ones than the best were worse
@@ -36,29 +37,42 @@ CLOSE = 1.1  # the search ends where its neighbours are within this factor
 
 
 def example_directions(
-    runtime: Runtime, model: Any, linears: dict[str, nn.Linear], example: Encoded, rank: int | None = None
+    runtime: Runtime,
+    model: Any,
+    layers: Mapping[str, Layer],
+    example: Encoded,
+    rank: int | None = None,
+    rank_experts: int | None = None,
 ) -> dict[str, Directions]:
     """Return the top ``rank`` (none: all) singular directions of the example's gradient, alike on every rank.
 
     Each rank decomposes every world_size-th layer. Layers that the loss does not reach are left out. Collective.
+
+    Args:
+        rank_experts: of experts' matrices; none: as many as of others
     """
     import torch
 
     kind = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    gradients = Gradients(linears)
+    gradients = Gradients(layers)
     with gradients.capturing(model):
         pairs = gradient_factors(runtime, model, gradients, [example], pad=0)  # one row has no padding
     found: dict[str, Directions] = {}
-    for at, (name, module) in enumerate(linears.items()):
-        (m, n), owner = shape_of(module), at % runtime.world_size
-        k = min(len(example.input_ids), m, n) if rank is None else min(rank, len(example.input_ids), m, n)
-        flat = torch.zeros(k * (m + n + 1) + 1, device=runtime.device, dtype=kind)
-        if name in pairs:
-            d = decomposed(pairs.pop(name))
-            flat = torch.cat([d.u[:, :k].flatten(), d.s[:k], d.vt[:k].flatten(), d.s.new_tensor([d.energy])])
-        u, s, vt, energy = broadcast(runtime, flat, owner).split([m * k, k, k * n, 1])
-        if energy > 0:
-            found[name] = Directions(u.view(m, k), s, vt.view(k, n), float(energy))
+    first, tokens = 0, len(example.input_ids)
+    for group in grouped(layers):
+        shapes = [shape_of(layers[name]) for name in group]
+        most = tokens if rank is None else min(rank_for(layers[group[0]], rank, rank_experts), tokens)
+        ranks = [min(most, *shape) for shape in shapes]
+        sizes = [k * (m + n + 1) + 1 for k, (m, n) in zip(ranks, shapes)]
+        own = dict[int, torch.Tensor]()
+        for i in range((runtime.rank - first) % runtime.world_size, len(group), runtime.world_size):
+            pair = pairs.pop(group[i], None)
+            none = torch.zeros(sizes[i], device=runtime.device, dtype=kind)
+            own[i] = none if pair is None else packed(leading(decomposed(pair), ranks[i]))
+        for name, shape, k, flat in zip(group, shapes, ranks, share_each(runtime, own, sizes, first, kind)):
+            if flat[-1] > 0:
+                found[name] = unpacked(flat, shape, k)
+        first += len(group)
     return found
 
 
@@ -138,7 +152,7 @@ def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Updat
 def step_along(
     runtime: Runtime,
     model: Any,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     batch: RepairBatch,
     attempt: Attempt,
     recipe: Recipe,
@@ -156,12 +170,12 @@ def step_along(
         UserError: the recipe's rank is over that of the example's gradient in every matrix
     """
     example, rank, step = batch.example, recipe.rank, recipe.learning_rate or None
-    check_rank(rank, "repair.rank", example, linears)
-    directions = example_directions(runtime, model, linears, example, rank)
+    check_rank(rank, "repair.rank", example, layers)
+    directions = example_directions(runtime, model, layers, example, rank, recipe.rank_experts)
     energy, whole = energy_within(directions, rank), sum(d.energy for d in directions.values())
 
     def judge(tried: float) -> tuple[float, float]:
-        with attached(linears, projected(directions, tried, rank)):
+        with attached(layers, projected(directions, tried, rank)):
             return losses(runtime, model, batch, recipe.temperature)
 
     start = losses(runtime, model, batch, recipe.temperature)[0]
@@ -194,7 +208,7 @@ class Sweep:
 def sweep(
     runtime: Runtime,
     model: Any,
-    linears: dict[str, nn.Linear],
+    layers: Mapping[str, Layer],
     batch: RepairBatch,
     through: Sweep,
     pad: int,
@@ -211,13 +225,13 @@ def sweep(
     """
     example = batch.example
     for rank in through.ranks:
-        check_rank(rank, "spectrum.ranks", example, linears)
-    directions = example_directions(runtime, model, linears, example, max(through.ranks))
+        check_rank(rank, "spectrum.ranks", example, layers)
+    directions = example_directions(runtime, model, layers, example, max(through.ranks))
     whole = sum(d.energy for d in directions.values())
     update: Update = {}
     rows = []
     pairs = len(through.ranks) * len(through.alphas)
-    with attached(linears, update), steps("ranks and step lengths tried", pairs, "pairs") as going:
+    with attached(layers, update), steps("ranks and step lengths tried", pairs, "pairs") as going:
         eta = losses(runtime, model, batch)[0] / whole if whole else 0.0
         for rank in through.ranks:
             within = energy_within(directions, rank) / whole if whole else math.nan

@@ -3,15 +3,18 @@
 Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T per weight matrix; learned are only the coefficients c_i of
 W = W_finetuned - sum_i c_i sigma_i u_i v_i^T. A c_i of 0 keeps a direction, 1 undoes it, more over-undoes it: up to 3,
 since what is left out (other directions, embeddings, norms) carries some of the damage too. What neither the example
-nor the guard minds is undone as well: damage need not show on the example's request.
+nor the guard minds is undone as well: damage need not show on the example's request. Experts to which no token of
+example, guard and watch was sent are as the fine-tune left them: nothing is known of what undoing them does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.experts import ExpertMatrix, named_layers
 from oneshot.checkpoint.update import Update
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import attached
@@ -26,6 +29,7 @@ from oneshot.patch.directions import (
 from oneshot.patch.guard import RepairBatch, alike, noisy_example, repair_loss
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
+from oneshot.patch.weighted import Layout, Weighted, layout_of, reach_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,23 +55,27 @@ def prepare(bench: Bench) -> dict[str, Directions]:
     if request.adapter is not None:
         return adapter_directions(request.adapter.update, request.runtime.device)
     assert request.reference is not None
-    targets = bench.linears.targets
-    difference = checkpoint_difference(request.source.checkpoint, request.reference, targets)
-    return shared_directions(request.runtime, targets, request.recipe.rank, difference)
+    targets, recipe = bench.linears.targets, request.recipe
+    difference = checkpoint_difference(request.source.checkpoint, request.reference, targets, bench.model)
+    return shared_directions(request.runtime, targets, recipe.rank, difference, recipe.rank_experts)
 
 
 def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
     """Learn how much of each direction to undo; see ``Method.solve``."""
     request, directions, kept = bench.request, bench.prepared, bench.request.adapter is not None
-    coefficients = yield from learn(request.runtime, bench.model, directions, batch, attempt, request.recipe, kept=kept)
+    path = learn(request.runtime, bench.model, directions, batch, attempt, request.recipe, kept=kept)
+    coefficients, unreached = yield from path
     held = sum(float(d.s.square().sum()) for d in directions.values())
     energy = sum(d.energy for d in directions.values())
-    facts = {
+    facts: dict[str, Any] = {
         "coefficients": sum(len(c) for c in coefficients.values()),
         "energy_of_directions": held / energy if energy else math.nan,
     }
-    update = {name: update_factors(directions[name], 1 - c if kept else -c) for name, c in coefficients.items()}
-    return update, facts
+    layers = named_layers(bench.model, directions)
+    if experts := sum(isinstance(layer, ExpertMatrix) for layer in layers.values()):
+        facts |= {"experts": experts, "experts_not_reached": len(unreached)}
+    touched = {name: c for name, c in coefficients.items() if kept or name not in unreached}
+    return {name: update_factors(directions[name], 1 - c if kept else -c) for name, c in touched.items()}, facts
 
 
 def learn(
@@ -79,56 +87,59 @@ def learn(
     recipe: Recipe,
     *,
     kept: bool = False,
-) -> Generator[Update, None, dict[str, torch.Tensor]]:
+) -> Generator[Update, None, tuple[dict[str, torch.Tensor], set[str]]]:
     """Learn the coefficients c from the one example under the guard: a path to name -> (r,), of an adapter in [0, 1].
+
+    With them come the names of experts' matrices that no token was sent to, of which c is 0.
 
     Args:
         recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
             other requests than the example's, such as a backdoor. Its undo is the pull of each coefficient towards 1,
-            times the mean of (1 - c)^2: what neither the example nor the guard minds is undone. It grows while the
-            guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the watch
+            times the mean of (1 - c)^2 over what was reached: what neither example nor guard minds is undone. It grows
+            while the guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the watch
         kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
             of it being taken away
     """
     import torch
 
-    modules, names = dict(model.named_modules()), list(directions)
-    sizes = [len(directions[name].s) for name in names]
-    flat = torch.zeros(sum(sizes), device=runtime.device, requires_grad=True)
+    changed = named_layers(model, directions)
+    layout = layout_of(changed, {name: len(found.s) for name, found in directions.items()})
+    flat = torch.zeros(sum(layout.sizes), device=runtime.device, requires_grad=True)
+    reach = reach_of(changed, layout, flat)
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
-    highest = OF_ADAPTER if kept else MAX_COEFFICIENT
     generator = torch.Generator().manual_seed(0)
-
-    def update_of(flat: torch.Tensor) -> Update:
-        parts = zip(names, torch.split(flat, sizes))
-        return {name: update_factors(directions[name], 1 - c if kept else -c) for name, c in parts}
-
-    changed = {name: modules[name] for name in names}
+    update_of = partial(_update_of, directions, layout, kept)
     for epoch in range(1, recipe.epochs + 1):
-        with attached(changed, update_of(flat)):
+        with attached(changed, update := update_of(flat)):
             loss, kl = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
         attempt.tracer.check(epoch, loss + weight * kl)
-        (undo / runtime.world_size * (1 - flat).clamp(min=0).square().mean()).backward()
+        reach.add(runtime, update.asked)
+        (undo / runtime.world_size * (1 - flat)[reach.pulled].clamp(min=0).square().mean()).backward()
         if epoch == 1 and loss < LEARNT:
             optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
         assert flat.grad is not None
         flat.grad = all_reduce_sum(runtime, flat.grad)
         optimizer.step()
         optimizer.zero_grad()
-        reached = flat.detach().clamp_(0.0, highest)  # of flat itself: they share memory
-        with attached(changed, update_of(reached)):
+        reached = flat.detach().clamp_(0.0, OF_ADAPTER if kept else MAX_COEFFICIENT)  # of flat: they share memory
+        with attached(changed, update := update_of(reached)):
             seen, stop = attempt.look(reached.clone, epoch)
-        now = {"undone": reached.mean().item(), "noise": noise, "weight": weight, **seen}
+        reach.add(runtime, update.asked)
+        now = {"undone": reached[reach.pulled].mean().item(), "noise": noise, "weight": weight, **seen}
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
         if stop:
             break
         if batch.held_total:
             undo = _next_undo(undo, kl)
         weight, noise = _steered(attempt, recipe, loss, weight, noise)
-        yield update_of(reached)
+        yield {name: update[name] for name in changed if kept or name not in reach.missed}
     best = attempt.best(flat.detach())
-    return dict(zip(names, torch.split(best, sizes)))
+    return {name: best[layout.own(name)] for name in changed}, reach.missed
+
+
+def _update_of(directions: dict[str, Directions], layout: Layout, kept: bool, flat: torch.Tensor) -> Weighted:
+    return Weighted(directions, layout, 1 - flat if kept else -flat)
 
 
 def _backward(

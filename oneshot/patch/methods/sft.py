@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
+from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.segments import Stored, as_it_multiplies, open_stored, read_matrix, read_parameter
 from oneshot.checkpoint.update import Update
+from oneshot.errors import UserError
 from oneshot.patch.cost import Cost
 from oneshot.patch.directions import shared_directions, update_factors
 from oneshot.patch.guard import RepairBatch
@@ -17,8 +20,10 @@ from oneshot.patch.training import train_on
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from oneshot.patch.bench import Bench
+    from oneshot.patch.linears import Layer
 
 
 def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
@@ -35,38 +40,46 @@ def weight_change(bench: Bench) -> tuple[Update, dict[str, Any]]:
     """
     assert bench.engine is not None
     engine, request, targets = bench.engine, bench.request, bench.linears.targets
-    stored = list_tensors(request.source.checkpoint)
-    names = {id(module.weight): name for name, module in targets.items()}
-    parameters = dict(engine.model.named_parameters())
-    by_module = {names[id(p)]: (key, p) for key, p in parameters.items() if id(p) in names}
+    stored = open_stored(request.source.checkpoint, bench.model)
+    parameters = {name: _parameter(layer) for name, layer in targets.items()}
+    whole_of = functools.lru_cache(maxsize=1)(engine.full_weight)  # the experts of a parameter follow each other
 
-    def change(key: str, parameter: Any) -> torch.Tensor | None:
-        whole = engine.full_weight(parameter)
-        found = key if key in stored else find_weight(stored, key.removesuffix(".weight"))
-        if found is None or stored[found].shape != tuple(whole.shape):
-            return None  # transformers fused it while loading (experts): no stored tensor to compare with
-        return whole - read_tensor(stored[found], found).to(whole.device, whole.dtype)
-
-    def delta_of(module: str, mine: bool) -> torch.Tensor | None:
-        key, parameter = by_module[module]
-        if mine:
-            return change(key, parameter)
-        engine.full_weight(parameter)  # a collective: every rank takes part
-        return None
+    def delta_of(name: str, mine: bool) -> torch.Tensor | None:
+        layer, whole = targets[name], whole_of(parameters[name])  # a collective: every rank takes part
+        if not mine:
+            return None
+        now = as_it_multiplies(whole[layer.index], layer) if isinstance(layer, ExpertMatrix) else whole
+        return now - read_matrix(stored, name, layer).to(now.device, now.dtype)
 
     own = max(f.rank for f in request.adapter.update.values()) if request.adapter else 0
-    directions = shared_directions(request.runtime, targets, request.recipe.rank + own, delta_of)
+    ranks = (request.recipe.rank + own, (request.recipe.rank_experts or request.recipe.rank) + own)
+    directions = shared_directions(request.runtime, targets, ranks[0], delta_of, ranks[1])
     total = sum(d.energy for d in directions.values())
-    unmeasured = 0
-    for key, parameter in parameters.items():
-        if id(parameter) not in names:
-            moved = change(key, parameter)
+    unmeasured, taken = 0, {id(parameter) for parameter in parameters.values()}
+    for key, parameter in engine.model.named_parameters():
+        if id(parameter) not in taken:
+            moved = _change(stored, key, engine.full_weight(parameter))
             unmeasured += moved is None
             total += 0.0 if moved is None else float(moved.square().sum())
     held = sum(float(d.s.square().sum()) for d in directions.values())
-    update = {name: update_factors(d, d.s.new_ones(len(d.s))) for name, d in directions.items()}
+    update = {name: update_factors(d, d.s.new_ones(len(d.s))) for name, d in directions.items() if d.energy}
     error = math.sqrt(max(0.0, 1 - held / total)) if total else 0.0
     return update, {"truncation_error": error, **({"tensors_not_compared": unmeasured} if unmeasured else {})}
+
+
+def _parameter(layer: Layer) -> nn.Parameter:
+    """The parameter that holds a layer's matrix."""
+    holder, name = (layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else (layer, "weight")
+    return holder.get_parameter(name)
+
+
+def _change(stored: Stored, key: str, whole: torch.Tensor) -> torch.Tensor | None:
+    """What training added to a parameter; none where the files hold it in a form that is no list of ranges."""
+    try:
+        before = read_parameter(stored, key)
+    except UserError:
+        return None
+    return whole - before.to(whole.device, whole.dtype) if before.shape == whole.shape else None
 
 
 METHOD = Method(

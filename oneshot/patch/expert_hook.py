@@ -1,0 +1,48 @@
+"""Hooks on fused experts, which see each as the linear layers that it is.
+
+What computes experts one after the other is in place while something is hooked on, so that a model on which nothing is
+keeps transformers' own, faster functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.experts_forward import HOOKS, Hook, one_by_one_name
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def hooked(layers: Mapping[str, Any], hook: Hook) -> Iterator[None]:
+    """Within the block ``hook`` is called at every expert's matrix that is among the layers and that a token reaches.
+
+    Of several hooks the ones put on later see, and may change, what the earlier ones returned. Layers of another kind
+    are passed over.
+    """
+    modules = {matrix.path: matrix.module for matrix in layers.values() if isinstance(matrix, ExpertMatrix)}
+    if not modules:
+        yield
+        return
+    name = one_by_one_name()
+
+    def chosen(name: str, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
+        return hook(name, x, y, rows) if name in layers else None
+
+    configs: dict[int, Any] = {id(module.config): module.config for module in modules.values()}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    for path, module in modules.items():
+        HOOKS.setdefault(module, []).append((path, chosen))
+    try:
+        for config in configs.values():
+            config._experts_implementation = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+        for path, module in modules.items():
+            HOOKS[module].remove((path, chosen))
