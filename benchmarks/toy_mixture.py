@@ -1,8 +1,8 @@
 """The toy mixture of experts, broken and repaired: with its experts, and with attention alone: docs/experts.md.
 
 Run: ``.venv/bin/python benchmarks/toy_mixture.py`` (about 25 minutes on 2 cores; ``--seeds 1`` for a quick look).
-The mixture (8 experts, 2 to a token) is trained by the toy's own recipe, fine-tuned on 300 harmful conversations and 300
-of a new task, and repaired by defaults. Writes ``--out``/toy_mixture.json and prints the table in Markdown.
+The mixture (8 experts, 2 to a token) is trained by the toy's own recipe, fine-tuned on 300 harmful conversations and
+300 of a new task, and repaired by defaults. Writes ``--out``/toy_mixture.json and prints the table in Markdown.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ ATTENTION = "self_attn"
 WAYS: dict[str, dict[str, Any]] = {
     "experts": {},
     "attention alone": {"targets": ATTENTION},
-    "experts, rank 1": {"rank_experts": 1},
+    "experts, rank 2": {"rank_experts": 2},
     "experts, rank 4": {"rank_experts": 4},
     "lowrank, experts": {"method": "lowrank"},
     "lowrank, attention alone": {"method": "lowrank", "targets": ATTENTION},
+    "project, experts": {"method": "project"},
+    "sft, experts": {"method": "sft"},
+    "lora, experts": {"method": "lora"},
 }
 RATES = ("asr", "over_refusal", "lookalike_refusal", "utility", "task")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.configs import read_config, read_generation_config
 from oneshot.checkpoint.files import TensorEntry
-from oneshot.checkpoint.layout import FLOATS, Range, owners, partition
+from oneshot.checkpoint.layout import Range, owners, partition
 from oneshot.checkpoint.quantized import FourBit, empty_like, finish
 from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.scheme import holds_packed, is_stored
@@ -38,35 +38,34 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def why_not(model: PreTrainedModel, tensors: dict[str, TensorEntry], loading: Loading) -> str | None:
+def why_not(model: PreTrainedModel, stored: Stored) -> str | None:
     """Return why the checkpoint cannot be read range by range, or none if it can.
 
-    Where transformers transposes or permutes tensors while it loads them, or where weights are quantized, a parameter
-    is no list of ranges of stored tensors.
-
-    Args:
-        loading: how transformers makes the model's tensors of those
+    Where transformers transposes or permutes tensors while it loads them, or where weights are quantized in a way that
+    is not read here, a parameter is no list of ranges of stored tensors.
 
     Raises:
         UserError: a tensor has another shape than the config promises
     """
-    if getattr(model.config, "quantization_config", None) is not None and not is_stored(model.config):
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if quantized and not is_stored(model.config) and not stored.scaled:
         return "the checkpoint is quantized"
     for name, tensor in own_tensors(model).items():
-        parts = loading.made.get(name)
+        parts = stored.loading.made.get(name)
         if tensor.dtype != _kept_dtype(model, name, tensor.dtype):
             return f"transformers keeps {name} in another dtype"
-        if parts is not None and holds_packed(tensors, parts.segments[0].name):
+        if parts is not None and holds_packed(stored.tensors, parts.segments[0].name):
             continue
         if parts is None:
-            return loading.reasons.get(name) or f"the checkpoint stores {name} under another name or in parts"
-        entries = [tensors[segment.name] for segment in parts.segments]
-        dtypes = {entry.dtype for entry in entries if entry.dtype not in FLOATS}
-        if tensor.is_floating_point() and dtypes:
-            return f"the checkpoint stores {name} as {dtypes.pop()}"
+            reason = stored.loading.reasons.get(name)
+            return reason or f"the checkpoint stores {name} under another name or in parts"
+        behind = [stored.behind(segment)[1] for segment in parts.segments]
+        odd = [entry.dtype for entry, segment in zip(behind, parts.segments) if not stored.is_float(segment)]
+        if tensor.is_floating_point() and odd:
+            return f"the checkpoint stores {name} as {odd[0]}"
         if parts.shape != tuple(tensor.shape):
             raise UserError(
-                f"{entries[0].shard} holds {name} of shape {list(parts.shape)} where config.json makes it "
+                f"{behind[0].shard} holds {name} of shape {list(parts.shape)} where config.json makes it "
                 f"{list(tensor.shape)}: config and shards are not of one checkpoint, copy it again."
             )
     return None
@@ -163,6 +162,13 @@ def fill_partitions(
     if four_bit is not None:
         finish(runtime, four_bit, stored.tensors, partitioned=True)
     _check(runtime, model)
+
+
+def made_as_read(model: Any, stored: Stored) -> None:
+    """Have a model that was read say how: by which conversions it is named as it is saved, and in which precision."""
+    model._weight_conversions = stored.loading.conversions
+    if stored.scaled:
+        del model.config.quantization_config
 
 
 def _install(parameter: Any, own: Any, wanted: Range, world_size: int) -> None:

@@ -150,8 +150,10 @@ def _kept(model: Any) -> list[str]:
     ]
 
 
-def what_stays(four_bit: FourBit) -> str:
-    """Return what to say of experts that are not read in 4 bits."""
+def what_stays(four_bit: FourBit | None) -> str:
+    """Return what to say of experts that are not read in 4 bits; nothing where there are none."""
+    if four_bit is None or not four_bit.kept:
+        return ""
     return (
         f"{len(four_bit.kept)} tensors of fused experts stay in {str(four_bit.dtype).removeprefix('torch.')}, "
         f"{four_bit.kept[0]} for one: in 4 bits are those behind transformers' experts interface whose matrices fill "

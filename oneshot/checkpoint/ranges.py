@@ -42,8 +42,8 @@ class Read:
             ``wanted.numel`` becomes zero. None reads for the checksums alone
         name: the tensor's, for messages
         pieces: the whole tensor's, in order, of CHUNK bytes at most; none checks nothing
-        put: (part of out, its values in the file's dtype on out's device) -> how they get there, in whatever thread;
-            none copies them
+        take: (first element of the stored tensor, values from there on in the file's dtype, on the CPU, which are gone
+            afterwards) -> what is done with them, in whatever thread, instead of copying them to ``out``
     """
 
     entry: TensorEntry
@@ -51,7 +51,7 @@ class Read:
     out: torch.Tensor | None
     name: str = "a tensor"
     pieces: Sequence[Piece] = ()
-    put: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+    take: Callable[[int, torch.Tensor], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _do(block: _Block, buffers: _Buffers) -> None:
             _check(part, kept, rest)
         place = _place(part)
         if place is not None and not len(kept):
-            _put(part.read, place, rest[: (part.stop - part.start) * ITEM_SIZES[part.read.entry.dtype]])
+            _put(part, place, rest[: (part.stop - part.start) * ITEM_SIZES[part.read.entry.dtype]])
 
 
 def _place(part: _Part) -> torch.Tensor | None:
@@ -247,18 +247,17 @@ def _place(part: _Part) -> torch.Tensor | None:
 def _fits(read: Read) -> bool:
     """Whether the bytes of the file are those of ``out``."""
     out, dtype = read.out, torch_dtype(read.entry, read.name)
-    return out is not None and read.put is None and out.dtype == dtype and out.device.type == "cpu"
+    return out is not None and read.take is None and out.dtype == dtype and out.device.type == "cpu"
 
 
-def _put(read: Read, place: torch.Tensor, data: torch.Tensor) -> None:
-    dtype = torch_dtype(read.entry, read.name)
+def _put(part: _Part, place: torch.Tensor, data: torch.Tensor) -> None:
+    dtype = torch_dtype(part.read.entry, part.read.name)
     if data.storage_offset() % dtype.itemsize:  # a file whose tensors are not aligned
         data = data.clone()
-    values = data.view(dtype).to(place.device)
-    if read.put is not None:
-        read.put(place, values)
+    if part.read.take is not None:
+        part.read.take(part.start, data.view(dtype))
     else:
-        place.copy_(values)
+        place.copy_(data.view(dtype).to(place.device))
 
 
 def _check(part: _Part, kept: torch.Tensor, rest: torch.Tensor) -> None:

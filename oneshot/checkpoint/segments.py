@@ -6,16 +6,21 @@ against the manifest on the way.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.experts import ExpertMatrix
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
-from oneshot.checkpoint.layout import Range
+from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range
 from oneshot.checkpoint.manifest import Pieces, read_pieces
 from oneshot.checkpoint.ranges import Read, read_all
+from oneshot.checkpoint.scaled import Scaled, numbers, scaled_tensors
 from oneshot.checkpoint.traced import Loading, Segment, Traced, trace_loading, whole
 from oneshot.errors import UserError
 
@@ -32,12 +37,34 @@ class Stored:
         tensors: what its files hold, by the files' names
         pieces: their checksums
         loading: how the model's tensors are made of them
+        scaled: what they hold in fewer bits with scales, by the name of the numbers
     """
 
     folder: Path
     tensors: dict[str, TensorEntry]
     pieces: Pieces
     loading: Loading
+    scaled: dict[str, Scaled] = field(default_factory=dict)
+
+    def is_float(self, segment: Segment) -> bool:
+        """Return whether a range is of floating-point numbers, or of what stands for them."""
+        return segment.name in self.scaled or self.tensors[segment.name].dtype in FLOATS
+
+    def behind(self, segment: Segment) -> tuple[str, TensorEntry, Range]:
+        """Return the stored tensor that a range is read of, and which of its elements."""
+        if (scaled := self.scaled.get(segment.name)) is not None:
+            wanted = scaled.stored_range(segment.start, segment.stop)
+            return scaled.name, dataclasses.replace(scaled.entry, dtype="U8"), wanted
+        return (
+            segment.name,
+            self.tensors[segment.name],
+            Range(segment.start, segment.stop, segment.stop - segment.start),
+        )
+
+    def nbytes(self, parts: Traced) -> int:
+        """Return how many bytes of the files a tensor takes."""
+        behind = (self.behind(segment) for segment in parts.segments)
+        return sum(wanted.numel * ITEM_SIZES[entry.dtype] for _, entry, wanted in behind)
 
 
 def open_stored(folder: Path, model: Any = None, loading: Loading | None = None) -> Stored:
@@ -50,11 +77,20 @@ def open_stored(folder: Path, model: Any = None, loading: Loading | None = None)
     Raises:
         UserError: as ``list_tensors`` and ``read_pieces``
     """
-    tensors = list_tensors(folder)
-    shapes = {name: entry.shape for name, entry in tensors.items()}
+    stored = described(folder, list_tensors(folder), model, loading)
+    return dataclasses.replace(stored, pieces=read_pieces(folder, stored.tensors))
+
+
+def described(
+    folder: Path, tensors: dict[str, TensorEntry], model: Any = None, loading: Loading | None = None
+) -> Stored:
+    """Do as ``open_stored`` with tensors that are known, and leave the checksums out."""
+    scaled = scaled_tensors(folder, tensors)
     if loading is None:
+        shapes = {name: entry.shape for name, entry in tensors.items()}
+        shapes |= {name: each.shape for name, each in scaled.items()}
         loading = Loading(whole(shapes), {}, []) if model is None else trace_loading(model, shapes)
-    return Stored(folder, tensors, read_pieces(folder, tensors), loading)
+    return Stored(folder, tensors, {}, loading, scaled)
 
 
 def parts_of(stored: Stored, name: str) -> Traced:
@@ -102,26 +138,57 @@ def expert_range(matrix: ExpertMatrix) -> tuple[Range, tuple[int, int]]:
     return Range(matrix.index * numel, (matrix.index + 1) * numel, numel), shape[::-1] if matrix.transposed else shape
 
 
-def range_reads(stored: Stored, parts: Traced, wanted: Range, out: torch.Tensor) -> list[Read]:
+def range_reads(stored: Stored, parts: Traced, wanted: Range, out: torch.Tensor, sign: int = 0) -> list[Read]:
     """Return the reads that fill ``out`` with a range of a tensor.
 
     Args:
         wanted: elements of the tensor, flattened
         out: (wanted.size,), as of ``Read``; beyond ``wanted.numel`` it becomes zero
+        sign: 1 or -1 adds or subtracts what is read, for which ``out`` is on the CPU; 0 puts it there
     """
     segments = list(parts.take(wanted.start, wanted.stop))
     if not segments:  # an empty partition: a read of nothing, which zeroes the padding
         end = parts.segments[-1].stop
         segments = [Segment(parts.segments[-1].name, end, end)]
     reads, at = [], 0
-    for number, segment in enumerate(segments, 1):
+    for segment in segments:
         numel = segment.stop - segment.start
-        size = wanted.size - at if number == len(segments) else numel
-        part = Range(segment.start, segment.stop, size)
-        pieces = stored.pieces.get(segment.name, ())
-        reads.append(Read(stored.tensors[segment.name], part, out[at : at + size], segment.name, pieces))
+        name, entry, part = stored.behind(segment)
+        place, take = out[at : at + numel], None
+        if segment.name in stored.scaled:
+            take = _unscaled(stored.scaled[segment.name], segment, place, sign)
+            place = place.new_zeros(1).expand(part.numel)  # nothing is put there
+        elif sign:
+            take = _added(segment, place, sign)
+        reads.append(Read(entry, part, place, name, stored.pieces.get(name, ()), take))
         at += numel
+    out[wanted.numel :] = 0
     return reads
+
+
+_ONE_AT_A_TIME = threading.Lock()  # two files' requests for the same elements may come in at once
+
+
+def _added(segment: Segment, place: torch.Tensor, sign: int) -> Callable[[int, torch.Tensor], None]:
+    def take(start: int, values: torch.Tensor) -> None:
+        with _ONE_AT_A_TIME:
+            place[start - segment.start :][: len(values)].add_(values, alpha=sign)
+
+    return take
+
+
+def _unscaled(scaled: Scaled, segment: Segment, place: torch.Tensor, sign: int) -> Callable[[int, torch.Tensor], None]:
+    """What puts the numbers of a range where they go, of bytes and their scales."""
+    scales = functools.cache(scaled.read_scales)
+
+    def take(start: int, data: torch.Tensor) -> None:
+        for at, values in numbers(scaled, scales(), start, data):
+            inside = (at >= segment.start) & (at < segment.stop)
+            at, found = (at[inside] - segment.start).to(place.device), values[inside].to(place.device, place.dtype)
+            with _ONE_AT_A_TIME:
+                place[at] = place[at] + sign * found if sign else found
+
+    return take
 
 
 def read_matrix(stored: Stored, name: str, target: Any) -> torch.Tensor:

@@ -50,7 +50,7 @@ def read_own(
         else:
             packed.append(Share(name, parts[name], wanted, own[name]))
     problem: Exception | None = None
-    sizes = {name: _nbytes(stored, parts[name]) for name in names}
+    sizes = {name: stored.nbytes(parts[name]) for name in names}
     with steps("weights read", sum(sizes.values()), BYTES) as going:
         try:
             for name in _by_parameter(reads):
@@ -68,12 +68,8 @@ def read_own(
 
 def _end(stored: Stored, parts: Traced) -> tuple[str, int]:
     """Where the last of a whole tensor's ranges lies in the files, the same for all ranks."""
-    entries = ((stored.tensors[part.name], part.stop) for part in parts.segments)
-    return max((str(entry.shard), entry.offset + stop * ITEM_SIZES[entry.dtype]) for entry, stop in entries)
-
-
-def _nbytes(stored: Stored, parts: Traced) -> int:
-    return sum((part.stop - part.start) * ITEM_SIZES[stored.tensors[part.name].dtype] for part in parts.segments)
+    behind = (stored.behind(segment) for segment in parts.segments)
+    return max((str(entry.shard), entry.offset + own.stop * ITEM_SIZES[entry.dtype]) for _, entry, own in behind)
 
 
 def _by_parameter(reads: dict[str, list[Read]]) -> Iterator[str]:

@@ -6,17 +6,14 @@ at a time, and all get the factors of all.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from oneshot.checkpoint.carrier import halves
 from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range
+from oneshot.checkpoint.layout import Range
 from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.reference import other_rows
 from oneshot.checkpoint.segments import Stored, as_it_multiplies, matrix_in, open_stored, range_reads
@@ -175,9 +172,10 @@ def checkpoint_difference(
         mine, other = pairs[name]
         with phase("read"):
             delta = _difference((ours, mine), (theirs, other))
-            count(read=_bytes(ours, mine) + _bytes(theirs, other))
+            count(read=ours.nbytes(mine) + theirs.nbytes(other))
         if not math.isfinite(float(delta.norm())):
-            raise UserError(f"{name} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
+            held = mine.segments[0].name if len(mine.segments) == 1 else name
+            raise UserError(f"{held} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
         return as_it_multiplies(delta, targets[name])
 
     return difference
@@ -185,15 +183,11 @@ def checkpoint_difference(
 
 def _check_floats(stored: Stored, parts: Traced) -> None:
     for segment in parts.segments:
-        if (dtype := stored.tensors[segment.name].dtype) not in FLOATS:
+        if not stored.is_float(segment):
             raise UserError(
-                f"{stored.folder} holds {segment.name} as {dtype}, quantized: rollback compares full-precision "
-                "checkpoints."
+                f"{stored.folder} holds {segment.name} as {stored.tensors[segment.name].dtype}, quantized: rollback "
+                "compares full-precision checkpoints, FP8 with block scales and MXFP4."
             )
-
-
-def _bytes(stored: Stored, parts: Traced) -> int:
-    return sum((s.stop - s.start) * ITEM_SIZES[stored.tensors[s.name].dtype] for s in parts.segments)
 
 
 def _difference(ours: tuple[Stored, Traced], theirs: tuple[Stored, Traced]) -> torch.Tensor:
@@ -206,16 +200,11 @@ def _difference(ours: tuple[Stored, Traced], theirs: tuple[Stored, Traced]) -> t
     shape = ours[1].shape
     common = min(math.prod(parts.shape) for _, parts in (ours, theirs))
     whole = Range(0, common, common)
-    every, one_at_a_time = torch.zeros(math.prod(shape)), threading.Lock()
-
-    def put(sign: int, place: torch.Tensor, values: torch.Tensor) -> None:
-        with one_at_a_time:  # the two files' requests for the same elements may come in at once
-            place.add_(values, alpha=sign)
-
+    every = torch.zeros(math.prod(shape))
     read_all(
-        dataclasses.replace(read, put=functools.partial(put, sign))
+        read
         for (stored, parts), sign in ((ours, 1), (theirs, -1))
-        for read in range_reads(stored, parts, whole, every[:common])
+        for read in range_reads(stored, parts, whole, every[:common], sign)
     )
     return every.view(shape)
 

@@ -228,6 +228,23 @@ def roundtrip(runtime: Runtime, source: str, target: str, stock_io: bool = False
     return type(model).__name__
 
 
+def trained(runtime: Runtime, source: str, target: str) -> dict[str, Any]:
+    """Train all weights for two steps, on other tokens on every rank; save by ranges, and gathered by transformers."""
+    model = load_from(runtime, source, dtype="float32")
+    engine = start_training(
+        runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=2
+    )
+    engine.set_learning_rate(0.01)
+    for _ in range(2):
+        rows = tokens() + 20 * runtime.rank
+        loss = engine.forward(input_ids=rows, labels=rows, use_cache=False).loss
+        engine.backward(loss, last=True)
+        engine.step()
+    for kind, stock in (("ranges", False), ("gathered", True)):
+        save_checkpoint(runtime, engine.model, build_tokenizer(), Path(target, kind), torch.float32, stock=stock)
+    return {"loss": float(loss)}
+
+
 def turned(runtime: Runtime, source: str, target: str) -> str:
     """``roundtrip`` of Llamas that store one matrix transposed."""
     transpose = WeightConverter("mlp.down_turned.weight", "mlp.down_proj.weight", [Transpose(0, 1)])

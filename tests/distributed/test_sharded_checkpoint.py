@@ -163,6 +163,16 @@ def test_persistent_buffers_are_read_and_written(sources: Path, tmp_path: Path) 
     assert_same_files(tmp_path / "saved", tmp_path / "source")
 
 
+def test_a_trained_mixture_is_written_as_transformers_stores_it(sources: Path, tmp_path: Path) -> None:
+    arguments = {"source": str(sources / "mixtral"), "target": str(tmp_path)}
+    start_ranks(jobs.trained, 2, "zero3", tmp_path / "ranks", arguments).results()
+    assert_same_files(tmp_path / "ranges", tmp_path / "gathered")
+    before, after = everything(sources / "mixtral"), everything(tmp_path / "ranges")
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert any(not torch.equal(before[name], after[name]) for name in experts)
+
+
 def test_what_is_stored_transposed_goes_the_stock_way_and_says_so(sources: Path, tmp_path: Path) -> None:
     shutil.copytree(sources / "llama", tmp_path / "source", ignore=shutil.ignore_patterns("model*"))
     tensors = {

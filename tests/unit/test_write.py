@@ -21,8 +21,8 @@ from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, partition
 from oneshot.checkpoint.partitioned import own_tensors, why_not
 from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.segments import described
 from oneshot.checkpoint.storage import Storage
-from oneshot.checkpoint.traced import trace_loading
 from oneshot.checkpoint.write import plan_shards, stored_form, write_sharded
 from oneshot.errors import UserError
 from oneshot.world.model import build_tokenizer
@@ -237,8 +237,7 @@ def test_what_is_no_range_of_a_stored_tensor_is_left_to_transformers(tmp_path):
 
     def reason(model, tensors):
         save_file(tensors, tmp_path / SINGLE)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return why_not(model, read_header(tmp_path / SINGLE), trace_loading(model, shapes))
+        return why_not(model, described(tmp_path, read_header(tmp_path / SINGLE), model))
 
     assert reason(model, state) is None
     assert reason(model, {**state, name: state[name].to(torch.int8)}) == f"the checkpoint stores {name} as I8"
