@@ -54,19 +54,30 @@ def write_loadable(
     ways = [update] if isinstance(update, Carried) else [in_form(update, model)]
     if ways[0].form == APART and not isinstance(update, Carried):
         ways.append(in_form(update, model, STACKED))
-    for last, held in [(way is ways[-1], way) for way in ways]:
+    for way in ways:
         try:
-            lost = list[str]()
-            for names in [linears, []] if linears else [[]]:
-                write_patch(folder, held, names, base, dtype, commit=commit)
-                if not (lost := not_injected(folder, model)):
-                    return
-            write_patch(folder, held, [], base, dtype, [name for name in lost if name in held.linears], commit)
-            check_loads(folder, model)
+            _write_whole(folder, way, linears, base, dtype, model, commit)
             return
         except UserError:
-            if last:
+            if way is ways[-1]:
                 raise
+
+
+def _write_whole(
+    folder: Path, held: Carried, linears: list[str], base: str, dtype: torch.dtype, model: Any, commit: str | None
+) -> None:
+    """Write an update in its form under the first names that PEFT loads whole; see ``write_loadable``."""
+    lost = list[str]()
+    for names in [linears, []] if linears else [[]]:
+        write_patch(folder, held, names, base, dtype, commit=commit)
+        try:
+            if not (lost := not_injected(folder, model)):
+                return
+        except UserError:  # a short name is that of a wrapper as well
+            if not names:
+                raise
+    write_patch(folder, held, [], base, dtype, [name for name in lost if name in held.linears], commit)
+    check_loads(folder, model)
 
 
 def check_loads(folder: Path, model: Any) -> None:

@@ -14,7 +14,7 @@ from tiny_configs import SPARSE
 
 from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch, write_repaired_adapter
 from oneshot.checkpoint.carrier import APART, STACKED, Carried, expert_of, in_form
-from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices
+from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices, fused_experts
 from oneshot.checkpoint.injected import check_loads, not_injected, write_loadable
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.errors import UserError
@@ -174,6 +174,19 @@ def test_factors_on_the_wrong_parameter_are_found(tmp_path):
     assert any(name.endswith("experts.base_layer") for name in lost)
     with pytest.raises(UserError, match="would load another patch"):
         check_loads(tmp_path, model)
+
+
+def test_parameters_in_another_order_are_no_others_for_having_the_same_shape(tmp_path):
+    torch.manual_seed(0)
+    square = {**SPARSE["nemotron_h"][0], "moe_intermediate_size": SPARSE["nemotron_h"][0]["hidden_size"]}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("nemotron_h", **square))
+    update = {name: f for name, f in update_of(model).items() if expert_of(name)}
+    write_patch(tmp_path, update, [], "base", torch.float32)
+    model = model.to("meta")
+    assert not_injected(tmp_path, model) == []
+    for module in fused_experts(model).values():
+        module._parameters["up_proj"] = module._parameters.pop("up_proj")  # now the last one
+    assert len(not_injected(tmp_path, model)) == 2 * len(fused_experts(model))
 
 
 def trained(model: Any, folder: Any, **fields: Any) -> Any:
