@@ -43,8 +43,8 @@ def packed_weights(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, P
     if method != "bitsandbytes" or not fields.get("load_in_4bit") or fields.get("bnb_4bit_quant_type") != "nf4":
         kind = "bitsandbytes, but not NF4" if method == "bitsandbytes" else method
         raise UserError(
-            f"{folder} is a quantized checkpoint ({kind}); only bitsandbytes' NF4 can be merged into: give the "
-            "checkpoint from before its quantization."
+            f"{folder} is a quantized checkpoint ({kind}); only bitsandbytes' NF4 can be merged into: take the patch "
+            "alone, or give the checkpoint from before its quantization."
         )
     found = {}
     for key in tensors:

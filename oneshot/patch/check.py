@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from oneshot.checkpoint.adapter import read_adapter
 from oneshot.checkpoint.configs import read_config
-from oneshot.checkpoint.files import resolve
+from oneshot.checkpoint.dequantize import packed_weights
+from oneshot.checkpoint.files import list_tensors, resolve
 from oneshot.checkpoint.load import find_source, load_tokenizer
 from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.reference import check_reference
@@ -44,6 +45,8 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     check_apart(conversations, probes)
     has_update = adapter is not None or reference is not None
     recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
+    if settings.repair.merge and not recipe.method.changes_all:
+        packed_weights(source.checkpoint, list_tensors(source.checkpoint))  # what cannot be merged into is found now
     wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)
     guard = read_guard(settings, recipe.guard_prompts) if wants_guard else Prompts([], [])
     train_on = settings.data.train_on

@@ -15,7 +15,9 @@ from oneshot.checkpoint.load import find_source, load_model
 from oneshot.checkpoint.partitioned import own_tensors
 from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.segments import open_stored, parts_of, range_reads, read_matrix
+from oneshot.commandline import parse
 from oneshot.errors import UserError
+from oneshot.patch.check import check
 from oneshot.patch.directions import checkpoint_difference
 from oneshot.patch.linears import select_linears
 from oneshot.settings import ModelSettings
@@ -171,3 +173,13 @@ def test_scales_of_other_blocks_are_refused_by_name(tmp_path):
     said(folder, {"quant_method": "fp8", "weight_block_size": [24, 24]})
     with pytest.raises(UserError, match=r"_proj\.weight of shape .* in FP8 with scales of shape"):
         open_stored(folder, build("llama", "meta"))
+
+
+def test_what_cannot_be_merged_into_is_said_before_anything_is_loaded(tmp_path):
+    from tiny import tiny_model
+
+    folder = as_fp8(tiny_model("llama"), tmp_path)
+    asked = ["--model.path", str(folder), "--repair.method", "lowrank"]
+    with pytest.raises(UserError, match=r"quantized checkpoint \(fp8\).*take the patch alone"):
+        check(parse([*asked, "--repair.merge", "true"], "repair"), tiny_runtime())
+    assert check(parse(asked, "repair"), tiny_runtime()).source.checkpoint == folder
