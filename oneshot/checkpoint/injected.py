@@ -48,8 +48,12 @@ def write_loadable(
     lost = list[str]()
     for names in [linears, []] if linears else [[]]:
         write_patch(folder, update, names, base, dtype, commit=commit)
-        if not (lost := not_injected(folder, model)):
-            return
+        try:
+            if not (lost := not_injected(folder, model)):
+                return
+        except UserError:  # a short name is that of a wrapper as well
+            if not names:
+                raise
     write_patch(folder, update, [], base, dtype, [name for name in lost if name in update], commit)
     check_loads(folder, model)
 

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from oneshot.checkpoint.classes import train_language
 from oneshot.checkpoint.load import load_model, merge_into
 from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.conversations import Messages
@@ -178,7 +179,7 @@ def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
         else:
             if request.adapter is not None:
                 merge_into(runtime, model, request.adapter.update)
-            model.requires_grad_(True)
+            train_language(model)
         engine = start_training(
             runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.architecture import is_plain
+from oneshot.checkpoint.classes import outside_language
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ class Linears:
 
 
 def select_linears(model: Any, pattern: str | None = None) -> Linears:
-    """Choose the layers to patch: every ``nn.Linear`` but the output head, or those whose name the pattern matches.
+    """Choose the layers to patch: every ``nn.Linear`` of the language part but the output head, or those that match.
 
     Args:
-        pattern: regular expression, searched in module names
+        pattern: regular expression, searched in module names; it also finds the head, and a multimodal model's towers
 
     Raises:
         UserError: a broken pattern, one that matches nothing, or one that matches a head tied to the embedding
@@ -47,7 +48,12 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     if pattern is None:
-        targets = {name: module for name, module in every.items() if module is not head and name not in odd}
+        outside = tuple(outside_language(model))
+        targets = {
+            name: module
+            for name, module in every.items()
+            if module is not head and name not in odd and not name.startswith(outside)
+        }
     else:
         try:
             matcher = re.compile(pattern)

@@ -1,7 +1,6 @@
 """A model's shape, asked of the model itself: transformers builds it on the meta device, where weights take no memory.
 
-The class that is built is the one that loads a checkpoint (``AutoModelForCausalLM``): of a multimodal config it holds
-what a run holds. No name of an architecture stands here.
+The class that is built is the one that loads a checkpoint: of a multimodal config it holds what a run holds. No name of an architecture stands here.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.classes import auto_class
 from oneshot.errors import UserError, first_line
 from oneshot.planning.shapes import Kind, ModelShape, Weight
 from oneshot.versions import package_version
@@ -108,7 +108,7 @@ def _quiet() -> Iterator[None]:
 
 def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = config.get("model_type")
     if remote is not None:
@@ -125,9 +125,8 @@ def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
             f"Model type {kind!r} is not known to transformers {package_version('transformers')}, which is installed "
             f"here: correct the config.json, or install a version that knows it{own_code}."
         )
-    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(
+        model = auto_class(made).from_config(
             made, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=remote is not None
         )
     model.tie_weights()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.classes import outside_language, train_language
 from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import list_tensors, write_marker
 from oneshot.checkpoint.folders import bytes_in, clean_inside
@@ -116,7 +118,7 @@ def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, sa
     if options.method == "lora":
         model = _with_lora(model, options, settings.seed)
     else:
-        model.requires_grad_(True)
+        train_language(model)
     engine = start_training(
         runtime,
         model,
@@ -165,6 +167,7 @@ def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
         target_modules="all-linear",
+        exclude_modules="|".join(f"{re.escape(name)}.*" for name in outside_language(model)) or None,
         task_type="CAUSAL_LM",
     )
     if model.is_gradient_checkpointing:
