@@ -19,6 +19,7 @@ from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.path import REFUSABLE
 from oneshot.patch.probes import Answered
+from oneshot.patch.reached import reached
 from oneshot.patch.request import Request, own_update
 from oneshot.patch.teacher import ENOUGH, Teacher, in_own_words, learn, wanted
 from oneshot.training.loop import weights_dtype
@@ -89,7 +90,7 @@ def loaded(request: Request) -> Iterator[Base]:
     model = load_model(request.runtime, request.source, request.settings.model)
     linears = select_linears(model, request.recipe.targets)
     with frozen(request.runtime, model) as ready:
-        yield Base(ready, linears)
+        yield Base(ready, reached(request.runtime, ready, linears, request.candidates[0].input_ids))
 
 
 @contextlib.contextmanager
@@ -168,8 +169,8 @@ def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
     dtype = weights_dtype(runtime) if trains == "weights" else None
     model = load_model(runtime, request.source, request.settings.model, dtype)
     linears = select_linears(model, request.recipe.targets)
-    asking = teacher is None and _teaches(request)  # else no engine is begun for nothing
-    with frozen(runtime, model) if asking else contextlib.nullcontext(model) as base:
+    with frozen(runtime, model) as base:
+        linears = reached(runtime, base, linears, request.candidates[0].input_ids)
         request, teacher = _asked(request, teacher, base)
     with contextlib.ExitStack() as stack:
         if trains == "adapter":

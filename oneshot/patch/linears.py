@@ -23,7 +23,7 @@ class Linears:
         targets: name -> layer, those to be patched
         every: names of all linear layers, output head included
         left_out: modules that hold weight matrices in another form than a plain ``nn.Linear`` (fused experts, routers,
-            Conv1D, layers that are read directly), which no patch touches
+            convolutions, layers that are read directly), and a multimodal model's towers, which no patch touches
     """
 
     targets: dict[str, nn.Linear]
@@ -47,8 +47,8 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     odd = {name for name, module in every.items() if not is_plain(model, name, module)}
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
+    outside = tuple(outside_language(model))
     if pattern is None:
-        outside = tuple(outside_language(model))
         targets = {
             name: module
             for name, module in every.items()
@@ -65,13 +65,14 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
                 f"Setting repair.targets {pattern!r} matches the output head, which shares its weights with the "
                 "embedding here: leave it out."
             )
-    known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     left_out = [
         name
         for name, module in model.named_modules()
-        if (not isinstance(module, known) or name in odd)
+        if (not isinstance(module, (nn.Linear, nn.Embedding)) or name in odd)
+        and not name.startswith(outside)
         and any(isinstance(p, torch.Tensor) and _dimensions(p) >= 2 for p in module.parameters(recurse=False))
     ]
+    left_out += [name.removesuffix(".") for name in outside if not any(each.startswith(name) for each in targets)]
     if not targets:
         others = f"; its {len(left_out)} others, such as {left_out[0]}, are no nn.Linear" if left_out else ""
         raise UserError(

@@ -193,7 +193,7 @@ def _warnings(repaired: Repaired) -> list[str]:
     if left_out:
         names, more = ", ".join(left_out[:5]), len(left_out) - 5
         said.append(
-            f"{len(left_out)} modules hold weights that are no plain linear layers and were left "
+            f"{len(left_out)} modules are no plain linear layers that text passes through and were left "
             f"out of the patch: {names}{f' and {more} more' if more > 0 else ''}."
         )
     if settings.guard is None and recipe.guard_weight:

@@ -58,6 +58,8 @@ def _text(name: str, **more: Any) -> dict[str, Any]:
         fields["n_positions"] = LENGTH
     if "vocab_size_per_layer_input" in fields:
         fields["vocab_size_per_layer_input"] = V
+    if "altup_num_inputs" in fields:
+        fields["altup_num_inputs"] = 4
     return {**fields, **more}
 
 
