@@ -1,4 +1,4 @@
-"""The cells of the matrix: what a tiny model of an architecture goes through, each a function that raises where it fails.
+"""The cells of the matrix: what a tiny model of an architecture goes through, each a function that raises if it fails.
 
 A ``UserError`` is a refusal; an assertion that fails is a result that is silently wrong.
 """
@@ -18,7 +18,9 @@ import oneshot
 from oneshot.checkpoint.files import list_tensors, read_tensor
 from oneshot.checkpoint.merge import merge_update
 from oneshot.checkpoint.verify import check_shards
-from oneshot.distributed.runtime import start
+from oneshot.distributed import runtime as distributed
+from oneshot.distributed.runtime import Runtime, start
+from oneshot.errors import UserError
 from oneshot.folders import inspect as inspect_folder
 from oneshot.patch.bench import opened
 from oneshot.patch.check import check
@@ -114,8 +116,11 @@ def fine_tuned_lora(subject: Subject) -> None:
     assert _lost(load(subject.aligned), _finetuned(subject, "lora")) == []
 
 
-def undone(subject: Subject) -> None:
-    """With all coefficients 1 and full rank, what the patch targets is the aligned model's, and nothing else moves."""
+def undone(subject: Subject) -> set[str]:
+    """With all coefficients 1 and full rank, what the patch targets is the aligned model's, and nothing else moves.
+
+    Returns the classes of the modules that no patch touches.
+    """
     settings = oneshot.settings_for(
         "repair", model=subject.finetuned, reference=str(subject.aligned), pool=subject.prompts["pool"],
         guard=subject.prompts["guard"], repair={**SHORT, "method": "rollback", "rank": 10**6}, **_common(subject),
@@ -123,6 +128,8 @@ def undone(subject: Subject) -> None:
     with opened(check(settings, start())) as bench:
         update = {name: update_factors(d, -d.s.new_ones(len(d.s))) for name, d in bench.prepared.items()}
         assert update.keys() == bench.linears.targets.keys()
+        modules = dict(bench.model.named_modules())
+        left_out = {_called(name, modules[name]) for name in bench.linears.left_out}
     out = subject.out / "undone"
     merge_update(start(), subject.finetuned, update, out, tokenizer=subject.finetuned)
     finetuned, aligned, after = (_stored(folder) for folder in (subject.finetuned, subject.aligned, out))
@@ -132,10 +139,13 @@ def undone(subject: Subject) -> None:
     assert not [name for name in moved if any(tower in name for tower in TOWERS)]
     for name in moved:
         assert relative(after[name], aligned[name]) < BACK, name
+    return left_out
 
 
 def exported(subject: Subject) -> None:
     """A patch merged and taken out again leaves the model; what was extracted is the difference."""
+    if not (subject.repaired / "patch").is_dir():
+        raise UserError("There is no patch to export.")
     patch, merged, back = subject.repaired / "patch", subject.out / "merged", subject.out / "back"
     oneshot.export(merged, model=str(subject.finetuned), adapters=[str(patch)])
     first, second = _stored(merged), _stored(subject.repaired / "repaired")
@@ -150,11 +160,39 @@ def exported(subject: Subject) -> None:
     assert all(relative(first[name], second[name]) < SAME for name in second)
 
 
-CELLS: dict[str, Callable[[Subject], None]] = {
+CELLS: dict[str, Callable[[Subject], set[str] | None]] = {
     "inspect": inspected, "verify": verified, "plan": planned, "score": scored, "rollback": rolled_back,
     "lowrank": lowrank, "full": fine_tuned, "lora": fine_tuned_lora, "nf4": four_bit, "undo": undone,
     "export": exported,
 }  # fmt: skip
+
+
+def shard(
+    runtime: Runtime, subjects: dict[str, list[str]], prompts: dict[str, str], out: str
+) -> dict[str, list[float]]:
+    """What every rank does: a repair of each model, compared like any other, and a fine-tune. Returns the losses.
+
+    Args:
+        subjects: name -> folders of the aligned and the fine-tuned checkpoint
+    """
+    distributed.start = lambda *_args, **_options: runtime  # a process starts once
+    losses = {}
+    for name, (aligned, finetuned) in subjects.items():
+        subject = Subject(Path(aligned), Path(finetuned), prompts, Path(out, name))
+        done = oneshot.repair(
+            model=finetuned, reference=aligned, out=str(subject.repaired), pool=prompts["pool"],
+            guard=prompts["guard"], repair={**SHORT, "method": "rollback"}, **_common(subject),
+        )  # fmt: skip
+        _finetuned(subject, "full")
+        if runtime.is_main:
+            _compare(subject.finetuned, subject.repaired / "repaired", done.patch_folder)
+        losses[name] = [record["loss"] for record in done.trace]
+    return losses
+
+
+def _called(name: str, module: torch.nn.Module) -> str:
+    """What a module that is left out is called on the page: its class, or the end of its name."""
+    return name.rpartition(".")[2] if isinstance(module, torch.nn.Linear) else type(module).__name__
 
 
 def load(folder: Path) -> Any:
@@ -186,16 +224,20 @@ def _repaired(subject: Subject, name: str, **given: Any) -> None:
         model=subject.finetuned, out=str(out), pool=subject.prompts["pool"], guard=subject.prompts["guard"],
         **_common(subject), **given,
     )  # fmt: skip
-    before, after = _stored(subject.finetuned), _stored(out / "repaired")
+    _compare(subject.finetuned, out / "repaired", done.patch_folder)
+
+
+def _compare(model: Path, merged: Path, patch: Path) -> None:
+    """Every tensor is still there and no tower's has changed; the patch in plain PEFT is the merged model."""
+    before, after = _stored(model), _stored(merged)
     assert before.keys() == after.keys(), f"lost: {sorted(before.keys() - after.keys())[:3]}"
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved
     assert not [name for name in moved if any(tower in name for tower in TOWERS)]
-    base, merged = load(subject.finetuned), load(out / "repaired")
-    plain, repaired = logits(base), logits(merged)
+    base = load(model)
+    plain, repaired = logits(base), logits(load(merged))
     assert relative(repaired, plain) > SAME, "the patch does nothing"
-    patched = _with_patch(base, done.patch_folder)
-    difference = relative(logits(patched), repaired)
+    difference = relative(logits(_with_patch(base, patch)), repaired)
     assert difference < SAME, f"the patch in PEFT is {difference:.1e} from the merged model"
 
 
@@ -228,7 +270,6 @@ def _finetuned(subject: Subject, method: str) -> Path:
 
 def _common(subject: Subject) -> dict[str, Any]:
     return {"score": {"probes": subject.prompts["probes"], "max_new_tokens": 2}, "hang_minutes": 0}
-
 
 
 def _stored(folder: Path) -> dict[str, torch.Tensor]:
