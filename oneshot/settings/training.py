@@ -73,6 +73,7 @@ class RepairSettings:
         method: rollback, lowrank, project, sft or lora; auto takes rollback where there is a reference or an adapter,
             else lowrank
         rank: directions per weight matrix, in the method and in the patch
+        rank_experts: directions per weight matrix of a mixture's expert, of which there are thousands
         epochs: passes over the one example; none takes the method's default
         learning_rate: step size of Adam (rollback, sft, lora), one number or one by method, such as {sft: 2.0e-4, lora:
             1.0e-3}; none, or a method that is not named, takes the method's default; lowrank finds its own, and so
@@ -95,6 +96,7 @@ class RepairSettings:
 
     method: str = "auto"
     rank: PositiveInt = 20
+    rank_experts: PositiveInt = 2
     epochs: PositiveInt | None = None
     learning_rate: PositiveFloat | dict[str, PositiveFloat] | None = None
     guard_weight: CountFloat | None = None
