@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from oneshot.distributed.runtime import Runtime
     from oneshot.fleet import Shared
     from oneshot.measure.rates import StageScores
-    from oneshot.patch.bench import Bench
     from oneshot.patch.request import Request
     from oneshot.patch.select import Chosen
     from oneshot.patch.teacher import Teacher
@@ -258,6 +257,7 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
     """Load the model, measure, choose, solve, measure again, and write. Collective."""
     from oneshot.patch.bench import opened
     from oneshot.patch.choose import choose, choose_beforehand
+    from oneshot.patch.coverage import covered
     from oneshot.patch.solve import solve
     from oneshot.patch.write import write_repair
     from oneshot.report.runfolder import PATCH, REPAIRED, append_event
@@ -284,21 +284,8 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
             stages["repaired"] = _score(request, model, "repaired")
         merged = run_dir / REPAIRED if request.settings.repair.merge else None
         write_repair(bench, solution.update, run_dir / PATCH, merged)
-        reach = _coverage(bench)
+        reach = covered(bench)
     return Repaired(bench.request, choice, solution, bench.linears, stages, coverage=reach)
-
-
-def _coverage(bench: Bench) -> dict[str, Any] | None:
-    """What the patch can reach; none of an adapter's repair, which changes what the adapter does."""
-    from oneshot.patch.coverage import coverage
-
-    request = bench.request
-    if request.adapter is not None:
-        return None
-    decomposes = request.recipe.method.cost.decomposes and bench.prepared
-    energies = {name: found.energy for name, found in bench.prepared.items()} if decomposes else {}
-    checkpoint = request.source.checkpoint
-    return coverage(request.runtime, checkpoint, bench.linears.targets, request.reference, energies).as_facts()
 
 
 def _score(request: Request, model: Any, called: str) -> StageScores:

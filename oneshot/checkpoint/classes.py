@@ -23,7 +23,7 @@ def auto_class(config: Any) -> Any:
     kind, said = type(config), getattr(config, "architectures", None) or []
     autos = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
     known = [auto for auto in autos if kind in auto._model_mapping]
-    named = [auto for auto in known if auto._model_mapping[kind].__name__ in said]
+    named = [auto for auto in known if {made.__name__ for made in _classes(auto, kind)} & set(said)]
     return next(iter([*named, *known]), AutoModelForCausalLM)
 
 
@@ -69,6 +69,12 @@ def train_language(model: Any) -> None:
     model.requires_grad_(True)
     for beginning in outside_language(model):
         model.get_submodule(beginning.removesuffix(".")).requires_grad_(False)
+
+
+def _classes(auto: Any, kind: Any) -> tuple[Any, ...]:
+    """The classes that an auto class makes of a kind of config, of which there may be several."""
+    found = auto._model_mapping[kind]
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _modules(part: nn.Module | None) -> list[nn.Module]:

@@ -22,6 +22,8 @@ from oneshot.distributed.steps import each
 if TYPE_CHECKING:
     import torch
 
+    from oneshot.patch.bench import Bench
+
 _CHUNK = 4 << 20  # elements compared at a time
 _KINDS = (  # of a stored tensor, by its name: the first that is found in it
     ("vision", r"vision|visual|image|audio|multi_modal|mm_projector"),
@@ -54,6 +56,19 @@ class Coverage:
         if self.energy:
             facts["energy"] = _shares(self.energy)
         return {**facts, **({"not_compared": self.skipped} if self.skipped else {})}
+
+
+def covered(bench: Bench) -> dict[str, Any] | None:
+    """Return the facts of what the patch of a bench can reach; none of an adapter's repair, which changes all that the
+    adapter does. Collective.
+    """
+    request = bench.request
+    if request.adapter is not None:
+        return None
+    decomposed = bench.prepared if request.recipe.method.cost.decomposes else None
+    energies = {name: found.energy for name, found in (decomposed or {}).items()}
+    checkpoint, reference = request.source.checkpoint, request.reference
+    return coverage(request.runtime, checkpoint, bench.linears.targets, reference, energies).as_facts()
 
 
 def kind_of(name: str) -> str:
