@@ -257,6 +257,7 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
     """Load the model, measure, choose, solve, measure again, and write. Collective."""
     from oneshot.patch.bench import opened
     from oneshot.patch.choose import choose, choose_beforehand
+    from oneshot.patch.coverage import covered
     from oneshot.patch.solve import solve
     from oneshot.patch.write import write_repair
     from oneshot.report.runfolder import PATCH, REPAIRED, append_event
@@ -283,7 +284,8 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
             stages["repaired"] = _score(request, model, "repaired")
         merged = run_dir / REPAIRED if request.settings.repair.merge else None
         write_repair(bench, solution.update, run_dir / PATCH, merged)
-    return Repaired(bench.request, choice, solution, bench.linears, stages)
+        reach = covered(bench)
+    return Repaired(bench.request, choice, solution, bench.linears, stages, coverage=reach)
 
 
 def _score(request: Request, model: Any, called: str) -> StageScores:

@@ -247,8 +247,9 @@ def find_weight(tensors: dict[str, TensorEntry], module: str) -> str | None:
     """Return the name under which a checkpoint stores a module's weight.
 
     Checkpoints of multimodal models put a prefix before the language model's names that the loaded model lacks, or
-    the other way round: the longest dotted ending that is unambiguous decides. The block's number always counts, or
-    a checkpoint with fewer blocks would lend another block's weight.
+    the other way round: the longest dotted ending that is unambiguous decides, where a tower has one of the same end
+    that with the same words before it. The block's number always counts, or a checkpoint with fewer blocks would lend
+    another block's weight.
     """
     name = f"{module}.weight"
     if name in tensors:
@@ -261,7 +262,9 @@ def find_weight(tensors: dict[str, TensorEntry], module: str) -> str | None:
         if len(found) == 1:
             return found[0]
         if found:
-            return None
+            before = sorted(parts[:start])
+            same = [key for key in found if sorted(key.removesuffix(ending).strip(".").split(".")) == before]
+            return same[0] if len(same) == 1 else None
     return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.bases import base_of
+from oneshot.checkpoint.classes import auto_class, refuses_sdpa
 from oneshot.checkpoint.configs import read_config, read_tokenizer
 from oneshot.checkpoint.files import (
     is_adapter,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _SMALL = 4_000_000  # weights; below, waking a second thread costs more than it gains
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SDPA, EAGER = "sdpa", "eager"  # as transformers names them
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -55,6 +57,7 @@ class Source:
         four_bit: whether linear weights are loaded in 4 bits
         commit: of the checkpoint, where that is a Hub id
         left_over: whether config.json says that weights are quantized which are not
+        eager: whether attention is computed plainly, as the model's class has no sdpa
     """
 
     checkpoint: Path
@@ -66,6 +69,7 @@ class Source:
     four_bit: bool = False
     commit: str | None = None
     left_over: bool = False
+    eager: bool = False
 
 
 def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
@@ -101,7 +105,8 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     four_bit = packed or settings.quantize == "nf4"
     tokenizer = adapter if has_tokenizer and adapter else checkpoint
     commit = None if local_folder(name) else checkpoint.name if checkpoint.parent.name == "snapshots" else None
-    return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit, commit, left_over)
+    eager = settings.attention != EAGER and _attention(settings.attention, runtime, dtype, config) == EAGER
+    return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit, commit, left_over, eager)
 
 
 def what_to_say(source: Source) -> list[str]:
@@ -118,6 +123,8 @@ def what_to_say(source: Source) -> list[str]:
             f"{source.checkpoint / CONFIG} says that the weights are quantized ({QUANTIZATION}), but they are stored "
             "in full: read as they are, and what is written does not say so."
         )
+    if source.eager:
+        said.append("Attention is computed plainly (eager), as transformers has no sdpa for this architecture.")
     return said
 
 
@@ -153,7 +160,9 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
 
     logging.disable_progress_bar()
     dtype = dtype or source.dtype
-    settings = dataclasses.replace(settings, attention=_attention(settings.attention, runtime, source.dtype))
+    fields = read_object(source.checkpoint / CONFIG)
+    attention = _attention(settings.attention, runtime, source.dtype, fields)
+    settings = dataclasses.replace(settings, attention=attention)
     try:
         if not settings.stock_io or runtime.sharding == "zero3" or source.four_bit:
             model, config = _read_by_range(runtime, source, settings, dtype)
@@ -181,12 +190,10 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
 
 
 def _load_stock(runtime: Runtime, source: Source, settings: ModelSettings, dtype: torch.dtype, config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if not settings.stock_io:
         check_share(runtime, source.checkpoint)
     with partitioned_loading(runtime, dtype):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source.checkpoint,
             config=config,
             dtype=dtype,
@@ -242,11 +249,12 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
     return None, model.config
 
 
-def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:
-    """auto: flash attention where it can run (a GPU, its package, 16-bit compute), else sdpa."""
+def _attention(name: str, runtime: Runtime, dtype: torch.dtype, fields: dict[str, Any]) -> str:
+    """auto: flash attention where it can run (a GPU, its package, 16-bit compute), else sdpa; eager in its place where
+    the class in config.json (``fields``) has none."""
     from transformers.utils import is_flash_attn_2_available
 
-    if name != "auto":
-        return name
-    usable = runtime.device.type == "cuda" and dtype.itemsize == 2 and is_flash_attn_2_available()
-    return "flash_attention_2" if usable else "sdpa"
+    if name == "auto":
+        usable = runtime.device.type == "cuda" and dtype.itemsize == 2 and is_flash_attn_2_available()
+        name = "flash_attention_2" if usable else SDPA
+    return EAGER if name == SDPA and refuses_sdpa(fields) else name

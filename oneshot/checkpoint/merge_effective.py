@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.architecture import Architecture, architecture_of
 from oneshot.checkpoint.carrier import expert_of
+from oneshot.checkpoint.classes import auto_class
+from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.effective import Effective
 from oneshot.checkpoint.files import find_weight, list_tensors, read_tensor
 from oneshot.checkpoint.layout import FLOATS
@@ -201,12 +203,12 @@ def merged_by_peft(base: Path, adapter: Path, *, trust_remote_code: bool = False
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
+        config = read_config(base, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
         merged: Any = PeftModel.from_pretrained(model, str(adapter))
         state: dict[str, torch.Tensor] = merged.merge_and_unload().state_dict()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:

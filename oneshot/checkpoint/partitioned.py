@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.classes import auto_class
 from oneshot.checkpoint.configs import read_config, read_generation_config
 from oneshot.checkpoint.files import TensorEntry
 from oneshot.checkpoint.layout import Range, owners, partition
@@ -90,11 +91,10 @@ def skeleton(
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = read_config(folder, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     model.tie_weights()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 1 << 20  # weights quantized at a time, which bounds the kernel's temporary memory
+_LINEAR_TOO = ("FalconLinear",)  # of transformers: a linear layer by another name, which would stay in 16 bits
 
 
 @dataclass
@@ -99,6 +100,9 @@ def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtyp
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
 
+    for module in model.modules():
+        if type(module).__name__ in _LINEAR_TOO:
+            module.__class__ = torch.nn.Linear
     stored = is_stored(model.config)
     linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
     per_item = 2 * dtype.itemsize

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oneshot.checkpoint.added import merge_into
+from oneshot.checkpoint.classes import train_language
 from oneshot.checkpoint.experts import ExpertMatrix
 from oneshot.checkpoint.load import load_model
 from oneshot.checkpoint.update import Update, concatenated
@@ -22,6 +23,7 @@ from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.path import REFUSABLE
 from oneshot.patch.probes import Answered
+from oneshot.patch.reached import reached
 from oneshot.patch.request import Request, own_update
 from oneshot.patch.teacher import ENOUGH, Teacher, in_own_words, learn, wanted
 from oneshot.training.loop import weights_dtype
@@ -94,7 +96,7 @@ def loaded(request: Request) -> Iterator[Base]:
     model = load_model(request.runtime, request.source, request.settings.model)
     linears = select_linears(model, request.recipe.targets)
     with frozen(request.runtime, model) as ready:
-        yield Base(ready, linears)
+        yield Base(ready, reached(request.runtime, ready, linears, request.candidates[0].input_ids))
 
 
 @contextlib.contextmanager
@@ -173,8 +175,8 @@ def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
     dtype = weights_dtype(runtime) if trains == "weights" else None
     model = load_model(runtime, request.source, request.settings.model, dtype)
     linears = select_linears(model, request.recipe.targets)
-    asking = teacher is None and _teaches(request)  # else no engine is begun for nothing
-    with frozen(runtime, model) if asking else contextlib.nullcontext(model) as base:
+    with frozen(runtime, model) as base:
+        linears = reached(runtime, base, linears, request.candidates[0].input_ids)
         request, teacher = _asked(request, teacher, base)
     with contextlib.ExitStack() as stack:
         if trains == "adapter":
@@ -184,7 +186,7 @@ def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
         else:
             if request.adapter is not None:
                 merge_into(runtime, model, request.adapter.update)
-            model.requires_grad_(True)
+            train_language(model)
         engine = start_training(
             runtime, model, weight_decay=0.0, max_grad_norm=1.0, gradient_accumulation_steps=1, micro_batch_size=1
         )

@@ -6,21 +6,20 @@ Errors are relative Frobenius norms, and include the rounding to the dtype that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.carrier import expert_of
 from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
-from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.files import find_weight, list_tensors
+from oneshot.checkpoint.layout import FLOATS
 from oneshot.checkpoint.merge_experts import stored_experts
-from oneshot.checkpoint.ranges import read_range
 from oneshot.checkpoint.update import Factors, Update, compress, concatenated, norm, scaled
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError
+from oneshot.patch.coverage import difference_energy
 from oneshot.patch.directions import checkpoint_difference, shared_directions, update_factors
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from oneshot.patch.linears import Layer
 
 _LOWERED = "factors rounded"
-_CHUNK = 4 << 20  # elements compared at a time
 
 
 @dataclass(frozen=True)
@@ -172,21 +170,7 @@ def _other_differences(runtime: Runtime, changed: Path, base: Path, wanted: Want
                 f"{changed} has {name} of shape {list(ours[name].shape)}, {base} of {list(theirs[name].shape)}: "
                 f"{grown}give two checkpoints of one model and vocabulary."
             )
-        energy = sum(
-            float((one.double() - two.double()).square().sum())
-            for one, two in zip(_parts(ours[name], name), _parts(theirs[name], name))
-        )
+        energy = difference_energy((ours[name], name), (theirs[name], name))
         if energy:
             found[name] = energy
     return found
-
-
-def _parts(entry: TensorEntry, name: str) -> Iterator[torch.Tensor]:
-    import torch
-
-    total = math.prod(entry.shape)
-    for start in range(0, total, _CHUNK):
-        stop = min(start + _CHUNK, total)
-        part = torch.empty(stop - start)
-        read_range(entry, Range(start, stop, stop - start), part, name)
-        yield part

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.architecture import is_plain
+from oneshot.checkpoint.classes import outside_language
 from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices, fused_experts
 from oneshot.errors import UserError
 
@@ -24,8 +25,8 @@ class Linears:
     Attributes:
         targets: name -> layer, those to be patched, in the model's order
         every: names of all linear layers that are modules, output head included
-        left_out: modules that hold weight matrices in another form (routers, Conv1D, layers that are read directly,
-            experts behind no common interface), which no patch touches
+        left_out: modules that hold weight matrices in another form (routers, convolutions, layers that are read
+            directly, experts behind no common interface), and a multimodal model's towers, which no patch touches
     """
 
     targets: dict[str, Layer]
@@ -34,13 +35,14 @@ class Linears:
 
 
 def select_linears(model: Any, pattern: str | None = None) -> Linears:
-    """Choose the layers to patch: every ``nn.Linear`` but the output head, and every matrix of fused experts.
+    """Choose the layers to patch: all of the language part's ``nn.Linear`` but the output head, and of fused experts.
 
     Or those of all of them whose name the pattern matches. Experts come projection by projection, so that those of one
     parameter lie side by side.
 
     Args:
-        pattern: regular expression, searched in the names of modules and of experts' matrices
+        pattern: regular expression, searched in the names of modules and of experts' matrices; it also finds the head,
+            and a multimodal model's towers
 
     Raises:
         UserError: a broken pattern, one that matches nothing, or one that matches a head tied to the embedding
@@ -54,8 +56,9 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     able = {name: layer for name, layer in _in_order(model).items() if name not in odd}
+    outside = tuple(outside_language(model))
     if pattern is None:
-        targets = {name: layer for name, layer in able.items() if layer is not head}
+        targets = {name: layer for name, layer in able.items() if layer is not head and not name.startswith(outside)}
     else:
         try:
             matcher = re.compile(pattern)
@@ -67,14 +70,15 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
                 f"Setting repair.targets {pattern!r} matches the output head, which shares its weights with the "
                 "embedding here: leave it out."
             )
-    known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     left_out = [
         name
         for name, module in model.named_modules()
-        if (not isinstance(module, known) or name in odd)
+        if (not isinstance(module, (nn.Linear, nn.Embedding)) or name in odd)
         and name not in fused
+        and not name.startswith(outside)
         and any(isinstance(p, torch.Tensor) and _dimensions(p) >= 2 for p in module.parameters(recurse=False))
     ]
+    left_out += [name.removesuffix(".") for name in outside if not any(each.startswith(name) for each in targets)]
     if not targets:
         others = f"; its {len(left_out)} others, such as {left_out[0]}, are no nn.Linear" if left_out else ""
         raise UserError(

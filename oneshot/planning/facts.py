@@ -121,6 +121,7 @@ class Work:
         guard: tokens of this rank's guard prompts
         total: tokens over all ranks, without padding, whose factored gradients may be kept
         rank: of the updates or the LoRA
+        rank_experts: of the updates of fused experts' matrices; 0: none
         finetune: the loss is a fine-tune's, which is computed in the memory of its logits
         checkpointing: activations are recomputed
     """
@@ -132,6 +133,7 @@ class Work:
     guard: int = 0
     total: int = 0
     rank: int = 20
+    rank_experts: int = 0
     finetune: bool = False
     checkpointing: bool = False
 

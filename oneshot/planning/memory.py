@@ -142,7 +142,7 @@ def trained(shape: ModelShape, choice: Choice, work: Work) -> int:
     """Return how many parameters the optimizer steps: all, those of the LoRA, or (frozen weights) none to speak of."""
     if choice.cost.trains == "weights":
         return shape.parameters
-    return shape.low_rank(work.rank) if choice.cost.trains == "adapter" else 0
+    return shape.low_rank(work.rank, work.rank_experts) if choice.cost.trains == "adapter" else 0
 
 
 def optimizer_bytes(shape: ModelShape, choice: Choice, work: Work) -> int:

@@ -1,7 +1,7 @@
 """A model's shape, asked of the model itself: transformers builds it on the meta device, where weights take no memory.
 
-The class that is built is the one that loads a checkpoint (``AutoModelForCausalLM``): of a multimodal config it holds
-what a run holds. No name of an architecture stands here.
+The class that is built is the one that loads a checkpoint: of a multimodal config it holds what a run holds. No name
+of an architecture stands here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.classes import auto_class, outside_language
 from oneshot.checkpoint.experts import is_single
 from oneshot.errors import UserError, first_line
 from oneshot.planning.shapes import Kind, ModelShape, Weight
@@ -111,7 +112,7 @@ def _quiet() -> Iterator[None]:
 
 def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = config.get("model_type")
     if remote is not None:
@@ -128,9 +129,8 @@ def _built(config: Mapping[str, Any], remote: Path | None) -> Any:
             f"Model type {kind!r} is not known to transformers {package_version('transformers')}, which is installed "
             f"here: correct the config.json, or install a version that knows it{own_code}."
         )
-    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(
+        model = auto_class(made).from_config(
             made, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=remote is not None
         )
     model.tie_weights()
@@ -170,7 +170,7 @@ def _weights(model: Any) -> Iterator[_Found]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    head, seen = model.get_output_embeddings(), set()
+    head, seen, outside = model.get_output_embeddings(), set(), tuple(outside_language(model))
     for name, module in model.named_modules():
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
@@ -178,7 +178,9 @@ def _weights(model: Any) -> Iterator[_Found]:
             seen.add(id(parameter))
             shape = tuple(parameter.shape)
             kind: Kind = "other"
-            if own == "weight" and isinstance(module, nn.Embedding):
+            if f"{name}.".startswith(outside):
+                kind = "tower"
+            elif own == "weight" and isinstance(module, nn.Embedding):
                 kind = "embedding"
             elif own == "weight" and isinstance(module, nn.Linear):
                 kind = "head" if module is head else "expert" if _ONE_EXPERT.search(f"{name}.") else "linear"

@@ -52,7 +52,9 @@ def low_rank(shape: ModelShape, choice: Choice, work: Work) -> int:
     Directions and update; or the update, a trial and the gradient's kept directions.
     """
     cost = choice.cost
-    return 4 * (3 if cost.factors else 2) * shape.low_rank(work.rank) if cost.trains == "nothing" else 0
+    return (
+        4 * (3 if cost.factors else 2) * shape.low_rank(work.rank, work.rank_experts) if cost.trains == "nothing" else 0
+    )
 
 
 def _held(blocks: Iterable[tuple[int, float]], device: Device, holes: float) -> int:

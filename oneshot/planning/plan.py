@@ -18,14 +18,41 @@ class Plan:
     Attributes:
         model: its name and shape
         gpus: GPUs over all machines
+        rank, rank_experts: of a repair's patch
         rows: every method, precision and sharding of the stage that is planned
         own: those rows that the settings ask for; all where they name neither a method nor a precision
     """
 
     model: PlannedModel
     gpus: int
+    rank: int
+    rank_experts: int
     rows: tuple[Row, ...]
     own: tuple[Row, ...]
+
+    @property
+    def reach(self) -> dict[str, float]:
+        """What of the parameters a patch reaches (linear layers, experts) and does not: shares, by kind."""
+        shape, every = self.model.shape, self.model.shape.parameters
+        experts = sum(many * m * n for many, m, n in shape.experts)
+        kinds = {
+            "linear layers": shape.of(*PATCHED), "experts": experts, "embeddings": shape.of("embedding", "head"),
+            "vision and other towers": shape.of("tower"), "norms and others": shape.of("other", "fused") - experts,
+        }  # fmt: skip
+        return {kind: count / every for kind, count in kinds.items() if count}
+
+    @property
+    def patch_bytes(self) -> dict[str, int]:
+        """Bytes of a repair's patch, as it is written in 16 bits: factors of linear layers, and of fused experts."""
+        shape = self.model.shape
+        layers = 2 * shape.low_rank(self.rank)
+        return {"linear layers": layers, "experts": 2 * shape.low_rank(self.rank, self.rank_experts) - layers}
+
+    @property
+    def compared(self) -> int:
+        """Bytes that are read for the fine-tune's own update: what a patch reaches, in both checkpoints."""
+        reached = self.model.shape.of(*PATCHED) + sum(many * m * n for many, m, n in self.model.shape.experts)
+        return 2 * 2 * reached
 
     @property
     def fits(self) -> bool:
@@ -41,7 +68,8 @@ def make_plan(settings: Settings) -> Plan:
     """
     model = read_model(settings)
     found = rows(settings, model)
-    return Plan(model, settings.plan.gpus, tuple(found), tuple(own_rows(settings, model, found)))
+    ranks = settings.repair.rank, settings.repair.rank_experts
+    return Plan(model, settings.plan.gpus, *ranks, tuple(found), tuple(own_rows(settings, model, found)))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -52,6 +80,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": shape.parameters,
         "linear_parameters": shape.of(*PATCHED),
         "expert_parameters": shape.of("expert", "fused"),
+        "expert_matrices": sum(many for many, _, _ in shape.experts),
+        "reach": plan.reach,
+        "compared_bytes": plan.compared,
+        "patch_bytes": plan.patch_bytes,
         "checkpoint_bytes": 2 * shape.parameters,
         "gpus": plan.gpus,
         "rows": [

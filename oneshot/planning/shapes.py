@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal["linear", "expert", "fused", "head", "embedding", "other"]
+Kind = Literal["linear", "expert", "fused", "head", "embedding", "tower", "other"]
 PATCHED: tuple[Kind, ...] = ("linear", "expert")  # what a patch may change and NF4 quantizes
 
 
@@ -17,8 +17,9 @@ class Weight:
 
     Attributes:
         kind: linear (a linear layer), expert (a linear layer of one expert), fused (all experts of a layer in one
-            parameter), head (the output head, where it is not the embedding),
-            embedding, or other (norms, biases, convolutions, routers that are no linear layers)
+            parameter, a matrix for each), head (the output head, where it is not the embedding), embedding, tower (what
+            a multimodal model has beside its language part, which text never meets), or other (norms, biases,
+            convolutions, routers that are no linear layers)
         shape: as the model holds it; (out, in) for a linear layer, and for a Conv1D, which holds it transposed
         count: how many of them
         alone: whether each of fused experts can be computed by itself, without which NF4 does not hold them
@@ -80,9 +81,20 @@ class ModelShape:
         """Elements of all weights of these kinds."""
         return sum(weight.numel * weight.count for weight in self.weights if weight.kind in kinds)
 
-    def low_rank(self, rank: int) -> int:
-        """Elements of rank-``rank`` factors of every linear layer that a patch may change."""
-        return sum(min(rank, *w.shape) * sum(w.shape) * w.count for w in self.patched)
+    def low_rank(self, rank: int, rank_experts: int = 0) -> int:
+        """Elements of rank-``rank`` factors of every linear layer that a patch may change.
+
+        Args:
+            rank_experts: of the factors of each matrix of fused experts; 0: without these
+        """
+        layers = sum(min(rank, *w.shape) * sum(w.shape) * w.count for w in self.patched)
+        return layers + sum(many * min(rank_experts, m, n) * (m + n) for many, m, n in self.experts)
+
+    @property
+    def experts(self) -> list[tuple[int, int, int]]:
+        """The matrices of fused experts: how many, and both their sizes, in the order that the parameter has them."""
+        fused = [w for w in self.weights if w.kind == "fused" and len(w.shape) == 3]
+        return [(w.count * w.shape[0], w.shape[1], w.shape[2]) for w in fused]
 
 
 def as_plain(shape: ModelShape) -> dict[str, Any]:

@@ -73,18 +73,18 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     model, shape = plan.model, plan.model.shape
     machines = math.ceil(options.gpus / options.gpus_per_node)
     say = [
-        f"{model.name}: {shape.parameters:,} parameters, {shape.of(*PATCHED):,} of them in layers that a patch may "
-        f"change; checkpoint {gb(2 * shape.parameters)} GB.",
+        f"{model.name}: {shape.parameters:,} parameters, {shape.of(*PATCHED, 'fused'):,} of them in layers that a "
+        f"patch may change; checkpoint {gb(2 * shape.parameters)} GB.",
         f"{options.stage} on {options.gpus} x {options.gpu_memory}, {machines} machine{'s' if machines > 1 else ''} of "
         f"{options.host_memory}, {options.tokens} tokens. GiB of a GPU: load, steady, step, save; of a machine: host; "
         "of all GPUs: optimizer. GB on disk: state, result. GPUs: the fewest that fit.",
     ]
-    if model.fused:
-        say.append(f"Its {shape.of('fused'):,} parameters of fused experts are not patched.")
-        packed = replace(plan.rows[0].choice, precision="nf4")
-        kept = sum(w.numel * w.count for w in shape.weights if w.kind == "fused" and not is_packed(w, packed))
-        if kept:
-            say.append(f"{kept:,} of them stay in 16 bits where linear layers are read in 4.")
+    packed = replace(plan.rows[0].choice, precision="nf4")
+    kept = sum(w.numel * w.count for w in shape.weights if w.kind == "fused" and not is_packed(w, packed))
+    if kept:
+        say.append(f"{kept:,} parameters of fused experts stay in 16 bits where linear layers are read in 4.")
+    if options.stage == "repair":
+        say += _patch(plan)
     for line in say:
         console.print(line, highlight=False, soft_wrap=True)
     left_out: tuple[str, ...] = ()
@@ -98,6 +98,19 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     if len(left_out) > 1:
         console.print(f"Left out for want of room: {', '.join(left_out[1:])}; {WIDTH} columns show all.")
     console.print("Estimates: see docs/plan.md for what they hold, and how far they were from measured peaks.")
+
+
+def _patch(plan: Plan) -> list[str]:
+    """What a patch reaches, how large it is, and what is read for it."""
+    experts, sizes = sum(many for many, _, _ in plan.model.shape.experts), plan.patch_bytes
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in plan.reach.items())
+    said = f"A patch in 16 bits: linear layers at rank {plan.rank} {gb(sizes['linear layers'])} GB"
+    if experts:
+        said += f", {experts:,} matrices of experts at rank {plan.rank_experts} {gb(sizes['experts'])} GB"
+    return [
+        f"{said}. It reaches linear layers and experts, of all parameters: {shares}.",
+        f"rollback on two checkpoints reads {gb(plan.compared)} GB of them for their difference.",
+    ]
 
 
 def _advised(row: Row) -> str:

@@ -35,7 +35,7 @@ def work_of(settings: Settings, method: str, gpus: int) -> Work:
     prompt = _GUARD_PROMPT + repair.guard_tokens
     return Work(
         1, tokens, answers, own * repair.guard_tokens, own * prompt, tokens + guard * prompt, repair.rank,
-        checkpointing=checkpointing,
+        repair.rank_experts, checkpointing=checkpointing,
     )  # fmt: skip
 
 

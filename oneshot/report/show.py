@@ -30,7 +30,7 @@ from oneshot.report.summary import outcome_fields
 from oneshot.report.table import print_stages
 from oneshot.report.times import print_times
 from oneshot.report.trackers import track
-from oneshot.report.verdict import part_of_measured
+from oneshot.report.verdict import part_of_measured, unreached
 from oneshot.settings import Settings, to_dict
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Repaired:
         warnings: of the measuring
         resources: seconds (by stage), peak_rss_bytes (by rank) and peak_gpu_bytes, and those of ``where_time_went``
         command: what made it
+        coverage: what the patch can reach, as ``Coverage.as_facts``; none of an adapter's repair
     """
 
     request: Request
@@ -60,6 +61,7 @@ class Repaired:
     warnings: list[str] = field(default_factory=list)
     resources: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    coverage: dict[str, Any] | None = None
 
 
 def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def _facts(repaired: Repaired) -> dict[str, Any]:
         "noise": recipe.noise,
         "stopped_by": solution.stopped_by,
         **solution.facts,
+        **({"coverage": repaired.coverage} if repaired.coverage else {}),
         "watch": _watch(solution),
         "bounds": dataclasses.asdict(recipe.bounds) if recipe.bounds else None,
         "trace": solution.trace,
@@ -193,7 +196,7 @@ def _warnings(repaired: Repaired) -> list[str]:
     if left_out:
         names, more = ", ".join(left_out[:5]), len(left_out) - 5
         said.append(
-            f"{len(left_out)} modules hold weights that are no plain linear layers and were left "
+            f"{len(left_out)} modules are no plain linear layers that text passes through and were left "
             f"out of the patch: {names}{f' and {more} more' if more > 0 else ''}."
         )
     if facts.get("experts_not_reached"):
@@ -202,6 +205,8 @@ def _warnings(repaired: Repaired) -> list[str]:
             f"{facts['experts']} experts' matrices, which stay as the fine-tune left them: more prompts of your own, "
             "with --guard and --repair.guard_prompts, reach more."
         )
+    if said_of_it := unreached(repaired.coverage):
+        said.append(said_of_it)
     if settings.guard is None and recipe.guard_weight:
         said.append(
             "The guard held only the shipped harmless prompts: what your fine-tune taught may have been undone with "

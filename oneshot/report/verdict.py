@@ -23,6 +23,8 @@ ALIGNED = 0.5
 """From here on a rate of the reference excuses nothing: it is hardly aligned."""
 AGREE = 0.9
 """Share of the repaired model's answers that two judges are to judge alike."""
+REACHED = 0.5
+"""Share of the fine-tune's own update below which what a patch reaches of it is said in the headline."""
 EXACT = 1e-3
 """Largest relative error with which a patch still is what was measured: rounding."""
 
@@ -144,6 +146,8 @@ def _doubts(report: Mapping[str, Any]) -> tuple[str, ...]:
             found.append(f"{' and '.join(map(str, row['judges']))} judge {1 - agree:.0%} of the answers differently")
     if partly := part_of_measured(repair):
         found.append(partly)
+    if little := _little_reached(repair):
+        found.append(little)
     return tuple(found)
 
 
@@ -164,3 +168,28 @@ def part_of_measured(repair: Mapping[str, Any]) -> str:
     if error <= EXACT:
         return ""
     return f"the patch holds a part only of the update that was measured, its relative error is {error:.2f}"
+
+
+def _little_reached(repair: Mapping[str, Any]) -> str:
+    """What a patch reaches of the fine-tune's update, as a clause, where that is little; "" where it is not."""
+    share = _number(((repair.get("coverage") or {}).get("energy") or {}).get("reached"))
+    return (
+        f"the patch reaches {share:.0%} only of the fine-tune's update" if share is not None and share < REACHED else ""
+    )
+
+
+def unreached(coverage: Mapping[str, Any] | None) -> str:
+    """Return the sentence that says what of the fine-tune's update, or else of the weights, no patch reaches, by kind;
+    "" where all of it is reached.
+    """
+    of, found = (
+        ("update's energy", (coverage or {}).get("energy"))
+        if (coverage or {}).get("energy")
+        else ("weights", (coverage or {}).get("parameters"))
+    )
+    share = _number((found or {}).get("reached"))
+    if not found or share is None or share >= 1 - EXACT:
+        return ""
+    kinds = {kind: row["of_all"] * (1 - (row["reached"] or 0)) for kind, row in found["kinds"].items()}
+    left = ", ".join(f"{kind} {part:.1%}" for kind, part in sorted(kinds.items(), key=lambda k: -k[1]) if part > EXACT)
+    return f"The patch can reach {share:.1%} of the {of}; what it cannot is in {left}."

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.architecture import is_plain
+from oneshot.checkpoint.classes import outside_language, train_language
 from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import list_tensors, write_marker
 from oneshot.checkpoint.folders import bytes_in, clean_inside
@@ -116,7 +119,7 @@ def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, sa
     if options.method == "lora":
         model = _with_lora(model, options, settings.seed)
     else:
-        model.requires_grad_(True)
+        train_language(model)
     engine = start_training(
         runtime,
         model,
@@ -165,11 +168,21 @@ def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
         target_modules="all-linear",
+        exclude_modules=_not_adapted(model),
         task_type="CAUSAL_LM",
     )
     if model.is_gradient_checkpointing:
         model.enable_input_require_grads()
     return get_peft_model(model, config)
+
+
+def _not_adapted(model: Any) -> str | None:
+    """A pattern of the layers that get no adapter: a multimodal model's towers, and what is no plain linear layer."""
+    import torch
+
+    towers = [f"{re.escape(name)}.*" for name in outside_language(model)]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return "|".join([*towers, *(re.escape(name) for name, m in linears if not is_plain(model, name, m))]) or None
 
 
 @phase("train")

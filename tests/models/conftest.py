@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last, as the benchmarks have it
+sys.path += [str(Path(__file__).parents[1] / tier) for tier in ("unit", "distributed")]  # tiny configs, ranks
 
 from realmodels import packages
 

@@ -391,7 +391,9 @@ def test_run_settings_are_read_and_hold_only_what_differs(path: Path) -> None:
 def test_every_size_has_run_settings() -> None:
     names = {path.stem for path in RUNS}
     families = {"llama2-7b", "llama3-8b", "mistral-7b", "qwen2.5-7b", "gemma2-9b"}
-    assert names == families | {"tiny", "toy", "llama2-13b", "llama3-70b", "qwen2.5-72b"}
+    assert names == families | {
+        "tiny", "toy", "llama2-13b", "llama3-70b", "qwen2.5-72b", "qwen3-30b-a3b", "gpt-oss-120b",
+    }  # fmt: skip
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

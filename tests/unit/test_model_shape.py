@@ -20,6 +20,7 @@ from tiny import tiny_runtime
 from tiny_configs import SPARSE, TINY, H, V, tiny
 from torch import nn
 
+from oneshot.checkpoint.classes import outside_language
 from oneshot.checkpoint.files import list_tensors, read_json
 from oneshot.checkpoint.load import find_source
 from oneshot.errors import UserError
@@ -85,11 +86,16 @@ def test_weights_equal_those_of_the_real_model(name):
         ours[tuple(sorted(weight.shape))] += weight.count  # Conv1D is transposed
     assert ours == Counter(tuple(sorted(parameter.shape)) for parameter in model.parameters())
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    outside = tuple(outside_language(model))
+    language = [m for name, m in model.named_modules() if not name.startswith(outside)]
+    towers = [p for name, p in model.named_parameters() if name.startswith(outside)]
+    assert shape.of("tower") == sum(parameter.numel() for parameter in towers)
+    assert bool(towers) == (name == "gemma3")
+    embeddings = {m.weight for m in language if isinstance(m, nn.Embedding)}
     assert shape.of("embedding") == sum(weight.numel() for weight in embeddings)
     head = model.get_output_embeddings()
     assert shape.of("head") == (0 if head is None or head.weight in embeddings else head.weight.numel())
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    linears = [m for m in language if isinstance(m, nn.Linear) and m is not head]
     assert shape.of("linear") == sum(module.weight.numel() for module in linears)
     if linears:
         found = select_linears(model)
@@ -154,6 +160,8 @@ KNOWN = {
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "openai/gpt-oss-120b": 116_829_156_672,
 }
 
 

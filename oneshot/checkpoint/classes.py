@@ -1,0 +1,81 @@
+"""Which class of transformers a checkpoint is loaded as, and what of a multimodal model is its language part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def auto_class(config: Any) -> Any:
+    """Return the auto class that loads a checkpoint as what it says it is, else as a causal language model.
+
+    A multimodal checkpoint is loaded whole, as it is served: by ``AutoModelForCausalLM`` some lose their towers, others
+    are not known.
+
+    Args:
+        config: transformers' own
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    kind, said = type(config), getattr(config, "architectures", None) or []
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    known = [auto for auto in autos if kind in auto._model_mapping]
+    named = [auto for auto in known if {made.__name__ for made in _classes(auto, kind)} & set(said)]
+    return next(iter([*named, *known]), AutoModelForCausalLM)
+
+
+def refuses_sdpa(fields: Mapping[str, Any]) -> bool:
+    """Return whether the class that config.json names has no scaled-dot-product attention; false where it is unknown.
+
+    Args:
+        fields: of config.json
+    """
+    import transformers
+
+    names = fields.get("architectures") or [""]
+    found = getattr(transformers, str(names[0]), None)
+    return found is not None and not getattr(found, "_supports_sdpa", True)
+
+
+def outside_language(model: Any) -> list[str]:
+    """Return the dotted beginnings of names outside a multimodal model's language part: towers and what joins them.
+
+    Empty for a text model. The output head belongs to the language part.
+
+    Args:
+        model: of transformers, as it was loaded, on any device
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    language = model.get_decoder()
+    inside = {id(module) for part in (language, model.get_output_embeddings()) for module in _modules(part)}
+    around = {id(module) for module in model.modules() if any(id(below) in inside for below in module.modules())}
+    return [
+        f"{name}."
+        for name, module in model.named_modules()
+        if id(module) not in around | inside and id(model.get_submodule(name.rpartition(".")[0])) in around
+    ]
+
+
+def train_language(model: Any) -> None:
+    """Have every parameter take gradients but those outside a multimodal model's language part, which text never meets.
+
+    Args:
+        model: see ``outside_language``
+    """
+    model.requires_grad_(True)
+    for beginning in outside_language(model):
+        model.get_submodule(beginning.removesuffix(".")).requires_grad_(False)
+
+
+def _classes(auto: Any, kind: Any) -> tuple[Any, ...]:
+    """The classes that an auto class makes of a kind of config, of which there may be several."""
+    found = auto._model_mapping[kind]
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _modules(part: nn.Module | None) -> list[nn.Module]:
+    return [] if part is None else list(part.modules())

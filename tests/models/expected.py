@@ -1,0 +1,130 @@
+"""What is expected of each cell of the matrix: the refusals, word by word as they begin or as a pattern, and what no
+patch touches. ``docs/models.md`` is written from it: ``python tests/models/expected.py --write``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import architectures
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+MERGED = "cannot be read in 4 bits, as transformers stores .* in other tensors than it computes with"
+RENAMED = "cannot be read in 4 bits, as the checkpoint stores .* under another name or in parts"
+ADAPTER = r"is more than a LoRA of linear layers \(target_parameters\)"
+CONV1D = "No linear layer to patch: .* are no nn.Linear"
+NO_PATCH = "There is no patch to export"
+
+# of (architecture, cell); every other cell works
+REFUSED: dict[tuple[str, str], str] = {
+    **{("gpt2", cell): CONV1D for cell in ("rollback", "lowrank", "undo")},
+    ("gpt2", "nf4"): "The model has no linear layer that can be quantized",
+    ("gpt2", "export"): NO_PATCH,
+    **{(name, "lora"): ADAPTER for name in ("deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_next")},
+    **{
+        (name, "nf4"): MERGED
+        for name in (
+            "deepseek_v3",
+            "glm4_moe",
+            "jamba",
+            "lfm2_moe",
+            "mixtral",
+            "nemotron_h",
+            "olmoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_5_moe_text",
+            "qwen3_vl_moe",
+        )
+    },
+    **{(name, "nf4"): RENAMED for name in ("gpt_neox", "granitemoehybrid", "gemma3", "mistral3", "qwen2_5_vl")},
+}
+
+# classes of the modules that hold weight matrices and that no patch touches
+LEFT_OUT: dict[str, set[str]] = {
+    "bamba": {"Conv1d"},
+    "falcon_h1": {"Conv1d", "out_proj"},
+    "lfm2": {"Conv1d"},
+    "mamba2": {"Conv1d", "out_proj"},
+    "qwen3_5_text": {"Conv1d"},
+    "deepseek_v3": {"DeepseekV3Experts", "DeepseekV3TopkRouter"},
+    "glm4_moe": {"Glm4MoeExperts", "Glm4MoeTopkRouter"},
+    "gpt_oss": {"GptOssExperts", "GptOssTopKRouter"},
+    "granitemoehybrid": {"Conv1d", "GraniteMoeHybridExperts", "GraniteMoeHybridTopKRouter"},
+    "jamba": {"Conv1d", "JambaExperts", "JambaMambaMixer", "JambaTopKRouter", "dt_proj"},
+    "lfm2_moe": {"Conv1d", "Lfm2MoeExperts", "Lfm2MoeTopKRouter"},
+    "llama4_text": {"router", "Llama4TextExperts"},
+    "mixtral": {"MixtralExperts", "MixtralTopKRouter"},
+    "nemotron_h": {"Conv1d", "out_proj", "NemotronHExperts", "NemotronHTopkRouter"},
+    "olmoe": {"OlmoeExperts", "OlmoeTopKRouter"},
+    "qwen2_moe": {"Qwen2MoeExperts", "Qwen2MoeTopKRouter"},
+    "qwen3_moe": {"Qwen3MoeExperts", "Qwen3MoeTopKRouter"},
+    "qwen3_next": {"Conv1d", "Qwen3NextExperts", "Qwen3NextTopKRouter"},
+    "qwen3_5_moe_text": {"Conv1d", "Qwen3_5MoeExperts", "Qwen3_5MoeTopKRouter"},
+    "gemma3": {"Gemma3MultiModalProjector", "SiglipVisionModel"},
+    "gemma4": {"Gemma4MultimodalEmbedder", "Gemma4VisionModel"},
+    "llama4": {"Llama4MultiModalProjector", "router", "Llama4TextExperts", "Llama4VisionModel"},
+    "mistral3": {"Mistral3MultiModalProjector", "PixtralVisionModel"},
+    "qwen2_5_vl": {"Qwen2_5_VisionTransformerPretrainedModel"},
+    "qwen3_vl": {"Qwen3VLVisionModel"},
+    "qwen3_vl_moe": {"Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter", "Qwen3VLMoeVisionModel"},
+    "qwen3_5": {"Conv1d", "Qwen3_5VisionModel"},
+}
+
+SAYS = {  # what a refusal means to a reader of the page
+    MERGED: "experts are stored one by one and held together, which cannot be read in 4 bits",
+    RENAMED: "tensors have other names in the files, which cannot be read in 4 bits",
+    ADAPTER: "PEFT adapts experts, too, which is no plain LoRA: train on named layers with PEFT itself",
+    CONV1D: "its layers are Conv1D, not linear: fine-tune and score it, but there is no repair",
+    "The model has no linear layer that can be quantized": "its layers are Conv1D, not linear",
+    NO_PATCH: "no repair, so no patch",
+}
+COLUMNS = ("inspect", "verify", "plan", "score", "rollback", "lowrank", "full", "lora", "nf4", "undo", "export")
+KINDS = {
+    "Dense": architectures.DENSE, "Hybrids": architectures.HYBRID, "Mixtures of experts": architectures.MIXTURE,
+    "Multimodal": architectures.MULTIMODAL,
+}  # fmt: skip
+INTRODUCTION = """\
+# Models
+
+What works with which architecture, at tiny sizes with random weights. `tests/models/test_matrix.py` runs every cell of
+these tables with the transformers, PEFT and torch of `constraints.txt`, and fails where one of them is not as it stands
+here; `python tests/models/expected.py --write` writes this page.
+
+A name is the `model_type` in config.json; `-tied` shares embedding and head. A multimodal checkpoint is loaded as the
+class that serves it; a patch changes its language part alone, and a full fine-tune keeps the bytes of its towers.
+
+| column | what holds |
+|---|---|
+| inspect, verify, plan, score | the commands |
+| rollback, lowrank | a repair: the patch in plain PEFT is the merged checkpoint to 1e-5, which holds every tensor |
+| full | a fine-tune of all weights: every tensor of the file is there afterwards, towers byte for byte |
+| lora | a LoRA fine-tune: plain PEFT loads every factor |
+| nf4 | a repair on weights in 4 bits |
+| undo | rollback with full rank and all coefficients 1: every weight that it changes is the aligned model's again |
+| export | merge, subtract, extract |
+"""
+
+
+def page() -> str:
+    """The text of docs/models.md."""
+    parts = [INTRODUCTION]
+    notes = {pattern: number for number, pattern in enumerate(dict.fromkeys(REFUSED.values()), 1)}
+    for kind, names in KINDS.items():
+        rows = [["architecture", *COLUMNS, "left out of a patch"]]
+        for name in names:
+            refused = [REFUSED.get((name, cell)) for cell in COLUMNS]
+            marks = [f"({notes[pattern]})" if pattern else "yes" for pattern in refused]
+            rows.append([f"`{name}`", *marks, ", ".join(f"`{each}`" for each in sorted(LEFT_OUT.get(name, ())))])
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        parts.append("\n".join([f"## {kind}\n", lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n")
+    parts.append("\n".join(f"({number}) Refused: {SAYS[pattern]}." + "\n" for pattern, number in notes.items()))
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("Give --write, which writes docs/models.md.")
+    PAGE.write_text(page(), encoding="utf-8")

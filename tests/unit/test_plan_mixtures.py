@@ -1,0 +1,106 @@
+"""Plans of the mixtures of experts that people fine-tune, from their published sizes alone."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from oneshot.planning.lookup import model_shape
+from oneshot.planning.model import PlannedModel
+from oneshot.planning.plan import Plan, as_json
+from oneshot.planning.rows import rows
+from oneshot.planning.table import print_plan
+from oneshot.settings import RepairSettings, Settings
+
+
+def config(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, **more,
+    }  # fmt: skip
+
+
+QWEN = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}
+SCOUT = config(
+    "llama4_text", 5120, 8192, 48, 40, 8, intermediate_size_mlp=16384, head_dim=128, num_local_experts=16,
+    num_experts_per_tok=1, interleave_moe_layer_step=1, vocab_size=202048,
+)  # fmt: skip
+EYE = {
+    "hidden_size": 1408, "intermediate_size": 5632, "num_hidden_layers": 34, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14, "vision_output_dim": 4096, "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+}  # fmt: skip
+# config, billions of parameters, matrices of experts, GB of their patch at rank 2, GB read for the difference
+MODELS: dict[str, tuple[dict[str, Any], float, int, float, float]] = {
+    "Qwen3-30B-A3B": (
+        config("qwen3_moe", 2048, 6144, 48, 32, 4, moe_intermediate_size=768, **QWEN), 30.5, 12288, 0.157, 120,
+    ),
+    "Qwen3-235B-A22B": (
+        config("qwen3_moe", 4096, 12288, 94, 64, 4, moe_intermediate_size=1536, **QWEN), 235.1, 24064, 0.616, 935,
+    ),
+    "Mixtral-8x22B": (
+        config("mixtral", 6144, 16384, 56, 48, 8, num_local_experts=8, num_experts_per_tok=2, vocab_size=32768),
+        140.6, 896, 0.110, 561,
+    ),
+    "gpt-oss-120b": (
+        config("gpt_oss", 2880, 2880, 36, 64, 8, head_dim=64, num_local_experts=128, num_experts_per_tok=4,
+               vocab_size=201088, sliding_window=128),
+        116.8, 9216, 0.265, 463,
+    ),
+    "DeepSeek-V3": (
+        config("deepseek_v3", 7168, 18432, 61, 128, 128, moe_intermediate_size=2048, n_routed_experts=256,
+               n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512,
+               qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=8, topk_group=4, vocab_size=129280),
+        671.0, 29696, 1.22, 2677,
+    ),
+    "Llama-4-Scout": (
+        {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "text_config": SCOUT,
+         "vision_config": EYE},
+        108.6, 1536, 0.107, 425,
+    ),
+}  # fmt: skip
+
+
+def planned(name: str, **values: Any) -> tuple[Settings, Plan]:
+    settings = Settings(repair=RepairSettings(**values))
+    model = PlannedModel(name, model_shape(MODELS[name][0]))
+    found = tuple(rows(settings, model))
+    return settings, Plan(model, 8, settings.repair.rank, settings.repair.rank_experts, found, found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_tells_the_patch_of_experts_and_what_is_read_for_it(name: str) -> None:
+    _, parameters, matrices, patch, compared = MODELS[name]
+    _, plan = planned(name)
+    found = as_json(plan)
+    assert found["parameters"] / 1e9 == pytest.approx(parameters, rel=0.01)
+    assert found["expert_matrices"] == matrices
+    assert found["patch_bytes"]["experts"] / 1e9 == pytest.approx(patch, rel=0.02)
+    assert found["compared_bytes"] / 1e9 == pytest.approx(compared, rel=0.02)
+    assert sum(found["reach"].values()) == pytest.approx(1)
+    assert found["reach"]["linear layers"] + found["reach"]["experts"] > 0.95
+    assert ("vision and other towers" in found["reach"]) == (name == "Llama-4-Scout")
+
+
+def test_the_rank_of_experts_counts_in_every_repair_that_holds_factors() -> None:
+    by_rank = {rank: {(r.method, r.sharding): r for r in planned("Qwen3-30B-A3B", rank_experts=rank)[1].rows}
+               for rank in (1, 4)}  # fmt: skip
+    for method in ("rollback", "lowrank"):
+        one, four = (by_rank[rank][method, "zero3"] for rank in (1, 4))
+        experts = 3 * 128 * 48 * (1536 + 2048 + 2048 + 768)
+        assert four.result - one.result == 4 * experts
+        assert four.memory.steady <= four.memory.step
+        assert four.memory.step - one.memory.step >= 2 * 4 * experts
+
+
+def test_the_table_says_what_a_patch_reaches() -> None:
+    settings, plan = planned("Llama-4-Scout")
+    file = io.StringIO()
+    print_plan(settings.plan, plan, Console(file=file))
+    said = " ".join(file.getvalue().split())
+    assert "1,536 matrices of experts at rank 2 0.11 GB" in said
+    assert "vision and other towers 0.8%" in said
+    assert "GB of them for their difference" in said
