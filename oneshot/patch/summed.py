@@ -77,7 +77,8 @@ def _rows_of_each(runtime: Runtime, gradients: Gradients, part: Pass, rows: list
     import torch
 
     width, own = part.inputs["input_ids"].shape[1], part.own
-    lengths = torch.tensor([len(rows[place].input_ids) for place in part.places[:own]], device=runtime.device)
+    tokens = [len(rows[place].input_ids) for place in part.places[:own]]  # of none where there are more ranks than rows
+    lengths = torch.tensor(tokens, dtype=torch.int64, device=runtime.device)
     sent = [gradients.places(name) for name in gradients.layers]
     local = [lengths if at is None else torch.bincount(at // width, minlength=own) for at in sent]
     counts = gather_rows(runtime, torch.stack(local, dim=1))
