@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--double_quant", action="store_true", help="with --base dequantized: the scales were quantized, too")
     add("--subtract", action="store_true", help="take the adapters out of a merged checkpoint")
     add("--rank", metavar="K", type=int, help="of the adapter to write, without --model or with --extract")
-    add("--rank_experts", metavar="K", type=int, help="of its factors of experts; with --extract 2, else as --rank")
+    add("--rank_experts", metavar="K", type=int, help="of its factors of experts; with --extract 1, else as --rank")
     add("--expert_form", choices=("2d", "3d"), help="experts one by one (2d) or together (3d) in the adapter to write")
     add("--extract", metavar="DIR", help="write what this checkpoint has more than --model as an adapter")
     add("--force", action="store_true", help="use patches that belong to another model")

@@ -43,7 +43,8 @@ def repaired(runtime: Runtime, subject: Subject, scratch: Path) -> Repaired:
 def load(runtime: Runtime, folder: Path) -> tuple[Any, Any]:
     """Return a checkpoint's model and tokenizer, an adapter merged into its base's weights."""
     from oneshot.checkpoint.adapter import read_adapter
-    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer, merge_into
+    from oneshot.checkpoint.added import merge_into
+    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
     from oneshot.settings import ModelSettings
 
     settings = ModelSettings(path=str(folder))

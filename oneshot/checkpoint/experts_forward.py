@@ -54,13 +54,15 @@ def one_by_one(
     counts = torch.bincount(sent, minlength=module.num_experts).tolist()
     rows = order // k
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    # once: whoever trains a LoRA of a parameter makes it anew whenever it is asked for
+    upper, lower = getattr(module, first), module.down_proj
     found = []
     for index, (x, at) in enumerate(zip(hidden_states[rows].split(counts), rows.split(counts))):
         if not len(x):
             continue
-        inner = _matrix(module, first, index, x, at)
+        inner = _matrix(module, (first, upper), index, x, at)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        y = _matrix(module, "down_proj", index, inner, at)
+        y = _matrix(module, ("down_proj", lower), index, inner, at)
         found.append(module.post_expert_norm(y) if module.has_post_expert_norm else y)
     weighted = torch.cat(found) * top_k_weights.flatten()[order][:, None]
     back = torch.empty_like(order)
@@ -69,11 +71,15 @@ def one_by_one(
     return weighted[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-def _matrix(module: Any, projection: str, index: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """One expert's (rows, n) -> (rows, m), with its bias and what is hooked on."""
+def _matrix(module: Any, of: tuple[str, Any], index: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """One expert's (rows, n) -> (rows, m), with its bias and what is hooked on.
+
+    Args:
+        of: projection and its parameter
+    """
     from torch.nn.functional import linear
 
-    parameter = getattr(module, projection)
+    projection, parameter = of
     bias = getattr(module, f"{projection}_bias")[index] if module.has_bias else None
     if parameter.requires_grad:
         y = linear(x, _weight(parameter, index, module.is_transposed), bias)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.bases import base_of
 from oneshot.checkpoint.configs import read_config, read_tokenizer
-from oneshot.checkpoint.experts import ExpertMatrix, layers_of
 from oneshot.checkpoint.files import (
     is_adapter,
     list_tensors,
@@ -25,7 +24,6 @@ from oneshot.checkpoint.quantized import make_four_bit, what_stays
 from oneshot.checkpoint.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
 from oneshot.checkpoint.segments import described
 from oneshot.checkpoint.ties import keep_apart
-from oneshot.checkpoint.update import Factors, Update
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import partitioned_loading
 from oneshot.distributed.phases import count, count_passes, counting, phase
@@ -37,7 +35,6 @@ from oneshot.settings import ModelSettings
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 _SMALL = 4_000_000  # weights; below, waking a second thread costs more than it gains
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -253,48 +250,3 @@ def _attention(name: str, runtime: Runtime, dtype: torch.dtype) -> str:
         return name
     usable = runtime.device.type == "cuda" and dtype.itemsize == 2 and is_flash_attn_2_available()
     return "flash_attention_2" if usable else "sdpa"
-
-
-def merge_into(runtime: Runtime, model: nn.Module, update: Update) -> None:
-    """Add an update to the model's own weights, in place, whole or partitioned. Collective.
-
-    Raises:
-        UserError: the update names a module that the model lacks, or does not fit it
-    """
-    import torch
-
-    from oneshot.distributed.engine import modified
-
-    layers, changes = layers_of(model), dict[Any, list[tuple[Any, Factors]]]()  # weight -> what is added to it
-    for name, factors in update.items():
-        check_fits(layers, name, factors)
-        layer = layers[name]
-        weight = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
-        changes.setdefault(weight, []).append((layer, factors))
-    for weight, several in changes.items():
-        with torch.no_grad(), modified(runtime, weight):  # of fused experts all at once
-            for layer, factors in several:
-                added = (factors.b @ factors.a).to(weight.device, weight.dtype)
-                if isinstance(layer, ExpertMatrix):
-                    weight.data[layer.index] += added.T if layer.transposed else added
-                else:
-                    weight.data += added
-
-
-def check_fits(layers: dict[str, Any], name: str, factors: Factors) -> None:
-    """Raise UserError unless the update of layer ``name`` fits the model's layer of that name.
-
-    Args:
-        layers: as ``layers_of`` returns them
-    """
-    from torch import nn
-
-    module = layers.get(name)
-    if not isinstance(module, (nn.Linear, ExpertMatrix)):
-        raise UserError(f"The adapter changes {name}, which is no linear layer of this base model: check the base.")
-    shape = (module.out_features, module.in_features)
-    if (factors.b.shape[0], factors.a.shape[1]) != shape:
-        raise UserError(
-            f"The adapter's update of {name} is {factors.b.shape[0]} x {factors.a.shape[1]}, the layer is "
-            f"{shape[0]} x {shape[1]}: the adapter belongs to another base model."
-        )

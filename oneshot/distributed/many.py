@@ -31,7 +31,8 @@ def share_each(
     """Return several vectors, each of which one rank has, on every rank, by one broadcast per rank that has any.
 
     Args:
-        mine: place -> this rank's vector, at every place whose owner it is: (first + place) % world_size
+        mine: place -> this rank's vector, at every place whose owner it is, (first + place) % world_size, and
+            whose size is not 0
         sizes: of all vectors
         dtype: of all vectors; none: fp32
     """
@@ -43,9 +44,11 @@ def share_each(
         if not places:
             continue
         lengths = [sizes[place] for place in places]
-        if owner == runtime.rank:
-            flat = torch.cat([mine[place] for place in places])
+        if owner == runtime.rank and any(lengths):
+            flat = torch.cat([mine[place] for place in places if sizes[place]])
         else:
             flat = torch.empty(sum(lengths), device=runtime.device, dtype=dtype)
-        found |= zip(places, broadcast(runtime, flat, owner).split(lengths))
+        if any(lengths):
+            broadcast(runtime, flat, owner)
+        found |= zip(places, flat.split(lengths))
     return [found[place] for place in range(len(sizes))]

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.added import check_fits
 from oneshot.checkpoint.experts import ExpertMatrix, layers_of
 from oneshot.checkpoint.experts_forward import Hook
-from oneshot.checkpoint.load import check_fits
 from oneshot.checkpoint.update import Factors
 from oneshot.patch.expert_hook import hooked
 from oneshot.patch.linears import shape_of

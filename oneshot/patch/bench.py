@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from oneshot.checkpoint.load import load_model, merge_into
+from oneshot.checkpoint.added import merge_into
+from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.load import load_model
 from oneshot.checkpoint.update import Update, concatenated
 from oneshot.data.conversations import Messages
 from oneshot.distributed.engine import TrainingEngine, frozen, start_training
 from oneshot.distributed.phases import phase
+from oneshot.errors import UserError
 from oneshot.measure.generate import answer_at_once
 from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
@@ -21,6 +25,8 @@ from oneshot.patch.probes import Answered
 from oneshot.patch.request import Request, own_update
 from oneshot.patch.teacher import ENOUGH, Teacher, in_own_words, learn, wanted
 from oneshot.training.loop import weights_dtype
+
+_TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def _to_be_refused(bench: Bench) -> list[Messages]:
 @contextlib.contextmanager
 def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
     """All weights are trained, the user's adapter merged into them; or a new LoRA on frozen ones."""
-    runtime, trains = request.runtime, request.recipe.method.cost.trains
+    runtime, recipe, trains = request.runtime, request.recipe, request.recipe.method.cost.trains
     dtype = weights_dtype(runtime) if trains == "weights" else None
     model = load_model(runtime, request.source, request.settings.model, dtype)
     linears = select_linears(model, request.recipe.targets)
@@ -174,7 +180,7 @@ def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
         if trains == "adapter":
             # the user's own adapter is added by hooks, which 4-bit weights allow too
             stack.enter_context(attached_update(model, own_update(request)))
-            model = with_lora(model, linears, request.recipe.rank)
+            model = with_lora(model, linears, recipe.rank, recipe.rank_experts)
         else:
             if request.adapter is not None:
                 merge_into(runtime, model, request.adapter.update)
@@ -186,12 +192,42 @@ def _training(request: Request, teacher: Teacher | None) -> Iterator[Bench]:
         yield Bench(request, engine.model, linears, engine, teacher=teacher)
 
 
-def with_lora(model: Any, linears: Linears, rank: int) -> Any:
-    """Return the model, frozen, with a new LoRA of scaling 1 on the layers to be patched."""
+def with_lora(model: Any, linears: Linears, rank: int, rank_experts: int | None = None) -> Any:
+    """Return the model, frozen, with a new LoRA of scaling 1 on the layers to be patched.
+
+    Of fused experts it is on all that a parameter holds, as PEFT has them, each of rank ``rank_experts`` (none: as of
+    the others).
+
+    Raises:
+        UserError: fused experts are among them, and weights are in 4 bits
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
     model.requires_grad_(False)
     torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(linears.targets), bias="none")
-    return get_peft_model(model, config)
+    experts = [layer for layer in linears.targets.values() if isinstance(layer, ExpertMatrix)]
+    if experts and any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
+        raise UserError(
+            "Method lora does not train fused experts where weights are in 4 bits, as PEFT does not: take "
+            "--repair.method lowrank, or leave them out with --repair.targets."
+        )
+    own = {
+        rf"experts\.{projection}": rank_experts or rank
+        for projection in sorted({layer.projection for layer in experts})
+    }
+    plain = [name for name, layer in linears.targets.items() if not isinstance(layer, ExpertMatrix)]
+    # PEFT takes dense and shared MLPs for fused experts, where there are such, and drops them, unless by their weights
+    taken = [name for name in plain if experts and name.endswith(_TAKEN_FOR_EXPERTS)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[name for name in plain if name not in taken],
+        target_parameters=[*dict.fromkeys(layer.parameter for layer in experts), *(f"{n}.weight" for n in taken)],
+        rank_pattern=own,
+        alpha_pattern=own,
+        bias="none",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match")  # they do, parameters
+        return get_peft_model(model, config)

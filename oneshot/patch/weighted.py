@@ -56,22 +56,29 @@ def layout_of(layers: Mapping[str, Layer], counts: Mapping[str, int]) -> Layout:
 
 
 class Weighted(Mapping[str, Factors]):
-    """The update that adds so much of each direction, of which a matrix's factors are made when first asked for.
+    """The update that adds so much of each direction, of which a matrix's factors are made when they are asked for.
+
+    With a graph anew each time: a forward pass that is run again (gradient checkpointing) must do what the first did.
 
     Attributes:
-        made: those that were asked for: of thousands of experts a pass reaches some
+        asked: whose were asked for: of thousands of experts a pass reaches some
     """
 
     def __init__(self, directions: Mapping[str, Directions], layout: Layout, weights: torch.Tensor) -> None:
-        self.made: dict[str, Factors] = {}
+        self.asked: set[str] = set()
+        self._made: dict[str, Factors] = {}
         self._directions, self._layout = directions, layout
-        self._parts = weights.split(layout.sizes)
+        self._parts, self._anew = weights.split(layout.sizes), weights.requires_grad
 
     def __getitem__(self, name: str) -> Factors:
-        if name not in self.made:
-            part, own = self._layout.places[name]
-            self.made[name] = update_factors(self._directions[name], self._parts[part][own])
-        return self.made[name]
+        if name in self._made:
+            return self._made[name]
+        self.asked.add(name)
+        part, own = self._layout.places[name]
+        made = update_factors(self._directions[name], self._parts[part][own])
+        if not self._anew:
+            self._made[name] = made
+        return made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._directions)

@@ -97,7 +97,7 @@ class RepairSettings:
 
     method: str = "auto"
     rank: PositiveInt = 20
-    rank_experts: PositiveInt = 2
+    rank_experts: PositiveInt = 1
     epochs: PositiveInt | None = None
     learning_rate: PositiveFloat | dict[str, PositiveFloat] | None = None
     guard_weight: CountFloat | None = None

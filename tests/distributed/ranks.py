@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PRELOADED = ["checkpoint_jobs", "quantized_jobs", "packing_jobs", "export_jobs", "stopping_jobs", "preflight_jobs"]
-PRELOADED += ["selection_jobs", "spectrum_jobs", "repair_jobs", "folder_jobs"]
+PRELOADED += ["selection_jobs", "spectrum_jobs", "repair_jobs", "folder_jobs", "experts_jobs"]
 DEEPSPEED = {"zero2": "ds_configs/zero2.json", "zero3": "ds_configs/zero3.json"}
 
 

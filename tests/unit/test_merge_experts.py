@@ -25,6 +25,7 @@ from oneshot.checkpoint.update import Factors
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
 from oneshot.report.exports import ExportRequest, export
+from oneshot.settings import RepairSettings
 from oneshot.world.model import build_tokenizer
 
 # stored one by one, under Mixtral's names, together, together and transposed
@@ -161,7 +162,9 @@ def test_the_difference_of_two_checkpoints_holds_every_expert(name, folder, tmp_
 def test_experts_have_a_rank_of_their_own(folder, tmp_path):
     (_, base), (_, changed) = checkpoint("qwen3_moe", folder), checkpoint("qwen3_moe", folder, seed=1)
     options = {"model": str(base), "extract": str(changed), "rank": 5}
-    update = read_adapter(run(tmp_path / "small", **options)).update
+    default = read_adapter(run(tmp_path / "default", **options)).update
+    assert {factors.rank for name, factors in default.items() if expert_of(name)} == {RepairSettings().rank_experts}
+    update = read_adapter(run(tmp_path / "small", **options, rank_experts=2)).update
     assert {factors.rank for name, factors in update.items() if expert_of(name)} == {2}
     assert {factors.rank for name, factors in update.items() if not expert_of(name)} == {5}
     again = read_adapter(run(tmp_path / "one", adapters=[str(tmp_path / "small")], rank_experts=1)).update

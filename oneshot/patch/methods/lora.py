@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapter import PREFIX
+from oneshot.checkpoint.carrier_read import uncarried
 from oneshot.checkpoint.update import Factors, Update, concatenated
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime
@@ -31,14 +33,15 @@ def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Updat
 
 
 def lora_factors(runtime: Runtime, model: Any) -> Update:
-    """Return the factors of a PEFT model's trained LoRA, whole on every rank. Collective."""
+    """Return the factors of a PEFT model's trained LoRA of scaling 1, whole on every rank. Collective."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             module, _, rest = name.removeprefix(PREFIX).partition(".lora_")
             with gathered(runtime, [parameter]):
                 found.setdefault(module, {})[rest[0]] = parameter.detach().float().clone()
-    return {module: Factors(pair["B"], pair["A"]) for module, pair in found.items()}
+    pairs = {module: Factors(pair["B"], pair["A"]) for module, pair in found.items()}
+    return uncarried(pairs, model.active_peft_config.to_dict(), Path("the new adapter")).stored
 
 
 METHOD = Method(

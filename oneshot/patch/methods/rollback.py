@@ -114,7 +114,7 @@ def learn(
         with attached(changed, update := update_of(flat)):
             loss, kl = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
         attempt.tracer.check(epoch, loss + weight * kl)
-        reach.add(runtime, update.made)
+        reach.add(runtime, update.asked)
         (undo / runtime.world_size * (1 - flat)[reach.pulled].clamp(min=0).square().mean()).backward()
         if epoch == 1 and loss < LEARNT:
             optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
@@ -125,7 +125,7 @@ def learn(
         reached = flat.detach().clamp_(0.0, OF_ADAPTER if kept else MAX_COEFFICIENT)  # of flat: they share memory
         with attached(changed, update := update_of(reached)):
             seen, stop = attempt.look(reached.clone, epoch)
-        reach.add(runtime, update.made)
+        reach.add(runtime, update.asked)
         now = {"undone": reached[reach.pulled].mean().item(), "noise": noise, "weight": weight, **seen}
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
         if stop:

@@ -1,0 +1,38 @@
+"""Method lora on fused experts: PEFT trains factors of all experts of a parameter, read back matrix by matrix."""
+
+import pytest
+import torch
+from test_expert_hook import mixture
+from tiny import logits_of, tiny_runtime, tiny_update
+from tiny_configs import V
+
+from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.patch.attach import attached_update
+from oneshot.patch.bench import with_lora
+from oneshot.patch.linears import select_linears
+from oneshot.patch.methods.lora import lora_factors
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["alone", "with the user's own attached"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h"])
+def test_what_peft_trains_is_the_update_that_is_read_back(kind, own):
+    model, tokens = mixture(kind), torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(5))
+    linears = select_linears(model)
+    users = tiny_update(linears.targets, seed=4, scale=0.01) if own else {}
+    with attached_update(model, users):
+        before = logits_of(model, tokens)
+        wrapped = with_lora(model, linears, 4, 2)
+        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.normal_(std=0.05)
+        theirs = logits_of(wrapped, tokens)
+        update = lora_factors(tiny_runtime(), wrapped)
+        plain = wrapped.unload()
+        assert set(update) == set(linears.targets)
+        for name, factors in update.items():
+            assert factors.rank == (2 if isinstance(linears.targets[name], ExpertMatrix) else 4)
+        with attached_update(plain, update):
+            ours = logits_of(plain, tokens)
+    assert float((theirs - before).norm() / before.norm()) > 0.01
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
