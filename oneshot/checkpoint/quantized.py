@@ -1,9 +1,8 @@
 """NF4 while reading: linear weights are quantized range by range, with bitsandbytes' own kernel, as they come in.
 
 A 4-bit weight is a flat tensor of packed nibbles with one scale per block of 64 weights. Blocks are independent, so
-slices that begin at a block's border give the very bytes and scales that quantizing the whole tensor gives. Packed
-weights are stored in the model's own dtype: DeepSpeed partitions parameters of one dtype, and bytes would be neither
-partitioned nor trained beside (accelerate#3983).
+slices that begin at a block's border give the very bytes and scales of the whole tensor. Packed weights are stored in the
+model's own dtype: DeepSpeed partitions parameters of one dtype, bytes it neither would nor train beside (accelerate#3983).
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class FourBit:
         dtype: what weights are quantized from, computed in and stored as
         experts: parameter of fused experts in 4 bits -> (module, projection)
         kept: parameters of fused experts that stay as they are
-        scales: module or parameter of experts -> fp32 scales of the blocks that begin in this rank's range, until they
-            are shared
+        scales: module or parameter of experts -> fp32 scales of this rank's blocks, until they are shared
     """
 
     layers: dict[str, Any]

@@ -134,7 +134,6 @@ def build_probes(
     kept, which = torch.cat([*predicting, *compared]).unique(return_inverse=True)
     with torch.no_grad():
         reference = logits_at(model, rows.inputs, kept)[which[len(targets) :]]
-    foreign = _overwritten(reference, others)
     return Probes(
         inputs=rows.inputs,
         kept=kept,
@@ -143,8 +142,8 @@ def build_probes(
         whose=torch.tensor(whose, device=runtime.device),
         place=torch.tensor([i if n < own else -1 for n, i in enumerate(indices)], device=runtime.device),
         held=which[len(targets) :],
+        taught=_overwritten(reference, others),
         reference=reference,
-        taught=foreign,
         answering=torch.tensor([False] * len(refusable) + _answering(watched), device=runtime.device),
         refusable=len(refusable),
         likely=torch.tensor([likely for _, likely in words], device=runtime.device),
