@@ -1,8 +1,8 @@
 """NF4 while reading: linear weights are quantized range by range, with bitsandbytes' own kernel, as they come in.
 
 A 4-bit weight is a flat tensor of packed nibbles with one scale per block of 64 weights. Blocks are independent, so
-slices that begin at a block's border give the very bytes and scales of the whole tensor. Packed weights are stored in the
-model's own dtype: DeepSpeed partitions parameters of one dtype, bytes it neither would nor train beside (accelerate#3983).
+slices that begin at a block's border give the bytes and scales of the whole tensor. Packed weights are stored in the
+model's dtype: DeepSpeed partitions parameters of one dtype, but no bytes (accelerate#3983).
 """
 
 from __future__ import annotations
