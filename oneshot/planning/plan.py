@@ -34,10 +34,12 @@ class Plan:
     def reach(self) -> dict[str, float]:
         """What of the parameters a patch reaches (linear layers, experts) and does not: shares, by kind."""
         shape, every = self.model.shape, self.model.shape.parameters
-        experts = sum(many * m * n for many, m, n in shape.experts)
+        linears = shape.of(*PATCHED)
+        experts = shape.reached - linears
         kinds = {
-            "linear layers": shape.of(*PATCHED), "experts": experts, "embeddings": shape.of("embedding", "head"),
-            "vision and other towers": shape.of("tower"), "norms and others": shape.of("other", "fused") - experts,
+            "linear layers": linears, "experts": experts, "experts out of reach": shape.of("fused") - experts,
+            "embeddings": shape.of("embedding", "head"), "vision and other towers": shape.of("tower"),
+            "norms and others": shape.of("other"),
         }  # fmt: skip
         return {kind: count / every for kind, count in kinds.items() if count}
 
@@ -51,8 +53,7 @@ class Plan:
     @property
     def compared(self) -> int:
         """Bytes that are read for the fine-tune's own update: what a patch reaches, in both checkpoints."""
-        reached = self.model.shape.of(*PATCHED) + sum(many * m * n for many, m, n in self.model.shape.experts)
-        return 2 * 2 * reached
+        return 2 * 2 * self.model.shape.reached
 
     @property
     def fits(self) -> bool:

@@ -92,9 +92,17 @@ class ModelShape:
 
     @property
     def experts(self) -> list[tuple[int, int, int]]:
-        """The matrices of fused experts: how many, and both their sizes, in the order that the parameter has them."""
-        fused = [w for w in self.weights if w.kind == "fused" and len(w.shape) == 3]
+        """The matrices of fused experts that a patch may change: how many, and both their sizes.
+
+        In the order that the parameter has them; those that cannot be computed each by itself are left out.
+        """
+        fused = [w for w in self.weights if w.kind == "fused" and w.alone and len(w.shape) == 3]
         return [(w.count * w.shape[0], w.shape[1], w.shape[2]) for w in fused]
+
+    @property
+    def reached(self) -> int:
+        """Elements of the weights that a patch may change."""
+        return self.of(*PATCHED) + sum(many * m * n for many, m, n in self.experts)
 
 
 def as_plain(shape: ModelShape) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from oneshot.planning.facts import GIB
 from oneshot.planning.memory import is_packed
 from oneshot.planning.plan import Plan
 from oneshot.planning.rows import Row
-from oneshot.planning.shapes import PATCHED
 from oneshot.settings import PlanSettings
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     model, shape = plan.model, plan.model.shape
     machines = math.ceil(options.gpus / options.gpus_per_node)
     say = [
-        f"{model.name}: {shape.parameters:,} parameters, {shape.of(*PATCHED, 'fused'):,} of them in layers that a "
+        f"{model.name}: {shape.parameters:,} parameters, {shape.reached:,} of them in layers that a "
         f"patch may change; checkpoint {gb(2 * shape.parameters)} GB.",
         f"{options.stage} on {options.gpus} x {options.gpu_memory}, {machines} machine{'s' if machines > 1 else ''} of "
         f"{options.host_memory}, {options.tokens} tokens. GiB of a GPU: load, steady, step, save; of a machine: host; "
@@ -108,7 +107,7 @@ def _patch(plan: Plan) -> list[str]:
     if experts:
         said += f", {experts:,} matrices of experts at rank {plan.rank_experts} {gb(sizes['experts'])} GB"
     return [
-        f"{said}. It reaches linear layers and experts, of all parameters: {shares}.",
+        f"{said}. It reaches linear layers{' and experts' if experts else ''}, of all parameters: {shares}.",
         f"rollback on two checkpoints reads {gb(plan.compared)} GB of them for their difference.",
     ]
 
