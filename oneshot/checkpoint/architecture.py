@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.classes import is_plain, is_read_directly
 from oneshot.checkpoint.files import find_weight
 from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.ties import is_untied
@@ -13,14 +14,6 @@ from oneshot.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-# Linear layers, by the ends of their names, of which mixers of a type of model read the weight past the layer: what is
-# added to the layer is not seen there, and PEFT refuses the first five (its _check_lora_target_modules_mamba)
-_READ_DIRECTLY = {
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), "out_proj"),
-    "jamba": "dt_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,9 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
             kind = "linear" if name in linears else "transposed" if isinstance(module, Conv1D) else "other"
             by_kind[kind].add(tensor)
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    quantized = {stored[name] for name in linears if should_convert_module(name, skipped)}
+    quantized = {
+        stored[name] for name in linears if should_convert_module(name, skipped) and not is_read_directly(model, name)
+    }
     converted = _converted(model, tensors)
     head = model.get_output_embeddings()
     return Architecture(
@@ -105,18 +100,6 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
         head=next((name for name, module in model.named_modules() if module is head), None),
         embedding=next((n for n, module in model.named_modules() if module is model.get_input_embeddings()), None),
     )
-
-
-def is_plain(model: Any, name: str, module: nn.Linear) -> bool:
-    """Return whether what a linear layer does is what its weight says, so that an adapter on it is seen.
-
-    It is not where a mixer reads the weight past the layer, and of routers, which choose experts: those that are linear
-    layers by their class, or hold one.
-    """
-    end = _READ_DIRECTLY.get(getattr(model.config, "model_type", ""))
-    around = model.get_submodule(name.rpartition(".")[0])
-    routes = any(type(each).__name__.endswith("Router") for each in (module, around))
-    return not routes and name.rsplit(".", 1)[-1] != end
 
 
 def _tied(model: Any, stored: dict[str, str | None]) -> set[str]:

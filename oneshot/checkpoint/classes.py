@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint is loaded as, and what of a multimodal model is its language part."""
+"""Which class a checkpoint is loaded as, what of it is its language part, and which layers are what they seem."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+
+# Linear layers, by the ends of their names, of which mixers of a type of model read the weight past the layer: what is
+# added to the layer is not seen there, and PEFT refuses the first five (its _check_lora_target_modules_mamba)
+_READ_DIRECTLY = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), "out_proj"),
+    "jamba": "dt_proj",
+}
 
 
 def auto_class(config: Any) -> Any:
@@ -38,6 +45,22 @@ def refuses_sdpa(fields: Mapping[str, Any]) -> bool:
     names = fields.get("architectures") or [""]
     found = getattr(transformers, str(names[0]), None)
     return found is not None and not getattr(found, "_supports_sdpa", True)
+
+
+def is_plain(model: Any, name: str, module: nn.Linear) -> bool:
+    """Return whether what a linear layer does is what its weight says, so that an adapter on it is seen.
+
+    It is not where a mixer reads the weight past the layer, and of routers, which choose experts: those that are linear
+    layers by their class, or hold one.
+    """
+    around = model.get_submodule(name.rpartition(".")[0])
+    routes = any(type(each).__name__.endswith("Router") for each in (module, around))
+    return not routes and not is_read_directly(model, name)
+
+
+def is_read_directly(model: Any, name: str) -> bool:
+    """Return whether a mixer reads a linear layer's weight past the layer, which a packed one does not allow either."""
+    return _READ_DIRECTLY.get(getattr(model.config, "model_type", "")) == name.rpartition(".")[2]
 
 
 def outside_language(model: Any) -> list[str]:

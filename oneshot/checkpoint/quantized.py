@@ -1,8 +1,8 @@
 """NF4 while reading: linear weights are quantized range by range, with bitsandbytes' own kernel, as they come in.
 
-A 4-bit weight is a flat tensor of packed nibbles with one scale per block of 64 weights. Blocks are independent, so
-slices that begin at a block's border give the bytes and scales of the whole tensor. Packed weights are stored in the
-model's dtype: DeepSpeed partitions parameters of one dtype, but no bytes (accelerate#3983).
+A 4-bit weight is a flat tensor of packed nibbles with a scale per block of 64 weights. Blocks are independent: slices
+from a block's border on give the bytes of the whole. They are stored in the model's dtype: DeepSpeed partitions
+parameters of one dtype, and no bytes (accelerate#3983).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.classes import is_read_directly
 from oneshot.checkpoint.experts_forward import one_by_one_name
 from oneshot.checkpoint.experts_nf4 import BLOCK, pack_experts, packed_experts
 from oneshot.checkpoint.files import TensorEntry, read_tensor
@@ -82,7 +83,7 @@ class Share:
 def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtype, *, double: bool) -> FourBit:
     """Turn the linear layers of a skeleton into 4-bit ones, still without memory, as transformers chooses them.
 
-    The output head stays as it is, and so does a layer whose packed weights fill no whole number of elements.
+    The output head stays as it is, and so does a layer that is read past it, or does not fill whole elements.
 
     Args:
         tensors: of the checkpoint; where it is quantized already, what it holds decides
@@ -115,7 +116,7 @@ def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtyp
             )
     else:
         skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) + uneven
-    skipped += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]  # stored transposed
+    skipped += [name for name, m in model.named_modules() if isinstance(m, Conv1D) or is_read_directly(model, name)]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -231,9 +232,8 @@ def pack(four_bit: FourBit, share: Share, values: torch.Tensor) -> None:
     touched, mine = blocks(share.numel, own, 2 * size)
     scales = torch.empty(mine.numel, device=values.device)
     start = touched.start * BLOCK
-    stop = start + len(values)
-    for begin in range(start, stop, _CHUNK):
-        end = min(begin + _CHUNK, stop)
+    for begin in range(start, start + len(values), _CHUNK):
+        end = min(begin + _CHUNK, start + len(values))
         part = values[begin - start : end - start]
         packed, state = quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", quant_storage=torch.uint8)
         low, high = max(begin // 2, own.start * size), min(-(-end // 2), own.stop * size)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.architecture import is_plain
-from oneshot.checkpoint.classes import outside_language
+from oneshot.checkpoint.classes import is_plain, outside_language
 from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices, fused_experts
 from oneshot.errors import UserError
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.architecture import is_plain
-from oneshot.checkpoint.classes import outside_language, train_language
+from oneshot.checkpoint.classes import is_plain, outside_language, train_language
 from oneshot.checkpoint.configs import read_config
 from oneshot.checkpoint.files import list_tensors, write_marker
 from oneshot.checkpoint.folders import bytes_in, clean_inside

@@ -98,7 +98,9 @@ def four_bit(subject: Subject) -> None:
     repair = {**SHORT, "method": "lowrank", "merge": False}
     done = oneshot.repair(**given, pool=subject.prompts["pool"], guard=subject.prompts["guard"], repair=repair,
                           **_common(subject))  # fmt: skip
-    assert _lost(load(subject.finetuned), done.patch_folder) == []
+    merged = subject.out / "nf4-merged"
+    oneshot.export(merged, model=str(subject.finetuned), adapters=[str(done.patch_folder)], base="original")
+    _compare(subject.finetuned, merged, done.patch_folder)
 
 
 def fine_tuned(subject: Subject) -> None:
@@ -123,7 +125,8 @@ def undone(subject: Subject) -> set[str]:
     """
     settings = oneshot.settings_for(
         "repair", model=subject.finetuned, reference=str(subject.aligned), pool=subject.prompts["pool"],
-        guard=subject.prompts["guard"], repair={**SHORT, "method": "rollback", "rank": 10**6}, **_common(subject),
+        guard=subject.prompts["guard"], repair={**SHORT, "method": "rollback", "rank": 10**6, "rank_experts": 10**6},
+        **_common(subject),
     )  # fmt: skip
     with opened(check(settings, start())) as bench:
         update = {name: update_factors(d, -d.s.new_ones(len(d.s))) for name, d in bench.prepared.items()}
