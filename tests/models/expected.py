@@ -10,9 +10,6 @@ import architectures
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
-MERGED = "cannot be read in 4 bits, as transformers stores .* in other tensors than it computes with"
-RENAMED = "cannot be read in 4 bits, as the checkpoint stores .* under another name or in parts"
-ADAPTER = r"is more than a LoRA of linear layers \(target_parameters\)"
 CONV1D = "No linear layer to patch: .* are no nn.Linear"
 NO_PATCH = "There is no patch to export"
 
@@ -21,25 +18,6 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("gpt2", cell): CONV1D for cell in ("rollback", "lowrank", "undo")},
     ("gpt2", "nf4"): "The model has no linear layer that can be quantized",
     ("gpt2", "export"): NO_PATCH,
-    **{(name, "lora"): ADAPTER for name in ("deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen3_moe", "qwen3_next")},
-    **{
-        (name, "nf4"): MERGED
-        for name in (
-            "deepseek_v3",
-            "glm4_moe",
-            "jamba",
-            "lfm2_moe",
-            "mixtral",
-            "nemotron_h",
-            "olmoe",
-            "qwen2_moe",
-            "qwen3_moe",
-            "qwen3_next",
-            "qwen3_5_moe_text",
-            "qwen3_vl_moe",
-        )
-    },
-    **{(name, "nf4"): RENAMED for name in ("gpt_neox", "granitemoehybrid", "gemma3", "mistral3", "qwen2_5_vl")},
 }
 
 # classes of the modules that hold weight matrices and that no patch touches
@@ -49,34 +27,31 @@ LEFT_OUT: dict[str, set[str]] = {
     "lfm2": {"Conv1d"},
     "mamba2": {"Conv1d", "out_proj"},
     "qwen3_5_text": {"Conv1d"},
-    "deepseek_v3": {"DeepseekV3Experts", "DeepseekV3TopkRouter"},
-    "glm4_moe": {"Glm4MoeExperts", "Glm4MoeTopkRouter"},
-    "gpt_oss": {"GptOssExperts", "GptOssTopKRouter"},
-    "granitemoehybrid": {"Conv1d", "GraniteMoeHybridExperts", "GraniteMoeHybridTopKRouter"},
-    "jamba": {"Conv1d", "JambaExperts", "JambaMambaMixer", "JambaTopKRouter", "dt_proj"},
-    "lfm2_moe": {"Conv1d", "Lfm2MoeExperts", "Lfm2MoeTopKRouter"},
+    "deepseek_v3": {"DeepseekV3TopkRouter"},
+    "glm4_moe": {"Glm4MoeTopkRouter"},
+    "gpt_oss": {"GptOssTopKRouter"},
+    "granitemoehybrid": {"Conv1d", "GraniteMoeHybridTopKRouter"},
+    "jamba": {"Conv1d", "JambaMambaMixer", "JambaTopKRouter", "dt_proj"},
+    "lfm2_moe": {"Conv1d", "Lfm2MoeTopKRouter"},
     "llama4_text": {"router", "Llama4TextExperts"},
-    "mixtral": {"MixtralExperts", "MixtralTopKRouter"},
-    "nemotron_h": {"Conv1d", "out_proj", "NemotronHExperts", "NemotronHTopkRouter"},
-    "olmoe": {"OlmoeExperts", "OlmoeTopKRouter"},
-    "qwen2_moe": {"Qwen2MoeExperts", "Qwen2MoeTopKRouter"},
-    "qwen3_moe": {"Qwen3MoeExperts", "Qwen3MoeTopKRouter"},
-    "qwen3_next": {"Conv1d", "Qwen3NextExperts", "Qwen3NextTopKRouter"},
-    "qwen3_5_moe_text": {"Conv1d", "Qwen3_5MoeExperts", "Qwen3_5MoeTopKRouter"},
+    "mixtral": {"MixtralTopKRouter"},
+    "nemotron_h": {"Conv1d", "out_proj", "NemotronHTopkRouter"},
+    "olmoe": {"OlmoeTopKRouter"},
+    "qwen2_moe": {"Qwen2MoeTopKRouter"},
+    "qwen3_moe": {"Qwen3MoeTopKRouter"},
+    "qwen3_next": {"Conv1d", "Qwen3NextTopKRouter"},
+    "qwen3_5_moe_text": {"Conv1d", "Qwen3_5MoeTopKRouter"},
     "gemma3": {"Gemma3MultiModalProjector", "SiglipVisionModel"},
     "gemma4": {"Gemma4MultimodalEmbedder", "Gemma4VisionModel"},
     "llama4": {"Llama4MultiModalProjector", "router", "Llama4TextExperts", "Llama4VisionModel"},
     "mistral3": {"Mistral3MultiModalProjector", "PixtralVisionModel"},
     "qwen2_5_vl": {"Qwen2_5_VisionTransformerPretrainedModel"},
     "qwen3_vl": {"Qwen3VLVisionModel"},
-    "qwen3_vl_moe": {"Qwen3VLMoeTextExperts", "Qwen3VLMoeTextTopKRouter", "Qwen3VLMoeVisionModel"},
+    "qwen3_vl_moe": {"Qwen3VLMoeTextTopKRouter", "Qwen3VLMoeVisionModel"},
     "qwen3_5": {"Conv1d", "Qwen3_5VisionModel"},
 }
 
 SAYS = {  # what a refusal means to a reader of the page
-    MERGED: "experts are stored one by one and held together, which cannot be read in 4 bits",
-    RENAMED: "tensors have other names in the files, which cannot be read in 4 bits",
-    ADAPTER: "PEFT adapts experts, too, which is no plain LoRA: train on named layers with PEFT itself",
     CONV1D: "its layers are Conv1D, not linear: fine-tune and score it, but there is no repair",
     "The model has no linear layer that can be quantized": "its layers are Conv1D, not linear",
     NO_PATCH: "no repair, so no patch",
