@@ -49,6 +49,7 @@ LEFT_OUT: dict[str, set[str]] = {
     "qwen3_vl": {"Qwen3VLVisionModel"},
     "qwen3_vl_moe": {"Qwen3VLMoeTextTopKRouter", "Qwen3VLMoeVisionModel"},
     "qwen3_5": {"Conv1d", "Qwen3_5VisionModel"},
+    "qwen3_5_moe": {"Conv1d", "Qwen3_5MoeTopKRouter", "Qwen3_5MoeVisionModel"},
 }
 
 SAYS = {  # what a refusal means to a reader of the page
