@@ -71,7 +71,7 @@ def gradients(job: dict[str, Any]) -> None:
         cross_entropy_sum(model(**batch, use_cache=False).logits, labels).backward()
         captured.keep = batch["attention_mask"].bool()
         found = {}
-        for name in captured.linears:
+        for name in captured.layers:
             x, delta = captured.pair(name)
             found[name] = delta.T @ x
     save_file(found, Path(job["out"]).with_suffix(f".{runtime.rank}.safetensors"))
