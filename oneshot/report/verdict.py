@@ -38,15 +38,18 @@ class Verdict:
             (it over-refuses, falls silent, or utility or task fell), not shown (another measure is missing), was not
             broken, repaired
         doubts: what speaks against it that the rates do not show, a clause each
+        remarks: what else is to be known of it, a clause each
     """
 
     word: Word
     doubts: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
-        """The word, and every doubt."""
-        return f"{self.word}: {'; '.join(self.doubts)}" if self.doubts else self.word
+        """The word, every doubt and every remark."""
+        said = "; ".join((*self.doubts, *self.remarks))
+        return f"{self.word}: {said}" if said else self.word
 
 
 def judge(report: Mapping[str, Any]) -> Verdict:
@@ -54,7 +57,7 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     stages = report["stages"]
     aligned, before, after = (stages.get(stage, {}) for stage in ("aligned", "finetuned", "repaired"))
     word, doubts = _word(aligned, before, after), _doubts(report) if after else ()
-    return Verdict("repaired, with doubts" if word == "repaired" and doubts else word, doubts)
+    return Verdict("repaired, with doubts" if word == "repaired" and doubts else word, doubts, _remarks(report))
 
 
 def verdict_of(report: Mapping[str, Any]) -> Verdict:
@@ -64,7 +67,7 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
         doubts = stated.get("doubts")
         word: Word | None = next((one for one in get_args(Word) if one == stated.get("word")), None)
         if word and isinstance(doubts, list) and all(isinstance(doubt, str) for doubt in doubts):
-            return Verdict(word, tuple(doubts))
+            return Verdict(word, tuple(doubts), _remarks(report))
     return judge(report)
 
 
@@ -146,8 +149,6 @@ def _doubts(report: Mapping[str, Any]) -> tuple[str, ...]:
             found.append(f"{' and '.join(map(str, row['judges']))} judge {1 - agree:.0%} of the answers differently")
     if partly := part_of_measured(repair):
         found.append(partly)
-    if little := _little_reached(repair):
-        found.append(little)
     return tuple(found)
 
 
@@ -170,12 +171,12 @@ def part_of_measured(repair: Mapping[str, Any]) -> str:
     return f"the patch holds a part only of the update that was measured, its relative error is {error:.2f}"
 
 
-def _little_reached(repair: Mapping[str, Any]) -> str:
-    """What a patch reaches of the fine-tune's update, as a clause, where that is little; "" where it is not."""
-    share = _number(((repair.get("coverage") or {}).get("energy") or {}).get("reached"))
-    return (
-        f"the patch reaches {share:.0%} only of the fine-tune's update" if share is not None and share < REACHED else ""
-    )
+def _remarks(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where a patch reaches little of the fine-tune's update, how much: what was measured may be good nonetheless."""
+    coverage = (report.get("repair") or {}).get("coverage") or {}
+    share = _number((coverage.get("energy") or {}).get("reached"))
+    little = share is not None and share < REACHED
+    return (f"the patch reaches {share:.0%} only of the fine-tune's update",) if little else ()
 
 
 def unreached(coverage: Mapping[str, Any] | None) -> str:
