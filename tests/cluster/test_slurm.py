@@ -45,7 +45,7 @@ def test_a_finetune_warned_twice_is_that_of_one_never_interrupted(
     said = " ".join(job.text().split())
     assert said.count("Told to stop after step") == 2
     assert said.count("Resumed at step") == 2
-    assert [json.loads(line)["step"] for line in steps.read_text().splitlines()] == list(range(1, 61))
+    assert [json.loads(line)["step"] for line in steps.read_text().splitlines()] == list(range(1, 101))
     assert same(out, uninterrupted)
     assert apart(learnt(out), learnt(degraded)) < RTOL
 
