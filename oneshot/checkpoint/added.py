@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import ExpertMatrix, layers_of
+from oneshot.checkpoint.experts import ExpertMatrix, layers_of, weight_of
 from oneshot.checkpoint.update import Factors, Update
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
@@ -27,8 +27,7 @@ def merge_into(runtime: Runtime, model: nn.Module, update: Update) -> None:
     for name, factors in update.items():
         check_fits(layers, name, factors)
         layer = layers[name]
-        weight = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
-        changes.setdefault(weight, []).append((layer, factors))
+        changes.setdefault(weight_of(layer), []).append((layer, factors))
     for weight, several in changes.items():
         with torch.no_grad(), modified(runtime, weight):  # of fused experts all at once
             for layer, factors in several:

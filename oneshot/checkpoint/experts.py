@@ -6,6 +6,7 @@ layer: y = x W^T, W (out, in), whichever way the parameter holds it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")  # of a module of fused experts; gate and up are one where fused
 
 
@@ -72,6 +74,17 @@ def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
                 matrix = ExpertMatrix(module, path, projection, index, m, n, transposed)
                 found[matrix.name] = matrix
     return found
+
+
+def is_one_expert(name: str) -> bool:
+    """Return whether a matrix or a layer is one expert's, by its name; which of them a token meets the router says."""
+    return _ONE_EXPERT.search(name) is not None
+
+
+def weight_of(layer: Any) -> nn.Parameter:
+    """Return the parameter that holds the matrix of a linear layer or of an expert."""
+    held = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
+    return held  # type: ignore[no-any-return]
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:

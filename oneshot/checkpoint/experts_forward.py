@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from oneshot.checkpoint.experts_nf4 import held_matrix
+from oneshot.checkpoint.experts_nf4 import expert_weight
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ def _matrix(module: Any, of: tuple[str, Any], index: int, x: torch.Tensor, rows:
     projection, parameter = of
     bias = getattr(module, f"{projection}_bias")[index] if module.has_bias else None
     if parameter.requires_grad:
-        y = linear(x, _weight(parameter, index, module.is_transposed), bias)
+        y = linear(x, expert_weight(parameter, index, transposed=module.is_transposed), bias)
     else:
         y = _frozen_linear().apply(x, parameter, index, module.is_transposed)
         y = y if bias is None else y + bias
@@ -90,12 +90,6 @@ def _matrix(module: Any, of: tuple[str, Any], index: int, x: torch.Tensor, rows:
         other = hook(f"{path}.{index}.{projection}", x, y, rows)
         y = y if other is None else other
     return y
-
-
-def _weight(parameter: torch.Tensor, index: int, transposed: bool) -> torch.Tensor:
-    """One expert's matrix as it multiplies, (m, n), of a packed parameter unpacked."""
-    held = held_matrix(parameter, index)
-    return held.T if transposed else held
 
 
 @functools.cache
@@ -111,10 +105,11 @@ def _frozen_linear() -> Any:
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, parameter: torch.Tensor, index: int, transposed: bool) -> torch.Tensor:
             ctx.of = parameter, index, transposed
-            return torch.nn.functional.linear(x, _weight(parameter, index, transposed))
+            return torch.nn.functional.linear(x, expert_weight(parameter, index, transposed=transposed))
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-            return gradient @ _weight(*ctx.of), None, None, None
+            parameter, index, transposed = ctx.of
+            return gradient @ expert_weight(parameter, index, transposed=transposed), None, None, None
 
     return FrozenLinear

@@ -50,15 +50,15 @@ def packed_experts(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> n
     return parameter  # type: ignore[no-any-return]
 
 
-def expert_weight(module: nn.Module, projection: str, index: int) -> torch.Tensor:
+def expert_weight(parameter: Any, index: int, *, transposed: bool) -> torch.Tensor:
     """Return one expert's matrix as it multiplies, (m, n), whether it is held in 4 bits or not.
 
     Args:
-        module: the fused experts, their parameters gathered
-        projection: name of the parameter
+        parameter: of all experts, gathered
+        transposed: whether it holds (n, m)
     """
-    held = held_matrix(getattr(module, projection), index)
-    return held.T if bool(module.is_transposed) else held
+    held = held_matrix(parameter, index)
+    return held.T if transposed else held
 
 
 def held_matrix(parameter: Any, index: int) -> torch.Tensor:

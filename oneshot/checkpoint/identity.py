@@ -12,9 +12,9 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from oneshot.checkpoint.adapter import PREFIX, read_adapter
-from oneshot.checkpoint.architecture import architecture_of
 from oneshot.checkpoint.carrier import is_experts
 from oneshot.checkpoint.digests import list_hash, tensor_digests
 from oneshot.checkpoint.files import ADAPTER_TENSORS, TensorEntry, find_weight, list_tensors, read_header, read_json
@@ -51,7 +51,7 @@ class Identity:
     schema: int = _SCHEMA
 
 
-def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str, trust_remote_code: bool = False) -> None:
+def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str, model: Any = None) -> None:
     """Write into a patch's folder which checkpoint it belongs to. On one rank only, after the patch itself.
 
     Args:
@@ -59,14 +59,13 @@ def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str, trus
         checkpoint: folder of the checkpoint that the patch is to be added to
         kind: repair or update
         base: the checkpoint's name as people know it
-        trust_remote_code: run the checkpoint's own Python code to build its config, where the patch changes experts
+        model: the checkpoint's, on any device; needed where the patch changes experts
     """
     tensors = list_tensors(checkpoint)
     modules = {key.split(".lora_")[0].removeprefix(PREFIX) for key in read_header(folder / ADAPTER_TENSORS)}
     experts = {module for module in modules if is_experts(module)}
     patched = {name for module in modules - experts if (name := find_weight(tensors, module)) is not None}
     if experts:
-        model = architecture_of(checkpoint, tensors, trust_remote_code=trust_remote_code).model
         patched |= stored_experts(checkpoint, model, read_adapter(folder).update)
     digests = tensor_digests(checkpoint)
     identity = Identity(

@@ -241,7 +241,7 @@ def _read_by_range(runtime: Runtime, source: Source, settings: ModelSettings, dt
         if runtime.is_main and (said := what_stays(four_bit)):
             print(said, flush=True)
         fill = fill_partitions if runtime.sharding == "zero3" else fill_whole
-        fill(runtime, model, source.checkpoint, stored.loading, dtype, four_bit)
+        fill(runtime, model, stored, dtype, four_bit)
         made_as_read(model, stored)
         return model, model.config
     if runtime.is_main and runtime.world_size > 1:  # which then costs memory and time

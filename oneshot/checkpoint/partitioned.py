@@ -17,9 +17,8 @@ from oneshot.checkpoint.layout import Range, owners, partition
 from oneshot.checkpoint.quantized import FourBit, empty_like, finish
 from oneshot.checkpoint.ranges import read_all
 from oneshot.checkpoint.scheme import holds_packed, is_stored
-from oneshot.checkpoint.segments import Stored, open_stored, range_reads
+from oneshot.checkpoint.segments import Stored, checked, range_reads
 from oneshot.checkpoint.ties import untie
-from oneshot.checkpoint.traced import Loading
 from oneshot.checkpoint.weights import read_own
 from oneshot.distributed.engine import deepspeed_config
 from oneshot.distributed.runtime import Runtime, agree, exchange
@@ -112,12 +111,7 @@ def skeleton(
 
 
 def fill_partitions(
-    runtime: Runtime,
-    model: nn.Module,
-    folder: Path,
-    loading: Loading,
-    dtype: torch.dtype,
-    four_bit: FourBit | None = None,
+    runtime: Runtime, model: nn.Module, stored: Stored, dtype: torch.dtype, four_bit: FourBit | None = None
 ) -> None:
     """Turn the skeleton's parameters into ZeRO-3 partitions filled from the checkpoint. Collective.
 
@@ -125,7 +119,7 @@ def fill_partitions(
     ``dtype``; asserted. Persistent buffers are read whole.
 
     Args:
-        loading: how the model's tensors are made of the folder's
+        stored: the checkpoint, its checksums not read yet
 
     Raises:
         UserError: on every rank, if any rank could not read its bytes
@@ -152,8 +146,8 @@ def fill_partitions(
                     part = own[names[id(parameter)]] = deepspeed.accelerator.get_accelerator().pin_memory(part)
                 _install(parameter, part, wanted, runtime.world_size)
 
-    with agree(runtime, f"reading the checkpoint {folder}"):
-        stored = open_stored(folder, loading=loading)
+    with agree(runtime, f"reading the checkpoint {stored.folder}"):
+        stored = checked(stored)
         FileInit(module=model, config_dict_or_path=deepspeed_config(runtime, dtype=dtype), dtype=dtype)
         for _ in read_own(runtime, model, stored, own, four_bit):
             pass
@@ -186,12 +180,7 @@ def _install(parameter: Any, own: Any, wanted: Range, world_size: int) -> None:
 
 
 def fill_whole(
-    runtime: Runtime,
-    model: nn.Module,
-    folder: Path,
-    loading: Loading,
-    dtype: torch.dtype,
-    four_bit: FourBit | None = None,
+    runtime: Runtime, model: nn.Module, stored: Stored, dtype: torch.dtype, four_bit: FourBit | None = None
 ) -> None:
     """Fill the skeleton with whole tensors, on this rank's device. Collective.
 
@@ -199,7 +188,7 @@ def fill_whole(
     from the other ranks.
 
     Args:
-        loading: how the model's tensors are made of the folder's
+        stored: the checkpoint, its checksums not read yet
 
     Raises:
         UserError: on every rank, if any rank could not read
@@ -207,14 +196,14 @@ def fill_whole(
     import torch
 
     _give_shapes(model, dtype, runtime.device, four_bit)
-    with agree(runtime, f"opening the checkpoint {folder}"):
-        stored = open_stored(folder, loading=loading)
+    with agree(runtime, f"opening the checkpoint {stored.folder}"):
+        stored = checked(stored)
     shares: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.numel(), dtype=dtype, device=runtime.device)
         parameter.data = whole.view(parameter.shape)
         shares[name] = [whole[own.start : own.stop] for own in owners(tuple(parameter.shape), runtime.world_size)]
-    with agree(runtime, f"reading the checkpoint {folder}"):
+    with agree(runtime, f"reading the checkpoint {stored.folder}"):
         own = {name: parts[runtime.rank] for name, parts in shares.items()}
         for name in read_own(runtime, model, stored, own, four_bit):
             exchange(runtime, shares[name])

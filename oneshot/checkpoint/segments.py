@@ -67,30 +67,34 @@ class Stored:
         return sum(wanted.numel * ITEM_SIZES[entry.dtype] for _, entry, wanted in behind)
 
 
-def open_stored(folder: Path, model: Any = None, loading: Loading | None = None) -> Stored:
+def open_stored(folder: Path, model: Any = None) -> Stored:
     """Return what a folder holds, as the tensors of a model.
 
     Args:
         model: on any device, also partitioned; none: every tensor is by its stored name
-        loading: of such a model from this folder, where it is known
 
     Raises:
         UserError: as ``list_tensors`` and ``read_pieces``
     """
-    stored = described(folder, list_tensors(folder), model, loading)
-    return dataclasses.replace(stored, pieces=read_pieces(folder, stored.tensors))
+    return checked(described(folder, list_tensors(folder), model))
 
 
-def described(
-    folder: Path, tensors: dict[str, TensorEntry], model: Any = None, loading: Loading | None = None
-) -> Stored:
+def described(folder: Path, tensors: dict[str, TensorEntry], model: Any = None) -> Stored:
     """Do as ``open_stored`` with tensors that are known, and leave the checksums out."""
     scaled = scaled_tensors(folder, tensors)
-    if loading is None:
-        shapes = {name: entry.shape for name, entry in tensors.items()}
-        shapes |= {name: each.shape for name, each in scaled.items()}
-        loading = Loading(whole(shapes), {}, []) if model is None else trace_loading(model, shapes)
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    shapes |= {name: each.shape for name, each in scaled.items()}
+    loading = Loading(whole(shapes), {}, []) if model is None else trace_loading(model, shapes)
     return Stored(folder, tensors, {}, loading, scaled)
+
+
+def checked(stored: Stored) -> Stored:
+    """Return the same with the checksums of its manifest, where it has one.
+
+    Raises:
+        UserError: as ``read_pieces``
+    """
+    return dataclasses.replace(stored, pieces=read_pieces(stored.folder, stored.tensors))
 
 
 def parts_of(stored: Stored, name: str) -> Traced:

@@ -69,7 +69,7 @@ def attached_update(model: Any, update: Mapping[str, Factors]) -> Iterator[dict[
     Raises:
         UserError: the update does not fit the model
     """
-    known = layers_of(model)
+    known = layers_of(model) if update else {}
     for name, factors in update.items():
         check_fits(known, name, factors)
     layers = {name: known[name] for name in update}

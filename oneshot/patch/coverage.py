@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.experts import is_one_expert
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
 from oneshot.checkpoint.ranges import read_range
@@ -33,7 +34,6 @@ _KINDS = (  # of a stored tensor, by its name: the first that is found in it
     ("attention", r"att|mixer|mamba|conv|ssm"),
     ("MLP", r"mlp|feed_forward|ffn|fc\d|shared_expert|block_sparse_moe|dense"),
 )
-EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # of a matrix of fused experts that is a target
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def coverage(
     """
     ours, targets = list_tensors(checkpoint), list(targets)
     taken = {name for target in targets if (name := find_weight(ours, target)) is not None}
-    if any(EXPERT.search(target) for target in targets):
+    if any(map(is_one_expert, targets)):
         taken |= {name for name in ours if kind_of(name) == "experts"}
     parameters = _summed((kind_of(n), math.prod(e.shape), n in taken) for n, e in ours.items() if e.dtype in FLOATS)
     if reference is None or not energies:

@@ -99,15 +99,14 @@ def shared_directions(
         if mine:
             assert delta is not None
             found[name] = decompose(delta.to(runtime.device), rank_for(layer, rank, rank_experts), seed=i)
-    shared, first = {}, 0
-    for group in grouped(layers):
+    shared = {}
+    for first, group in grouped(layers):
         shapes = [shape_of(layers[name]) for name in group]
         ranks = [min(rank_for(layers[name], rank, rank_experts), *shape) for name, shape in zip(group, shapes)]
         own = {i: packed(found.pop(name)) for i, name in enumerate(group) if name in found}
         sizes = [r * (m + n + 1) + 1 for r, (m, n) in zip(ranks, shapes)]
         for name, shape, r, flat in zip(group, shapes, ranks, share_each(runtime, own, sizes, first)):
             shared[name] = unpacked(flat, shape, r)
-        first += len(group)
     return shared
 
 

@@ -103,15 +103,20 @@ def _in_order(model: Any) -> dict[str, Layer]:
     return found
 
 
-def grouped(layers: Mapping[str, Layer]) -> list[list[str]]:
+def grouped(layers: Mapping[str, Layer]) -> list[tuple[int, list[str]]]:
     """Return the names of the layers, those of one parameter of fused experts together, all others alone.
 
     What is exchanged between ranks goes by these groups: a call for each of thousands of experts would take longer.
+    With each comes its first one's place among all, by which layers are dealt out to ranks.
     """
-    groups = dict[str, list[str]]()
+    groups, first = dict[str, list[str]](), 0
     for name, layer in layers.items():
         groups.setdefault(layer.parameter if isinstance(layer, ExpertMatrix) else name, []).append(name)
-    return list(groups.values())
+    found = []
+    for group in groups.values():
+        found.append((first, group))
+        first += len(group)
+    return found
 
 
 def takes_head(model: Any, layers: Mapping[str, Layer]) -> bool:

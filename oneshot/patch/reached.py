@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from typing import Any
 
+from oneshot.checkpoint.experts import is_one_expert
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.patch.linears import Linears
-
-_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # which of them an example meets is the router's choice
 
 
 def reached(runtime: Runtime, model: Any, linears: Linears, tokens: list[int]) -> Linears:
@@ -45,7 +43,7 @@ def reached(runtime: Runtime, model: Any, linears: Linears, tokens: list[int]) -
             stack.callback(module.register_forward_hook(hook_for(name)).remove)
         ids = torch.tensor([tokens], device=runtime.device)
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    missed = [name for name in modules if name not in met and not _ONE_EXPERT.search(name)]
+    missed = [name for name in modules if name not in met and not is_one_expert(name)]
     if not missed:
         return linears
     targets = {name: layer for name, layer in linears.targets.items() if name not in missed}

@@ -134,7 +134,7 @@ def target_factors(
             (torch.stack(own).sum() / total).backward()
     if runtime.world_size > 1:
         kind = next(iter(found.values()))[0]
-        for group in grouped(layers):  # in one order on all ranks, reached by this rank's rows or not
+        for _, group in grouped(layers):  # in one order on all ranks, reached by this rank's rows or not
             m, n = shape_of(layers[group[0]])
             none = kind.new_zeros(0, n), kind.new_zeros(0, m)
             mine = [found.pop(name, none) for name in group]

@@ -63,13 +63,11 @@ def gradient_factors(
 
 def _own_pairs(runtime: Runtime, gradients: Gradients) -> Iterator[tuple[str, Pair]]:
     """The factors of every world_size-th layer from this rank's on, with the rows of all ranks, where there are any."""
-    at = 0
-    for group in grouped(gradients.layers):
+    for at, group in grouped(gradients.layers):
         x, delta = (gather_each(runtime, side) for side in zip(*map(gradients.pair, group)))
         for i, name in enumerate(group):
             if (at + i) % runtime.world_size == runtime.rank and len(x[i]):
                 yield name, (x[i], delta[i])
-        at += len(group)
 
 
 def _rows_of_each(runtime: Runtime, gradients: Gradients, part: Pass, rows: list[Encoded]) -> dict[str, list[int]]:

@@ -46,7 +46,7 @@ def layout_of(layers: Mapping[str, Layer], counts: Mapping[str, int]) -> Layout:
         counts: how many each has
     """
     found = Layout([], [], {})
-    for part, group in enumerate(grouped(layers)):
+    for part, (_, group) in enumerate(grouped(layers)):
         at = 0
         for name in group:
             found.places[name] = part, slice(at, at := at + counts[name])

@@ -87,17 +87,15 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
         if request.runtime.is_main:
             with naming(temporary):
                 standing(temporary)
+                plain = _plain(request)
                 if request.adapter is not None and method.keeps_adapter:
                     write_repaired_adapter(temporary, request.adapter, update)
-                    check_loads(temporary, _plain(request))
+                    check_loads(temporary, plain)
                 else:
                     named = (bench.linears.every, source.name, source.written)
-                    write_loadable(temporary, update, *named, _plain(request), source.commit)
+                    write_loadable(temporary, update, *named, plain, source.commit)
                 copy_tokenizer(source.tokenizer, temporary)
-                write_identity(
-                    temporary, source.checkpoint, kind=REPAIR, base=source.name,
-                    trust_remote_code=settings.trust_remote_code,
-                )  # fmt: skip
+                write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name, model=plain)
                 standing_of(temporary)  # with the hashes
     if merged is None:
         return

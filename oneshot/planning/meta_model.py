@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.classes import auto_class, outside_language
-from oneshot.checkpoint.experts import is_single
+from oneshot.checkpoint.experts import is_one_expert, is_single
 from oneshot.errors import UserError, first_line
 from oneshot.planning.shapes import Kind, ModelShape, Weight
 from oneshot.versions import package_version
@@ -33,7 +33,6 @@ CHOSEN = (
     "moe_k",
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _weights(model: Any) -> Iterator[_Found]:
             elif own == "weight" and isinstance(module, nn.Embedding):
                 kind = "embedding"
             elif own == "weight" and isinstance(module, nn.Linear):
-                kind = "head" if module is head else "expert" if _ONE_EXPERT.search(f"{name}.") else "linear"
+                kind = "head" if module is head else "expert" if is_one_expert(f"{name}.") else "linear"
             elif len(shape) > 1 and not own.endswith("bias") and _holds_experts(name, module):
                 kind = "fused"
             transposed = own == "weight" and isinstance(module, Conv1D)

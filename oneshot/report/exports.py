@@ -263,7 +263,7 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
             read_standing(each) is not None for each in (changed, base)
         )  # then it holds a repair, or undoes one
         kind = DERIVED if repaired else UPDATE
-        write_identity(folder, base, kind=kind, base=name, trust_remote_code=request.trust_remote_code)
+        write_identity(folder, base, kind=kind, base=name, model=made.model)
 
     held = in_form(update, made.model, request.expert_form) if request.expert_form else update
     new = NewAdapter(held, dtype, name, list(made.linears), marked, made.model)

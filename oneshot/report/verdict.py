@@ -183,13 +183,11 @@ def unreached(coverage: Mapping[str, Any] | None) -> str:
     """Return the sentence that says what of the fine-tune's update, or else of the weights, no patch reaches, by kind;
     "" where all of it is reached.
     """
-    of, found = (
-        ("update's energy", (coverage or {}).get("energy"))
-        if (coverage or {}).get("energy")
-        else ("weights", (coverage or {}).get("parameters"))
-    )
-    share = _number((found or {}).get("reached"))
-    if not found or share is None or share >= 1 - EXACT:
+    coverage = coverage or {}
+    of = "update's energy" if coverage.get("energy") else "weights"
+    found = coverage.get("energy") or coverage.get("parameters") or {}
+    share = _number(found.get("reached"))
+    if share is None or share >= 1 - EXACT:
         return ""
     kinds = {kind: row["of_all"] * (1 - (row["reached"] or 0)) for kind, row in found["kinds"].items()}
     left = ", ".join(f"{kind} {part:.1%}" for kind, part in sorted(kinds.items(), key=lambda k: -k[1]) if part > EXACT)

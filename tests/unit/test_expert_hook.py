@@ -113,7 +113,7 @@ def test_names_and_what_is_left_out(model):
     for name, matrix in experts.items():
         assert name == f"{matrix.path}.{matrix.index}.{matrix.projection}"
         assert model.get_submodule(matrix.path) is matrix.module
-    groups = [group for group in grouped(linears.targets) if len(group) > 1]
+    groups = [group for _, group in grouped(linears.targets) if len(group) > 1]
     assert [name for group in groups for name in group] == list(experts), "those of one parameter side by side"
     assert {len(group) for group in groups} == {next(iter(experts.values())).module.num_experts}
 

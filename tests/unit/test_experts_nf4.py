@@ -50,7 +50,7 @@ def test_bytes_are_those_of_the_whole_parameter(folder, double):
         wanted = bnb.dequantize_4bit(data, state).view(whole.shape)[matrix.index]
         assert torch.equal(held_matrix(parameter, matrix.index), wanted)
         wanted = wanted.T if matrix.transposed else wanted
-        assert torch.equal(expert_weight(module, matrix.projection, matrix.index), wanted)
+        assert torch.equal(expert_weight(parameter, matrix.index, transposed=matrix.transposed), wanted)
         assert wanted.shape == (matrix.out_features, matrix.in_features)
 
 

@@ -51,7 +51,7 @@ def patch(model: Any, base: Path, folder: Path, form: str = "") -> Path:
     update = update_of(model)
     held = in_form(update, meta, form) if form else update
     write_loadable(folder, held, select_linears(model).every, str(base), torch.float32, meta)
-    write_identity(folder, base, kind=UPDATE, base=str(base))
+    write_identity(folder, base, kind=UPDATE, base=str(base), model=meta)
     return folder
 
 

@@ -63,8 +63,7 @@ def step_update(
     import torch
 
     shared: Update = {}
-    first = 0
-    for group in grouped(layers):
+    for first, group in grouped(layers):
         own, sizes, shapes = dict[int, Factors](), list[int](), list[tuple[int, int, int]]()
         for i, name in enumerate(group):
             (m, n), rows, old = shape_of(layers[name]), len(pairs[name][0]), update.get(name)
@@ -82,7 +81,6 @@ def step_update(
             if k:
                 b, a = found.split([m * k, k * n])
                 shared[name] = Factors(b.view(m, k), a.view(k, n))
-        first += len(group)
     return shared
 
 
@@ -124,9 +122,9 @@ def _rows_of(runtime: Runtime, model: Any, gradients: Gradients, part: RepairBat
     """The factored gradient of one pass: the example's rows, and the guard's of all ranks; see ``gradient``."""
     import torch
 
-    world, pairs, first = runtime.world_size, Pairs(), 0
+    world, pairs = runtime.world_size, Pairs()
     head = model.get_output_embeddings()
-    for group in grouped(gradients.layers):
+    for first, group in grouped(gradients.layers):
         gradients.keep, rest = part.taken(head=gradients.layers[group[0]] is head)
         x, delta = (list(side) for side in zip(*map(gradients.pair, group)))
         delta = [each * world for each in delta]  # each rank took 1 / world of the example's term
@@ -139,7 +137,6 @@ def _rows_of(runtime: Runtime, model: Any, gradients: Gradients, part: RepairBat
             mine = (first + i) % world == runtime.rank  # of another's all that is needed here is how many rows it has
             none = x[i].new_empty(counts[i], 0)
             pairs[name] = (x[i], delta[i]) if mine else (none, none)
-        first += len(group)
     return pairs
 
 

@@ -58,8 +58,8 @@ def example_directions(
     with gradients.capturing(model):
         pairs = gradient_factors(runtime, model, gradients, [example], pad=0)  # one row has no padding
     found: dict[str, Directions] = {}
-    first, tokens = 0, len(example.input_ids)
-    for group in grouped(layers):
+    tokens = len(example.input_ids)
+    for first, group in grouped(layers):
         shapes = [shape_of(layers[name]) for name in group]
         most = tokens if rank is None else min(rank_for(layers[group[0]], rank, rank_experts), tokens)
         ranks = [min(most, *shape) for shape in shapes]
@@ -72,7 +72,6 @@ def example_directions(
         for name, shape, k, flat in zip(group, shapes, ranks, share_each(runtime, own, sizes, first, kind)):
             if flat[-1] > 0:
                 found[name] = unpacked(flat, shape, k)
-        first += len(group)
     return found
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.experts import ExpertMatrix, weight_of
 from oneshot.checkpoint.segments import Stored, as_it_multiplies, open_stored, read_matrix, read_parameter
 from oneshot.checkpoint.update import Update
 from oneshot.errors import UserError
@@ -20,10 +20,8 @@ from oneshot.patch.training import train_on
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from oneshot.patch.bench import Bench
-    from oneshot.patch.linears import Layer
 
 
 def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Update, None, tuple[Update, dict[str, Any]]]:
@@ -41,7 +39,7 @@ def weight_change(bench: Bench) -> tuple[Update, dict[str, Any]]:
     assert bench.engine is not None
     engine, request, targets = bench.engine, bench.request, bench.linears.targets
     stored = open_stored(request.source.checkpoint, bench.model)
-    parameters = {name: _parameter(layer) for name, layer in targets.items()}
+    parameters = {name: weight_of(layer) for name, layer in targets.items()}
     whole_of = functools.lru_cache(maxsize=1)(engine.full_weight)  # the experts of a parameter follow each other
 
     def delta_of(name: str, mine: bool) -> torch.Tensor | None:
@@ -65,12 +63,6 @@ def weight_change(bench: Bench) -> tuple[Update, dict[str, Any]]:
     update = {name: update_factors(d, d.s.new_ones(len(d.s))) for name, d in directions.items() if d.energy}
     error = math.sqrt(max(0.0, 1 - held / total)) if total else 0.0
     return update, {"truncation_error": error, **({"tensors_not_compared": unmeasured} if unmeasured else {})}
-
-
-def _parameter(layer: Layer) -> nn.Parameter:
-    """The parameter that holds a layer's matrix."""
-    holder, name = (layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else (layer, "weight")
-    return holder.get_parameter(name)
 
 
 def _change(stored: Stored, key: str, whole: torch.Tensor) -> torch.Tensor | None:
