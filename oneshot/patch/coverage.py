@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import is_one_expert
+from oneshot.checkpoint.experts import ExpertMatrix
 from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.merge_experts import stored_experts
+from oneshot.checkpoint.partitioned import skeleton
 from oneshot.checkpoint.ranges import read_range
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from oneshot.patch.bench import Bench
+    from oneshot.patch.linears import Layer
 
 _CHUNK = 4 << 20  # elements compared at a time
 _KINDS = (  # of a stored tensor, by its name: the first that is found in it
@@ -67,8 +70,11 @@ def covered(bench: Bench) -> dict[str, Any] | None:
         return None
     decomposed = bench.prepared if request.recipe.method.cost.decomposes else None
     energies = {name: found.energy for name, found in (decomposed or {}).items()}
-    checkpoint, reference = request.source.checkpoint, request.reference
-    return coverage(request.runtime, checkpoint, bench.linears.targets, reference, energies).as_facts()
+    trusted = request.settings.model.trust_remote_code
+    return coverage(
+        request.runtime, request.source.checkpoint, bench.linears.targets, request.reference, energies,
+        trust_remote_code=trusted,
+    ).as_facts()  # fmt: skip
 
 
 def kind_of(name: str) -> str:
@@ -77,21 +83,27 @@ def kind_of(name: str) -> str:
 
 
 def coverage(
-    runtime: Runtime, checkpoint: Path, targets: Iterable[str], reference: Path | None, energies: dict[str, float]
-) -> Coverage:
+    runtime: Runtime, checkpoint: Path, targets: Mapping[str, Layer], reference: Path | None,
+    energies: dict[str, float], *, trust_remote_code: bool = False,
+) -> Coverage:  # fmt: skip
     """Return what a patch of these layers reaches. Collective.
 
     Args:
         checkpoint: that is patched
-        targets: names of the layers
+        targets: name -> layer
         reference: where the update is known, the checkpoint that it is the difference to; tensors that are no targets'
             are read, each by one rank
         energies: squared norm of the update of each target, where it is known
+        trust_remote_code: run the checkpoint's own Python code to build its config, where there are fused experts
     """
-    ours, targets = list_tensors(checkpoint), list(targets)
-    taken = {name for target in targets if (name := find_weight(ours, target)) is not None}
-    if any(map(is_one_expert, targets)):
-        taken |= {name for name in ours if kind_of(name) == "experts"}
+    import torch
+
+    ours = list_tensors(checkpoint)
+    experts = {name for name, layer in targets.items() if isinstance(layer, ExpertMatrix)}
+    taken = {name for target in targets.keys() - experts if (name := find_weight(ours, target)) is not None}
+    if experts:  # whose stored tensors the model's own class knows, as it is before a LoRA is put on it
+        plain = skeleton(checkpoint, ours, torch.float32, "eager", trust_remote_code)
+        taken |= stored_experts(checkpoint, plain, experts)
     parameters = _summed((kind_of(n), math.prod(e.shape), n in taken) for n, e in ours.items() if e.dtype in FLOATS)
     if reference is None or not energies:
         return Coverage(parameters)

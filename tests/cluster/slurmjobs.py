@@ -22,7 +22,7 @@ from oneshot.world.model import ALIGNED
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 VENV = Path(sys.executable).parents[1]
-TINY = str(Path(__file__).parent / "tiny.yaml")
+TINY = str(HERE / "tiny.yaml")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_carrier import tiny
 from tiny import tiny_model, tiny_runtime
 
 from oneshot.patch.coverage import coverage, kind_of
@@ -72,6 +73,17 @@ def test_without_an_update_only_weights_are_counted(models: tuple[Any, Path, Pat
     facts = coverage(tiny_runtime(), finetuned, select_linears(model).targets, None, {}).as_facts()
     assert set(facts) == {"parameters"}
     assert torch.tensor([row["of_all"] for row in facts["parameters"]["kinds"].values()]).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"])
+def test_of_experts_their_own_matrices_count_whatever_the_files_call_them(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    model.save_pretrained(tmp_path)
+    targets = select_linears(model).targets
+    facts = coverage(tiny_runtime(), tmp_path, targets, None, {}).as_facts()
+    reached = sum(layer.out_features * layer.in_features for layer in targets.values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    assert facts["parameters"]["reached"] == pytest.approx(reached / every)
 
 
 def _report(share: float) -> dict[str, Any]:
