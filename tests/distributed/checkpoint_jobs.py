@@ -17,7 +17,7 @@ import transformers
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from oneshot.checkpoint import load, partitioned, segments, write
+from oneshot.checkpoint import load, partitioned, write
 from oneshot.checkpoint.files import list_tensors, read_tensor
 from oneshot.checkpoint.layout import partition, rank_bytes
 from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
@@ -278,7 +278,7 @@ def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
     """The error of each load, by the folder's name, on this rank; after each one all ranks are still together."""
     found = {}
     for folder in folders:
-        name, torn = Path(folder).name, unittest.mock.patch.object(segments, "list_tensors", _cut_after(runtime))
+        name, torn = Path(folder).name, unittest.mock.patch.object(partitioned, "checked", _cut_after(runtime))
         try:
             if name.startswith("cut-between"):
                 with torn:
@@ -293,19 +293,20 @@ def failing_loads(runtime: Runtime, folders: list[str]) -> dict[str, str]:
 
 
 def _cut_after(runtime: Runtime) -> Any:
-    """list_tensors, after which the last tensor loses its last bytes: only the last rank will miss them."""
-    real = segments.list_tensors
+    """The last look at the checkpoint before it is read, after which its last tensor loses its last bytes: only the
+    last rank will miss them."""
+    real = partitioned.checked
 
-    def list_and_cut(folder: Path) -> Any:
-        found = real(folder)
+    def check_and_cut(stored: Any) -> Any:
+        found = real(stored)
         barrier(runtime)
         if runtime.is_main:
-            shard = max(entry.shard for entry in found.values())
+            shard = max(entry.shard for entry in found.tensors.values())
             os.truncate(shard, shard.stat().st_size - 2)
         barrier(runtime)
         return found
 
-    return list_and_cut
+    return check_and_cut
 
 
 def failing_saves(runtime: Runtime, source: str, targets: list[list[Any]]) -> dict[str, str]:
