@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import transformers
 
 from oneshot.checkpoint.load import find_source, load_model
 from oneshot.checkpoint.update import norm
+from oneshot.commandline import parse
 from oneshot.data.encoding import encode
+from oneshot.distributed import runtime as runtime_module
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch.directions import checkpoint_difference, shared_directions
@@ -83,3 +86,10 @@ def worked(runtime: Runtime, aligned: str, tuned: str, checkpointing: bool = Fal
         "target": {name: float((delta.T @ x).norm()) for name, (x, delta) in target.items()},
         "scores": scores,
     }
+
+
+def ran(runtime: Runtime, jobs: list[list[str]]) -> None:
+    """Run stages, each by its name and arguments; they end on their own where they fail."""
+    runtime_module.start = lambda: runtime  # type: ignore[assignment]  # joined already
+    for name, *argv in jobs:
+        importlib.import_module(f"oneshot.{name}").run(parse(argv, name), quiet=True)
