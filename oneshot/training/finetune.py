@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,9 @@ def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:
     )
     if model.is_gradient_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match")  # PEFT's own, for fused experts
+        return get_peft_model(model, config)
 
 
 def _not_adapted(model: Any) -> str | None:
