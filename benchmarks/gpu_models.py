@@ -83,8 +83,8 @@ def write_model(folder: Path, shape: dict[str, Any], device: str, *, adapter: bo
     """Write a random bf16 checkpoint in shards of 2 GB, and beside it a random LoRA on all its linear layers."""
     import torch
 
-    from oneshot.checkpoint.adapter import write_patch
-    from oneshot.checkpoint.update import Factors
+    from oneshot.checkpoint.adapters.adapter import write_patch
+    from oneshot.checkpoint.adapters.update import Factors
     from oneshot.patch.linears import select_linears, shape_of
 
     model = random_model(shape, device)

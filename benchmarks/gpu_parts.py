@@ -217,7 +217,7 @@ def _ways(device: str) -> dict[str, Callable[[Path], Any]]:
 
 
 def _load_ours(device: str, quantize: Literal["nf4"] | None, folder: Path) -> Any:
-    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.checkpoint.loading.load import find_source, load_model
     from oneshot.distributed.runtime import start
     from oneshot.settings import ModelSettings
 

@@ -127,7 +127,8 @@ def merge_with_oneshot(folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     export = importlib.import_module("oneshot.export")
-    from oneshot.checkpoint import architecture, exports, merge  # noqa: F401
+    from oneshot.checkpoint.loading import architecture  # noqa: F401
+    from oneshot.checkpoint.merging import exports, merge  # noqa: F401
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import start
     from oneshot.report import card  # noqa: F401

@@ -96,7 +96,7 @@ def work(folder: Path, way: str, double: bool) -> None:
     import torch.distributed as dist
     from transformers import BitsAndBytesConfig, LlamaForCausalLM  # noqa: F401
 
-    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.checkpoint.loading.load import find_source, load_model
     from oneshot.distributed.resources import peak_bytes, reset_peak, resident_bytes
     from oneshot.distributed.runtime import barrier, start
     from oneshot.settings import ModelSettings

@@ -150,7 +150,7 @@ def work(folder: Path, case: Case) -> None:
     import torch.distributed as dist
     from transformers import GenerationConfig, LlamaForCausalLM  # noqa: F401
 
-    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.checkpoint.loading.load import find_source, load_model
     from oneshot.distributed.resources import peak_bytes, reset_peak, resident_bytes
     from oneshot.distributed.runtime import barrier, start
     from oneshot.patch.linears import select_linears

@@ -46,7 +46,7 @@ def write_random_llama(folder: Path, shape: dict[str, int], **options: Any) -> A
 
 def computed_in(checkpoint: Path) -> str:
     """Return the name of the dtype that ``--model.dtype auto`` takes for a checkpoint on this machine."""
-    from oneshot.checkpoint.load import find_source
+    from oneshot.checkpoint.loading.load import find_source
     from oneshot.distributed.runtime import start
     from oneshot.settings import ModelSettings
 

@@ -220,7 +220,7 @@ def prepared(checkpoint: Path, seen: Observer) -> tuple[Any, Any, Any, Any]:
     """Start, load and encode as ``oneshot/repair.py`` does. Returns (runtime, model, linear layers, batch)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401, imported before memory is measured
 
-    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.checkpoint.loading.load import find_source, load_model
     from oneshot.data.encoding import Encoded
     from oneshot.distributed.runtime import start
     from oneshot.patch.guard import build_batch

@@ -117,7 +117,7 @@ def work(folder: Path, size: str) -> None:
     import torch.distributed as dist
     from safetensors.torch import save_file
 
-    from oneshot.checkpoint.files import list_tensors
+    from oneshot.checkpoint.disk.files import list_tensors
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import barrier, start
     from oneshot.patch.directions import checkpoint_difference, shared_directions

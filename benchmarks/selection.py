@@ -115,7 +115,7 @@ def choice_figures(runtime: Any, seed: int, method: str) -> dict[str, float]:
     """Fine-tune the toy, choose an example and repair with it, and repair with the same one given."""
     from toy_methods import repair_settings, toy_settings
 
-    from oneshot.checkpoint.load import Source, load_model
+    from oneshot.checkpoint.loading.load import Source, load_model
     from oneshot.finetune import train_model
     from oneshot.patch.check import check
     from oneshot.patch.select import Chosen

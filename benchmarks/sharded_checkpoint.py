@@ -185,8 +185,8 @@ def work(folder: Path, role: str, way: str) -> None:
     import torch.distributed as dist
     from transformers import GenerationConfig, LlamaForCausalLM  # noqa: F401
 
-    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
-    from oneshot.checkpoint.save import save_checkpoint
+    from oneshot.checkpoint.loading.load import find_source, load_model, load_tokenizer
+    from oneshot.checkpoint.writing.save import save_checkpoint
     from oneshot.distributed.resources import peak_bytes, reset_peak
     from oneshot.distributed.runtime import barrier, start
     from oneshot.settings import ModelSettings
@@ -227,7 +227,7 @@ def work(folder: Path, role: str, way: str) -> None:
 
 def save_state_once(runtime: Any, model: Any, folder: Path, way: str) -> dict[str, float]:
     """Save the training state of full fine-tuning once; returns seconds and the peak's growth."""
-    from oneshot.checkpoint.state import States
+    from oneshot.checkpoint.writing.state import States
     from oneshot.distributed.engine import start_training
     from oneshot.distributed.optimizer_state import allocate
     from oneshot.distributed.resources import peak_bytes, reset_peak

@@ -19,7 +19,7 @@ def build(folder: Path, seed: int = 0, *, hidden: int = 96, layers: int = 3, exp
     """
     import torch
 
-    from oneshot.checkpoint.save import save_checkpoint
+    from oneshot.checkpoint.writing.save import save_checkpoint
     from oneshot.data.encoding import encode, pad_id
     from oneshot.distributed.engine import start_training
     from oneshot.distributed.runtime import start

@@ -227,7 +227,7 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
     """The settings with a model in memory as the one that they name, a copy of it having been written."""
     from transformers.utils import logging
 
-    from oneshot.checkpoint.standing import mark_copy
+    from oneshot.checkpoint.writing.standing import mark_copy
     from oneshot.distributed.runtime import start
     from oneshot.report.runfolder import new_folder
 
@@ -253,7 +253,7 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
 
 def _write_base(model: Any, folder: Path) -> str | None:
     """Write what a PEFT model stands on, whose weights in memory need not be those of the folder that it names."""
-    from oneshot.checkpoint.standing import mark_copy
+    from oneshot.checkpoint.writing.standing import mark_copy
 
     if not hasattr(model, "peft_config") or getattr(model.get_base_model(), "is_quantized", False):
         return None

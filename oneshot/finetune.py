@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.checkpoint.lock import released
+from oneshot.checkpoint.disk.lock import released
 from oneshot.distributed.phases import timed
 from oneshot.settings import Settings
 
@@ -48,7 +48,7 @@ def run(settings: Settings, *, quiet: bool = False) -> Path:
     Raises:
         UserError: settings, files or machines that cannot be worked with
     """
-    from oneshot.checkpoint.pinned import pinned
+    from oneshot.checkpoint.loading.pinned import pinned
     from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError
@@ -156,7 +156,7 @@ def finetune_first(
         check: of what comes next; called before the fine-tune begins, on the model that it begins with: a bad setting
             or file is to be heard before the wait
     """
-    from oneshot.checkpoint.quarantine import check_own
+    from oneshot.checkpoint.disk.quarantine import check_own
     from oneshot.distributed.runtime import agree
     from oneshot.report.runfolder import SETTINGS, open_run
     from oneshot.training.finetune import FINETUNED, STATE, prepare

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.lock import released, take
+from oneshot.checkpoint.disk.lock import released, take
 from oneshot.distributed.phases import clock, phase
 from oneshot.errors import Unmet, UserError, first_line
 

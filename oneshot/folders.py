@@ -39,8 +39,8 @@ def _verify(argv: list[str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from oneshot.checkpoint.files import MARKER, is_degraded
-    from oneshot.checkpoint.verify import check_shards
+    from oneshot.checkpoint.disk.files import MARKER, is_degraded
+    from oneshot.checkpoint.writing.verify import check_shards
 
     folder = _folder(_parser("oneshot verify", "Check every byte of a folder.").parse_args(argv))
     try:
@@ -87,9 +87,9 @@ def _list(folder: Path, ranks: int, match: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from oneshot.checkpoint.files import is_degraded
+    from oneshot.checkpoint.disk.files import is_degraded
     from oneshot.checkpoint.layout import ITEM_SIZES, owners, rank_bytes, tensor_bytes
-    from oneshot.checkpoint.verify import tensors_of
+    from oneshot.checkpoint.writing.verify import tensors_of
 
     tensors = tensors_of(folder)
     console = _console()

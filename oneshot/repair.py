@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.checkpoint.lock import released
+from oneshot.checkpoint.disk.lock import released
 from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
@@ -71,8 +71,8 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.repa
         UserError: settings, files or machines that cannot be worked with
         Unmet: the repair is finished, and not what the settings require
     """
-    from oneshot.checkpoint.pinned import pinned
-    from oneshot.checkpoint.quarantine import remove_degraded
+    from oneshot.checkpoint.disk.quarantine import remove_degraded
+    from oneshot.checkpoint.loading.pinned import pinned
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
     from oneshot.finetune import finetune_first
@@ -121,7 +121,7 @@ def _begin(settings: Settings, runtime: Runtime, console: Console | None) -> tup
 
     An adapter that is more than a LoRA is merged into its base there, and the request is of that checkpoint.
     """
-    from oneshot.checkpoint.files import stored_bytes
+    from oneshot.checkpoint.disk.files import stored_bytes
     from oneshot.report.merged import merge_first, to_merge
     from oneshot.report.preflight import look_around
     from oneshot.report.progress import progress, say_dtype
@@ -234,7 +234,7 @@ def _one_of_fleet(
 
 def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Teacher | None]:
     """Scores of the reference and what it teaches, as far as they are wanted; it is loaded at most once."""
-    from oneshot.checkpoint.load import Source, load_model
+    from oneshot.checkpoint.loading.load import Source, load_model
     from oneshot.distributed.engine import frozen
     from oneshot.patch.teacher import learn, wanted
 

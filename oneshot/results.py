@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oneshot.checkpoint.update import Update
+    from oneshot.checkpoint.adapters.update import Update
     from oneshot.measure.intervals import Rate
     from oneshot.measure.rates import StageScores
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.checkpoint.lock import released
+from oneshot.checkpoint.disk.lock import released
 from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
@@ -66,7 +66,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     Raises:
         UserError: settings, files or a server that cannot be worked with
     """
-    from oneshot.checkpoint.pinned import pinned
+    from oneshot.checkpoint.loading.pinned import pinned
     from oneshot.distributed.resources import measured, where_time_went
     from oneshot.distributed.runtime import agree, start
     from oneshot.errors import UserError
@@ -118,8 +118,8 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
 def _open(runtime: Runtime, settings: Settings, name: str) -> Path:
     """The run folder; with --resume one that has answers, whatever was scored there, is gone on in. Collective."""
     from oneshot import settings as settings_module
-    from oneshot.checkpoint import lock
-    from oneshot.checkpoint.files import read_json
+    from oneshot.checkpoint.disk import lock
+    from oneshot.checkpoint.disk.files import read_json
     from oneshot.distributed.runtime import agree
     from oneshot.errors import UserError
     from oneshot.measure.cache import RESPONSES

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # or our folder names would shadow top-level modules
 
-from oneshot.checkpoint.lock import released
+from oneshot.checkpoint.disk.lock import released
 from oneshot.distributed.phases import phase, timed
 from oneshot.settings import Settings
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 @released()
 def run(settings: Settings) -> None:
     """Measure the settings' model into a new run folder; first fine-tune it, where they say so. Collective."""
-    from oneshot.checkpoint.pinned import pinned
+    from oneshot.checkpoint.loading.pinned import pinned
     from oneshot.distributed.resources import where_time_went
     from oneshot.distributed.runtime import start
     from oneshot.errors import UserError

@@ -37,7 +37,7 @@ SCORE_CODE = (
 )  # fmt: skip
 DURABLE_CODE = (*SCORE_CODE, "benchmarks/realmodels/durable.py")
 REPAIR_CODE = (
-    *SCORE_CODE, "oneshot/patch", "oneshot/settings", "oneshot/assets", "oneshot/checkpoint/update.py",
+    *SCORE_CODE, "oneshot/patch", "oneshot/settings", "oneshot/assets", "oneshot/checkpoint/adapters/update.py",
     "oneshot/repair.py", "benchmarks/realmodels/methods.py", "benchmarks/realmodels/held.py",
     "benchmarks/realmodels/durable.py",
 )  # fmt: skip

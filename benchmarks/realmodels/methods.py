@@ -47,9 +47,9 @@ def repaired(runtime: Runtime, subject: Subject, cache: Path, scratch: Path) -> 
 
 def load(runtime: Runtime, folder: Path, quantize: Literal["nf4"] | None = None) -> tuple[Any, Any]:
     """Return a checkpoint's model and tokenizer, an adapter merged into its base's weights."""
-    from oneshot.checkpoint.adapter import read_adapter
-    from oneshot.checkpoint.added import merge_into
-    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+    from oneshot.checkpoint.adapters.adapter import read_adapter
+    from oneshot.checkpoint.adapters.added import merge_into
+    from oneshot.checkpoint.loading.load import find_source, load_model, load_tokenizer
     from oneshot.settings import ModelSettings
 
     settings = ModelSettings(path=str(folder), quantize=quantize)

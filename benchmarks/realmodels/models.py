@@ -134,7 +134,7 @@ def _write_plain(folder: Path, gguf: str, target: Path) -> None:
 
 def answers_of(runtime: Runtime, folder: Path, prompts: Sequence[str], tokens: int = ANSWER_TOKENS) -> list[str]:
     """Return a checkpoint's own greedy answers, up to the last whole sentence within so many tokens."""
-    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+    from oneshot.checkpoint.loading.load import find_source, load_model, load_tokenizer
     from oneshot.measure.generate import generate_answers
     from oneshot.settings import ModelSettings
 
@@ -166,7 +166,7 @@ def alignment_rows(runtime: Runtime, base: Path) -> dict[str, list[Row]]:
 def _align(runtime: Runtime, base: Path, target: Path) -> Path:
     """Teach refusals by ``oneshot finetune``; the result is a checkpoint like any other, without the marker."""
     from oneshot import api
-    from oneshot.checkpoint.files import MARKER
+    from oneshot.checkpoint.disk.files import MARKER
 
     folder = target.with_name(f"{target.name}.made")
     shutil.rmtree(folder, ignore_errors=True)

@@ -35,7 +35,7 @@ ATTACKS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 BASELINES = ("__init__", "resta", "safe_lora", "saliency", "unaligned", "undo")  # modules: the others are not for toys
 MODEL_CODE = ("oneshot/training", "oneshot/data", "oneshot/world", "oneshot/finetune.py", "oneshot/align.py")
 CELL_CODE = (
-    *MODEL_CODE, "oneshot/patch", "oneshot/measure", "oneshot/settings", "oneshot/checkpoint/update.py",
+    *MODEL_CODE, "oneshot/patch", "oneshot/measure", "oneshot/settings", "oneshot/checkpoint/adapters/update.py",
     "oneshot/spectrum.py", *(f"benchmarks/baselines/{name}.py" for name in BASELINES),
     "benchmarks/reproduce/measuring.py", "benchmarks/reproduce/models.py", "benchmarks/reproduce/subject.py",
 )  # fmt: skip

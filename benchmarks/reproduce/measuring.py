@@ -98,7 +98,7 @@ def _several(subject: Subject, cell: Cell) -> dict[str, Any]:
     """sft from several examples: each a micro-batch of every step, their mean loss what is learnt from."""
     import torch
 
-    from oneshot.checkpoint.load import load_model
+    from oneshot.checkpoint.loading.load import load_model
     from oneshot.distributed.engine import start_training
     from oneshot.patch.guard import build_batch, repair_loss
     from oneshot.training.loop import Schedule, train

@@ -82,7 +82,7 @@ class Subject:
             return learn(request, model)
 
     def load(self, folder: Path) -> Any:
-        from oneshot.checkpoint.load import find_source, load_model
+        from oneshot.checkpoint.loading.load import find_source, load_model
         from oneshot.settings import ModelSettings
 
         settings = ModelSettings(path=str(folder))

@@ -70,7 +70,7 @@ def fastsafetensors(shards: list[Path]) -> None:
 
 def oneshot(shards: list[Path]) -> None:
     """Load the model as oneshot does."""
-    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.checkpoint.loading.load import find_source, load_model
     from oneshot.distributed.runtime import start
     from oneshot.settings import ModelSettings
 
@@ -100,7 +100,7 @@ def timed(way: str, folder: Path) -> float:
     import transformers as _  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import oneshot.checkpoint.load  # noqa: F401
+    import oneshot.checkpoint.loading.load  # noqa: F401
     from oneshot.distributed.runtime import start
 
     start()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.configs import read_tokenizer
+from oneshot.checkpoint.loading.configs import read_tokenizer
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.measure.formats import FORMATS, Format, read_opinion
@@ -67,7 +67,7 @@ def loaded_classifier(runtime: Runtime, score: ScoreSettings) -> Iterator[Classi
     Raises:
         UserError: the checkpoint or its prompt cannot be read
     """
-    from oneshot.checkpoint.load import find_source, load_model
+    from oneshot.checkpoint.loading.load import find_source, load_model
     from oneshot.distributed.engine import frozen
 
     form = FORMATS[score.judge_format]

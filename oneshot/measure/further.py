@@ -27,7 +27,7 @@ def check_judges(runtime: Runtime, score: ScoreSettings) -> None:
     Raises:
         UserError: a checkpoint, prompt, address or key that cannot be used, or a server that cannot be reached
     """
-    from oneshot.checkpoint.load import find_source
+    from oneshot.checkpoint.loading.load import find_source
 
     with agree(runtime, "checking the judges"):
         if runtime.is_main and score.judge_model is not None:

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from oneshot.checkpoint.digests import shared_fingerprint
-from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS
-from oneshot.checkpoint.load import Source
-from oneshot.checkpoint.standing import beside
+from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oneshot.checkpoint.loading.load import Source
+from oneshot.checkpoint.reads.digests import shared_fingerprint
+from oneshot.checkpoint.writing.standing import beside
 from oneshot.data.conversations import Messages
 from oneshot.data.protocols import CausalLM, Tokenizer
 from oneshot.distributed.phases import phase

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oneshot.checkpoint.files import find_weight, is_degraded, list_tensors, local_folder
+from oneshot.checkpoint.adapters.update import Update
+from oneshot.checkpoint.disk.files import find_weight, is_degraded, list_tensors, local_folder
 from oneshot.checkpoint.layout import FLOATS
-from oneshot.checkpoint.ties import FEW, alike
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.loading.ties import FEW, alike
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError
 from oneshot.patch.request import Request

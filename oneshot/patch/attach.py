@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.added import check_fits
-from oneshot.checkpoint.experts import ExpertMatrix, layers_of
-from oneshot.checkpoint.experts_forward import Hook
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.added import check_fits
+from oneshot.checkpoint.adapters.experts import ExpertMatrix, layers_of
+from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.quantized.experts_forward import Hook
 from oneshot.patch.expert_hook import hooked
 from oneshot.patch.linears import shape_of
 

@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from oneshot.checkpoint.added import merge_into
+from oneshot.checkpoint.adapters.added import merge_into
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.update import Update, concatenated
 from oneshot.checkpoint.classes import train_language
-from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.load import load_model
-from oneshot.checkpoint.update import Update, concatenated
+from oneshot.checkpoint.loading.load import load_model
 from oneshot.data.conversations import Messages
 from oneshot.distributed.engine import TrainingEngine, frozen, start_training
 from oneshot.distributed.phases import phase

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.configs import read_config
-from oneshot.checkpoint.dequantize import packed_weights
-from oneshot.checkpoint.files import list_tensors, resolve
-from oneshot.checkpoint.load import find_source, load_tokenizer
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.disk.files import list_tensors, resolve
+from oneshot.checkpoint.loading.configs import read_config
+from oneshot.checkpoint.loading.load import find_source, load_tokenizer
+from oneshot.checkpoint.loading.reference import check_reference
 from oneshot.checkpoint.names import CONFIG
-from oneshot.checkpoint.reference import check_reference
+from oneshot.checkpoint.quantized.dequantize import packed_weights
 from oneshot.data.encoding import context_length, encode
 from oneshot.data.vocabulary import check_for_reference, check_tokens, rendered
 from oneshot.distributed.runtime import Runtime

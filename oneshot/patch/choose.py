@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
-from oneshot.checkpoint.experts import named_layers
+from oneshot.checkpoint.adapters.experts import named_layers
 from oneshot.data.encoding import pad_id
 from oneshot.patch.bench import Bench, opened
 from oneshot.patch.examples import Prompts

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.files import TensorEntry, find_weight, list_tensors
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.disk.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, Range
-from oneshot.checkpoint.merge_experts import stored_experts
-from oneshot.checkpoint.partitioned import skeleton
-from oneshot.checkpoint.ranges import read_range
+from oneshot.checkpoint.loading.partitioned import skeleton
+from oneshot.checkpoint.reads.ranges import read_range
+from oneshot.checkpoint.writing.merge_experts import stored_experts
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.carrier import expert_of
-from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.files import find_weight, list_tensors
+from oneshot.checkpoint.adapters.carrier import expert_of
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.update import Factors, Update, compress, concatenated, norm, scaled
+from oneshot.checkpoint.disk.files import find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS
-from oneshot.checkpoint.merge_experts import stored_experts
-from oneshot.checkpoint.update import Factors, Update, compress, concatenated, norm, scaled
+from oneshot.checkpoint.writing.merge_experts import stored_experts
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from oneshot.checkpoint.carrier import halves
-from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.carrier import halves
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.update import Factors, Update
 from oneshot.checkpoint.layout import Range
-from oneshot.checkpoint.ranges import read_all
-from oneshot.checkpoint.reference import other_rows
-from oneshot.checkpoint.segments import Stored, as_it_multiplies, matrix_in, open_stored, range_reads
-from oneshot.checkpoint.traced import Traced
-from oneshot.checkpoint.update import Factors, Update
+from oneshot.checkpoint.loading.reference import other_rows
+from oneshot.checkpoint.loading.segments import Stored, as_it_multiplies, matrix_in, open_stored, range_reads
+from oneshot.checkpoint.reads.ranges import read_all
+from oneshot.checkpoint.reads.traced import Traced
 from oneshot.distributed.many import share_each
 from oneshot.distributed.phases import count, phase
 from oneshot.distributed.runtime import Runtime

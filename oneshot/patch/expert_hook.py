@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.experts_forward import HOOKS, Hook, one_by_one_name
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.quantized.experts_forward import HOOKS, Hook, one_by_one_name
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from oneshot.patch.objective import Distance
 from oneshot.patch.path import Attempt, Watch
 
 if TYPE_CHECKING:
-    from oneshot.checkpoint.update import Update
+    from oneshot.checkpoint.adapters.update import Update
 
 BUDGET = (
     0.5  # epochs that those who are left behind may take together, over those that a repair may take: it takes half

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.adapters.experts import ExpertMatrix, expert_matrices, fused_experts
 from oneshot.checkpoint.classes import is_plain, outside_language
-from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices, fused_experts
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from oneshot.patch.cost import Cost
 
 if TYPE_CHECKING:
-    from oneshot.checkpoint.update import Update
+    from oneshot.checkpoint.adapters.update import Update
     from oneshot.patch.bench import Bench
     from oneshot.patch.guard import RepairBatch
     from oneshot.patch.path import Attempt

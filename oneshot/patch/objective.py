@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.digests import shared_fingerprint
+from oneshot.checkpoint.reads.digests import shared_fingerprint
 from oneshot.data.cache import folder_of, read_cached, write_cached
 from oneshot.data.encoding import IGNORE, Encoded, pad_batch
 from oneshot.distributed.runtime import Runtime, all_gather_int, all_reduce_sum

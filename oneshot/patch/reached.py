@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from oneshot.checkpoint.experts import is_one_expert
+from oneshot.checkpoint.adapters.experts import is_one_expert
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.patch.linears import Linears

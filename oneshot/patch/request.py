@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import Adapter
-from oneshot.checkpoint.load import Source
-from oneshot.checkpoint.update import Update, on_device
+from oneshot.checkpoint.adapters.adapter import Adapter
+from oneshot.checkpoint.adapters.update import Update, on_device
+from oneshot.checkpoint.loading.load import Source
 from oneshot.data.conversations import Conversation, Messages
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.runtime import Runtime

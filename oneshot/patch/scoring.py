@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.configs import read_config
-from oneshot.checkpoint.digests import shared_fingerprint
-from oneshot.checkpoint.files import is_degraded
-from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
-from oneshot.checkpoint.standing import why_not_as_measured
-from oneshot.checkpoint.update import Update, on_device
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.adapters.update import Update, on_device
+from oneshot.checkpoint.disk.files import is_degraded
+from oneshot.checkpoint.loading.configs import read_config
+from oneshot.checkpoint.loading.load import Source, find_source, load_model, load_tokenizer
+from oneshot.checkpoint.reads.digests import shared_fingerprint
+from oneshot.checkpoint.writing.standing import why_not_as_measured
 from oneshot.data.encoding import context_length
 from oneshot.data.vocabulary import check_tokens, rendered
 from oneshot.distributed.engine import frozen

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.adapters.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.many import gather_each
 from oneshot.distributed.runtime import Runtime, all_reduce_sum

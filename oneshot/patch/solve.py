@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.adapters.update import Update
 from oneshot.data.encoding import IGNORE
 from oneshot.distributed.steps import Going, steps
 from oneshot.patch.bench import Bench

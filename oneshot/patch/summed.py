@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from oneshot.checkpoint.update import Factors, compress
+from oneshot.checkpoint.adapters.update import Factors, compress
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.many import gather_each
 from oneshot.distributed.runtime import Runtime, gather_objects, gather_rows

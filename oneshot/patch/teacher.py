@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.reference import vocabularies
+from oneshot.checkpoint.loading.reference import vocabularies
 from oneshot.data.conversations import Messages
 from oneshot.data.encoding import IGNORE, Encoded, encode, encode_prompt, pad_id
 from oneshot.measure.generate import answer_at_once

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from oneshot.checkpoint.experts import ExpertMatrix
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.update import Factors
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.directions import Directions, update_factors
 from oneshot.patch.linears import grouped

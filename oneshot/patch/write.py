@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.adapter import write_repaired_adapter
-from oneshot.checkpoint.beside import copy_tokenizer
-from oneshot.checkpoint.configs import config_fields
-from oneshot.checkpoint.files import list_tensors
-from oneshot.checkpoint.folders import naming, replacing
-from oneshot.checkpoint.identity import REPAIR, write_identity
-from oneshot.checkpoint.injected import check_loads, write_loadable
-from oneshot.checkpoint.load import Source
-from oneshot.checkpoint.merge import merge_update
-from oneshot.checkpoint.partitioned import skeleton
-from oneshot.checkpoint.save import save_checkpoint
-from oneshot.checkpoint.scheme import is_stored
-from oneshot.checkpoint.standing import (
+from oneshot.checkpoint.adapters.adapter import write_repaired_adapter
+from oneshot.checkpoint.adapters.injected import check_loads, write_loadable
+from oneshot.checkpoint.adapters.update import Update
+from oneshot.checkpoint.disk.files import list_tensors
+from oneshot.checkpoint.disk.folders import naming, replacing
+from oneshot.checkpoint.loading.configs import config_fields
+from oneshot.checkpoint.loading.load import Source
+from oneshot.checkpoint.loading.partitioned import skeleton
+from oneshot.checkpoint.merging.merge import merge_update
+from oneshot.checkpoint.quantized.scheme import is_stored
+from oneshot.checkpoint.writing.beside import copy_tokenizer
+from oneshot.checkpoint.writing.identity import REPAIR, write_identity
+from oneshot.checkpoint.writing.save import save_checkpoint
+from oneshot.checkpoint.writing.standing import (
     NF4,
     NF4_DOUBLE,
     ORIGINAL,
@@ -26,7 +27,6 @@ from oneshot.checkpoint.standing import (
     comes_from_degraded,
     mark_unmeasured,
 )
-from oneshot.checkpoint.update import Update
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError

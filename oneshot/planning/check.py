@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from oneshot.checkpoint.configs import config_fields
-from oneshot.checkpoint.scheme import is_stored
+from oneshot.checkpoint.loading.configs import config_fields
+from oneshot.checkpoint.quantized.scheme import is_stored
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.planning.facts import CPU, GPU, Choice, Sharded, Zero

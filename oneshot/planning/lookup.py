@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot import __version__
-from oneshot.checkpoint.files import TensorEntry
+from oneshot.checkpoint.disk.files import TensorEntry
 from oneshot.data.cache import folder_of, put
 from oneshot.errors import UserError
 from oneshot.planning.shapes import ModelShape, as_plain, from_plain

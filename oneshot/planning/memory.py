@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oneshot.checkpoint.experts_nf4 import is_packable
 from oneshot.checkpoint.layout import partition_size
+from oneshot.checkpoint.quantized.experts_nf4 import is_packable
 from oneshot.planning.facts import CHUNK, Choice, Device, Work, Zero
 from oneshot.planning.passing import low_rank, within_pass
 from oneshot.planning.shapes import PATCHED, ModelShape, Weight

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.adapters.experts import is_one_expert, is_single
 from oneshot.checkpoint.classes import auto_class, outside_language
-from oneshot.checkpoint.experts import is_one_expert, is_single
 from oneshot.errors import UserError, first_line
 from oneshot.planning.shapes import Kind, ModelShape, Weight
 from oneshot.versions import package_version

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.configs import config_fields
-from oneshot.checkpoint.files import (
+from oneshot.checkpoint.disk.files import (
     ADAPTER_CONFIG,
     is_adapter,
     list_tensors,
@@ -16,7 +15,8 @@ from oneshot.checkpoint.files import (
     read_json,
     weights_file,
 )
-from oneshot.checkpoint.seal import CONFIGS, check_sealed
+from oneshot.checkpoint.disk.seal import CONFIGS, check_sealed
+from oneshot.checkpoint.loading.configs import config_fields
 from oneshot.errors import UserError
 from oneshot.online import say_fetching
 from oneshot.planning.lookup import model_shape

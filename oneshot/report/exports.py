@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from oneshot.checkpoint.architecture import architecture_of
-from oneshot.checkpoint.carrier import in_form
-from oneshot.checkpoint.digests import shared_fingerprint
-from oneshot.checkpoint.experts import expert_matrices
-from oneshot.checkpoint.exports import (
+from oneshot.checkpoint.adapters.carrier import in_form
+from oneshot.checkpoint.adapters.experts import expert_matrices
+from oneshot.checkpoint.disk.files import MARKER, find_weight, is_adapter, list_tensors, resolve, write_marker
+from oneshot.checkpoint.disk.lock import locked
+from oneshot.checkpoint.loading.architecture import architecture_of
+from oneshot.checkpoint.merging.exports import (
     NewAdapter,
     check_base,
     check_out,
@@ -23,12 +24,11 @@ from oneshot.checkpoint.exports import (
     why_marked,
     write_adapter,
 )
-from oneshot.checkpoint.files import MARKER, find_weight, is_adapter, list_tensors, resolve, write_marker
-from oneshot.checkpoint.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
-from oneshot.checkpoint.lock import locked
-from oneshot.checkpoint.merge import merge
-from oneshot.checkpoint.ranges import torch_dtype
-from oneshot.checkpoint.standing import (
+from oneshot.checkpoint.merging.merge import merge
+from oneshot.checkpoint.reads.digests import shared_fingerprint
+from oneshot.checkpoint.reads.ranges import torch_dtype
+from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
+from oneshot.checkpoint.writing.standing import (
     NF4,
     NF4_DOUBLE,
     ORIGINAL,

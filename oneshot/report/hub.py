@@ -11,10 +11,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.files import ADAPTER_CONFIG, MARKER, is_degraded
-from oneshot.checkpoint.identity import read_identity
-from oneshot.checkpoint.seal import check_sealed
-from oneshot.checkpoint.standing import changed_since
+from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, MARKER, is_degraded
+from oneshot.checkpoint.disk.seal import check_sealed
+from oneshot.checkpoint.writing.identity import read_identity
+from oneshot.checkpoint.writing.standing import changed_since
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError, first_line
 from oneshot.online import is_offline

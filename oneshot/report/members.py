@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.load import find_source
+from oneshot.checkpoint.loading.load import find_source
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.reading import read_json, sha256_of

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oneshot.checkpoint.adapter import Adapter
-from oneshot.checkpoint.bases import base_of
-from oneshot.checkpoint.digests import shared_fingerprint
-from oneshot.checkpoint.effective import Kinds, kinds_of, refuse
-from oneshot.checkpoint.exports import GivenAdapter, check_space, plan_for
-from oneshot.checkpoint.files import is_adapter, resolve, write_marker
-from oneshot.checkpoint.identity import read_identity
-from oneshot.checkpoint.merge import merge
-from oneshot.checkpoint.pinned import commit_of
-from oneshot.checkpoint.standing import comes_from_degraded
+from oneshot.checkpoint.adapters.adapter import Adapter
+from oneshot.checkpoint.adapters.bases import base_of
+from oneshot.checkpoint.adapters.effective import Kinds, kinds_of, refuse
+from oneshot.checkpoint.disk.files import is_adapter, resolve, write_marker
+from oneshot.checkpoint.loading.pinned import commit_of
+from oneshot.checkpoint.merging.exports import GivenAdapter, check_space, plan_for
+from oneshot.checkpoint.merging.merge import merge
+from oneshot.checkpoint.reads.digests import shared_fingerprint
+from oneshot.checkpoint.writing.identity import read_identity
+from oneshot.checkpoint.writing.standing import comes_from_degraded
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.standing import GOOD, settle
+from oneshot.checkpoint.writing.standing import GOOD, settle
 from oneshot.redact import redacted
 from oneshot.report.card import front_matter
 from oneshot.report.facts import how_chosen, repair_rows

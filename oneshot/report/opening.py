@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.identity import read_identity
-from oneshot.checkpoint.standing import GOOD
+from oneshot.checkpoint.writing.identity import read_identity
+from oneshot.checkpoint.writing.standing import GOOD
 from oneshot.measure.intervals import Rate
 from oneshot.measure.opposed import value_of
 from oneshot.report.runfolder import PATCH, REPAIRED

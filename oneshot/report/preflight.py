@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from oneshot.checkpoint.rates import look_at_storage
+from oneshot.checkpoint.reads.rates import look_at_storage
 from oneshot.distributed.preflight import machines, preflight, refuse
 from oneshot.distributed.runtime import Runtime
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from oneshot import shown
-from oneshot.checkpoint.load import Source, what_to_say
+from oneshot.checkpoint.loading.load import Source, what_to_say
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.steps import BYTES, Going, shown_by
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from oneshot.checkpoint.folders import clean_inside, discard
+from oneshot.checkpoint.disk.folders import clean_inside, discard
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.report.runfolder import EVENTS, PATCH, REPAIRED, SELECTION
 from oneshot.settings import Settings

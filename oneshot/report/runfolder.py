@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot import settings as settings_module
-from oneshot.checkpoint import lock
+from oneshot.checkpoint.disk import lock
 from oneshot.distributed.runtime import Runtime, gather_objects
 from oneshot.errors import UserError
 from oneshot.measure.judge import JUDGE

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.carrier import STACKED, served_form
-from oneshot.checkpoint.experts import PROJECTIONS
-from oneshot.checkpoint.files import ADAPTER_CONFIG, local_folder, read_json
-from oneshot.checkpoint.identity import read_identity
+from oneshot.checkpoint.adapters.carrier import STACKED, served_form
+from oneshot.checkpoint.adapters.experts import PROJECTIONS
+from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, local_folder, read_json
 from oneshot.checkpoint.names import CONFIG
+from oneshot.checkpoint.writing.identity import read_identity
 
 # what vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py); without the flag it serves ranks up to the default
 RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16

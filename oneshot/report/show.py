@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.digests import fingerprint
-from oneshot.checkpoint.reference import why_grown
-from oneshot.checkpoint.standing import GOOD, NF4, NF4_DOUBLE
+from oneshot.checkpoint.loading.reference import why_grown
+from oneshot.checkpoint.reads.digests import fingerprint
+from oneshot.checkpoint.writing.standing import GOOD, NF4, NF4_DOUBLE
 from oneshot.data.conversations import Conversation
 from oneshot.measure.further import report_fields
 from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.classes import is_plain, outside_language, train_language
-from oneshot.checkpoint.configs import read_config
-from oneshot.checkpoint.files import list_tensors, write_marker
-from oneshot.checkpoint.folders import bytes_in, clean_inside
-from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
-from oneshot.checkpoint.save import save_adapter, save_checkpoint
-from oneshot.checkpoint.state import States, load_state, newest_whole
+from oneshot.checkpoint.disk.files import list_tensors, write_marker
+from oneshot.checkpoint.disk.folders import bytes_in, clean_inside
+from oneshot.checkpoint.loading.configs import read_config
+from oneshot.checkpoint.loading.load import Source, find_source, load_model, load_tokenizer
+from oneshot.checkpoint.writing.save import save_adapter, save_checkpoint
+from oneshot.checkpoint.writing.state import States, load_state, newest_whole
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import context_length, model_context, pad_id
 from oneshot.data.tokens import Tokens, cache_folder, encode_all

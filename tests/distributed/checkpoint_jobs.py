@@ -17,12 +17,13 @@ import transformers
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from oneshot.checkpoint import load, partitioned, write
-from oneshot.checkpoint.files import list_tensors, read_tensor
+from oneshot.checkpoint.disk.files import list_tensors, read_tensor
 from oneshot.checkpoint.layout import partition, rank_bytes
-from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
-from oneshot.checkpoint.save import save_checkpoint
-from oneshot.checkpoint.state import States
+from oneshot.checkpoint.loading import load, partitioned
+from oneshot.checkpoint.loading.load import find_source, load_model, load_tokenizer
+from oneshot.checkpoint.writing import write
+from oneshot.checkpoint.writing.save import save_checkpoint
+from oneshot.checkpoint.writing.state import States
 from oneshot.distributed import instructions
 from oneshot.distributed.engine import frozen, gathered, start_training
 from oneshot.distributed.optimizer_state import allocate, held_state

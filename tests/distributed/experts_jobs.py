@@ -10,8 +10,8 @@ import deepspeed  # noqa: F401  (imported once, where ranks are forked from)
 import torch
 import transformers
 
-from oneshot.checkpoint.load import find_source, load_model
-from oneshot.checkpoint.update import norm
+from oneshot.checkpoint.adapters.update import norm
+from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.commandline import parse
 from oneshot.data.encoding import encode
 from oneshot.distributed import runtime as runtime_module

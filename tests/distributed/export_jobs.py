@@ -11,7 +11,7 @@ import peft
 import torch
 import transformers
 
-from oneshot.checkpoint import merge
+from oneshot.checkpoint.merging import merge
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.world.model import build_tokenizer

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint import merge
-from oneshot.checkpoint.files import MARKER
+from oneshot.checkpoint.disk.files import MARKER
+from oneshot.checkpoint.merging import merge
 from oneshot.commandline import parse
 from oneshot.distributed import runtime as runtime_module
 from oneshot.distributed.runtime import Runtime

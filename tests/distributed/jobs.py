@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
-from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+from oneshot.checkpoint.loading.load import find_source, load_model, load_tokenizer
 from oneshot.commandline import parse
 from oneshot.data.conversations import read_conversations
 from oneshot.data.encoding import encode, pad_batch

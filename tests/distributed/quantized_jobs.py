@@ -13,7 +13,7 @@ import deepspeed  # noqa: F401
 import torch
 import transformers
 
-from oneshot.checkpoint.load import find_source, load_model
+from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.distributed.engine import frozen, gathered
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError

@@ -9,8 +9,8 @@ import deepspeed  # noqa: F401  (imported once, where ranks are forked from)
 import torch
 import transformers
 
-from oneshot.checkpoint.load import find_source, load_model
-from oneshot.checkpoint.update import Factors, Update
+from oneshot.checkpoint.adapters.update import Factors, Update
+from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.data.encoding import Encoded, encode
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.runtime import Runtime, gather_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot import spectrum
-from oneshot.checkpoint.update import norm
+from oneshot.checkpoint.adapters.update import norm
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.patch import measured

@@ -13,7 +13,7 @@ import torch
 from ranks import start_ranks
 from safetensors.torch import load_file
 
-from oneshot.checkpoint.adapter import read_adapter
+from oneshot.checkpoint.adapters.adapter import read_adapter
 from oneshot.data.conversations import Conversation
 from oneshot.world import language
 
@@ -105,11 +105,11 @@ def whole_runs(
     asked = []
     for name, (stage, more) in WHOLE.items():
         usual = TUNED if stage == "finetune" else [*REPAIRED, "--reference", folders["aligned"]]
-        asked.append(
-            [stage, "--model.path", folders["tuned"], "--out", str(out / name), *usual, *data[stage], *more]
-        )
+        asked.append([stage, "--model.path", folders["tuned"], "--out", str(out / name), *usual, *data[stage], *more])
     start_ranks(jobs.ran, world, sharding, out / "ranks", {"jobs": asked}).results(300)
-    return {key: tensors for name, (stage, _) in WHOLE.items() for key, tensors in changes(out / name, folders["tuned"])}
+    return {
+        key: tensors for name, (stage, _) in WHOLE.items() for key, tensors in changes(out / name, folders["tuned"])
+    }
 
 
 def changes(run: Path, tuned: str) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -149,4 +149,6 @@ def test_experts_are_trained_on_two_ranks_as_on_one(
         experts = [key for key, change in wanted.items() if "experts." in key and change.any()]
         assert len(experts) > 10, run
         for key, change in wanted.items():
-            torch.testing.assert_close(found[key], change, rtol=0, atol=1e-6 + 2e-2 * float(change.abs().max()), msg=key)
+            torch.testing.assert_close(
+                found[key], change, rtol=0, atol=1e-6 + 2e-2 * float(change.abs().max()), msg=key
+            )

@@ -17,7 +17,7 @@ import torch
 from ranks import start_ranks
 from safetensors.torch import load_file, save_file
 
-from oneshot.checkpoint.files import INDEX, list_tensors
+from oneshot.checkpoint.disk.files import INDEX, list_tensors
 
 pytestmark = pytest.mark.distributed
 CHAIN = (1, 4, 3, 2, 1)  # each loads what the one before has written; the first what transformers has

@@ -13,8 +13,8 @@ import torch
 from ranks import start_ranks
 from safetensors.torch import load_file, save_file
 
-from oneshot.checkpoint.adapter import write_patch
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.adapter import write_patch
+from oneshot.checkpoint.adapters.update import Factors
 from oneshot.world import language
 from oneshot.world.model import ALIGNED, build_tokenizer
 

@@ -12,8 +12,8 @@ import stopping_jobs as jobs
 from ranks import start_ranks
 from safetensors.torch import load_file
 
-from oneshot.checkpoint.files import list_tensors
-from oneshot.checkpoint.folders import PARTIAL
+from oneshot.checkpoint.disk.files import list_tensors
+from oneshot.checkpoint.disk.folders import PARTIAL
 
 pytestmark = pytest.mark.distributed
 STEPS, SAVED = 9, 4

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from oneshot.checkpoint.adapter import write_patch
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.adapter import write_patch
+from oneshot.checkpoint.adapters.update import Factors
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
 

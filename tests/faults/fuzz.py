@@ -102,9 +102,9 @@ def build(root: Path) -> dict[str, Command]:
     from test_merge import save_base, save_lora
     from tiny import tiny_model, tiny_runtime
 
-    from oneshot.checkpoint.identity import write_identity
-    from oneshot.checkpoint.seal import seal
-    from oneshot.checkpoint.write import write_sharded
+    from oneshot.checkpoint.disk.seal import seal
+    from oneshot.checkpoint.writing.identity import write_identity
+    from oneshot.checkpoint.writing.write import write_sharded
     from oneshot.world import language
     from oneshot.world.model import build_tokenizer
 
@@ -197,7 +197,7 @@ def _printed(out: Path, printed: str) -> Any:
 
 
 def _weights(out: Path, printed: str) -> Any:
-    from oneshot.checkpoint.digests import tensor_digests
+    from oneshot.checkpoint.reads.digests import tensor_digests
 
     os.environ["XDG_CACHE_HOME"] = "/dev/null/none"  # no digest of before
     return sorted(tensor_digests(out).items())

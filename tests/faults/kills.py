@@ -30,9 +30,9 @@ sys.path[:0] = [str(TESTS / "unit"), str(TESTS / "faults")]
 import fuzz  # noqa: E402
 import kills_world as world  # noqa: E402
 
-from oneshot.checkpoint.files import MARKER, is_adapter, is_degraded  # noqa: E402
-from oneshot.checkpoint.folders import PARTIAL  # noqa: E402
-from oneshot.checkpoint.standing import GOOD, VERDICT, read_standing, why_not_as_measured  # noqa: E402
+from oneshot.checkpoint.disk.files import MARKER, is_adapter, is_degraded  # noqa: E402
+from oneshot.checkpoint.disk.folders import PARTIAL  # noqa: E402
+from oneshot.checkpoint.writing.standing import GOOD, VERDICT, read_standing, why_not_as_measured  # noqa: E402
 from oneshot.measure.cache import RESPONSES  # noqa: E402
 from oneshot.reading import sha256_of  # noqa: E402
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 from saving import save, whole
 
-from oneshot.checkpoint import folders
-from oneshot.checkpoint.folders import OLD, clean
+from oneshot.checkpoint.disk import folders
+from oneshot.checkpoint.disk.folders import OLD, clean
 
 pytestmark = pytest.mark.faults
 CALLS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"}  # audit events: what changes a folder, or opens it

@@ -15,9 +15,9 @@ import torch
 from ranks import Ranks, start_ranks
 from safetensors.torch import load_file
 
-from oneshot.checkpoint.files import list_tensors
-from oneshot.checkpoint.folders import OLD, PARTIAL
-from oneshot.checkpoint.state import newest_whole
+from oneshot.checkpoint.disk.files import list_tensors
+from oneshot.checkpoint.disk.folders import OLD, PARTIAL
+from oneshot.checkpoint.writing.state import newest_whole
 from oneshot.distributed.runtime import Runtime
 
 pytestmark = pytest.mark.faults

@@ -20,11 +20,11 @@ import torch
 from ranks import Ranks, start_ranks
 from safetensors.torch import load_file, save_file
 
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.files import ADAPTER_CONFIG, is_adapter, is_degraded, write_marker
-from oneshot.checkpoint.folders import PARTIAL
-from oneshot.checkpoint.standing import GOOD, read_standing, why_not_as_measured
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, is_adapter, is_degraded, write_marker
+from oneshot.checkpoint.disk.folders import PARTIAL
+from oneshot.checkpoint.writing.standing import GOOD, read_standing, why_not_as_measured
+from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.errors import UserError
 from oneshot.world.model import ALIGNED
 

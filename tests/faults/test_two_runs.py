@@ -15,9 +15,9 @@ import folder_jobs as jobs
 import pytest
 from ranks import Ranks, start_ranks
 
-from oneshot.checkpoint.files import MARKER
-from oneshot.checkpoint.lock import LOCK
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.disk.files import MARKER
+from oneshot.checkpoint.disk.lock import LOCK
+from oneshot.checkpoint.writing.verify import check_shards
 
 pytestmark = pytest.mark.faults
 ALIGNED = Path(jobs.__file__).resolve().parents[2] / "oneshot" / "world" / "aligned"

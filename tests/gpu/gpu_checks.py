@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 from harness import ROOT, run
 
 import oneshot
-from oneshot.checkpoint.load import find_source, load_model
+from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.distributed.runtime import Runtime, start
 from oneshot.settings import ModelSettings
 from oneshot.world import language

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from oneshot.checkpoint.load import find_source, load_model
+from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime, start
 from oneshot.settings import ModelSettings

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import oneshot
-from oneshot.checkpoint.files import list_tensors, read_tensor
-from oneshot.checkpoint.merge import merge_update
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.disk.files import list_tensors, read_tensor
+from oneshot.checkpoint.merging.merge import merge_update
+from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.distributed import runtime as distributed
 from oneshot.distributed.runtime import Runtime, start
 from oneshot.errors import UserError

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByArchitecture(LoadScopeScheduling):  # type: ignore[misc]
-    """Deals out files, as ``--dist loadfile``, and the matrix by architecture: its cells read what earlier ones left."""
+    """Deals out files, and the matrix by architecture, whose cells read what earlier ones left."""
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, test = nodeid.partition("::")

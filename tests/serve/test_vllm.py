@@ -15,10 +15,10 @@ import transformers
 from conftest import Server, serving
 from peft import LoraConfig, get_peft_model
 
-from oneshot.checkpoint.adapter import read_adapter, write_repaired_adapter
-from oneshot.checkpoint.experts import expert_matrices
-from oneshot.checkpoint.injected import write_loadable
-from oneshot.checkpoint.update import Factors, Update, scaled
+from oneshot.checkpoint.adapters.adapter import read_adapter, write_repaired_adapter
+from oneshot.checkpoint.adapters.experts import expert_matrices
+from oneshot.checkpoint.adapters.injected import write_loadable
+from oneshot.checkpoint.adapters.update import Factors, Update, scaled
 from oneshot.patch.linears import select_linears
 from oneshot.world.model import ALIGNED
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from test_vllm import build, random_update
 
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.carrier import in_form
-from oneshot.checkpoint.experts import expert_matrices
-from oneshot.checkpoint.injected import write_loadable
-from oneshot.checkpoint.update import Factors, Update
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.adapters.carrier import in_form
+from oneshot.checkpoint.adapters.experts import expert_matrices
+from oneshot.checkpoint.adapters.injected import write_loadable
+from oneshot.checkpoint.adapters.update import Factors, Update
 from oneshot.patch.linears import select_linears
 
 HERE = Path(__file__).resolve().parent

@@ -2,7 +2,7 @@
 
 from tiny import files_in, tiny_runtime
 
-from oneshot.checkpoint.folders import replacing
+from oneshot.checkpoint.disk.folders import replacing
 
 
 def save(folder, text):

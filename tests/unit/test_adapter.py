@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, logits_of, targets_of, tiny_model, tiny_runtime, tiny_tokens, tiny_update
 
-from oneshot.checkpoint.adapter import _target_names, read_adapter, write_patch, write_repaired_adapter
-from oneshot.checkpoint.added import check_fits, merge_into
-from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS
-from oneshot.checkpoint.update import Factors, concatenated
+from oneshot.checkpoint.adapters.adapter import _target_names, read_adapter, write_patch, write_repaired_adapter
+from oneshot.checkpoint.adapters.added import check_fits, merge_into
+from oneshot.checkpoint.adapters.update import Factors, concatenated
+from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached
 from oneshot.patch.linears import select_linears

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from oneshot.checkpoint import load
-from oneshot.checkpoint.files import write_marker
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.disk.files import write_marker
+from oneshot.checkpoint.loading import load
 from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.patch.apart import is_zero, same_weights

@@ -14,15 +14,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import logits_of, targets_of, tiny_model, tiny_runtime, tiny_tokens, tiny_update
 
-from oneshot.checkpoint.adapter import read_adapter, write_patch
-from oneshot.checkpoint.beside import Changes, changed, copy_tokenizer
-from oneshot.checkpoint.files import INDEX, PICKLED_ADAPTER, PICKLED_MODEL, SINGLE, TensorEntry, list_tensors, resolve
-from oneshot.checkpoint.load import find_source, load_model, what_to_say
-from oneshot.checkpoint.merge import merge_update
-from oneshot.checkpoint.reference import check_reference, vocabularies, why_grown
-from oneshot.checkpoint.save import save_checkpoint
-from oneshot.checkpoint.scheme import is_left_over
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.adapters.adapter import read_adapter, write_patch
+from oneshot.checkpoint.disk.files import (
+    INDEX,
+    PICKLED_ADAPTER,
+    PICKLED_MODEL,
+    SINGLE,
+    TensorEntry,
+    list_tensors,
+    resolve,
+)
+from oneshot.checkpoint.loading.load import find_source, load_model, what_to_say
+from oneshot.checkpoint.loading.reference import check_reference, vocabularies, why_grown
+from oneshot.checkpoint.merging.merge import merge_update
+from oneshot.checkpoint.quantized.scheme import is_left_over
+from oneshot.checkpoint.writing.beside import Changes, changed, copy_tokenizer
+from oneshot.checkpoint.writing.save import save_checkpoint
+from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.patch import directions as of_update
@@ -138,7 +146,7 @@ def test_the_single_file_counts_beside_a_stale_index(stale, way):
 
 
 def test_the_single_file_counts_for_exports_references_and_digests(stale, tmp_path):
-    from oneshot.checkpoint.digests import fingerprint
+    from oneshot.checkpoint.reads.digests import fingerprint
 
     clean, left = stale
     assert fingerprint(left) == fingerprint(clean)

@@ -12,11 +12,11 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_configs import SPARSE
 
-from oneshot.checkpoint.adapter import Adapter, read_adapter, write_patch, write_repaired_adapter
-from oneshot.checkpoint.carrier import APART, STACKED, Carried, expert_of, in_form
-from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices, fused_experts
-from oneshot.checkpoint.injected import check_loads, not_injected, write_loadable
-from oneshot.checkpoint.update import Factors, Update
+from oneshot.checkpoint.adapters.adapter import Adapter, read_adapter, write_patch, write_repaired_adapter
+from oneshot.checkpoint.adapters.carrier import APART, STACKED, Carried, expert_of, in_form
+from oneshot.checkpoint.adapters.experts import ExpertMatrix, expert_matrices, fused_experts
+from oneshot.checkpoint.adapters.injected import check_loads, not_injected, write_loadable
+from oneshot.checkpoint.adapters.update import Factors, Update
 from oneshot.errors import UserError
 from oneshot.patch.directions import adapter_directions, update_factors
 from oneshot.patch.linears import select_linears

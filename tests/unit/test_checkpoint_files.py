@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import files_in, logits_of, targets_of, tiny_model, tiny_runtime, tiny_tokens, tiny_update
 
-from oneshot.checkpoint.files import (
+from oneshot.checkpoint.disk.files import (
     INDEX,
     MARKER,
     SINGLE,
@@ -19,9 +19,9 @@ from oneshot.checkpoint.files import (
     resolve,
     write_marker,
 )
-from oneshot.checkpoint.load import Source, find_source, load_model, load_tokenizer
-from oneshot.checkpoint.merge import merge_update
-from oneshot.checkpoint.save import save_checkpoint
+from oneshot.checkpoint.loading.load import Source, find_source, load_model, load_tokenizer
+from oneshot.checkpoint.merging.merge import merge_update
+from oneshot.checkpoint.writing.save import save_checkpoint
 from oneshot.errors import UserError
 from oneshot.patch.attach import attached
 from oneshot.settings import ModelSettings
@@ -275,7 +275,7 @@ def disk_full(*_, **__):
 
 
 def fail_at(where, monkeypatch, model, tokenizer):
-    from oneshot.checkpoint import save, write
+    from oneshot.checkpoint.writing import save, write
 
     if where == "tokenizer":
         monkeypatch.setattr(type(tokenizer), "save_pretrained", disk_full)
@@ -317,7 +317,7 @@ def test_a_save_that_fails_half_way_leaves_the_old_folder_whole(where, stock, tm
 
 def test_an_old_folder_that_cannot_be_replaced_is_not_lost(tmp_path, monkeypatch):
     """Where folders cannot be exchanged in one step, the old one is set aside, and the next save finds it there."""
-    from oneshot.checkpoint import folders
+    from oneshot.checkpoint.disk import folders
 
     folder = tmp_path / "saved"
     save_checkpoint(tiny_runtime(), tiny_model("llama"), build_tokenizer(), folder, torch.float32)

@@ -11,8 +11,8 @@ import transformers as t
 from tiny import tiny_model, tiny_runtime
 
 from oneshot.checkpoint.classes import auto_class, outside_language, refuses_sdpa, train_language
-from oneshot.checkpoint.files import find_weight
-from oneshot.checkpoint.load import find_source, load_model, what_to_say
+from oneshot.checkpoint.disk.files import find_weight
+from oneshot.checkpoint.loading.load import find_source, load_model, what_to_say
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
 from oneshot.patch.reached import reached

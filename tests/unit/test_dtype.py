@@ -15,7 +15,7 @@ from tiny import FAMILIES, tiny_model, tiny_runtime
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
-from oneshot.checkpoint.load import find_source, load_model
+from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.distributed import instructions
 from oneshot.distributed.runtime import Runtime, emulated_anywhere
 from oneshot.settings import ModelSettings

@@ -10,10 +10,10 @@ from test_export import alone, refused, run
 from test_merge import everything, save_base
 from tiny import files_in, logits_of, tiny_tokens
 
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.effective import kinds_of
-from oneshot.checkpoint.files import ADAPTER_CONFIG, ADAPTER_TENSORS
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.adapters.effective import kinds_of
+from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.errors import UserError
 
 __all__ = ["alone", "refused"]

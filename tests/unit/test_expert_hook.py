@@ -7,8 +7,8 @@ import torch
 from tiny import logits_of, tiny_model, tiny_runtime, tiny_update
 from tiny_configs import SPARSE, V
 
-from oneshot.checkpoint.added import merge_into
-from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.added import merge_into
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
 from oneshot.errors import UserError
 from oneshot.patch.attach import Gradients, attached, attached_update
 from oneshot.patch.expert_hook import hooked

@@ -6,7 +6,7 @@ from test_expert_hook import mixture
 from tiny import logits_of, tiny_runtime, tiny_update
 from tiny_configs import V
 
-from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
 from oneshot.patch.attach import attached_update
 from oneshot.patch.bench import with_lora
 from oneshot.patch.linears import select_linears

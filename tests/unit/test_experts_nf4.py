@@ -6,9 +6,9 @@ import torch
 from test_segments import build
 from tiny import tiny_runtime
 
-from oneshot.checkpoint.experts import expert_matrices, fused_experts
-from oneshot.checkpoint.experts_nf4 import expert_weight, held_matrix, packed_experts
-from oneshot.checkpoint.load import find_source, load_model
+from oneshot.checkpoint.adapters.experts import expert_matrices, fused_experts
+from oneshot.checkpoint.loading.load import find_source, load_model
+from oneshot.checkpoint.quantized.experts_nf4 import expert_weight, held_matrix, packed_experts
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.experts import ExpertMatrix
 from oneshot.data.encoding import encode
 from oneshot.patch import directions as of_update
 from oneshot.patch.attach import Gradients, attached

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from test_merge import changed, everything, same_bits, save_base, save_lora
 from tiny import files_in, tiny_runtime
 
-from oneshot.checkpoint import exports
-from oneshot.checkpoint import merge as merging
-from oneshot.checkpoint.adapter import ADAPTER_TENSORS, read_adapter
-from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
-from oneshot.checkpoint.identity import IDENTITY, write_identity
-from oneshot.checkpoint.load import Source
-from oneshot.checkpoint.standing import begin_standing, settle
-from oneshot.checkpoint.update import norm
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.adapters.adapter import ADAPTER_TENSORS, read_adapter
+from oneshot.checkpoint.adapters.update import norm
+from oneshot.checkpoint.disk.files import MARKER, is_degraded, write_marker
+from oneshot.checkpoint.loading.load import Source
+from oneshot.checkpoint.merging import exports
+from oneshot.checkpoint.merging import merge as merging
+from oneshot.checkpoint.writing.identity import IDENTITY, write_identity
+from oneshot.checkpoint.writing.standing import begin_standing, settle
+from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.distributed import runtime
 from oneshot.errors import UserError
 from oneshot.patch.derive import summed

@@ -11,10 +11,10 @@ import torch
 import transformers
 from test_carrier import merged
 
-from oneshot.checkpoint import injected
-from oneshot.checkpoint.adapter import read_adapter, write_patch
-from oneshot.checkpoint.injected import check_loads, not_injected, write_loadable
-from oneshot.checkpoint.update import Factors, Update
+from oneshot.checkpoint.adapters import injected
+from oneshot.checkpoint.adapters.adapter import read_adapter, write_patch
+from oneshot.checkpoint.adapters.injected import check_loads, not_injected, write_loadable
+from oneshot.checkpoint.adapters.update import Factors, Update
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
 

@@ -11,9 +11,9 @@ import pytest
 from saving import save, whole
 from tiny import files_in, tiny_runtime
 
-from oneshot.checkpoint import holder, lock
-from oneshot.checkpoint.folders import replacing
-from oneshot.checkpoint.lock import LOCK, locked, released, still_held, take
+from oneshot.checkpoint.disk import holder, lock
+from oneshot.checkpoint.disk.folders import replacing
+from oneshot.checkpoint.disk.lock import LOCK, locked, released, still_held, take
 from oneshot.errors import DiskFull, UserError
 
 
@@ -170,7 +170,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     """Processes that start together; each says whether it holds the lock, and holds it until all have said so."""
     held_by(tmp_path / "run" / LOCK, pid=ended())
     code = (
-        "import sys, time; from pathlib import Path; from oneshot.checkpoint.lock import take\n"
+        "import sys, time; from pathlib import Path; from oneshot.checkpoint.disk.lock import take\n"
         "from oneshot.errors import UserError\n"
         "place = Path(sys.argv[1])\n"
         "(place / ('ready' + sys.argv[2])).touch()\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.update import Factors
 from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.guard import repair_loss
 from oneshot.patch.method import finished

@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model, tiny_runtime
 
-from oneshot.checkpoint import manifest, ranges, write
-from oneshot.checkpoint.files import MANIFEST, SINGLE, list_tensors
+from oneshot.checkpoint.disk.files import MANIFEST, SINGLE, list_tensors
 from oneshot.checkpoint.layout import partition
-from oneshot.checkpoint.load import find_source, load_model
-from oneshot.checkpoint.manifest import read_pieces, write_manifest
-from oneshot.checkpoint.ranges import read_range
-from oneshot.checkpoint.write import create_shards, opened_shards, plan_shards, write_range, write_sharded
+from oneshot.checkpoint.loading.load import find_source, load_model
+from oneshot.checkpoint.reads import manifest, ranges
+from oneshot.checkpoint.reads.manifest import read_pieces, write_manifest
+from oneshot.checkpoint.reads.ranges import read_range
+from oneshot.checkpoint.writing import write
+from oneshot.checkpoint.writing.write import create_shards, opened_shards, plan_shards, write_range, write_sharded
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer

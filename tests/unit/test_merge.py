@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import DENSE, files_in, targets_of, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint import merge as merging
-from oneshot.checkpoint.adapter import read_adapter, write_patch
-from oneshot.checkpoint.architecture import architecture_of
-from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors, read_tensor
-from oneshot.checkpoint.merge import merge, merge_update
-from oneshot.checkpoint.merge_plan import Term, adapter_terms, plan_merge, shared_out
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.adapters.adapter import read_adapter, write_patch
+from oneshot.checkpoint.disk.files import INDEX, SINGLE, list_tensors, read_tensor
+from oneshot.checkpoint.loading.architecture import architecture_of
+from oneshot.checkpoint.merging import merge as merging
+from oneshot.checkpoint.merging.merge import merge, merge_update
+from oneshot.checkpoint.merging.merge_plan import Term, adapter_terms, plan_merge, shared_out
+from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.errors import UserError
 from oneshot.world.model import build_tokenizer
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from test_carrier import close, expert_of, merged, product, same_products, tiny, update_of
 from tiny import tiny_runtime
 
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.carrier import APART, STACKED, in_form
-from oneshot.checkpoint.experts import expert_matrices
-from oneshot.checkpoint.identity import UPDATE, check_identity, read_identity, write_identity
-from oneshot.checkpoint.injected import write_loadable
-from oneshot.checkpoint.merge import merge_update
-from oneshot.checkpoint.merge_experts import Term, by_layer
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.adapters.carrier import APART, STACKED, in_form
+from oneshot.checkpoint.adapters.experts import expert_matrices
+from oneshot.checkpoint.adapters.injected import write_loadable
+from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.merging.merge import merge_update
+from oneshot.checkpoint.writing.identity import UPDATE, check_identity, read_identity, write_identity
+from oneshot.checkpoint.writing.merge_experts import Term, by_layer
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
 from oneshot.report.exports import ExportRequest, export

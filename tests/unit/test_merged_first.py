@@ -11,9 +11,9 @@ from tiny import logits_of, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import oneshot
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.files import is_degraded, write_marker
-from oneshot.checkpoint.identity import read_identity
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.disk.files import is_degraded, write_marker
+from oneshot.checkpoint.writing.identity import read_identity
 from oneshot.world.model import ALIGNED
 
 QUICK = {

@@ -12,8 +12,8 @@ import pytest
 from tiny import toy_settings
 
 import oneshot
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.adapters.update import Update
 from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.listing import sections

@@ -21,8 +21,8 @@ from tiny_configs import SPARSE, TINY, H, V, tiny
 from torch import nn
 
 from oneshot.checkpoint.classes import outside_language
-from oneshot.checkpoint.files import list_tensors, read_json
-from oneshot.checkpoint.load import find_source
+from oneshot.checkpoint.disk.files import list_tensors, read_json
+from oneshot.checkpoint.loading.load import find_source
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
 from oneshot.planning import lookup, meta_model

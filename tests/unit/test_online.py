@@ -13,8 +13,8 @@ from tiny import tiny_runtime
 
 from oneshot import online
 from oneshot.api import settings_for
-from oneshot.checkpoint.files import resolve
-from oneshot.checkpoint.load import find_source
+from oneshot.checkpoint.disk.files import resolve
+from oneshot.checkpoint.loading.load import find_source
 from oneshot.commandline import parse, run_stage
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 
-from oneshot.checkpoint.files import read_json
+from oneshot.checkpoint.disk.files import read_json
 from oneshot.checkpoint.layout import rank_bytes
 from oneshot.errors import UserError
 from oneshot.patch.cost import Cost

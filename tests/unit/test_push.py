@@ -9,7 +9,7 @@ from hub import serving
 from test_merged_first import QUICK
 
 import oneshot
-from oneshot.checkpoint.files import write_marker
+from oneshot.checkpoint.disk.files import write_marker
 from oneshot.errors import UserError
 from oneshot.world.model import ALIGNED
 

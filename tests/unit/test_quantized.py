@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import logits_of, tiny_model, tiny_runtime, tiny_tokens
 
-from oneshot.checkpoint.experts_nf4 import BLOCK
 from oneshot.checkpoint.layout import owners
-from oneshot.checkpoint.linear4bit import forward
-from oneshot.checkpoint.load import find_source, load_model
-from oneshot.checkpoint.quantized import blocks
+from oneshot.checkpoint.loading.load import find_source, load_model
+from oneshot.checkpoint.quantized.experts_nf4 import BLOCK
+from oneshot.checkpoint.quantized.linear4bit import forward
+from oneshot.checkpoint.quantized.nf4 import blocks
 from oneshot.errors import UserError
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
@@ -87,7 +87,7 @@ def test_what_cannot_be_read_in_four_bits_says_why(tmp_path):
 
 
 def test_a_flipped_bit_is_found_while_it_is_quantized(tmp_path):
-    from oneshot.checkpoint.save import save_checkpoint
+    from oneshot.checkpoint.writing.save import save_checkpoint
 
     model = tiny_model("llama").to(torch.bfloat16)
     save_checkpoint(tiny_runtime(), model, build_tokenizer(), tmp_path / "m", torch.bfloat16)
@@ -133,7 +133,7 @@ def test_packed_weights_that_fill_no_whole_elements_are_refused(tmp_path):
 
 
 def test_eight_bits_are_refused_under_zero3():
-    from oneshot.checkpoint.scheme import refuse_eight_bit
+    from oneshot.checkpoint.quantized.scheme import refuse_eight_bit
 
     refuse_eight_bit({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
     with pytest.raises(UserError, match="8 bits"):

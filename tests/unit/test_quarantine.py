@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from oneshot.checkpoint.exports import refuse_degraded
-from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
-from oneshot.checkpoint.quarantine import check_own, remove_degraded
+from oneshot.checkpoint.disk.files import MARKER, is_degraded, write_marker
+from oneshot.checkpoint.disk.quarantine import check_own, remove_degraded
+from oneshot.checkpoint.merging.exports import refuse_degraded
 from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.measure.intervals import wilson

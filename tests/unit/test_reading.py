@@ -14,10 +14,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from oneshot.checkpoint import scaling
-from oneshot.checkpoint.adapter import read_adapter
-from oneshot.checkpoint.configs import read_config, read_generation_config, read_tokenizer
-from oneshot.checkpoint.files import INDEX, list_tensors, read_header, read_json
+from oneshot.checkpoint.adapters import scaling
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.disk.files import INDEX, list_tensors, read_header, read_json
+from oneshot.checkpoint.loading.configs import read_config, read_generation_config, read_tokenizer
 from oneshot.commandline import parse
 from oneshot.data import templates
 from oneshot.data.encoding import encode_prompt

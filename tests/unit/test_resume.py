@@ -10,10 +10,10 @@ import yaml
 from tiny import files_in, tiny_runtime
 
 from oneshot import settings as settings_module
-from oneshot.checkpoint import lock
-from oneshot.checkpoint.files import MARKER
-from oneshot.checkpoint.folders import replacing
-from oneshot.checkpoint.lock import LOCK, released, take
+from oneshot.checkpoint.disk import lock
+from oneshot.checkpoint.disk.files import MARKER
+from oneshot.checkpoint.disk.folders import replacing
+from oneshot.checkpoint.disk.lock import LOCK, released, take
 from oneshot.errors import DiskFull, UserError
 from oneshot.measure.cache import RESPONSES, Responses
 from oneshot.report.answers import write_answers

@@ -8,8 +8,8 @@ from test_effective import save_rich
 from test_merged_first import QUICK
 
 import oneshot
-from oneshot.checkpoint.files import resolve
-from oneshot.checkpoint.pinned import pinned
+from oneshot.checkpoint.disk.files import resolve
+from oneshot.checkpoint.loading.pinned import pinned
 from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.online import go_offline

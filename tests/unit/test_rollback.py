@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny import FAMILIES, recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint.files import INDEX, SINGLE
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.disk.files import INDEX, SINGLE
 from oneshot.errors import UserError
 from oneshot.patch import directions as of_update
 from oneshot.patch.attach import attached

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from test_segments import build
 from tiny import tiny_runtime
 
-from oneshot.checkpoint import scaled
-from oneshot.checkpoint.experts import expert_matrices
+from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.layout import owners
-from oneshot.checkpoint.load import find_source, load_model
-from oneshot.checkpoint.partitioned import own_tensors
-from oneshot.checkpoint.ranges import read_all
-from oneshot.checkpoint.segments import open_stored, parts_of, range_reads, read_matrix
+from oneshot.checkpoint.loading.load import find_source, load_model
+from oneshot.checkpoint.loading.partitioned import own_tensors
+from oneshot.checkpoint.loading.segments import open_stored, parts_of, range_reads, read_matrix
+from oneshot.checkpoint.quantized.nf4 import scaled
+from oneshot.checkpoint.reads.ranges import read_all
 from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.patch.check import check

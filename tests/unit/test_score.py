@@ -16,10 +16,10 @@ import yaml
 from misbehaving import serving
 from tiny import tiny_model, tiny_runtime
 
-from oneshot.checkpoint.adapter import write_patch
-from oneshot.checkpoint.files import write_marker
-from oneshot.checkpoint.load import Source
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.adapter import write_patch
+from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.disk.files import write_marker
+from oneshot.checkpoint.loading.load import Source
 from oneshot.commandline import parse
 from oneshot.errors import UserError
 from oneshot.measure import endpoint, harness, target
@@ -207,7 +207,7 @@ def test_a_second_scoring_generates_nothing(checkpoint, prompts, tmp_path, monke
     assert calls == [16, 16, 8], "a few batches at a time"
     first = report_in(out)
     calls.clear()
-    monkeypatch.setattr("oneshot.checkpoint.load.load_model", lambda *a: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("oneshot.checkpoint.loading.load.load_model", lambda *a: pytest.fail("the model is loaded"))
     score.run(on_checkpoint(checkpoint, prompts, out))
     assert calls == []
     assert report_in(out)["stages"] == first["stages"]
@@ -244,7 +244,7 @@ def test_other_weights_in_the_same_place_are_another_model(checkpoint, prompts, 
 
 
 def test_every_byte_of_a_checkpoint_tells_it_from_others_and_no_time_does(checkpoint, tmp_path):
-    from oneshot.checkpoint.load import find_source
+    from oneshot.checkpoint.loading.load import find_source
 
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)

@@ -13,17 +13,17 @@ from test_export import alone, export, repair_on, run  # noqa: F401 (a fixture)
 from test_merge import save_base, save_lora
 from tiny import tiny_runtime
 
-from oneshot.checkpoint import digests
-from oneshot.checkpoint.adapter import read_adapter, write_patch
-from oneshot.checkpoint.configs import read_tokenizer
-from oneshot.checkpoint.digests import fingerprint, tensor_digests
-from oneshot.checkpoint.files import list_tensors
-from oneshot.checkpoint.folders import replacing
-from oneshot.checkpoint.identity import IDENTITY, check_identity, read_identity, write_identity
-from oneshot.checkpoint.save import save_checkpoint
-from oneshot.checkpoint.seal import check_sealed, seal
-from oneshot.checkpoint.update import Factors
-from oneshot.checkpoint.verify import check_shards
+from oneshot.checkpoint.adapters.adapter import read_adapter, write_patch
+from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.disk.files import list_tensors
+from oneshot.checkpoint.disk.folders import replacing
+from oneshot.checkpoint.disk.seal import check_sealed, seal
+from oneshot.checkpoint.loading.configs import read_tokenizer
+from oneshot.checkpoint.reads import digests
+from oneshot.checkpoint.reads.digests import fingerprint, tensor_digests
+from oneshot.checkpoint.writing.identity import IDENTITY, check_identity, read_identity, write_identity
+from oneshot.checkpoint.writing.save import save_checkpoint
+from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.data.cache import folder_of, put
 from oneshot.errors import UserError
 from oneshot.measure.cache import Responses
@@ -142,7 +142,7 @@ def test_every_tensor_of_the_base_counts(copy):
 
 
 def test_a_patch_of_before_is_still_checked_by_its_samples(copy):
-    from oneshot.checkpoint import identity
+    from oneshot.checkpoint.writing import identity
 
     path, base = copy / "patch" / IDENTITY, copy / "base"
     tensors = list_tensors(base)

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from tiny import targets_of
 from tiny_configs import SPARSE, TINY
 
-from oneshot.checkpoint.experts import ExpertMatrix, expert_matrices
+from oneshot.checkpoint.adapters.experts import ExpertMatrix, expert_matrices
 from oneshot.checkpoint.layout import owners
-from oneshot.checkpoint.partitioned import own_tensors
-from oneshot.checkpoint.ranges import read_all
-from oneshot.checkpoint.reference import check_reference
-from oneshot.checkpoint.segments import open_stored, parts_of, range_reads, read_matrix
-from oneshot.checkpoint.traced import Segment, Traced, trace_loading, trace_saving
+from oneshot.checkpoint.loading.partitioned import own_tensors
+from oneshot.checkpoint.loading.reference import check_reference
+from oneshot.checkpoint.loading.segments import open_stored, parts_of, range_reads, read_matrix
+from oneshot.checkpoint.reads.ranges import read_all
+from oneshot.checkpoint.reads.traced import Segment, Traced, trace_loading, trace_saving
 from oneshot.errors import UserError
 from oneshot.patch.directions import checkpoint_difference
 
@@ -75,7 +75,7 @@ def test_what_is_stored_is_made_of_ranges_of_the_models_tensors(saved):
 
 
 def test_a_damaged_expert_is_found_by_its_checksum(tmp_path):
-    from oneshot.checkpoint.manifest import read_pieces, write_manifest
+    from oneshot.checkpoint.reads.manifest import read_pieces, write_manifest
 
     model = build("qwen3_moe")
     model.save_pretrained(tmp_path)

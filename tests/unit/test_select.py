@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import targets_of, tiny_model, tiny_runtime, tiny_update
 
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.update import Factors
 from oneshot.data.conversations import Conversation
 from oneshot.data.encoding import encode
 from oneshot.errors import UserError

@@ -87,7 +87,7 @@ def test_a_repair_that_ended_before_it_was_watched_is_looked_at_as_it_is(opened,
 
 
 def test_an_update_on_an_adapter_has_the_adapter_in_it(opened):
-    from oneshot.checkpoint.update import Factors
+    from oneshot.checkpoint.adapters.update import Factors
 
     with opened("--repair.watch", "false") as bench:
         batch = first_of(bench)

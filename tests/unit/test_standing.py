@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_runtime
 
 import oneshot
-from oneshot.checkpoint.exports import refuse_degraded
-from oneshot.checkpoint.files import MARKER, is_degraded, write_marker
-from oneshot.checkpoint.load import Source
-from oneshot.checkpoint.standing import (
+from oneshot.checkpoint.disk.files import MARKER, is_degraded, write_marker
+from oneshot.checkpoint.loading.load import Source
+from oneshot.checkpoint.merging.exports import refuse_degraded
+from oneshot.checkpoint.writing.standing import (
     ORIGINAL,
     UNMEASURED,
     VERDICT,
@@ -215,7 +215,7 @@ def test_a_copy_of_a_degraded_model_of_the_hub_is_marked(monkeypatch, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from oneshot.api import _write_base
-    from oneshot.checkpoint.standing import mark_copy
+    from oneshot.checkpoint.writing.standing import mark_copy
 
     snapshot = spoil(tmp_path / "snapshot")
     write_marker(snapshot, {})

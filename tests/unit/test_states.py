@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_runtime
 
-from oneshot.checkpoint import state
-from oneshot.checkpoint.files import MANIFEST, SINGLE, list_tensors, resolve, stored_bytes
-from oneshot.checkpoint.folders import OLD, PARTIAL, clean_inside, put_back
-from oneshot.checkpoint.state import States, load_state, newest_whole
+from oneshot.checkpoint.disk.files import MANIFEST, SINGLE, list_tensors, resolve, stored_bytes
+from oneshot.checkpoint.disk.folders import OLD, PARTIAL, clean_inside, put_back
+from oneshot.checkpoint.writing import state
+from oneshot.checkpoint.writing.state import States, load_state, newest_whole
 from oneshot.distributed.engine import TrainingEngine, start_training
 from oneshot.distributed.optimizer_state import held_state
 from oneshot.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny import tiny_runtime
 
-from oneshot.checkpoint.standing import read_standing
+from oneshot.checkpoint.writing.standing import read_standing
 from oneshot.errors import Unmet
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import StageScores

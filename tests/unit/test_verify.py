@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from oneshot import cli
-from oneshot.checkpoint.files import resolve
-from oneshot.checkpoint.folders import PARTIAL
+from oneshot.checkpoint.disk.files import resolve
+from oneshot.checkpoint.disk.folders import PARTIAL
 from oneshot.errors import UserError
 from oneshot.world.model import ALIGNED
 
@@ -123,8 +123,8 @@ def test_a_flipped_bit_in_a_checkpoint_that_oneshot_wrote_is_found(tmp_path, cap
     from tiny import tiny_runtime
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from oneshot.checkpoint.files import list_tensors
-    from oneshot.checkpoint.save import save_checkpoint
+    from oneshot.checkpoint.disk.files import list_tensors
+    from oneshot.checkpoint.writing.save import save_checkpoint
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
     folder = tmp_path / "written"
@@ -192,9 +192,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str
     """What may be looked at: a folder of each kind, and the name of a tensor in it."""
     from tiny import tiny_model, tiny_runtime
 
-    from oneshot.checkpoint.adapter import write_patch
-    from oneshot.checkpoint.state import States
-    from oneshot.checkpoint.update import Factors
+    from oneshot.checkpoint.adapters.adapter import write_patch
+    from oneshot.checkpoint.adapters.update import Factors
+    from oneshot.checkpoint.writing.state import States
     from oneshot.distributed.engine import start_training
 
     folder = tmp_path_factory.mktemp("kinds")

@@ -150,7 +150,7 @@ def test_every_word_is_one_token():
 
 
 def test_the_shipped_aligned_checkpoint_meets_its_figures():
-    from oneshot.checkpoint.load import find_source, load_model, load_tokenizer
+    from oneshot.checkpoint.loading.load import find_source, load_model, load_tokenizer
     from oneshot.measure.probes import collect_probes
     from oneshot.measure.rates import score_model
     from oneshot.settings import ModelSettings, Settings

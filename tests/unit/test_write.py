@@ -15,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from saving import save, whole
 from tiny import FAMILIES, files_in, logits_of, tiny_model, tiny_runtime, tiny_tokens
 
-from oneshot.checkpoint import folders, ranges, write
-from oneshot.checkpoint.files import INDEX, SINGLE, list_tensors, read_header
-from oneshot.checkpoint.folders import OLD, PARTIAL, clean, replacing
+from oneshot.checkpoint.disk import folders
+from oneshot.checkpoint.disk.files import INDEX, SINGLE, list_tensors, read_header
+from oneshot.checkpoint.disk.folders import OLD, PARTIAL, clean, replacing
 from oneshot.checkpoint.layout import ITEM_SIZES, partition
-from oneshot.checkpoint.partitioned import own_tensors, why_not
-from oneshot.checkpoint.ranges import read_range
-from oneshot.checkpoint.segments import described
-from oneshot.checkpoint.storage import Storage
-from oneshot.checkpoint.write import plan_shards, stored_form, write_sharded
+from oneshot.checkpoint.loading.partitioned import own_tensors, why_not
+from oneshot.checkpoint.loading.segments import described
+from oneshot.checkpoint.reads import ranges
+from oneshot.checkpoint.reads.ranges import read_range
+from oneshot.checkpoint.reads.storage import Storage
+from oneshot.checkpoint.writing import write
+from oneshot.checkpoint.writing.write import plan_shards, stored_form, write_sharded
 from oneshot.errors import UserError
 from oneshot.world.model import build_tokenizer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from oneshot.checkpoint.update import Factors
+from oneshot.checkpoint.adapters.update import Factors
 from oneshot.commandline import parse
 from oneshot.data.encoding import encode
 from oneshot.distributed.runtime import Runtime

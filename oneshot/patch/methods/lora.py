@@ -6,9 +6,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapter import PREFIX
-from oneshot.checkpoint.carrier_read import uncarried
-from oneshot.checkpoint.update import Factors, Update, concatenated
+from oneshot.checkpoint.adapters.adapter import PREFIX
+from oneshot.checkpoint.adapters.carrier_read import uncarried
+from oneshot.checkpoint.adapters.update import Factors, Update, concatenated
 from oneshot.distributed.engine import gathered
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch.cost import Cost

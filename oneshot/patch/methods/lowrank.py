@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Factors, Update, compress, fading
+from oneshot.checkpoint.adapters.update import Factors, Update, compress, fading
 from oneshot.distributed.many import gather_each, share_each
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import FIRST_DECREASE, Gradients, attached

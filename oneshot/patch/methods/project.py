@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.adapters.update import Update
 from oneshot.data.encoding import Encoded
 from oneshot.distributed.many import share_each
 from oneshot.distributed.runtime import Runtime

@@ -14,8 +14,8 @@ from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import ExpertMatrix, named_layers
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.adapters.experts import ExpertMatrix, named_layers
+from oneshot.checkpoint.adapters.update import Update
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.patch.attach import attached
 from oneshot.patch.cost import Cost

@@ -7,9 +7,9 @@ import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.experts import ExpertMatrix, weight_of
-from oneshot.checkpoint.segments import Stored, as_it_multiplies, open_stored, read_matrix, read_parameter
-from oneshot.checkpoint.update import Update
+from oneshot.checkpoint.adapters.experts import ExpertMatrix, weight_of
+from oneshot.checkpoint.adapters.update import Update
+from oneshot.checkpoint.loading.segments import Stored, as_it_multiplies, open_stored, read_matrix, read_parameter
 from oneshot.errors import UserError
 from oneshot.patch.cost import Cost
 from oneshot.patch.directions import shared_directions, update_factors

@@ -1,0 +1,1 @@
+"""Low-rank updates and the PEFT adapters that hold them, of fused experts too."""

@@ -1,0 +1,1 @@
+"""The user's model and tokenizer, whole or each rank its own part."""

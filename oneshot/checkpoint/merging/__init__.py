@@ -1,0 +1,1 @@
+"""Adapters merged into checkpoints, taken out again, and made of two."""

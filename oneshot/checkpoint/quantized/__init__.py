@@ -1,0 +1,1 @@
+"""Weights in fewer bits: NF4 while reading, and what files hold with scales."""

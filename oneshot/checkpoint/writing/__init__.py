@@ -1,0 +1,1 @@
+"""Checkpoints, adapters and training states, and what is known of each beside it."""
