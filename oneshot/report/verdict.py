@@ -175,20 +175,32 @@ def _remarks(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Where a patch reaches little of the fine-tune's update, how much: what was measured may be good nonetheless."""
     coverage = (report.get("repair") or {}).get("coverage") or {}
     share = _number((coverage.get("energy") or {}).get("reached"))
-    little = share is not None and share < REACHED
-    return (f"the patch reaches {share:.0%} only of the fine-tune's update",) if little else ()
+    if share is None or share >= REACHED:
+        return ()
+    unknown = _unknown(coverage)
+    return (f"the patch reaches {share:.0%} only of the fine-tune's update{f', {unknown}' if unknown else ''}",)
+
+
+def _unknown(coverage: Mapping[str, Any]) -> str:
+    """How much of the update a share of it leaves out; "" where it is of all of it."""
+    count = coverage.get("not_compared")
+    return f"without {count} tensor{'s' * (count != 1)} that could not be compared" if count else ""
 
 
 def unreached(coverage: Mapping[str, Any] | None) -> str:
-    """Return the sentence that says what of the fine-tune's update, or else of the weights, no patch reaches, by kind;
-    "" where all of it is reached.
+    """Return the sentence that says what of the fine-tune's update, or else of the weights, no patch reaches, by kind,
+    and what of the update is not known; "" where all of it is reached.
     """
     coverage = coverage or {}
     of = "update's energy" if coverage.get("energy") else "weights"
     found = coverage.get("energy") or coverage.get("parameters") or {}
     share = _number(found.get("reached"))
+    unknown = _unknown(coverage) if coverage.get("energy") else ""
+    said = (
+        f"The patch can reach {share:.1%} of the {of}{f', {unknown}' if unknown else ''}" if share is not None else ""
+    )
     if share is None or share >= 1 - EXACT:
-        return ""
+        return f"{said}." if said and unknown else ""
     kinds = {kind: row["of_all"] * (1 - (row["reached"] or 0)) for kind, row in found["kinds"].items()}
     left = ", ".join(f"{kind} {part:.1%}" for kind, part in sorted(kinds.items(), key=lambda k: -k[1]) if part > EXACT)
-    return f"The patch can reach {share:.1%} of the {of}; what it cannot is in {left}."
+    return f"{said}; what it cannot is in {left}."
