@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_segments import build
 from tiny import tiny_runtime
 
+from oneshot.checkpoint.adapters.adapter import read_adapter
 from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.adapters.injected import write_loadable
 from oneshot.checkpoint.adapters.update import Factors
@@ -29,6 +31,7 @@ from oneshot.patch.apart import same_weights
 from oneshot.patch.check import check
 from oneshot.patch.directions import checkpoint_difference
 from oneshot.patch.linears import select_linears
+from oneshot.report.exports import ExportRequest, export
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
 
@@ -162,6 +165,23 @@ def test_the_delta_of_two_scaled_checkpoints_and_of_one(made, tmp_path):
         wanted = read_matrix(plain, name, target)
         torch.testing.assert_close(difference(name, True), wanted / 2, rtol=1e-6, atol=1e-6)
         assert not same(name, True).any()
+
+
+def test_a_patch_is_extracted_from_scaled_checkpoints(made, tmp_path):
+    model, folder = made
+    shutil.copytree(folder / "plain", tmp_path / "tuned")
+    plain = load_file(folder / "plain" / "model.safetensors")
+    save_file({n: t * 1.5 for n, t in plain.items()}, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    asked = ExportRequest(
+        out=tmp_path / "out", extract=str(tmp_path / "tuned"), model=str(folder), rank=1000, rank_experts=1000
+    )
+    export(tiny_runtime(), asked, "oneshot export")
+    wanted = open_stored(folder / "plain", model)
+    targets = select_linears(model).targets
+    for name, factors in read_adapter(tmp_path / "out").update.items():
+        half = read_matrix(wanted, name, targets[name]) / 2
+        torch.testing.assert_close(factors.b.float() @ factors.a.float(), half, rtol=0, atol=0.02)
+    check_identity(tmp_path / "out", folder)
 
 
 def test_transformers_own_dequantization_is_the_same(tmp_path):
