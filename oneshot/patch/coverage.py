@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from oneshot.patch.bench import Bench
     from oneshot.patch.linears import Layer
 
-_EXPERTS = "experts"
-_KINDS = (  # of a tensor that is not of fused experts, by its name: the first that is found in it
+_KINDS = (  # of a stored tensor, by its name: the first that is found in it
     ("vision", r"vision|visual|image|audio|multi_modal|mm_projector"),
-    (_EXPERTS, r"(^|\.)experts\."),
+    ("experts", r"(^|\.)experts\."),
     ("routers", r"(^|[._])(gate|router)\."),
     ("norms", r"norm|(^|[._])ln(_|\d|$|\.)"),
     ("embeddings", r"embed|(^|\.)wte|(^|\.)wpe|lm_head"),
@@ -116,11 +115,12 @@ def coverage(
 
 
 def _kind(held: Held) -> str:
-    return _EXPERTS if held.experts else kind_of(held.name)
+    """Its kind; of what fused experts hold it is theirs, whatever its name."""
+    return "experts" if held.experts else kind_of(held.name)
 
 
 def _kind_of_target(name: str, layer: Layer) -> str:
-    return _EXPERTS if isinstance(layer, ExpertMatrix) else kind_of(f"{name}.weight")
+    return "experts" if isinstance(layer, ExpertMatrix) else kind_of(f"{name}.weight")
 
 
 def _summed(parts: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
