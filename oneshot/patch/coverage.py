@@ -32,6 +32,7 @@ _CHUNK = 4 << 20  # elements compared at a time
 _KINDS = (  # of a stored tensor, by its name: the first that is found in it
     ("vision", r"vision|visual|image|audio|multi_modal|mm_projector"),
     ("experts", r"(^|\.)experts\."),
+    ("routers", r"(^|[._])(gate|router)\."),
     ("norms", r"norm|(^|[._])ln(_|\d|$|\.)"),
     ("embeddings", r"embed|(^|\.)wte|(^|\.)wpe|lm_head"),
     ("attention", r"att|mixer|mamba|conv|ssm"),
@@ -78,7 +79,7 @@ def covered(bench: Bench) -> dict[str, Any] | None:
 
 
 def kind_of(name: str) -> str:
-    """Return what a stored tensor is a weight of: vision, experts, norms, embeddings, attention, MLP or other."""
+    """Return what a stored tensor is a weight of, one of ``_KINDS`` or other."""
     return next((kind for kind, words in _KINDS if re.search(words, name)), "other")
 
 

@@ -14,7 +14,7 @@ from oneshot.checkpoint.layout import owners
 from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.checkpoint.loading.partitioned import own_tensors
 from oneshot.checkpoint.loading.segments import open_stored, parts_of, range_reads, read_matrix
-from oneshot.checkpoint.quantized.nf4 import scaled
+from oneshot.checkpoint.quantized import scaled
 from oneshot.checkpoint.reads.ranges import read_all
 from oneshot.commandline import parse
 from oneshot.errors import UserError
