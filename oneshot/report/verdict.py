@@ -47,9 +47,9 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """The word, every doubt and every remark."""
-        said = "; ".join((*self.doubts, *self.remarks))
-        return f"{self.word}: {said}" if said else self.word
+        """The word and every doubt; in brackets every remark, as it speaks against nothing."""
+        said = f"{self.word}: {'; '.join(self.doubts)}" if self.doubts else self.word
+        return f"{said} ({'; '.join(self.remarks)})" if self.remarks else said
 
 
 def judge(report: Mapping[str, Any]) -> Verdict:
@@ -176,7 +176,15 @@ def _remarks(report: Mapping[str, Any]) -> tuple[str, ...]:
     coverage = (report.get("repair") or {}).get("coverage") or {}
     share = _number((coverage.get("energy") or {}).get("reached"))
     little = share is not None and share < REACHED
-    return (f"the patch reaches {share:.0%} only of the fine-tune's update",) if little else ()
+    return (
+        (f"of the fine-tune's update the patch can reach {share:.0%}, the rest is {_rest(coverage)}",) if little else ()
+    )
+
+
+def _rest(coverage: Mapping[str, Any]) -> str:
+    """Where most of what no patch reaches is."""
+    kinds = coverage["energy"]["kinds"]
+    return f"mostly in {max(kinds, key=lambda kind: kinds[kind]['of_all'] * (1 - (kinds[kind]['reached'] or 0)))}"
 
 
 def unreached(coverage: Mapping[str, Any] | None) -> str:
@@ -184,7 +192,7 @@ def unreached(coverage: Mapping[str, Any] | None) -> str:
     "" where all of it is reached.
     """
     coverage = coverage or {}
-    of = "update's energy" if coverage.get("energy") else "weights"
+    of = "fine-tune's squared update" if coverage.get("energy") else "weights"
     found = coverage.get("energy") or coverage.get("parameters") or {}
     share = _number(found.get("reached"))
     if share is None or share >= 1 - EXACT:
