@@ -181,7 +181,7 @@ def test_hub_failure_is_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = error_of(read_conversations, "someone/fruit", DATA)
     assert message.startswith(
-        "someone/fruit is no file here, and data set someone/fruit (split train) cannot be loaded (no such data set): give "
+        "someone/fruit is no file here, and data set someone/fruit (split train) cannot be loaded (no such data set): "
     )
 
 
