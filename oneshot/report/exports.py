@@ -12,19 +12,17 @@ from oneshot.checkpoint.disk.files import MARKER, find_weight, is_adapter, list_
 from oneshot.checkpoint.disk.lock import locked
 from oneshot.checkpoint.loading.architecture import architecture_of
 from oneshot.checkpoint.merging.exports import (
-    NewAdapter,
     check_base,
     check_out,
     check_space,
-    in_form_of,
     plan_for,
     read_given,
     refuse_degraded,
     why_derived_marked,
     why_marked,
-    write_adapter,
 )
 from oneshot.checkpoint.merging.merge import merge
+from oneshot.checkpoint.merging.new_adapter import NewAdapter, made_of, write_adapter
 from oneshot.checkpoint.reads.digests import shared_fingerprint
 from oneshot.checkpoint.reads.ranges import torch_dtype
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
@@ -225,14 +223,18 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     marked = why_derived_marked([one.folder for one in given])
     facts, lines = adapter_card("sum", given, left, {}, base=base, marked=marked)
     facts["command"] = command
+    new = made_of(
+        update, [one.adapter for one in given], NewAdapter({}, dtype, base, [], marked), request.expert_form,
+        trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
+    lines += new.unchecked
 
     def beside(folder: Path) -> None:
         write_card(folder, "LoRA adapter", facts, lines)
         if identity is not None:
             store_identity(folder, identity)
 
-    held = in_form_of(update, [one.adapter for one in given], request.expert_form, base)
-    write_adapter(runtime, request.out, NewAdapter(held, dtype, base, [], marked), given[0].folder, beside)
+    write_adapter(runtime, request.out, new, given[0].folder, beside)
     return Exported(request.out, "adapter", facts, lines)
 
 
@@ -265,7 +267,7 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         kind = DERIVED if repaired else UPDATE
         write_identity(folder, base, kind=kind, base=name, model=made.model)
 
-    held = in_form(update, made.model, request.expert_form) if request.expert_form else update
+    held = [in_form(update, made.model, request.expert_form)] if request.expert_form else update
     new = NewAdapter(held, dtype, name, list(made.linears), marked, made.model)
     write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)

@@ -172,7 +172,7 @@ def test_factors_on_the_wrong_parameter_are_found(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     lost = not_injected(tmp_path, model.to("meta"))
     assert any(name.endswith("experts.base_layer") for name in lost)
-    with pytest.raises(UserError, match="would load another patch"):
+    with pytest.raises(UserError, match="finds no place"):
         check_loads(tmp_path, model)
 
 
