@@ -147,7 +147,7 @@ def undone(subject: Subject) -> set[str]:
 
 
 def exported(subject: Subject) -> None:
-    """A patch merged and taken out again leaves the model; what was extracted is the difference; PEFT loads a lower rank."""
+    """A patch merged and taken out again leaves the model; what was extracted is the difference, in PEFT too."""
     if not (subject.repaired / "patch").is_dir():
         raise UserError("There is no patch to export.")
     patch, merged, back = subject.repaired / "patch", subject.out / "merged", subject.out / "back"

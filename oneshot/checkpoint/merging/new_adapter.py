@@ -91,8 +91,8 @@ def made_of(
     apart = next((read.names for read in known if read.form == APART), None)
     if known and form == APART and apart is None:
         raise UserError(
-            f"--expert_form {APART} names each expert as its base does, and {new.base or 'the base'} is not here, or no "
-            "model that can be built here: run it where the base is."
+            f"--expert_form {APART} names each expert as its base does, and {new.base or 'the base'} is not here, or "
+            "no model that can be built here: run it where the base is."
         )
     return dataclasses.replace(new, update=[carried(update, form, None, apart or PLAIN)], parameters=parameters)
 
