@@ -194,9 +194,14 @@ def _meant(tensors: dict[str, torch.Tensor], fused: set[str]) -> dict[tuple[str,
 def _misplaced(loaded: Any, tensors: dict[str, torch.Tensor], parameters: list[str]) -> list[str]:
     """Experts' factors that PEFT has put onto another parameter than the one that they are read as."""
     modules = dict(loaded.base_model.model.named_modules())
-    found = []
-    for module, _ in filter(None, map(factor_of, tensors)):
-        meant = parameter_of(module, parameters)
+    found: list[str] = []
+    shapes: dict[str, dict[str, torch.Size]] = {}
+    for key, tensor in tensors.items():
+        if (factor := factor_of(key)) is not None:
+            shapes.setdefault(factor[0], {})[factor[1]] = tensor.shape
+    sizes = {module: (each["B"][0], each["A"][1]) for module, each in shapes.items()}
+    for module in shapes:
+        meant = parameter_of(module, parameters, sizes)
         if meant is not None and getattr(modules.get(module), "parameter_name", None) != meant.rsplit(".", 1)[-1]:
             found.append(module)
     return found
