@@ -223,10 +223,9 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     marked = why_derived_marked([one.folder for one in given])
     facts, lines = adapter_card("sum", given, left, {}, base=base, marked=marked)
     facts["command"] = command
-    new = made_of(
-        update, [one.adapter for one in given], NewAdapter({}, dtype, base, [], marked), request.expert_form,
-        trust_remote_code=request.trust_remote_code,
-    )  # fmt: skip
+    new = NewAdapter(update, dtype, base, [], marked)
+    trusted, adapters = request.trust_remote_code, [one.adapter for one in given]
+    new = made_of(new, adapters, request.expert_form, trust_remote_code=trusted)
     lines += new.unchecked
 
     def beside(folder: Path) -> None:

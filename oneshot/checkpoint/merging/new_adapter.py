@@ -59,22 +59,23 @@ class NewAdapter:
 
 
 def made_of(
-    update: Update, adapters: list[Adapter], new: NewAdapter, form: str | None, *, trust_remote_code: bool = False
+    new: NewAdapter, adapters: list[Adapter], form: str | None, *, trust_remote_code: bool = False
 ) -> NewAdapter:
     """Return an adapter that is made of others as it is to be written: as PEFT loads it, where the base is here.
 
     Where it is not, each layer is named as the adapters name it.
 
     Args:
-        update: what it holds
+        new: with its update as factors by matrix
         adapters: what it is made of
-        new: the rest
         form: of experts' factors that is asked for; none: the first one's which has experts, or, where PEFT does not
             load that one whole, 3-D
 
     Raises:
         UserError: single experts' names are asked for, and nothing here says them
     """
+    update = new.update
+    assert not isinstance(update, list)
     known = [adapter.experts for adapter in adapters if adapter.experts is not None]
     made = _base_of(new.base, adapters, trust_remote_code=trust_remote_code)
     if made is not None:
@@ -99,8 +100,8 @@ def made_of(
 
 def _base_of(base: str, adapters: list[Adapter], *, trust_remote_code: bool) -> Architecture | None:
     """The model that adapters belong to, without weights; none where it is not to be had without fetching it."""
-    revisions = {adapter.config.get("revision") for adapter in adapters}
-    revision = revisions.pop() if len(revisions) == 1 else None
+    revisions = {str(adapter.config.get("revision") or "") for adapter in adapters}
+    revision = (revisions.pop() or None) if len(revisions) == 1 else None
     folder = (local_folder(base) or cached(base, revision)) if base else None
     if folder is None or not (folder / CONFIG).is_file():
         return None
