@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +14,17 @@ from oneshot.checkpoint.disk.lock import locked
 from oneshot.checkpoint.loading.architecture import architecture_of
 from oneshot.checkpoint.merging.exports import (
     GivenAdapter,
-    NewAdapter,
     check_base,
     check_out,
     check_space,
-    in_form_of,
     plan_for,
     read_given,
     refuse_degraded,
     why_derived_marked,
     why_marked,
-    write_adapter,
 )
 from oneshot.checkpoint.merging.merge import merge
+from oneshot.checkpoint.merging.new_adapter import NewAdapter, made_of, write_adapter
 from oneshot.checkpoint.reads.digests import shared_fingerprint
 from oneshot.checkpoint.reads.ranges import torch_dtype
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
@@ -226,10 +225,14 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     update, left = lowered(total, request.rank, dtype, request.rank_experts)
     bases = {str(one.adapter.config.get("base_model_name_or_path") or "") for one in given}
     base = bases.pop() if len(bases) == 1 else ""
-    same = _as_measured(given, left)
-    marked = "" if same else why_derived_marked([one.folder for one in given])
-    facts, lines = adapter_card("sum", given, left, {}, base=base, marked=marked)
+    adapters = [one.adapter for one in given]
+    new = NewAdapter(update, dtype, base, [])
+    new = made_of(new, adapters, request.expert_form, trust_remote_code=request.trust_remote_code)
+    same = _as_measured(given, left) and not new.unchecked
+    new = dataclasses.replace(new, marked="" if same else why_derived_marked([one.folder for one in given]))
+    facts, lines = adapter_card("sum", given, left, {}, base=base, marked=new.marked)
     facts["command"] = command
+    lines += new.unchecked
     if same:
         identity = given[0].identity
         lines.append(f"The same update as {given[0].folder} in another form: its verdict is this one's too.")
@@ -241,8 +244,7 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
         if same:
             carry_standing(given[0].folder, folder)
 
-    held = in_form_of(update, [one.adapter for one in given], request.expert_form, base)
-    write_adapter(runtime, request.out, NewAdapter(held, dtype, base, [], marked), given[0].folder, beside)
+    write_adapter(runtime, request.out, new, given[0].folder, beside)
     return Exported(request.out, "adapter", facts, lines)
 
 
@@ -281,7 +283,7 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         kind = DERIVED if repaired else UPDATE
         write_identity(folder, base, kind=kind, base=name, model=made.model)
 
-    held = in_form(update, made.model, request.expert_form) if request.expert_form else update
+    held = [in_form(update, made.model, request.expert_form)] if request.expert_form else update
     new = NewAdapter(held, dtype, name, list(made.linears), marked, made.model)
     write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)

@@ -96,14 +96,14 @@ def mark_copy(model: Any, folder: Path) -> None:
     adapters = getattr(model, "peft_config", {}).values()
     names = [model.config._name_or_path, *(getattr(each, "base_model_name_or_path", None) for each in adapters)]
     for name in map(str, filter(None, names)):
-        source = local_folder(name) or _cached(name, getattr(model.config, "_commit_hash", None))
+        source = local_folder(name) or cached(name, getattr(model.config, "_commit_hash", None))
         if source is not None and comes_from_degraded(source):
             folder.mkdir(parents=True, exist_ok=True)
             write_marker(folder, {"copy_of": name})
 
 
-def _cached(name: str, commit: str | None) -> Path | None:
-    """The folder of a Hub id in the Hub's cache, from which a model in memory was loaded; none where there is none."""
+def cached(name: str, commit: str | None) -> Path | None:
+    """Return the folder of a Hub id in the Hub's cache, of one commit or the newest there; none where there is none."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
