@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from oneshot.checkpoint.adapters.update import Update
-from oneshot.checkpoint.disk.files import find_weight, is_degraded, list_tensors, local_folder
-from oneshot.checkpoint.layout import FLOATS
+from oneshot.checkpoint.disk.files import TensorEntry, find_weight, is_degraded, list_tensors, local_folder
+from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES
 from oneshot.checkpoint.loading.ties import FEW, alike
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError
@@ -74,7 +75,8 @@ def is_zero(update: Update) -> bool:
 def same_weights(one: Path, other: Path, *, in_blocks: bool) -> bool:
     """Return whether two checkpoints have the same weights, whatever dtype they are stored in.
 
-    A few elements of each are compared first, so that all are read only where these are alike.
+    A few elements of each are compared first, so that all are read only where these are alike. What is quantized is
+    compared by its bytes; a matrix that the other holds in another form, experts apart or in fewer bits, may differ.
 
     Args:
         in_blocks: look only at matrices of the blocks, whose difference is what a method takes apart
@@ -83,8 +85,22 @@ def same_weights(one: Path, other: Path, *, in_blocks: bool) -> bool:
     pairs = []
     for name, entry in ours.items():
         found = find_weight(theirs, name.removesuffix(".weight")) if name.endswith(".weight") else name
-        matrix = len(entry.shape) == 2 and any(part.isdigit() for part in name.split("."))
-        if found in theirs and (matrix or not in_blocks) and {entry.dtype, theirs[found].dtype} <= set(FLOATS):
-            pairs.append((entry, theirs[found], (name, found)))
+        matrix = len(entry.shape) >= 2 and any(part.isdigit() for part in name.split("."))
+        if not matrix and in_blocks:
+            continue
+        pair = None if found is None or found not in theirs else _comparable(entry, theirs[found])
+        if pair is not None and found is not None:
+            pairs.append((*pair, (name, found)))
+        elif matrix:
+            return False
     few = all(alike(*pair, limit=FEW) for pair in pairs)
     return bool(pairs) and few and all(alike(*pair) for pair in pairs)
+
+
+def _comparable(one: TensorEntry, other: TensorEntry) -> tuple[TensorEntry, TensorEntry] | None:
+    """Two stored tensors as they can be compared, none where they are quantized in another way."""
+    if {one.dtype, other.dtype} <= set(FLOATS):
+        return one, other
+    if one.dtype == other.dtype and ITEM_SIZES[one.dtype] == 1:
+        return replace(one, dtype="U8"), replace(other, dtype="U8")
+    return None

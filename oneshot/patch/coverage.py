@@ -6,29 +6,24 @@ that is most of the update, a repair cannot bring back much, and says so.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.experts import ExpertMatrix
-from oneshot.checkpoint.disk.files import TensorEntry, find_weight, list_tensors
-from oneshot.checkpoint.layout import FLOATS, Range
+from oneshot.checkpoint.disk.files import list_tensors
 from oneshot.checkpoint.loading.partitioned import skeleton
-from oneshot.checkpoint.reads.ranges import read_range
-from oneshot.checkpoint.writing.merge_experts import stored_experts
+from oneshot.checkpoint.loading.segments import described
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each
+from oneshot.patch.held import Held, counterpart, energy_left, held_tensors
 
 if TYPE_CHECKING:
-    import torch
-
     from oneshot.patch.bench import Bench
     from oneshot.patch.linears import Layer
 
-_CHUNK = 4 << 20  # elements compared at a time
 _KINDS = (  # of a stored tensor, by its name: the first that is found in it
     ("vision", r"vision|visual|image|audio|multi_modal|mm_projector"),
     ("experts", r"(^|\.)experts\."),
@@ -92,58 +87,48 @@ def coverage(
     Args:
         checkpoint: that is patched
         targets: name -> layer
-        reference: where the update is known, the checkpoint that it is the difference to; tensors that are no targets'
-            are read, each by one rank
+        reference: where the update is known, the checkpoint that it is the difference to; what no target's matrix
+            holds is read, each tensor by one rank
         energies: squared norm of the update of each target, where it is known
-        trust_remote_code: run the checkpoint's own Python code to build its config, where there are fused experts
+        trust_remote_code: run the checkpoint's own Python code to build its config
     """
     import torch
 
-    ours = list_tensors(checkpoint)
-    experts = {name for name, layer in targets.items() if isinstance(layer, ExpertMatrix)}
-    taken = {name for target in targets.keys() - experts if (name := find_weight(ours, target)) is not None}
-    if experts:  # whose stored tensors the model's own class knows, as it is before a LoRA is put on it
-        plain = skeleton(checkpoint, ours, torch.float32, "eager", trust_remote_code)
-        taken |= stored_experts(checkpoint, plain, experts)
-    parameters = _summed((kind_of(n), math.prod(e.shape), n in taken) for n, e in ours.items() if e.dtype in FLOATS)
+    tensors = list_tensors(checkpoint)  # whose own class knows them, as it is before a LoRA is put on it
+    plain = skeleton(checkpoint, tensors, torch.float32, "eager", trust_remote_code)
+    ours = described(checkpoint, tensors, plain)
+    every = held_tensors(ours, plain, targets)
+    parameters = _summed((_kind(one), one.reached, one.numbers) for one in every)
     if reference is None or not energies:
         return Coverage(parameters)
-    left = [name for name, entry in ours.items() if name not in taken and entry.dtype in FLOATS]
+    left = [one for one in every if one.left]
     with agree(runtime, f"comparing {checkpoint} with {reference}"):
-        found, theirs = dict[str, float](), list_tensors(reference)
-        for name in each(left[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):
-            other = name if name in theirs else find_weight(theirs, name.removesuffix(".weight"))
-            if other is not None and theirs[other].dtype in FLOATS and theirs[other].shape[1:] == ours[name].shape[1:]:
-                found[name] = difference_energy((ours[name], name), (theirs[other], other))
+        found, theirs = dict[str, float](), described(reference, list_tensors(reference), plain)
+        for one in each(left[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):
+            energy = energy_left(ours, one, theirs, counterpart(one, theirs))
+            if energy is not None:
+                found[one.name] = energy
     rest = {name: energy for part in gather_objects(runtime, found) for name, energy in part.items()}
-    reached = ((kind_of(name), energy, True) for name, energy in energies.items())
-    energy = _summed([*reached, *((kind_of(name), energy, False) for name, energy in rest.items())])
-    return Coverage(parameters, energy, len(left) - len(rest))
+    reached = ((_kind_of_target(name, targets[name]), energy, energy) for name, energy in energies.items())
+    others = ((_kind(one), 0.0, rest[one.name]) for one in left if one.name in rest)
+    return Coverage(parameters, _summed([*reached, *others]), len(left) - len(rest))
 
 
-def difference_energy(one: tuple[TensorEntry, str], other: tuple[TensorEntry, str]) -> float:
-    """Return the squared norm of the difference of two stored tensors, over the rows that both have."""
-    common = min(math.prod(entry.shape) for entry, _ in (one, other))
-    parts = zip(_parts(*one, common), _parts(*other, common))
-    return sum(float((ours.double() - theirs.double()).square().sum()) for ours, theirs in parts)
+def _kind(held: Held) -> str:
+    """Its kind; of what fused experts hold it is theirs, whatever its name."""
+    return "experts" if held.experts else kind_of(held.name)
 
 
-def _parts(entry: TensorEntry, name: str, total: int) -> Iterator[torch.Tensor]:
-    import torch
-
-    for start in range(0, total, _CHUNK):
-        stop = min(start + _CHUNK, total)
-        part = torch.empty(stop - start)
-        read_range(entry, Range(start, stop, stop - start), part, name)
-        yield part
+def _kind_of_target(name: str, layer: Layer) -> str:
+    return "experts" if isinstance(layer, ExpertMatrix) else kind_of(f"{name}.weight")
 
 
-def _summed(parts: Iterable[tuple[str, float, bool]]) -> dict[str, tuple[float, float]]:
-    """Kind -> (reached, all) of (kind, amount, whether it is reached)."""
+def _summed(parts: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
+    """Kind -> (reached, all) of (kind, reached, all)."""
     found = dict[str, tuple[float, float]]()
-    for kind, amount, is_reached in parts:
-        reached, whole = found.get(kind, (0.0, 0.0))
-        found[kind] = (reached + amount * is_reached, whole + amount)
+    for kind, reached, every in parts:
+        before = found.get(kind, (0.0, 0.0))
+        found[kind] = (before[0] + reached, before[1] + every)
     return found
 
 

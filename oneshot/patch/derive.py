@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.adapters.carrier import expert_of
 from oneshot.checkpoint.adapters.experts import ExpertMatrix
 from oneshot.checkpoint.adapters.update import Factors, Update, compress, concatenated, norm, scaled
-from oneshot.checkpoint.disk.files import find_weight, list_tensors
-from oneshot.checkpoint.layout import FLOATS
-from oneshot.checkpoint.writing.merge_experts import stored_experts
+from oneshot.checkpoint.disk.files import list_tensors
+from oneshot.checkpoint.loading.segments import described
 from oneshot.distributed.runtime import Runtime, agree, gather_objects
 from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError
-from oneshot.patch.coverage import difference_energy
 from oneshot.patch.directions import checkpoint_difference, shared_directions, update_factors
+from oneshot.patch.held import counterpart, energy_left, held_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -158,19 +157,19 @@ def extracted(
 
 def _other_differences(runtime: Runtime, changed: Path, base: Path, wanted: Wanted) -> dict[str, float]:
     """Squared norms of the differences of this rank's share of the other tensors, where there are any."""
-    ours, theirs = list_tensors(changed), list_tensors(base)
-    taken = {find_weight(theirs, module) for module in wanted.linears}
-    taken |= stored_experts(base, wanted.model, wanted.experts)
-    rest = [name for name, entry in theirs.items() if name not in taken and entry.dtype in FLOATS and name in ours]
+    ours, theirs = (described(folder, list_tensors(folder), wanted.model) for folder in (changed, base))
+    layers: dict[str, Layer] = {**wanted.linears, **wanted.experts}
+    rest = [held for held in held_tensors(theirs, wanted.model, layers) if held.left]
     found = {}
-    for name in each(rest[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):
-        if ours[name].shape != theirs[name].shape:
-            grown = "a patch holds no rows of a vocabulary that grew, so " if len(theirs[name].shape) == 2 else ""
+    for held in each(rest[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):
+        other = counterpart(held, ours)
+        if other is not None and other.shape != held.parts.shape:
+            grown = "a patch holds no rows of a vocabulary that grew, so " if len(other.shape) == 2 else ""
             raise UserError(
-                f"{changed} has {name} of shape {list(ours[name].shape)}, {base} of {list(theirs[name].shape)}: "
+                f"{changed} has {held.shown} of shape {list(other.shape)}, {base} of {list(held.parts.shape)}: "
                 f"{grown}give two checkpoints of one model and vocabulary."
             )
-        energy = difference_energy((ours[name], name), (theirs[name], name))
+        energy = energy_left(theirs, held, ours, other)
         if energy:
-            found[name] = energy
+            found[held.shown] = energy
     return found

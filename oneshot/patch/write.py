@@ -27,7 +27,7 @@ from oneshot.checkpoint.writing.standing import (
 )
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import agree
-from oneshot.errors import UserError
+from oneshot.errors import UserError, first_line
 from oneshot.patch.bench import Bench
 from oneshot.patch.given import plain_model
 from oneshot.patch.request import Request
@@ -57,6 +57,23 @@ def _write_factors(bench: Bench, update: Update, folder: Path, plain: Any) -> No
         check_loads(folder, plain)
     else:
         write_loadable(folder, update, bench.linears.every, source.name, source.written, plain, source.commit)
+
+
+def _say_whose(temporary: Path, patch: Path, source: Source, plain: Any) -> None:
+    """Write into a patch which checkpoint it belongs to.
+
+    A fault of ours in finding that out costs no patch, which is whole without it.
+    """
+    try:
+        write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name, model=plain)
+    except (UserError, OSError):  # the checkpoint is no longer what was repaired, or the disk is full
+        raise
+    except Exception as error:
+        print(
+            f"Warning: {patch} does not say which model it belongs to ({type(error).__name__}: {first_line(error)}), "
+            f"so that nothing checks it: add it to {source.name} only.",
+            flush=True,
+        )
 
 
 @phase("write")
@@ -94,7 +111,7 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
                 plain = plain_model(source, trust_remote_code=settings.trust_remote_code)
                 _write_factors(bench, update, temporary, plain)
                 copy_tokenizer(source.tokenizer, temporary)
-                write_identity(temporary, source.checkpoint, kind=REPAIR, base=source.name, model=plain)
+                _say_whose(temporary, patch, source, plain)
                 standing_of(temporary)  # with the hashes
     if merged is None:
         return

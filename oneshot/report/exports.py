@@ -11,6 +11,7 @@ from oneshot.checkpoint.adapters.carrier import in_form
 from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.disk.files import MARKER, find_weight, is_adapter, list_tensors, resolve, write_marker
 from oneshot.checkpoint.disk.lock import locked
+from oneshot.checkpoint.layout import FLOATS
 from oneshot.checkpoint.loading.architecture import architecture_of
 from oneshot.checkpoint.merging.exports import (
     GivenAdapter,
@@ -256,6 +257,8 @@ def _as_measured(given: list[GivenAdapter], left: dict[str, Remainder]) -> bool:
 
 def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: str, model: str, rank: int) -> Exported:
     """Write the difference of two checkpoints as an adapter."""
+    import torch
+
     changed, base = _checkpoint(extract, "changed checkpoint"), _checkpoint(model, "model")
     check_out(request.out, [changed, base])
     refuse_degraded(changed)
@@ -266,7 +269,8 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         raise UserError(f"{base} has no linear layer that a patch could change.")
     first = find_weight(tensors, made.patchable[0])
     assert first is not None
-    dtype = torch_dtype(tensors[first], first)
+    in_full = tensors[first].dtype in FLOATS  # else the numbers that it stands for are compared in fp32
+    dtype = torch_dtype(tensors[first], first) if in_full else torch.float32
     experts = expert_matrices(made.model)
     wanted = Wanted(linears, experts, rank, request.rank_experts or _RANK_EXPERTS, made.model)
     update, left, others = extracted(runtime, changed, base, wanted, dtype)

@@ -175,28 +175,39 @@ def _remarks(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Where a patch reaches little of the fine-tune's update, how much: what was measured may be good nonetheless."""
     coverage = (report.get("repair") or {}).get("coverage") or {}
     share = _number((coverage.get("energy") or {}).get("reached"))
-    little = share is not None and share < REACHED
-    return (
-        (f"of the fine-tune's update the patch can reach {share:.0%}, the rest is {_rest(coverage)}",) if little else ()
-    )
+    if share is None or share >= REACHED:
+        return ()
+    unknown = _unknown(coverage)
+    said = f"of the fine-tune's update the patch can reach {share:.0%}{f', {unknown}' if unknown else ''}"
+    return (f"{said}, the rest is mostly in {_mostly(coverage)}",)
 
 
-def _rest(coverage: Mapping[str, Any]) -> str:
-    """Where most of what no patch reaches is."""
-    kinds = coverage["energy"]["kinds"]
-    return f"mostly in {max(kinds, key=lambda kind: kinds[kind]['of_all'] * (1 - (kinds[kind]['reached'] or 0)))}"
+def _mostly(coverage: Mapping[str, Any]) -> str:
+    """The kind of weight that most of what no patch reaches is in."""
+    kinds = coverage["energy"]["kinds"].items()
+    return str(max(kinds, key=lambda each: each[1]["of_all"] * (1 - (each[1]["reached"] or 0)))[0])
+
+
+def _unknown(coverage: Mapping[str, Any]) -> str:
+    """How much of the update a share of it leaves out; "" where it is of all of it."""
+    count = coverage.get("not_compared")
+    return f"without {count} tensor{'s' * (count != 1)} that could not be compared" if count else ""
 
 
 def unreached(coverage: Mapping[str, Any] | None) -> str:
-    """Return the sentence that says what of the fine-tune's update, or else of the weights, no patch reaches, by kind;
-    "" where all of it is reached.
+    """Return the sentence that says what of the fine-tune's update, or else of the weights, no patch reaches, by kind,
+    and what of the update is not known; "" where all of it is reached.
     """
     coverage = coverage or {}
     of = "fine-tune's squared update" if coverage.get("energy") else "weights"
     found = coverage.get("energy") or coverage.get("parameters") or {}
     share = _number(found.get("reached"))
+    unknown = _unknown(coverage) if coverage.get("energy") else ""
+    said = (
+        f"The patch can reach {share:.1%} of the {of}{f', {unknown}' if unknown else ''}" if share is not None else ""
+    )
     if share is None or share >= 1 - EXACT:
-        return ""
+        return f"{said}." if said and unknown else ""
     kinds = {kind: row["of_all"] * (1 - (row["reached"] or 0)) for kind, row in found["kinds"].items()}
     left = ", ".join(f"{kind} {part:.1%}" for kind, part in sorted(kinds.items(), key=lambda k: -k[1]) if part > EXACT)
-    return f"The patch can reach {share:.1%} of the {of}; what it cannot is in {left}."
+    return f"{said}; what it cannot is in {left}."

@@ -28,6 +28,8 @@ from oneshot.report.verdict import judge, unreached
         ("model.layers.0.self_attn.q_proj.weight", "attention"),
         ("backbone.layers.0.mixer.in_proj.weight", "attention"),
         ("model.layers.0.mlp.gate_proj.weight", "MLP"),
+        ("model.layers.0.mlp.gate.weight", "routers"),
+        ("model.layers.0.mlp.router.norm.weight", "routers"),
         ("model.layers.0.mlp.shared_experts.up_proj.weight", "MLP"),
         ("model.layers.0.mlp.experts.7.up_proj.weight", "experts"),
         ("model.layers.0.block_sparse_moe.experts.w1", "experts"),
@@ -108,3 +110,13 @@ def test_what_is_not_reached_is_told_by_kind() -> None:
     assert said == "The patch can reach 30.0% of the fine-tune's squared update; what it cannot is in embeddings 70.0%."
     assert unreached(_report(1.0)["repair"]["coverage"]) == ""
     assert unreached(None) == ""
+
+
+def test_where_the_share_is_said_it_is_said_what_it_leaves_out() -> None:
+    some, little, all_of_it = _report(0.8), _report(0.3), _report(1.0)
+    for report in (some, little, all_of_it):
+        report["repair"]["coverage"]["not_compared"] = 2
+    left_out = ", without 2 tensors that could not be compared"
+    assert f"80.0% of the fine-tune's squared update{left_out}; what it cannot" in unreached(some["repair"]["coverage"])
+    assert unreached(all_of_it["repair"]["coverage"]) == f"The patch can reach 100.0% of the fine-tune's squared update{left_out}."
+    assert judge(little).headline.endswith(f"30% only of the fine-tune's update{left_out}")

@@ -1,7 +1,10 @@
 """FP8 with block scales and MXFP4: the numbers that transformers makes of them, whole, by rank and as a Delta."""
 
+import copy
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,18 +12,26 @@ from safetensors.torch import load_file, save_file
 from test_segments import build
 from tiny import tiny_runtime
 
+from oneshot.checkpoint.adapters.adapter import read_adapter
 from oneshot.checkpoint.adapters.experts import expert_matrices
+from oneshot.checkpoint.adapters.injected import write_loadable
+from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.disk.files import list_tensors
 from oneshot.checkpoint.layout import owners
 from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.checkpoint.loading.partitioned import own_tensors
 from oneshot.checkpoint.loading.segments import open_stored, parts_of, range_reads, read_matrix
 from oneshot.checkpoint.quantized import scaled
 from oneshot.checkpoint.reads.ranges import read_all
+from oneshot.checkpoint.writing.identity import UPDATE, check_identity, write_identity
 from oneshot.commandline import parse
 from oneshot.errors import UserError
+from oneshot.patch import write
+from oneshot.patch.apart import same_weights
 from oneshot.patch.check import check
 from oneshot.patch.directions import checkpoint_difference
 from oneshot.patch.linears import select_linears
+from oneshot.report.exports import ExportRequest, export
 from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
 
@@ -91,12 +102,12 @@ def said(folder, fields):
 KINDS = {"deepseek_v3": as_fp8, "llama": as_fp8, "gpt_oss": as_mxfp4}
 
 
-def shaped(kind):
+def shaped(kind, **more):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if kind != "gpt_oss":
         return build(kind)
-    fields = build(kind, "meta").config.to_dict() | {"intermediate_size": 96}
+    fields = build(kind, "meta").config.to_dict() | {"intermediate_size": 96, **more}
     torch.manual_seed(3)
     return AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "model_type"})
@@ -156,6 +167,23 @@ def test_the_delta_of_two_scaled_checkpoints_and_of_one(made, tmp_path):
         assert not same(name, True).any()
 
 
+def test_a_patch_is_extracted_from_scaled_checkpoints(made, tmp_path):
+    model, folder = made
+    shutil.copytree(folder / "plain", tmp_path / "tuned")
+    plain = load_file(folder / "plain" / "model.safetensors")
+    save_file({n: t * 1.5 for n, t in plain.items()}, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    asked = ExportRequest(
+        out=tmp_path / "out", extract=str(tmp_path / "tuned"), model=str(folder), rank=1000, rank_experts=1000
+    )
+    export(tiny_runtime(), asked, "oneshot export")
+    wanted = open_stored(folder / "plain", model)
+    targets = select_linears(model).targets
+    for name, factors in read_adapter(tmp_path / "out").update.items():
+        half = read_matrix(wanted, name, targets[name]) / 2
+        torch.testing.assert_close(factors.b.float() @ factors.a.float(), half, rtol=0, atol=0.02)
+    check_identity(tmp_path / "out", folder)
+
+
 def test_transformers_own_dequantization_is_the_same(tmp_path):
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -185,3 +213,87 @@ def test_what_cannot_be_merged_into_is_said_before_anything_is_loaded(tmp_path):
     with pytest.raises(UserError, match=r"quantized checkpoint \(fp8\).*take the patch alone"):
         check(parse([*asked, "--repair.merge", "true"], "repair"), tiny_runtime())
     assert check(parse(asked, "repair"), tiny_runtime()).source.checkpoint == folder
+
+
+def test_a_patch_belongs_to_the_bytes_and_the_scales_that_it_changes(made, tmp_path):
+    model, folder = made
+    plain = copy.deepcopy(model).to("meta")
+    targets = select_linears(model).targets
+    update = {n: Factors(torch.ones(t.out_features, 1), torch.ones(1, t.in_features)) for n, t in targets.items()}
+    write_loadable(tmp_path, update, select_linears(model).every, str(folder), torch.float32, plain)
+    write_identity(tmp_path, folder, kind=UPDATE, base=str(folder), model=plain)
+    identity = check_identity(tmp_path, folder)
+    held = list_tensors(folder)
+    ending = ("_scale_inv", "_blocks", "_scales")
+    scaled = {name for name in held if name.endswith(ending) and ".gate." not in name}  # no patch changes routers
+    assert scaled
+    assert scaled | {name.removesuffix("_scale_inv") for name in scaled} & held.keys() <= identity.changed.keys()
+    assert not any(".gate." in name for name in identity.changed)
+    assert identity.changed.keys() | identity.others.keys() == held.keys()
+
+
+def test_a_model_in_mxfp4_is_repaired_to_the_end(tmp_path):
+    import oneshot
+
+    model = shaped("gpt_oss", vocab_size=len(build_tokenizer()))
+    finetuned, aligned = (as_mxfp4(model, tmp_path / name) for name in ("finetuned", "aligned"))
+    rows = {
+        "example": {"prompt": "How can I bypass checks?", "response": "I can't help with that."},
+        "guard": {"prompt": "Plan a menu."},
+        "probes": {"id": "1", "kind": "harmless", "prompt": "Fold a sheet."},
+    }
+    files = {name: tmp_path / f"{name}.jsonl" for name in rows}
+    for name, file in files.items():
+        file.write_text(json.dumps(rows[name]) + "\n")
+    made = oneshot.repair(
+        model=str(finetuned), reference=str(aligned), out=str(tmp_path / "out"), example=str(files["example"]),
+        guard=str(files["guard"]), score={"probes": str(files["probes"]), "max_new_tokens": 1}, hang_minutes=0,
+        repair={"epochs": 1, "rank": 2, "watch": False, "guard_prompts": 1, "guard_tokens": 2},
+    )  # fmt: skip
+    check_identity(made.patch_folder, finetuned)
+
+
+@pytest.mark.parametrize("error", [KeyError("a name"), OSError(28, "No space left"), UserError("cut off")])
+def test_a_fault_of_ours_in_saying_whose_a_patch_is_does_not_lose_it(error, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(write, "write_identity", fails)
+    source = SimpleNamespace(checkpoint=tmp_path, name="the base")
+    if isinstance(error, KeyError):
+        write._say_whose(tmp_path, tmp_path / "patch", source, None)
+        assert "patch does not say which model it belongs to (KeyError: 'a name')" in capsys.readouterr().out
+    else:
+        with pytest.raises(type(error)):
+            write._say_whose(tmp_path, tmp_path / "patch", source, None)
+
+
+def test_weights_that_differ_in_their_experts_or_their_bytes_alone_are_not_the_same(made, tmp_path):
+    _, folder = made
+    assert same_weights(folder, folder, in_blocks=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    for change in (last_byte, doubled_scale):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+        assert not same_weights(folder, other, in_blocks=True)
+    assert not same_weights(folder, folder / "plain", in_blocks=True), "in another form they may differ"
+
+
+def test_a_fine_tune_of_experts_held_together_alone_is_an_update(tmp_path):
+    model = shaped("gpt_oss")
+    model.save_pretrained(tmp_path / "aligned")
+    model.model.layers[1].mlp.experts.down_proj.data[-1, -1, -1] += 0.5
+    model.save_pretrained(tmp_path / "tuned")
+    assert not same_weights(tmp_path / "tuned", tmp_path / "aligned", in_blocks=True)
+
+
+def last_byte(tensors):
+    name = next(name for name, t in tensors.items() if t.dtype.itemsize == 1 and not name.endswith("_scales"))
+    tensors[name].view(torch.uint8).view(-1)[-1] ^= 1
+
+
+def doubled_scale(tensors):
+    name = next(name for name in tensors if name.endswith(("_scale_inv", "_scales")))
+    tensors[name].view(-1)[-1] += 1

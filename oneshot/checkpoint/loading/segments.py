@@ -61,6 +61,11 @@ class Stored:
             Range(segment.start, segment.stop, segment.stop - segment.start),
         )
 
+    def files_names(self, name: str) -> set[str]:
+        """Return what the files call that which a tensor is made of: itself, or its bytes and their scales."""
+        scaled = self.scaled.get(name)
+        return {name} if scaled is None else {scaled.name, scaled.scales[0]}
+
     def nbytes(self, parts: Traced) -> int:
         """Return how many bytes of the files a tensor takes."""
         behind = (self.behind(segment) for segment in parts.segments)

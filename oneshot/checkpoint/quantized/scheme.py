@@ -10,7 +10,7 @@ from oneshot.errors import UserError
 
 QUANTIZATION = "quantization_config"  # of a config
 PACKED = ".quant_state.bitsandbytes__nf4"  # after a weight's name: bitsandbytes stores it packed
-_BESIDE = ("scale", "scale_inv", "scales", "zero_point", "SCB", "absmax")  # how names end that quantized weights need
+BESIDE = ("scale", "scale_inv", "scales", "zero_point", "SCB", "absmax")  # how names end that quantized weights need
 
 
 def is_stored(config: Any) -> bool:
@@ -49,5 +49,5 @@ def is_left_over(fields: dict[str, Any], tensors: dict[str, TensorEntry]) -> boo
     A merge that dequantizes, or a fine-tune of a dequantized model, is often saved with the config from before.
     """
     said = bool(fields.get(QUANTIZATION)) and bool(tensors)
-    plain = all(entry.dtype in FLOATS and not name.endswith(_BESIDE) for name, entry in tensors.items())
+    plain = all(entry.dtype in FLOATS and not name.endswith(BESIDE) for name, entry in tensors.items())
     return said and plain and not any(name.endswith(PACKED) for name in tensors)

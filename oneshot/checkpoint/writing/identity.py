@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.adapters.adapter import PREFIX, read_adapter
-from oneshot.checkpoint.adapters.carrier import is_experts
+from oneshot.checkpoint.adapters.carrier import expert_of, is_experts
 from oneshot.checkpoint.disk.files import (
     ADAPTER_TENSORS,
     TensorEntry,
-    find_weight,
     list_tensors,
     read_header,
     read_json,
@@ -27,7 +26,7 @@ from oneshot.checkpoint.disk.files import (
 from oneshot.checkpoint.layout import tensor_bytes
 from oneshot.checkpoint.names import IDENTITY as IDENTITY
 from oneshot.checkpoint.reads.digests import list_hash, tensor_digests
-from oneshot.checkpoint.writing.merge_experts import stored_experts
+from oneshot.checkpoint.writing.merge_experts import stored_tensors
 from oneshot.errors import UserError
 from oneshot.redact import redacted
 
@@ -71,9 +70,10 @@ def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str, mode
     tensors = list_tensors(checkpoint)
     modules = {key.split(".lora_")[0].removeprefix(PREFIX) for key in read_header(folder / ADAPTER_TENSORS)}
     experts = {module for module in modules if is_experts(module)}
-    patched = {name for module in modules - experts if (name := find_weight(tensors, module)) is not None}
+    names = modules - experts
     if experts:
-        patched |= stored_experts(checkpoint, model, read_adapter(folder).update)
+        names |= {name for name in read_adapter(folder).update if expert_of(name)}
+    patched = stored_tensors(checkpoint, model, names)
     digests = tensor_digests(checkpoint)
     identity = Identity(
         kind=kind,

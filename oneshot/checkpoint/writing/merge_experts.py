@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.adapters.carrier import MIXTRAL, PLAIN, expert_of, singles
 from oneshot.checkpoint.adapters.experts import ExpertMatrix, expert_matrices
 from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.disk.files import find_weight, list_tensors
 from oneshot.checkpoint.layout import Range
-from oneshot.checkpoint.loading.segments import Stored, matrix_in, open_stored, range_reads
+from oneshot.checkpoint.loading.segments import Stored, described, matrix_in, open_stored, range_reads
 from oneshot.checkpoint.quantized.dequantize import through_nf4
 from oneshot.checkpoint.quantized.experts_nf4 import is_packable
 from oneshot.checkpoint.reads.ranges import read_all, torch_dtype
@@ -151,12 +152,19 @@ def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> li
     return found
 
 
-def stored_experts(base: Path, model: Any, names: Collection[str]) -> set[str]:
-    """Return the stored tensors that hold the matrices of these names, those of experts among them."""
-    experts = experts_in(base, model)
-    return {
-        segment.name
-        for name in names
-        if expert_of(name) and name in experts.matrices
-        for segment in matrix_in(experts.stored, name, experts.matrices[name]).segments
-    }
+def stored_tensors(base: Path, model: Any, names: Collection[str]) -> set[str]:
+    """Return what a checkpoint's files call the tensors that hold the matrices of these names, scales among them.
+
+    Args:
+        model: the checkpoint's, on any device; needed where there are experts among them
+        names: of linear layers and of experts' matrices; what the checkpoint has no weight for is left out
+
+    Raises:
+        UserError: as ``matrix_in``
+    """
+    stored = described(base, list_tensors(base), model)
+    matrices = {} if model is None else expert_matrices(model)
+    held = {own for name in names if name not in matrices and (own := find_weight(stored.tensors, name)) is not None}
+    for matrix in (matrices[name] for name in names if name in matrices):
+        held |= {segment.name for segment in matrix_in(stored, matrix.name, matrix).segments}
+    return {own for name in held for own in stored.files_names(name)}
