@@ -42,7 +42,7 @@ class Shared:
         request: the first of them
         base: the loaded model
         teacher: what it does; none where it has nothing to say
-        stages: scores of a reference, where one is given and to be scored
+        stages: scores of a reference or else of the base, where they are wanted
         classifier: the judge that the settings name; none where they name none
         chosen: the example; none: it is chosen
     """
@@ -62,11 +62,13 @@ class Ways:
     Attributes:
         check: settings -> the checked request. Collective
         reference: scores of the reference. Collective
+        base: scores of the base, by request and model, where no reference is given. Collective
         repair: request, run folder, what is shared -> (the example that was taken, report.json). Collective
     """
 
     check: Callable[[Settings, Runtime], Request]
     reference: Callable[[Request], dict[str, StageScores]]
+    base: Callable[[Request, Any], dict[str, StageScores]]
     repair: Callable[[Request, Path, Console | None, Shared], tuple[Chosen, dict[str, Any]]]
 
 
@@ -277,6 +279,7 @@ def _share(request: Request, ways: Ways, before: dict[str, Any] | None) -> Itera
         if wanted(request):
             with phase("choose"):
                 teacher = learn(request, base.model)
+        stages |= ways.base(request, base.model)
         yield Shared(request, base, teacher, stages, classifier, _again(request, teacher, before))
 
 

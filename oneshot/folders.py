@@ -56,6 +56,7 @@ def _verify(argv: list[str]) -> None:
         _console().print(f"Marked as safety-degraded: {MARKER} says why.", highlight=False)
     if any(shard.problems for shard in shards):
         sys.exit(EXIT_FAILED)
+    _console().print(f"Whole: {folder}", highlight=False, markup=False)
 
 
 def _inspect(argv: list[str]) -> None:

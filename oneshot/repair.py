@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     from oneshot.commandline import run_stage, spoken
 
     command = spoken("repair", argv)
-    ways = fleet.Ways(check_apart, lambda request: _look_at_reference(request)[0], partial(_one_of_fleet, command))
+    ways = fleet.Ways(
+        check_apart, lambda request: _look_at_reference(request)[0], _base_scores, partial(_one_of_fleet, command)
+    )
 
     def chosen(settings: Settings) -> None:
         if settings.model.paths:
@@ -274,6 +276,8 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
     with phase("choose"):
         chosen = choose_beforehand(request, teacher) if shared is None else shared.chosen
     with opened(request, teacher, shared.base if shared else None) as bench:
+        if shared is None and bench.engine is None:  # else the fleet has them, or the adapter is merged in
+            stages |= _base_scores(request, bench.model)
         with bench.unpatched() as model:
             stages["finetuned"] = _score(request, model, "fine-tuned")
         with phase("choose"):
@@ -286,6 +290,13 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
         write_repair(bench, solution.update, run_dir / PATCH, merged)
         reach = covered(bench)
     return Repaired(bench.request, choice, solution, bench.linears, stages, coverage=reach)
+
+
+def _base_scores(request: Request, base: Any) -> dict[str, StageScores]:
+    """Scores of the base that an adapter was trained on; none where a reference is given, or they are not wanted."""
+    if request.adapter is None or request.reference is not None or not request.settings.score.reference:
+        return {}
+    return {"aligned": _score(request, base, "aligned")}
 
 
 def _score(request: Request, model: Any, called: str) -> StageScores:

@@ -132,7 +132,7 @@ def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[str
         table = datasets.load_dataset(source, *([subset] if subset else []), split=split)
     except Exception as error:  # network, Hub, split and builder errors have no common base class
         raise UserError(
-            f"Data set {source} (split {split}) cannot be loaded ({first_line(error)}): "
+            f"{source} is no file here, and data set {source} (split {split}) cannot be loaded ({first_line(error)}): "
             f"give its Hub id and split, or a file that ends in {', '.join(SUFFIXES)}."
         ) from error
     for number, row in enumerate(table, start=1):

@@ -11,10 +11,11 @@ from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.quantized.dequantize import packed_weights
 from oneshot.data.encoding import context_length, encode
 from oneshot.data.vocabulary import check_for_reference, check_tokens, rendered
-from oneshot.distributed.runtime import Runtime
+from oneshot.distributed.runtime import Runtime, agree
 from oneshot.measure.further import check_judges
 from oneshot.measure.probes import check_systems, collect_probes
 from oneshot.patch.examples import Prompts, check_apart, read_candidates, read_guard, read_held, read_refusable
+from oneshot.patch.given import check_given
 from oneshot.patch.objective import check_same_tokens
 from oneshot.patch.recipe import recipe_for
 from oneshot.patch.request import Request
@@ -45,6 +46,10 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     check_apart(conversations, probes)
     has_update = adapter is not None or reference is not None
     recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
+    if adapter is not None and recipe.method.keeps_adapter:
+        with agree(runtime, "looking whether PEFT loads the adapter"):
+            if runtime.is_main:
+                check_given(source, adapter, trust_remote_code=settings.model.trust_remote_code)
     if settings.repair.merge and not recipe.method.changes_all:
         packed_weights(source.checkpoint, list_tensors(source.checkpoint))  # what cannot be merged into is found now
     wants_guard = recipe.guard_weight or (settings.select == "bilevel" and len(conversations) > 1)

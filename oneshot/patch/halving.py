@@ -144,7 +144,7 @@ def halve(
                 row.setdefault("rungs", []).append(seen)
                 row["epochs"] = trial.epochs
                 row["seconds"] = round(row.get("seconds", 0.0) + time.perf_counter() - clock, 3)
-                going.add(rung.epochs - before, f"rung {number} of {len(ladder)}, of {rung.candidates} candidates")
+                going.add(rung.epochs - before, f"round {number} of {len(ladder)}, {rung.candidates} candidates")
             alive.sort(key=lambda pair: standing(pair[0]))
     for row, _ in alive:
         row |= {"f_after": row["rungs"][-1]["f"], **{k: row["rungs"][-1][k] for k in ("f_harm", "f_task")}}

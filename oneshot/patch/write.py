@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.checkpoint.adapters.adapter import write_repaired_adapter
-from oneshot.checkpoint.adapters.injected import check_loads, write_loadable
+from oneshot.checkpoint.adapters.injected import check_loads, why_not_loaded, write_loadable
 from oneshot.checkpoint.adapters.update import Update
-from oneshot.checkpoint.disk.files import list_tensors
 from oneshot.checkpoint.disk.folders import naming, replacing
 from oneshot.checkpoint.loading.configs import config_fields
 from oneshot.checkpoint.loading.load import Source
-from oneshot.checkpoint.loading.partitioned import skeleton
 from oneshot.checkpoint.merging.merge import merge_update
 from oneshot.checkpoint.quantized.scheme import is_stored
 from oneshot.checkpoint.writing.beside import copy_tokenizer
@@ -31,6 +29,7 @@ from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import agree
 from oneshot.errors import UserError, first_line
 from oneshot.patch.bench import Bench
+from oneshot.patch.given import plain_model
 from oneshot.patch.request import Request
 
 
@@ -49,10 +48,15 @@ def measured_form(source: Source, *, double_quant: bool) -> str:
     return NF4_DOUBLE if double_quant else NF4
 
 
-def _plain(request: Request) -> Any:
-    """The model that a patch is for, on the meta device."""
-    folder, trusted = request.source.checkpoint, request.settings.model.trust_remote_code
-    return skeleton(folder, list_tensors(folder), request.source.written, "eager", trusted)
+def _write_factors(bench: Bench, update: Update, folder: Path, plain: Any) -> None:
+    """Write the patch itself: a user's own adapter as it was, where PEFT loads all of that one."""
+    request, source = bench.request, bench.request.source
+    own = source.adapter if request.recipe.method.keeps_adapter else None
+    if request.adapter is not None and own is not None and not why_not_loaded(own, plain):
+        write_repaired_adapter(folder, request.adapter, update)
+        check_loads(folder, plain)
+    else:
+        write_loadable(folder, update, bench.linears.every, source.name, source.written, plain, source.commit)
 
 
 def _say_whose(temporary: Path, patch: Path, source: Source, plain: Any) -> None:
@@ -104,13 +108,8 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
         if request.runtime.is_main:
             with naming(temporary):
                 standing(temporary)
-                plain = _plain(request)
-                if request.adapter is not None and method.keeps_adapter:
-                    write_repaired_adapter(temporary, request.adapter, update)
-                    check_loads(temporary, plain)
-                else:
-                    named = (bench.linears.every, source.name, source.written)
-                    write_loadable(temporary, update, *named, plain, source.commit)
+                plain = plain_model(source, trust_remote_code=settings.trust_remote_code)
+                _write_factors(bench, update, temporary, plain)
                 copy_tokenizer(source.tokenizer, temporary)
                 _say_whose(temporary, patch, source, plain)
                 standing_of(temporary)  # with the hashes

@@ -39,7 +39,7 @@ class Plan:
         kinds = {
             "linear layers": linears, "experts": experts, "experts out of reach": shape.of("fused") - experts,
             "embeddings": shape.of("embedding", "head"), "vision and other towers": shape.of("tower"),
-            "norms and others": shape.of("other"),
+            "norms, routers and others": shape.of("other"),
         }  # fmt: skip
         return {kind: count / every for kind, count in kinds.items() if count}
 

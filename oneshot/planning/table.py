@@ -25,7 +25,8 @@ _HEADS = (
 )  # fmt: skip
 _TEXTS = ("method", "weights", "sharding", "to change")
 # what is left out in ever narrower windows; what to change is said below the table then
-_LEFT_OUT = ((), ("to change",), ("to change", "optimizer", "state", "result"))
+_DISK = ("to change", "optimizer", "state", "result")
+_LEFT_OUT = ((), ("to change",), _DISK, (*_DISK, "load", "save"))
 _GB = 10**9
 
 
@@ -95,7 +96,8 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     for line in dict.fromkeys(map(_advised, plan.rows)) if left_out else ():
         console.print(line, highlight=False, soft_wrap=True, end="\n" if line else "")
     if len(left_out) > 1:
-        console.print(f"Left out for want of room: {', '.join(left_out[1:])}; {WIDTH} columns show all.")
+        said = f"Left out for want of room: {', '.join(left_out[1:])}; {WIDTH} columns show all."
+        console.print(said, highlight=False, soft_wrap=True)
     console.print("Estimates: see docs/plan.md for what they hold, and how far they were from measured peaks.")
 
 

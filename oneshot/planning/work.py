@@ -12,11 +12,8 @@ _ANSWER, _GUARD_PROMPT = 128, 64  # tokens of an answer that carry the loss, and
 
 
 def planned_methods(settings: Settings) -> list[str]:
-    """Return the methods of the stage that is planned, those that hold most first."""
-    if settings.plan.stage == "finetune":
-        return list(FINETUNE.values())
-    order = ("weights", "adapter", "nothing")
-    return sorted(METHODS, key=lambda name: (order.index(METHODS[name].cost.trains), name))
+    """Return the methods of the stage that is planned, the one first that is taken by default where it can be."""
+    return list(FINETUNE.values() if settings.plan.stage == "finetune" else METHODS)
 
 
 def work_of(settings: Settings, method: str, gpus: int) -> Work:

@@ -22,6 +22,7 @@ from oneshot.report.progress import wide_enough
 from oneshot.report.runfolder import write_whole
 from oneshot.report.summary import JUDGE_NOTE
 from oneshot.report.table import as_rate, count_cell, differences_heads, differences_rows, measure_name, ordered_rates
+from oneshot.report.times import SHOWN
 from oneshot.report.verdict import verdict_of
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def _facts(run: FinishedRun) -> dict[str, str]:
         found |= {"example": example.get("id"), "selected by": example.get("selected_by")}
     repair = run.report.get("repair")
     rows = facts.repair_rows(repair) if isinstance(repair, dict) else []
-    rows += facts.resource_rows(run.report["resources"]) + list(run.report["versions"].items())
+    resources = {name: value for name, value in run.report["resources"].items() if name not in SHOWN}
+    rows += facts.resource_rows(resources) + list(run.report["versions"].items())
     settings = {f"setting {name}": value for name, value in run.settings.items() if name != "out"}
     return {
         name: shortened(one_line(facts.number(value)), _VALUE_CHARACTERS)

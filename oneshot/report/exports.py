@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +14,18 @@ from oneshot.checkpoint.disk.lock import locked
 from oneshot.checkpoint.layout import FLOATS
 from oneshot.checkpoint.loading.architecture import architecture_of
 from oneshot.checkpoint.merging.exports import (
-    NewAdapter,
+    GivenAdapter,
     check_base,
     check_out,
     check_space,
-    in_form_of,
     plan_for,
     read_given,
     refuse_degraded,
     why_derived_marked,
     why_marked,
-    write_adapter,
 )
 from oneshot.checkpoint.merging.merge import merge
+from oneshot.checkpoint.merging.new_adapter import NewAdapter, made_of, write_adapter
 from oneshot.checkpoint.reads.digests import shared_fingerprint
 from oneshot.checkpoint.reads.ranges import torch_dtype
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
@@ -34,17 +34,20 @@ from oneshot.checkpoint.writing.standing import (
     NF4_DOUBLE,
     ORIGINAL,
     PACKED,
+    carry_standing,
     comes_from_degraded,
     mark_unmeasured,
     read_standing,
+    why_not_measured,
 )
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
-from oneshot.patch.derive import Wanted, extracted, is_exact, lowered, summed
+from oneshot.patch.derive import Remainder, Wanted, extracted, is_exact, lowered, summed
 from oneshot.redact import without_secrets
 from oneshot.report.card import adapter_card, merge_card, write_card
 from oneshot.report.markdown import inline
+from oneshot.report.verdict import EXACT
 from oneshot.settings import RepairSettings
 
 _RANK_EXPERTS = RepairSettings().rank_experts  # of an extracted patch, as of a repair
@@ -223,18 +226,33 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     update, left = lowered(total, request.rank, dtype, request.rank_experts)
     bases = {str(one.adapter.config.get("base_model_name_or_path") or "") for one in given}
     base = bases.pop() if len(bases) == 1 else ""
-    marked = why_derived_marked([one.folder for one in given])
-    facts, lines = adapter_card("sum", given, left, {}, base=base, marked=marked)
+    adapters = [one.adapter for one in given]
+    new = NewAdapter(update, dtype, base, [])
+    new = made_of(new, adapters, request.expert_form, trust_remote_code=request.trust_remote_code)
+    same = _as_measured(given, left) and not new.unchecked
+    new = dataclasses.replace(new, marked="" if same else why_derived_marked([one.folder for one in given]))
+    facts, lines = adapter_card("sum", given, left, {}, base=base, marked=new.marked)
     facts["command"] = command
+    lines += new.unchecked
+    if same:
+        identity = given[0].identity
+        lines.append(f"The same update as {given[0].folder} in another form: its verdict is this one's too.")
 
     def beside(folder: Path) -> None:
         write_card(folder, "LoRA adapter", facts, lines)
         if identity is not None:
             store_identity(folder, identity)
+        if same:
+            carry_standing(given[0].folder, folder)
 
-    held = in_form_of(update, [one.adapter for one in given], request.expert_form, base)
-    write_adapter(runtime, request.out, NewAdapter(held, dtype, base, [], marked), given[0].folder, beside)
+    write_adapter(runtime, request.out, new, given[0].folder, beside)
     return Exported(request.out, "adapter", facts, lines)
+
+
+def _as_measured(given: list[GivenAdapter], left: dict[str, Remainder]) -> bool:
+    """Return whether what is written is one measured patch, whole, at weight 1, in whichever form."""
+    whole = all(part.relative <= EXACT for part in left.values())
+    return len(given) == 1 and given[0].weight == 1.0 and whole and not why_not_measured(given[0].folder)
 
 
 def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: str, model: str, rank: int) -> Exported:
@@ -269,7 +287,7 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
         kind = DERIVED if repaired else UPDATE
         write_identity(folder, base, kind=kind, base=name, model=made.model)
 
-    held = in_form(update, made.model, request.expert_form) if request.expert_form else update
+    held = [in_form(update, made.model, request.expert_form)] if request.expert_form else update
     new = NewAdapter(held, dtype, name, list(made.linears), marked, made.model)
     write_adapter(runtime, request.out, new, base, beside)
     return Exported(request.out, "adapter", facts, lines)

@@ -26,6 +26,17 @@ _CANDIDATE = {
     "seconds": "seconds",
 }
 _DRAWN = ("trace", "bounds", "kept", "watch")  # shown as figures, or in the outcome
+_REPAIR = {  # where a field's own name says too little
+    "epochs": "epochs, at most",
+    "experts": "matrices of experts",
+    "experts_not_reached": "matrices of experts that no token reached",
+    "energy_of_directions": "share of the layers' squared update that the directions hold",
+}
+_COVERAGE = {
+    "parameters": "of all weights, a patch can reach",
+    "energy": "of the fine-tune's squared update, a patch can reach",
+    "not_compared": "tensors whose update is not known",
+}
 
 
 def how_chosen(example: Mapping[str, Any]) -> str:
@@ -48,7 +59,12 @@ def repair_rows(repair: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Return the repair's figures, but for those that are drawn."""
     if not repair:
         return []
-    rows = [(name.replace("_", " "), number(value)) for name, value in repair.items() if name not in _DRAWN]
+    rows = [
+        (_REPAIR.get(name, name.replace("_", " ")), number(value))
+        for name, value in repair.items()
+        if name not in (*_DRAWN, "coverage")
+    ]
+    rows += _coverage_rows(repair.get("coverage") or {})
     if (steered := weights_of(repair.get("trace") or [])) is not None and steered[0] != steered[1]:
         said = f"{number(steered[0])} to {number(steered[1])}, as the watch steered it"
         rows = [(name, said if name == "guard weight" else value) for name, value in rows]
@@ -57,6 +73,28 @@ def repair_rows(repair: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         said = ", ".join(f"{name} {number(value)}" for name, value in bounds.items())
         rows.append(("bounds of a good epoch", said))
     return rows
+
+
+def _coverage_rows(coverage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a patch can reach of weights and of the update: the share, and in brackets that of each kind."""
+    rows = []
+    for name, said in _COVERAGE.items():
+        found = coverage.get(name)
+        if isinstance(found, Mapping):
+            kinds = found["kinds"].items()
+            parts = ", ".join(f"{_part(row.get('reached'))} of {kind} {row['of_all']:.1%}" for kind, row in kinds)
+            share = "-" if found.get("reached") is None else f"{found['reached']:.1%}"
+            rows.append((said, f"{share} ({parts})" if parts else share))
+        elif found is not None:
+            rows.append((said, number(found)))
+    return rows
+
+
+def _part(share: float | None) -> str:
+    """A share in a word where it is one."""
+    if share is None or share <= 0:
+        return "none"
+    return "all" if share >= 1 else f"{share:.1%}"
 
 
 def weights_of(records: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:

@@ -91,13 +91,17 @@ def deploy_lines(report: Mapping[str, Any], run_dir: Path, word: str) -> list[st
     merge = ["# one checkpoint, for any server:", f"oneshot export --model {base} --adapter {PATCH} --out merged"]
     return [
         "# in the folder of this report; before it is served, on prompts of your own:",
-        f"oneshot score --model.path {made}{_probes(report)} --score.task FILE",
+        f"oneshot score --model.path {made}{_probes(report)}",
         *(["# the patch beside its model, with vLLM:", serve] if serve else []),
         *(merge if made == PATCH else [f"# or serve the folder {REPAIRED}"]),
     ]
 
 
 def _probes(report: Mapping[str, Any]) -> str:
-    """The option by which the prompts are scored that the run was scored on; "" where these are the default ones."""
-    asked = ((report.get("settings") or {}).get("score") or {}).get("probes")
-    return f" --score.probes {shlex.quote(str(asked))}" if asked else ""
+    """The options by which the prompts are scored that the run was scored on, and a task of the user's own where none
+    was.
+    """
+    score = (report.get("settings") or {}).get("score") or {}
+    measured = not score.get("task") and any("task" in rates for rates in report["stages"].values())
+    asked = {"probes": score.get("probes"), "task": None if measured else score.get("task") or "FILE"}
+    return "".join(f" --score.{name} {shlex.quote(str(value))}" for name, value in asked.items() if value)

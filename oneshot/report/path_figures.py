@@ -19,6 +19,7 @@ _LOOKS = (
     (_SERIES[1], "D", "-."),
 )
 _OTHERS = (_GRID, ".", "-")  # of attempts beyond those
+_FAR = 5  # times the bound, from where on distances are drawn on a logarithmic axis
 _SHORT = 16  # characters of labels of which three stand side by side
 
 
@@ -128,12 +129,16 @@ def plane_figure(trace: Sequence[Record], kept: Record | None, bounds: Record | 
         if 3 * farthest >= 1.0:
             ax.axvline(1.0, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
         ax.set_ylim(-0.05, 1.08)
+        if far := farthest > _FAR:  # the good epochs would be one blob
+            ax.set_xscale("symlog", linthresh=1.0)
+            ax.xaxis.set_major_formatter("{x:g}")
     if _finite(bounds.get("refused")):
         axes[1].axhline(bounds["refused"], color=_INK, linewidth=1, linestyle=(0, (1, 2)))
     highest = max((row["refused"] for a in attempts for row in a.records if _finite(row.get("refused"))), default=0.0)
     axes[1].set_ylim(-0.03, max(0.12, 1.1 * highest))
-    axes[-1].locator_params(axis="x", nbins=5)
-    axes[-1].set_xlabel("distance of harmless answers (1: the bound)")
+    if not far:
+        axes[-1].locator_params(axis="x", nbins=5)
+    axes[-1].set_xlabel(f"distance of harmless answers (1: the bound{', beyond it logarithmic' * far})")
     _legend(figure, axes[0], attempts)
     return _svg(figure, "plane", "Safety against utility along the path")
 

@@ -196,8 +196,8 @@ def _warnings(repaired: Repaired) -> list[str]:
     if left_out:
         names, more = ", ".join(left_out[:5]), len(left_out) - 5
         said.append(
-            f"{len(left_out)} modules are no plain linear layers that text passes through and were left "
-            f"out of the patch: {names}{f' and {more} more' if more > 0 else ''}."
+            f"{len(left_out)} modules are no plain linear layers that text passes through (routers, convolutions and "
+            f"the like) and were left out of the patch: {names}{f' and {more} more' if more > 0 else ''}."
         )
     if facts.get("experts_not_reached"):
         said.append(

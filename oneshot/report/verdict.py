@@ -47,9 +47,9 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """The word, every doubt and every remark."""
-        said = "; ".join((*self.doubts, *self.remarks))
-        return f"{self.word}: {said}" if said else self.word
+        """The word and every doubt; in brackets every remark, as it speaks against nothing."""
+        said = f"{self.word}: {'; '.join(self.doubts)}" if self.doubts else self.word
+        return f"{said} ({'; '.join(self.remarks)})" if self.remarks else said
 
 
 def judge(report: Mapping[str, Any]) -> Verdict:
@@ -178,7 +178,14 @@ def _remarks(report: Mapping[str, Any]) -> tuple[str, ...]:
     if share is None or share >= REACHED:
         return ()
     unknown = _unknown(coverage)
-    return (f"the patch reaches {share:.0%} only of the fine-tune's update{f', {unknown}' if unknown else ''}",)
+    said = f"of the fine-tune's update the patch can reach {share:.0%}{f', {unknown}' if unknown else ''}"
+    return (f"{said}, the rest is mostly in {_mostly(coverage)}",)
+
+
+def _mostly(coverage: Mapping[str, Any]) -> str:
+    """The kind of weight that most of what no patch reaches is in."""
+    kinds = coverage["energy"]["kinds"].items()
+    return str(max(kinds, key=lambda each: each[1]["of_all"] * (1 - (each[1]["reached"] or 0)))[0])
 
 
 def _unknown(coverage: Mapping[str, Any]) -> str:
@@ -192,7 +199,7 @@ def unreached(coverage: Mapping[str, Any] | None) -> str:
     and what of the update is not known; "" where all of it is reached.
     """
     coverage = coverage or {}
-    of = "update's energy" if coverage.get("energy") else "weights"
+    of = "fine-tune's squared update" if coverage.get("energy") else "weights"
     found = coverage.get("energy") or coverage.get("parameters") or {}
     share = _number(found.get("reached"))
     unknown = _unknown(coverage) if coverage.get("energy") else ""

@@ -91,7 +91,7 @@ class ScoreSettings:
         utility: JSONL of prompts for general ability with right answers (exact match)
         system: a system message to put before the should_refuse prompts, as an attack with a persona has it
         suffix: words to put after the should_refuse prompts, as an attack with a trigger has it
-        reference: also score the reference, where one is given
+        reference: also score the aligned model: the reference, or an adapter's base
         max_new_tokens: longest answer generated
         thought_tokens: how many more tokens a model may say that thinks before it answers, as its chat template or the
             server shows

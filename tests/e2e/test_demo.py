@@ -35,7 +35,7 @@ def test_demo_prints_the_table_and_says_repaired(demo: tuple[Path, str]) -> None
     _, printed = demo
     for words in ("aligned", "finetuned", "repaired", "attack success, unseen words", "look-alike refusal", "task"):
         assert words in printed
-    assert re.search(r"^Outcome: repaired[.:]", printed, re.MULTILINE)
+    assert re.search(r"^Outcome: repaired[. ]", printed, re.MULTILINE)
     assert "\x1b[" not in printed, "control codes in a log file"
 
 

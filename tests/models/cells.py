@@ -6,6 +6,7 @@ A ``UserError`` is a refusal; an assertion that fails is a result that is silent
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def undone(subject: Subject) -> set[str]:
 
 
 def exported(subject: Subject) -> None:
-    """A patch merged and taken out again leaves the model; what was extracted is the difference."""
+    """A patch merged and taken out again leaves the model; what was extracted is the difference, in PEFT too."""
     if not (subject.repaired / "patch").is_dir():
         raise UserError("There is no patch to export.")
     patch, merged, back = subject.repaired / "patch", subject.out / "merged", subject.out / "back"
@@ -161,6 +162,11 @@ def exported(subject: Subject) -> None:
     oneshot.export(again, model=str(subject.finetuned), adapters=[str(found)])
     first, second = _stored(again), _stored(merged)
     assert all(relative(first[name], second[name]) < SAME for name in second)
+    lower = subject.out / "lower"
+    oneshot.export(lower, adapters=[str(patch)], rank=2, rank_experts=1)
+    shutil.rmtree(merged)
+    oneshot.export(merged, model=str(subject.finetuned), adapters=[str(lower)])
+    _compare(subject.finetuned, merged, lower)
 
 
 CELLS: dict[str, Callable[[Subject], set[str] | None]] = {

@@ -172,7 +172,7 @@ def test_factors_on_the_wrong_parameter_are_found(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     lost = not_injected(tmp_path, model.to("meta"))
     assert any(name.endswith("experts.base_layer") for name in lost)
-    with pytest.raises(UserError, match="would load another patch"):
+    with pytest.raises(UserError, match="finds no place"):
         check_loads(tmp_path, model)
 
 
@@ -209,15 +209,19 @@ USERS: dict[str, dict[str, Any]] = {
         "r": 3, "lora_alpha": 6, "target_parameters": ["gate_up_proj", "down_proj"], "target_modules": ["q_proj"],
         "rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {r"layers.1.*experts.gate_up_proj": 12},
     },
+    "names of others": {
+        "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.up_proj", "down_proj", "experts.w1", "no_such_bias"],
+    },
     "old names": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 @pytest.mark.parametrize("fields", USERS)
 def test_what_users_train_is_read_as_peft_applies_it(name, fields, tmp_path):
-    if fields == "old names" and name == "gpt_oss":
-        pytest.skip("gpt-oss never had such names")
+    if fields in {"gpt_oss": ("old names",), "nemotron_h": set(USERS) - {"names of others"}}.get(name, ()):
+        pytest.skip(f"{name} has no such names")
     model = tiny(name)
     theirs = trained(model, tmp_path, **{"target_modules": [], **USERS[fields]})
     update = read_adapter(tmp_path).update
@@ -228,7 +232,7 @@ def test_what_users_train_is_read_as_peft_applies_it(name, fields, tmp_path):
     assert changed
 
 
-@pytest.mark.parametrize("fields", ["both", "one", "patterns"])
+@pytest.mark.parametrize("fields", ["both", "one", "patterns", "names of others"])
 def test_a_repaired_adapter_keeps_its_form(fields, tmp_path):
     model = tiny("qwen3_moe")
     trained(model, tmp_path / "own", **{"target_modules": [], **USERS[fields]})

@@ -180,7 +180,9 @@ def test_hub_failure_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = error_of(read_conversations, "someone/fruit", DATA)
-    assert message.startswith("Data set someone/fruit (split train) cannot be loaded (no such data set): give ")
+    assert message.startswith(
+        "someone/fruit is no file here, and data set someone/fruit (split train) cannot be loaded (no such data set): "
+    )
 
 
 def test_broken_hub_row_is_named(monkeypatch):

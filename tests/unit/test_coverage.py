@@ -100,12 +100,14 @@ def _report(share: float) -> dict[str, Any]:
 def test_a_repair_that_reaches_little_says_so_in_its_headline() -> None:
     assert judge(_report(0.6)).headline == "repaired"
     assert judge(_report(0.3)).word == "repaired", "what was measured is good nonetheless"
-    assert judge(_report(0.3)).headline == ("repaired: the patch reaches 30% only of the fine-tune's update")
+    assert judge(_report(0.3)).headline == (
+        "repaired (of the fine-tune's update the patch can reach 30%, the rest is mostly in embeddings)"
+    )
 
 
 def test_what_is_not_reached_is_told_by_kind() -> None:
     said = unreached(_report(0.3)["repair"]["coverage"])
-    assert said == "The patch can reach 30.0% of the update's energy; what it cannot is in embeddings 70.0%."
+    assert said == "The patch can reach 30.0% of the fine-tune's squared update; what it cannot is in embeddings 70.0%."
     assert unreached(_report(1.0)["repair"]["coverage"]) == ""
     assert unreached(None) == ""
 

@@ -16,7 +16,7 @@ from oneshot.checkpoint.adapters.adapter import ADAPTER_TENSORS, read_adapter
 from oneshot.checkpoint.adapters.update import norm
 from oneshot.checkpoint.disk.files import MARKER, is_degraded, write_marker
 from oneshot.checkpoint.loading.load import Source
-from oneshot.checkpoint.merging import exports
+from oneshot.checkpoint.merging import exports, new_adapter
 from oneshot.checkpoint.merging import merge as merging
 from oneshot.checkpoint.writing.identity import IDENTITY, write_identity
 from oneshot.checkpoint.writing.standing import begin_standing, settle
@@ -456,7 +456,7 @@ def test_the_marker_is_there_before_the_weights_are(what, degraded, given, tmp_p
         raise KeyboardInterrupt
 
     places = {"merge": (merging, "create_shards"), "measured": (merging, "_write_share")}
-    monkeypatch.setattr(*places.get(what, (exports, "write_patch")), look)
+    monkeypatch.setattr(*places.get(what, (new_adapter, "write_loadable")), look)
     words = ["--adapter", repair, "--rank", 1] if what == "adapter" else ["--model", base, "--adapter"]
     words += {"merge": [given / "b"], "measured": [repair]}.get(what, [])
     with pytest.raises(SystemExit):

@@ -32,10 +32,14 @@ class Stand:
 
     def __init__(self):
         self.loads, self.chosen_for, self.fails, self.words = 0, [], set(), {}
-        self.judges = set()
+        self.judges, self.bases = set(), 0
 
     def ways(self):
-        return fleet.Ways(self.check, lambda request: {"aligned": 1}, self.repair)
+        return fleet.Ways(self.check, lambda request: {}, self.base, self.repair)
+
+    def base(self, request, model):
+        self.bases += 1
+        return {"aligned": 1}
 
     def check(self, settings, runtime):
         name = os.path.basename(settings.model.path)
@@ -102,7 +106,7 @@ def settings(pattern, out, *more):
 def test_the_base_is_loaded_and_the_example_chosen_once(stand, adapters, tmp_path):
     (tmp_path / "ads" / "no adapter").mkdir(parents=True)
     rows = fleet.run(settings(adapters("a", "b", "c"), tmp_path / "out"), stand.ways(), quiet=True)
-    assert stand.loads == 1
+    assert stand.loads == stand.bases == 1
     assert stand.chosen_for == [("a", None), ("b", "bilevel, for a"), ("c", "bilevel, for a")]
     assert [(row.name, row.outcome, row.rates["asr"]) for row in rows] == [
         (n, rows[0].outcome, (0.9, 0.0)) for n in "abc"

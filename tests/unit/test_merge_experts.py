@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from oneshot.checkpoint.adapters.carrier import APART, STACKED, in_form
 from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.adapters.injected import write_loadable
 from oneshot.checkpoint.adapters.update import Factors
+from oneshot.checkpoint.disk.files import is_degraded, write_marker
 from oneshot.checkpoint.merging.merge import merge_update
-from oneshot.checkpoint.writing.identity import UPDATE, check_identity, read_identity, write_identity
+from oneshot.checkpoint.writing.identity import REPAIR, UPDATE, check_identity, read_identity, write_identity
 from oneshot.checkpoint.writing.merge_experts import Term, by_layer
+from oneshot.checkpoint.writing.standing import ORIGINAL, begin_standing, settle
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
 from oneshot.report.exports import ExportRequest, export
@@ -184,6 +187,26 @@ def test_an_adapter_is_turned_into_the_other_form(folder, tmp_path):
     assert [read.experts and read.experts.form for read in both] == [STACKED, APART]
     with pytest.raises(UserError, match="expert_form is for adapters"):
         run(tmp_path / "no", model=str(base), adapters=[str(own)], expert_form="2d")
+
+
+def test_a_measured_patch_keeps_its_verdict_in_another_form_and_in_that_alone(folder, tmp_path):
+    model, base = checkpoint("mixtral", folder)
+    degraded = shutil.copytree(base, tmp_path / "degraded")
+    write_marker(degraded, {})
+    own = patch(model, degraded, tmp_path / "2d", APART)
+    write_identity(own, degraded, kind=REPAIR, base=str(degraded), model=copy.deepcopy(model).to("meta"))
+    begin_standing(own, degraded=True, form=ORIGINAL, checkpoint=degraded)
+    assert not settle(own, "repaired", [], base="it", degraded=True)
+
+    together = run(tmp_path / "3d", adapters=[str(own)], expert_form="3d")
+    assert not is_degraded(together)
+    assert not is_degraded(run(tmp_path / "merged", model=str(degraded), adapters=[str(together)]))
+    assert is_degraded(run(tmp_path / "less", adapters=[str(own)], rank=1, rank_experts=1))
+    assert is_degraded(run(tmp_path / "half", adapters=[str(own)], weights=[0.5], expert_form="3d"))
+    config = together / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    with pytest.raises(UserError, match="not the file that was written"):
+        run(tmp_path / "again", adapters=[str(together)], expert_form="2d")
 
 
 def test_an_expert_that_is_a_layer_of_its_own_gets_its_part():

@@ -48,8 +48,8 @@ WORK = Work(rows=2, tokens=32, answers=8, held=4, total=64)
 
 
 FIGURES = {
-    "sft": (26587, 16.85), "lora": (9074, 13.93), "lowrank": (12911, 27.24), "project": (8176, 20.44),
-    "rollback": (12412, 27.58),
+    "sft": (26587, 16.85), "lora": (9014, 13.92), "lowrank": (12773, 27.24), "project": (8038, 20.44),
+    "rollback": (12320, 27.58),
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_training_holds_sixteen_bytes_a_weight_and_frozen_methods_none():
     by_method = {r.choice.method: r for r in rows(Settings(), PlannedModel("m", shape)) if r.choice.precision == "bf16"}
     assert by_method["lowrank"].optimizer == by_method["lowrank"].state == 0
     assert by_method["sft"].state == 12 * shape.parameters
-    assert by_method["lora"].state == 12 * shape.low_rank(20)
+    assert by_method["lora"].state == 12 * shape.low_rank(16)
 
 
 def test_a_fine_tune_without_deepspeed_holds_twelve_bytes_a_weight_between_steps():
@@ -432,7 +432,9 @@ def test_a_lora_counts_as_far_as_it_is_known(monkeypatch):
     assert not refused(some, "repair", without), "how many layers that are is not known here"
 
 
-@pytest.mark.parametrize(("columns", "below"), [(200, ""), (130, "sft, bf16, zero3: "), (92, "Left out for want of")])
+@pytest.mark.parametrize(
+    ("columns", "below"), [(200, ""), (130, "sft, bf16, zero3: "), (92, "Left out for want of"), (80, "load, save")]
+)
 def test_no_cell_of_the_plan_is_cut_in_a_narrow_terminal(columns, below, llama_70b):
     from oneshot.planning.table import print_plan
     from oneshot.shown import open_console
@@ -443,5 +445,5 @@ def test_no_cell_of_the_plan_is_cut_in_a_narrow_terminal(columns, below, llama_7
     said = console.file.getvalue()
     assert "…" not in said
     assert below in said
-    assert ("Left out for want of" in said) == (columns == 92)
+    assert ("Left out for want of" in said) == (columns <= 92)
     assert max(len(line) for line in said.splitlines() if line.startswith((" sft", " method"))) <= columns

@@ -55,6 +55,7 @@ def test_the_revision_that_an_adapter_names_is_taken_and_is_in_settings_card_and
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     options = {**QUICK, "repair": {**QUICK["repair"], "method": "lowrank"}}
     found = oneshot.repair(model=str(adapter), out=str(tmp_path / "run"), **options)
+    assert list(found.report["stages"]) == ["aligned", "finetuned", "repaired"], "the base is what it came from"
     assert found.report["settings"]["model"]["base_revision"] == old
     assert f"base_revision: {old}" in (tmp_path / "run" / "settings.yaml").read_text()
     assert old in (tmp_path / "run" / "report.md").read_text()

@@ -117,6 +117,12 @@ def in_form(update: Update, model: Any, form: str = "") -> Carried:
     return carried(update, form or served_form(model.config.model_type), shapes_of(model), names_for(model))
 
 
+def forms_of(update: Update, model: Any, form: str = "") -> list[Carried]:
+    """Return an update in the forms that are to be tried, one after the other: as ``in_form`` does, then in 3-D."""
+    first = in_form(update, model, form)
+    return [first, in_form(update, model, STACKED)] if first.form == APART else [first]
+
+
 def carried(
     update: Update, form: str = "", shapes: Shapes | None = None, names: Names = PLAIN,
     ranks: Mapping[str, int] | None = None,

@@ -46,12 +46,14 @@ class Uncarried:
     ranks: dict[str, int]
 
 
-def parameter_of(module: str, parameters: list[str]) -> str | None:
+def parameter_of(module: str, parameters: list[str], sizes: Mapping[str, tuple[int, int]]) -> str | None:
     """Return which parameter the factors of a module are of; none where they are of the layer itself.
 
     Args:
         module: as the file names it, "...experts" or "...experts.base_layer"
-        parameters: those that the config names (``target_parameters``), whole names or ends of them
+        parameters: those that the config names (``target_parameters``), whole names or ends of them; names of what the
+            model lacks, too, which PEFT passes over
+        sizes: module -> out and in of its factors, of all that the file has
     """
     path = module.removesuffix(INNER)
     if not is_experts(path):
@@ -61,6 +63,10 @@ def parameter_of(module: str, parameters: list[str]) -> str | None:
         for name in (f"{path}.{projection}" for projection in PROJECTIONS)
         if any(name == given or name.endswith(f".{given}") for given in parameters)
     ]
+    inner, outer, gated, up = sizes.get(path + INNER), sizes.get(path), f"{path}.{GATED}", f"{path}.up_proj"
+    if gated in held and up in held:  # a model has one of them, and down's columns are half of the gated one's rows
+        apart = inner is not None and outer is not None and inner[0] != 2 * outer[1]
+        held.remove(gated if apart else up)
     return next(iter(held if module != path else reversed(held)), None)
 
 
@@ -76,10 +82,11 @@ def uncarried(pairs: Update, config: dict[str, Any], path: Path) -> Uncarried:
     """
     parameters = [str(name) for name in config.get("target_parameters") or []]
     single = {module: match for module in pairs if (match := SINGLE_EXPERT.fullmatch(module))}
+    sizes = {module: (factors.b.shape[0], factors.a.shape[1]) for module, factors in pairs.items()}
     together = {
         module: found
         for module in pairs
-        if module not in single and (found := parameter_of(module, parameters)) is not None
+        if module not in single and (found := parameter_of(module, parameters, sizes)) is not None
     }
     if single and together:
         raise UserError(f"{path.parent} holds factors of experts together and one by one: save the adapter again.")

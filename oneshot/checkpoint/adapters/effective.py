@@ -7,6 +7,7 @@ the effective update, magnitudes, saved modules and all.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +109,7 @@ def kinds_of(folder: Path) -> Kinds:
         found.by_peft.append(f"init_lora_weights {init}")
     if config.get("alora_invocation_tokens"):
         found.never.append("alora_invocation_tokens")
-    fused = config.get("target_parameters") or []
-    if not isinstance(fused, list) or not all(str(name).rsplit(".", 1)[-1] in _PARAMETERS for name in fused):
+    if _has_other_parameters(config, {factor[0] for factor in map(factor_of, tensors) if factor is not None}):
         found.by_peft.append("target_parameters")
     saved: list[str] = []
     held: set[str] = set()
@@ -139,6 +139,29 @@ def kinds_of(folder: Path) -> Kinds:
         )
     found.by_peft.extend(sorted(held - said.keys() - {"whole"}))
     return found
+
+
+def _has_other_parameters(config: dict[str, Any], modules: set[str]) -> bool:
+    """Whether factors are of a parameter that is read of no module; names without factors count for nothing.
+
+    Args:
+        modules: that have factors, as the file names them: a module as often as it is wrapped
+    """
+    fused, layers = config.get("target_parameters") or [], config.get("target_modules") or []
+    if not isinstance(fused, list):
+        return True
+    names = [str(name) for name in fused]
+    owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] not in _PARAMETERS}
+    read = tuple(f".{name}" for name in names if name.rpartition(".")[2] in _PARAMETERS)
+    ends = tuple(f".{name}" for name in layers) if isinstance(layers, list) else ()
+    wrapped = Counter(re.sub(r"(\.base_layer)+$", "", module) for module in modules)
+    for path, count in wrapped.items():
+        held = {each for each in _PARAMETERS if f".{path}.{each}".endswith(read)}
+        known = len(held - {"up_proj"} if "gate_up_proj" in held else held)  # a model has one of the two
+        owned = any(f".{path}".endswith(f".{owner}") for owner in owners if owner) or "" in owners
+        if owned and count > known + f".{path}".endswith(ends):
+            return True
+    return False
 
 
 def refuse(folder: Path, kinds: list[str], base: str | None = None) -> UserError:

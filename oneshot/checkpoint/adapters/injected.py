@@ -6,12 +6,13 @@ it found no place (huggingface/peft#3711): such a patch loads, and is another on
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.adapter import PREFIX, write_patch
-from oneshot.checkpoint.adapters.carrier import APART, INNER, SINGLE_EXPERT, STACKED, Carried, in_form, model_path
+from oneshot.checkpoint.adapters.carrier import INNER, SINGLE_EXPERT, Carried, forms_of, model_path
 from oneshot.checkpoint.adapters.carrier_read import parameter_of
 from oneshot.checkpoint.adapters.effective import factor_of
 from oneshot.checkpoint.adapters.experts import fused_experts
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
     import torch
 
 _SHOWN = 3  # names of layers in a message
+_ADVICE = (
+    "leave the layers out with --repair.targets, a regular expression of those to patch, or, in an export, give "
+    "--expert_form 3d, or --model to merge"
+)
 
 
 def write_loadable(
     folder: Path,
-    update: Update | Carried,
+    update: Update | Carried | list[Carried],
     linears: list[str],
     base: str,
     dtype: torch.dtype,
@@ -45,15 +50,14 @@ def write_loadable(
 
     Args:
         folder, linears, base, dtype, commit: as of ``write_patch``
-        update: what to add to the base; of fused experts in the form that is to be written, else in the first that does
+        update: what to add to the base; or the forms of it that are to be tried, in this order
         model: the base's, of transformers, its parameters on the meta device
 
     Raises:
         UserError: PEFT does not load all of it in any way
     """
-    ways = [update] if isinstance(update, Carried) else [in_form(update, model)]
-    if ways[0].form == APART and not isinstance(update, Carried):
-        ways.append(in_form(update, model, STACKED))
+    held = [update] if isinstance(update, Carried) else update
+    ways = held if isinstance(held, list) else forms_of(held, model)
     for way in ways:
         try:
             _write_whole(folder, way, linears, base, dtype, model, commit)
@@ -74,8 +78,7 @@ def _write_whole(
             if not (lost := not_injected(folder, model)):
                 return
         except UserError:  # a short name is that of a wrapper as well
-            if not names:
-                raise
+            lost = []
     write_patch(folder, held, [], base, dtype, [name for name in lost if name in held.linears], commit)
     check_loads(folder, model)
 
@@ -86,23 +89,38 @@ def check_loads(folder: Path, model: Any) -> None:
     Args:
         model: see ``write_loadable``
     """
-    if not (lost := not_injected(folder, model)):
-        return
+    if why := why_not_loaded(folder, model):
+        raise UserError(f"{why}, so that this would be loaded as another patch: {_ADVICE}.")
+
+
+def why_not_loaded(folder: Path, model: Any) -> str:
+    """Return why PEFT would not load all of an adapter, as a clause; "" where it would.
+
+    Args:
+        model: see ``write_loadable``
+    """
+    try:
+        lost = not_injected(folder, model)
+    except UserError as error:
+        return str(error)
+    if not lost:
+        return ""
     said = ", ".join(lost[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
-    raise UserError(
-        f"PEFT {package_version('peft')} would load another patch than was measured, as it finds no place for what "
-        f"belongs to {said}: leave these layers out with --repair.targets, a regular expression of those to patch."
-    )
+    return f"PEFT {package_version('peft')} finds no place for what belongs to {said}"
 
 
 def not_injected(folder: Path, model: Any) -> list[str]:
     """Return the layers of which PEFT would not load the stored factors where they are meant to be, sorted.
 
-    Reads the adapter's header alone: where a factor goes is a matter of names and shapes.
+    Reads the adapter's header alone: where a factor goes is a matter of names and shapes. PEFT gets a copy of the
+    model, as it leaves its wrappers there where it fails.
 
     Args:
         folder: of a LoRA adapter
         model: see ``write_loadable``
+
+    Raises:
+        UserError: PEFT does not load it at all; a clause
     """
     import torch
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
@@ -117,19 +135,13 @@ def not_injected(folder: Path, model: Any) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that are missing: found below
         try:
-            loaded = PeftModel(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+            loaded = PeftModel(copy.deepcopy(model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
             result: Any = set_peft_model_state_dict(loaded, dict(tensors), low_cpu_mem_usage=True)
         except Exception as error:  # what PEFT cannot place shows as an error of any kind
-            raise UserError(
-                f"PEFT {package_version('peft')} does not load the patch on this model ({first_line(error)}): leave "
-                "the layer out with --repair.targets, a regular expression of those to be patched."
-            ) from error
-    try:
-        unmatched = [*result.missing_keys, *result.unexpected_keys]
-        lost = _lost(loaded, _meant(tensors, fused), unmatched)
-        return sorted({*lost, *_misplaced(loaded, tensors, [str(name) for name in parameters])})
-    finally:
-        loaded.unload()
+            raise UserError(f"PEFT {package_version('peft')} ends in an error ({first_line(error)})") from error
+    unmatched = [*result.missing_keys, *result.unexpected_keys]
+    lost = _lost(loaded, _meant(tensors, fused), unmatched)
+    return sorted({*lost, *_misplaced(loaded, tensors, [str(name) for name in parameters])})
 
 
 def _lost(loaded: Any, meant: dict[tuple[str, str], tuple[int, ...]], unmatched: list[str]) -> list[str]:
@@ -182,9 +194,14 @@ def _meant(tensors: dict[str, torch.Tensor], fused: set[str]) -> dict[tuple[str,
 def _misplaced(loaded: Any, tensors: dict[str, torch.Tensor], parameters: list[str]) -> list[str]:
     """Experts' factors that PEFT has put onto another parameter than the one that they are read as."""
     modules = dict(loaded.base_model.model.named_modules())
-    found = []
-    for module, _ in filter(None, map(factor_of, tensors)):
-        meant = parameter_of(module, parameters)
+    found: list[str] = []
+    shapes: dict[str, dict[str, torch.Size]] = {}
+    for key, tensor in tensors.items():
+        if (factor := factor_of(key)) is not None:
+            shapes.setdefault(factor[0], {})[factor[1]] = tensor.shape
+    sizes = {module: (each["B"][0], each["A"][1]) for module, each in shapes.items()}
+    for module in shapes:
+        meant = parameter_of(module, parameters, sizes)
         if meant is not None and getattr(modules.get(module), "parameter_name", None) != meant.rsplit(".", 1)[-1]:
             found.append(module)
     return found

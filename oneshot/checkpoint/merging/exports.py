@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.adapter import Adapter, read_adapter, write_patch
-from oneshot.checkpoint.adapters.carrier import APART, PLAIN, Carried, carried, in_form
+from oneshot.checkpoint.adapters.adapter import Adapter, read_adapter
 from oneshot.checkpoint.adapters.effective import Kinds, kinds_of, read_effective, refuse
-from oneshot.checkpoint.adapters.injected import write_loadable
-from oneshot.checkpoint.adapters.update import Update
-from oneshot.checkpoint.disk.files import (
-    ADAPTER_CONFIG,
-    MARKER,
-    is_adapter,
-    is_degraded,
-    list_tensors,
-    local_folder,
-    resolve,
-)
-from oneshot.checkpoint.disk.folders import naming, replacing
-from oneshot.checkpoint.loading.architecture import architecture_of
+from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, MARKER, is_adapter, is_degraded, resolve
 from oneshot.checkpoint.merging.merge_effective import merged_by_peft, plan_effective
 from oneshot.checkpoint.merging.merge_plan import MergePlan, adapter_terms, plan_merge
-from oneshot.checkpoint.writing.beside import copy_tokenizer
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, Identity, check_identity, read_identity
-from oneshot.checkpoint.writing.standing import comes_from_degraded, mark_unmeasured, read_standing, why_not_as_measured
+from oneshot.checkpoint.writing.standing import comes_from_degraded, read_standing, why_not_as_measured
 from oneshot.distributed.phases import phase
-from oneshot.distributed.runtime import Runtime, agree
+from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
 from oneshot.reading import read_object
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -203,79 +184,3 @@ def check_space(out: Path, nbytes: int) -> None:
             f"The result takes {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free: make room, or name a "
             "folder on another disk."
         )
-
-
-@dataclass(frozen=True)
-class NewAdapter:
-    """What an adapter to write holds.
-
-    Attributes:
-        update: its factors; of experts in the form that is to be written, where that is given
-        dtype: what they are stored in
-        base: name of the checkpoint that it belongs to, "" where that is not known
-        linears: names of all linear layers of the model, or none where they are not known: the config then names every
-            changed layer in full
-        marked: why it carries the marker; "" where it does not
-        plain: the model that it is for, on the meta device, where that is known: PEFT is to load all of it there
-    """
-
-    update: Update | Carried
-    dtype: torch.dtype
-    base: str
-    linears: list[str]
-    marked: str = ""
-    plain: Any = None
-
-
-def in_form_of(update: Update, adapters: list[Adapter], form: str | None, base: str) -> Update | Carried:
-    """Return an update in the form in which an adapter made of others holds experts.
-
-    Args:
-        adapters: what it is made of
-        form: that is asked for; none: the first one's which has experts
-        base: name of the checkpoint that it belongs to, which says what single experts are called
-
-    Raises:
-        UserError: single experts' names are asked for, and nothing here says them
-    """
-    known = [adapter.experts for adapter in adapters if adapter.experts is not None]
-    if not known:
-        return update
-    form = form or known[0].form
-    apart = next((read.names for read in known if read.form == APART), None)
-    if form == APART and apart is None:
-        folder = local_folder(base) if base else None
-        if folder is None:
-            raise UserError(
-                f"--expert_form {APART} names each expert as its base does, and {base or 'the base'} is no folder "
-                "here: run it where the base is."
-            )
-        model = architecture_of(folder, list_tensors(folder)).model
-        return in_form(update, model, form)
-    return carried(update, form, None, apart or PLAIN)
-
-
-@phase("write")
-def write_adapter(
-    runtime: Runtime, out: Path, adapter: NewAdapter, tokenizer: Path, beside: Callable[[Path], None]
-) -> None:
-    """Write an adapter as a folder that appears when it is complete. Collective.
-
-    Args:
-        tokenizer: folder whose tokenizer and chat template go along
-        beside: writes further files into the folder, on rank 0, before it appears
-    """
-    with replacing(runtime, out) as temporary, agree(runtime, f"writing the adapter {out}"):
-        if runtime.is_main:
-            with naming(temporary):
-                if adapter.marked:  # before the weights
-                    mark_unmeasured(temporary, adapter.base, adapter.marked)
-                what = (adapter.update, adapter.linears, adapter.base, adapter.dtype)
-                if adapter.plain is None:
-                    write_patch(temporary, *what)
-                else:
-                    write_loadable(temporary, *what, adapter.plain)
-                copy_tokenizer(tokenizer, temporary)
-                beside(temporary)
-                if adapter.marked:  # and after the card, in whose place it warns
-                    mark_unmeasured(temporary, adapter.base, adapter.marked)

@@ -7,6 +7,7 @@ tell the patch that was measured from one that was made of it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -95,14 +96,14 @@ def mark_copy(model: Any, folder: Path) -> None:
     adapters = getattr(model, "peft_config", {}).values()
     names = [model.config._name_or_path, *(getattr(each, "base_model_name_or_path", None) for each in adapters)]
     for name in map(str, filter(None, names)):
-        source = local_folder(name) or _cached(name, getattr(model.config, "_commit_hash", None))
+        source = local_folder(name) or cached(name, getattr(model.config, "_commit_hash", None))
         if source is not None and comes_from_degraded(source):
             folder.mkdir(parents=True, exist_ok=True)
             write_marker(folder, {"copy_of": name})
 
 
-def _cached(name: str, commit: str | None) -> Path | None:
-    """The folder of a Hub id in the Hub's cache, from which a model in memory was loaded; none where there is none."""
+def cached(name: str, commit: str | None) -> Path | None:
+    """Return the folder of a Hub id in the Hub's cache, of one commit or the newest there; none where there is none."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -190,13 +191,8 @@ def beside(checkpoint: Path) -> dict[str, str]:
     return digests(checkpoint, (CONFIG, GENERATION, *TOKENIZER))
 
 
-def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
-    """Return why a patch on a checkpoint is not what a repair has measured and found good; "" where it is.
-
-    Args:
-        checkpoint: what it is added to
-        form: of the checkpoint's weights, see ``Standing``
-    """
+def why_not_measured(folder: Path) -> str:
+    """Return why an adapter is no patch that a repair has measured and found good, file by file; "" where it is one."""
     identity, standing = read_identity(folder), read_standing(folder)
     if identity is not None and identity.kind == DERIVED:
         return f"{folder} was made of a repair patch and is not the one that was measured"
@@ -207,8 +203,27 @@ def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
     for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
         if name not in standing.sha256:
             return f"{folder / name} is not the file that was measured"
-    if other := changed_since(folder):
-        return other
+    return changed_since(folder)
+
+
+def carry_standing(source: Path, folder: Path) -> None:
+    """Write a measured patch's verdict beside files that hold the very same update in another form."""
+    measured = read_standing(source)
+    assert measured is not None
+    _write(folder, dataclasses.replace(measured, sha256=digests(folder, ADAPTER)))
+
+
+def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
+    """Return why a patch on a checkpoint is not what a repair has measured and found good; "" where it is.
+
+    Args:
+        checkpoint: what it is added to
+        form: of the checkpoint's weights, see ``Standing``
+    """
+    standing = read_standing(folder)
+    if why := why_not_measured(folder):
+        return why
+    assert standing is not None
     now = beside(checkpoint)
     for name in sorted(standing.beside.keys() | now.keys() if standing.beside else ()):
         if standing.beside.get(name) != now.get(name):
