@@ -232,7 +232,9 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
             store_identity(folder, identity)
 
     held = in_form_of(update, [one.adapter for one in given], request.expert_form, base)
-    write_adapter(runtime, request.out, NewAdapter(held, dtype, base, [], marked), given[0].folder, beside)
+    weights = frozenset[str]().union(*(one.adapter.weights for one in given))
+    new = NewAdapter(held, dtype, base, [], marked, weights=weights)
+    write_adapter(runtime, request.out, new, given[0].folder, beside)
     return Exported(request.out, "adapter", facts, lines)
 
 

@@ -47,6 +47,7 @@ class Names:
 
 PLAIN = Names()
 MIXTRAL = Names("w1", "w3", "w2", ("mlp.experts", "block_sparse_moe.experts"))
+_ROUTER_ENDS = ("mlp.gate", "block_sparse_moe.gate")
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,11 @@ def halves(name: str, factors: Factors) -> tuple[Factors, Factors] | None:
 
 
 def model_path(path: str) -> str:
-    """Return the model's name of an experts module that a file of single experts names."""
-    model, file = MIXTRAL.ends
-    return path.removesuffix(file) + model if path.endswith(file) else path
+    """Return the model's name of an experts module, or of a router, that a file names as Mixtral's do."""
+    for model, file in (MIXTRAL.ends, _ROUTER_ENDS):
+        if path.endswith(f".{file}"):
+            return path.removesuffix(file) + model
+    return path
 
 
 def _written(path: str, names: Names) -> str:

@@ -217,6 +217,7 @@ class NewAdapter:
             changed layer in full
         marked: why it carries the marker; "" where it does not
         plain: the model that it is for, on the meta device, where that is known: PEFT is to load all of it there
+        weights: of which modules PEFT is told the weight (``target_parameters``), where ``plain`` is not known
     """
 
     update: Update | Carried
@@ -225,6 +226,7 @@ class NewAdapter:
     linears: list[str]
     marked: str = ""
     plain: Any = None
+    weights: frozenset[str] = frozenset()
 
 
 def in_form_of(update: Update, adapters: list[Adapter], form: str | None, base: str) -> Update | Carried:
@@ -272,7 +274,7 @@ def write_adapter(
                     mark_unmeasured(temporary, adapter.base, adapter.marked)
                 what = (adapter.update, adapter.linears, adapter.base, adapter.dtype)
                 if adapter.plain is None:
-                    write_patch(temporary, *what)
+                    write_patch(temporary, *what, adapter.weights)
                 else:
                     write_loadable(temporary, *what, adapter.plain)
                 copy_tokenizer(tokenizer, temporary)

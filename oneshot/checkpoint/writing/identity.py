@@ -66,13 +66,14 @@ def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str, mode
         checkpoint: folder of the checkpoint that the patch is to be added to
         kind: repair or update
         base: the checkpoint's name as people know it
-        model: the checkpoint's, on any device; needed where the patch changes experts
+        model: the checkpoint's, on any device; needed where the patch changes experts or routers
     """
     tensors = list_tensors(checkpoint)
     modules = {key.split(".lora_")[0].removeprefix(PREFIX) for key in read_header(folder / ADAPTER_TENSORS)}
     experts = {module for module in modules if is_experts(module)}
-    patched = {name for module in modules - experts if (name := find_weight(tensors, module)) is not None}
-    if experts:
+    stored = {module: find_weight(tensors, module) for module in modules - experts}
+    patched = {name for name in stored.values() if name is not None}
+    if experts or (model is not None and len(patched) < len(stored)):  # routers, too, are stored under other names
         patched |= stored_experts(checkpoint, model, read_adapter(folder).update)
     digests = tensor_digests(checkpoint)
     identity = Identity(
