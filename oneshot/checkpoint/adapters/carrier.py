@@ -101,6 +101,18 @@ def served_form(model_type: str) -> str:
     return STACKED if _SERVED_STACKED.fullmatch(model_type) else APART
 
 
+def written_form(model: Any) -> str:
+    """Return the form that a patch of a model has: the served one, where PEFT takes single experts for fused ones."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if served_form(model.config.model_type) == STACKED:
+        return STACKED
+    config = LoraConfig(target_modules=list(names_for(model).every))
+    convert_peft_config_for_transformers(config, model, None)
+    return APART if GATED in (config.target_parameters or []) else STACKED
+
+
 def names_for(model: Any) -> Names:
     """Return what single experts' tensors are called in the checkpoints of a model, which is how servers know them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
