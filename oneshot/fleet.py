@@ -61,14 +61,10 @@ class Ways:
 
     Attributes:
         check: settings -> the checked request. Collective
-        reference: scores of the reference. Collective
-        base: scores of the base, by request and model, where no reference is given. Collective
         repair: request, run folder, what is shared -> (the example that was taken, report.json). Collective
     """
 
     check: Callable[[Settings, Runtime], Request]
-    reference: Callable[[Request], dict[str, StageScores]]
-    base: Callable[[Request, Any], dict[str, StageScores]]
     repair: Callable[[Request, Path, Console | None, Shared], tuple[Chosen, dict[str, Any]]]
 
 
@@ -269,17 +265,18 @@ def _words(tokenizer: Any) -> tuple[dict[str, int], str | None]:
 def _share(request: Request, ways: Ways, before: dict[str, Any] | None) -> Iterator[Shared]:
     """Load base and judge, and ask the base what it does; ``before`` is the example of those that are through."""
     from oneshot.measure.classifier import loaded_classifier
+    from oneshot.patch import aligned
     from oneshot.patch.bench import loaded
     from oneshot.patch.teacher import learn, wanted
 
-    stages, score = ways.reference(request), request.settings.score
+    stages, score = aligned.of_reference(request)[0], request.settings.score
     judging = loaded_classifier(request.runtime, score) if score.judge_model else contextlib.nullcontext()
     with loaded(request) as base, judging as classifier:
         teacher = None
         if wanted(request):
             with phase("choose"):
                 teacher = learn(request, base.model)
-        stages |= ways.base(request, base.model)
+        stages |= aligned.of_base(request, base.model)
         yield Shared(request, base, teacher, stages, classifier, _again(request, teacher, before))
 
 

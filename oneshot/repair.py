@@ -38,9 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     from oneshot.commandline import run_stage, spoken
 
     command = spoken("repair", argv)
-    ways = fleet.Ways(
-        check_apart, lambda request: _look_at_reference(request)[0], _base_scores, partial(_one_of_fleet, command)
-    )
+    ways = fleet.Ways(check_apart, partial(_one_of_fleet, command))
 
     def chosen(settings: Settings) -> None:
         if settings.model.paths:
@@ -202,6 +200,7 @@ def repair(
     """
     from oneshot.distributed.resources import measured, where_time_went
     from oneshot.measure.further import ask_judges
+    from oneshot.patch import aligned
     from oneshot.report.progress import progress
     from oneshot.report.show import show
 
@@ -210,7 +209,7 @@ def repair(
         console.print(f"Method: {request.recipe.method.name} ({request.recipe.reason})", highlight=False)
     clock = time.perf_counter()
     with progress(console):
-        stages, teacher = _look_at_reference(request) if shared is None else (shared.stages, shared.teacher)
+        stages, teacher = aligned.of_reference(request) if shared is None else (shared.stages, shared.teacher)
     seconds = {**(seconds or {}), **({"aligned": time.perf_counter() - clock} if stages or teacher else {})}
     clock = time.perf_counter()
     with progress(console):
@@ -234,29 +233,9 @@ def _one_of_fleet(
     return finished.repaired.choice.chosen, finished.report
 
 
-def _look_at_reference(request: Request) -> tuple[dict[str, StageScores], Teacher | None]:
-    """Scores of the reference and what it teaches, as far as they are wanted; it is loaded at most once."""
-    from oneshot.checkpoint.loading.load import Source, load_model
-    from oneshot.distributed.engine import frozen
-    from oneshot.patch.teacher import learn, wanted
-
-    runtime, settings, reference = request.runtime, request.settings, request.reference
-    stages: dict[str, StageScores] = {}
-    teacher = None
-    asked = request.adapter is None and wanted(request)
-    if reference is not None and (settings.score.reference or asked):
-        source = Source(reference, None, reference, str(reference), request.source.dtype, request.source.written)
-        with frozen(runtime, load_model(runtime, source, settings.model)) as model:
-            if settings.score.reference:
-                stages["aligned"] = _score(request, model, "aligned")
-            if asked:
-                with phase("choose"):
-                    teacher = learn(request, model)
-    return stages, teacher
-
-
 def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Shared | None) -> Repaired:
     """Load the model, measure, choose, solve, measure again, and write. Collective."""
+    from oneshot.patch import aligned
     from oneshot.patch.bench import opened
     from oneshot.patch.choose import choose, choose_beforehand
     from oneshot.patch.coverage import covered
@@ -277,33 +256,19 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
         chosen = choose_beforehand(request, teacher) if shared is None else shared.chosen
     with opened(request, teacher, shared.base if shared else None) as bench:
         if shared is None and bench.engine is None:  # else the fleet has them, or the adapter is merged in
-            stages |= _base_scores(request, bench.model)
+            stages |= aligned.of_base(request, bench.model)
         with bench.unpatched() as model:
-            stages["finetuned"] = _score(request, model, "fine-tuned")
+            stages["finetuned"] = aligned.scored(request, model, "fine-tuned")
         with phase("choose"):
             choice = choose(bench, chosen)
         with phase("solve"):
             solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
         with bench.patched(solution.update) as model:
-            stages["repaired"] = _score(request, model, "repaired")
+            stages["repaired"] = aligned.scored(request, model, "repaired")
         merged = run_dir / REPAIRED if request.settings.repair.merge else None
         write_repair(bench, solution.update, run_dir / PATCH, merged)
         reach = covered(bench)
     return Repaired(bench.request, choice, solution, bench.linears, stages, coverage=reach)
-
-
-def _base_scores(request: Request, base: Any) -> dict[str, StageScores]:
-    """Scores of the base that an adapter was trained on; none where a reference is given, or they are not wanted."""
-    if request.adapter is None or request.reference is not None or not request.settings.score.reference:
-        return {}
-    return {"aligned": _score(request, base, "aligned")}
-
-
-def _score(request: Request, model: Any, called: str) -> StageScores:
-    from oneshot.measure.rates import score_model
-
-    what = f"answers of the {called} model"
-    return score_model(model, request.tokenizer, request.probes, request.runtime, request.settings.score, what)
 
 
 if __name__ == "__main__":

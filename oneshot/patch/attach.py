@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.added import check_fits
-from oneshot.checkpoint.adapters.experts import ExpertMatrix, layers_of
+from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, layers_of
 from oneshot.checkpoint.adapters.update import Factors
 from oneshot.checkpoint.quantized.experts_forward import Hook
 from oneshot.patch.expert_hook import hooked
@@ -25,7 +25,7 @@ FIRST_DECREASE = 0.1  # a first step along a factored gradient aims, to first or
 def _at_each(layers: Mapping[str, Layer], hook: Hook) -> Iterator[None]:
     """Within the block ``hook`` is called at every layer that computes: see ``experts_forward.Hook``.
 
-    Of a linear layer x and y are whole, (..., n) and (..., m), and the rows none.
+    Of a linear layer x and y are whole, (..., n) and (..., m), and the rows none. Routers are passed over.
     """
     from torch import nn
 
@@ -58,8 +58,36 @@ def attached(layers: Mapping[str, Layer], update: Mapping[str, Factors]) -> Iter
         low = (x.to(factors.a.dtype) @ factors.a.T) @ factors.b.T
         return y + low.to(y.dtype)
 
-    with _at_each(layers, add):
+    with _in_place_of_weights(layers, update), _at_each(layers, add):
         yield
+
+
+@contextlib.contextmanager
+def _in_place_of_weights(layers: Mapping[str, Layer], update: Mapping[str, Factors]) -> Iterator[None]:
+    """Within the block the routers among the layers compute with W + b @ a: what they make of it is no product alone.
+
+    The sum hides the parameter while the module computes, so that a partitioned one is gathered as ever.
+    """
+
+    def before(name: str) -> Any:
+        def add(module: Any, _args: Any) -> None:
+            factors = update.get(name)
+            if factors is not None:
+                module.__dict__["weight"] = module.weight + (factors.b @ factors.a).to(module.weight.dtype)
+
+        return add
+
+    def after(module: Any, _args: Any, _output: Any) -> None:
+        module.__dict__.pop("weight", None)
+
+    routers = {name: layer.module for name, layer in layers.items() if isinstance(layer, BareMatrix)}
+    handles = [module.register_forward_pre_hook(before(name)) for name, module in routers.items()]
+    handles += [module.register_forward_hook(after, always_call=True) for module in routers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -27,8 +27,7 @@ from oneshot.patch.reached import reached
 from oneshot.patch.request import Request, own_update
 from oneshot.patch.teacher import ENOUGH, Teacher, in_own_words, learn, wanted
 from oneshot.training.loop import weights_dtype
-
-_TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
+from oneshot.training.lora import in_four_bits, taken_for_experts, targets_of
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def with_lora(model: Any, linears: Linears, rank: int, rank_experts: int | None 
     the others).
 
     Raises:
-        UserError: fused experts are among them, and weights are in 4 bits
+        UserError: fused experts, or what PEFT takes for them, are among them, and weights are in 4 bits
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -209,23 +208,22 @@ def with_lora(model: Any, linears: Linears, rank: int, rank_experts: int | None 
     model.requires_grad_(False)
     torch.manual_seed(0)
     experts = [layer for layer in linears.targets.values() if isinstance(layer, ExpertMatrix)]
-    if experts and any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
+    plain = [name for name, layer in linears.targets.items() if not isinstance(layer, ExpertMatrix)]
+    if (experts or taken_for_experts(model, plain)) and in_four_bits(model):
         raise UserError(
-            "Method lora does not train fused experts where weights are in 4 bits, as PEFT does not: take "
-            "--repair.method lowrank, or leave them out with --repair.targets."
+            "Method lora does not train fused experts, nor MLPs beside them, where weights are in 4 bits, as PEFT does "
+            "not: take --repair.method lowrank, or leave them out with --repair.targets."
         )
+    modules, parameters = targets_of(model, plain, [layer.parameter for layer in experts])
     own = {
         rf"experts\.{projection}": rank_experts or rank
         for projection in sorted({layer.projection for layer in experts})
     }
-    plain = [name for name, layer in linears.targets.items() if not isinstance(layer, ExpertMatrix)]
-    # PEFT takes dense and shared MLPs for fused experts, where there are such, and drops them, unless by their weights
-    taken = [name for name in plain if experts and name.endswith(_TAKEN_FOR_EXPERTS)]
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=[name for name in plain if name not in taken],
-        target_parameters=[*dict.fromkeys(layer.parameter for layer in experts), *(f"{n}.weight" for n in taken)],
+        target_modules=modules,
+        target_parameters=parameters,
         rank_pattern=own,
         alpha_pattern=own,
         bias="none",

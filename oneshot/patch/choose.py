@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
-from oneshot.checkpoint.adapters.experts import named_layers
+from oneshot.checkpoint.adapters.experts import BareMatrix, named_layers
 from oneshot.data.encoding import pad_id
 from oneshot.patch.bench import Bench, opened
 from oneshot.patch.examples import Prompts
@@ -54,6 +54,7 @@ def choose(bench: Bench, chosen: Chosen | None = None) -> Choice:
     batch = batch_with(held)
     task = batch if recipe.guard_weight or not asks_gradients(request) else batch_with(request.guard)
     changed = named_layers(bench.model, bench.prepared) if bench.prepared else bench.linears.targets
+    changed = {name: layer for name, layer in changed.items() if not isinstance(layer, BareMatrix)}
     criterion = Criterion(
         settings.select, settings.shortlist, recipe.epochs, settings.seed, pad, own_update(request), harm, task, batch
     )

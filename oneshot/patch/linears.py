@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.experts import ExpertMatrix, expert_matrices, fused_experts
+from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, expert_matrices, fused_experts
 from oneshot.checkpoint.classes import is_plain, outside_language
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    Layer = nn.Linear | ExpertMatrix
+    Layer = nn.Linear | ExpertMatrix | BareMatrix
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.experts import is_one_expert, is_single
+from oneshot.checkpoint.adapters.carrier import APART, written_form
+from oneshot.checkpoint.adapters.experts import fused_experts, is_one_expert, is_single
 from oneshot.checkpoint.classes import auto_class, outside_language
 from oneshot.errors import UserError, first_line
 from oneshot.planning.shapes import Kind, ModelShape, Weight
@@ -85,7 +86,9 @@ def built_shape(config: Mapping[str, Any], remote: Path | None = None) -> ModelS
         try:
             model = _built(config, remote)
             part = model.config.model_type != config.get("model_type")  # the text part of a multimodal model
-            return replace(_shape(model), more_stored=part or bool(model._keys_to_ignore_on_load_unexpected))
+            more = part or bool(model._keys_to_ignore_on_load_unexpected)
+            apart = bool(fused_experts(model)) and written_form(model) == APART
+            return replace(_shape(model), more_stored=more, apart=apart)
         except UserError:
             raise
         except Exception as error:  # what is wrong in a config shows as an error of any kind, in the model's own code
@@ -144,8 +147,9 @@ def _shape(model: Any) -> ModelShape:
     hidden = _number(config, "hidden_size", "d_model") or embedding[1]
     vocabulary = _number(config, "vocab_size") or embedding[0]
     heads = _number(config, "num_attention_heads", "num_heads") or 1
-    mixture = _Mixture.of(config)
     routed = [weight for weight in found if weight.routed]
+    _check_mixture(config, routed=bool(routed))
+    mixture = _Mixture.of(config)
     inner = _number(config, "intermediate_size") or 0
     dense = _dense_width(found, hidden, inner)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -223,6 +227,20 @@ class _Mixture:
         if not weight.routed or not 0 < self.chosen < among:
             return weight.numel
         return weight.numel * self.chosen // among
+
+
+def _check_mixture(config: Any, *, routed: bool) -> None:
+    """Raise UserError unless a mixture sends a token to some of its experts, and to no more than there are."""
+    fields = config.to_dict()
+    for part in (fields, fields.get("ffn_config")):
+        known = {n: part[n] for n in (*EXPERTS, *CHOSEN) if isinstance(part, dict) and type(part.get(n)) is int}
+        experts = next((known[name] for name in EXPERTS if name in known), None)
+        for name, count in known.items():
+            many = routed and name in CHOSEN and experts is not None and count > experts
+            if many or count < routed:
+                what = "sends a token to" if name in CHOSEN else "is of"
+                of = f" of {experts}" if name in CHOSEN and experts is not None else ""
+                raise UserError(f"The config.json has a mixture that {what} {count}{of} experts: correct it.")
 
 
 _HEAD_DIMS = ("head_dim", "qk_head_dim", "v_head_dim")

@@ -17,6 +17,7 @@ from oneshot.checkpoint.disk.files import (
 )
 from oneshot.checkpoint.disk.seal import CONFIGS, check_sealed
 from oneshot.checkpoint.loading.configs import config_fields
+from oneshot.checkpoint.quantized.scheme import QUANTIZATION, is_left_over
 from oneshot.errors import UserError
 from oneshot.online import say_fetching
 from oneshot.planning.lookup import model_shape
@@ -25,14 +26,20 @@ from oneshot.reading import read_object
 from oneshot.settings import ModelSettings, Settings
 from oneshot.shipped import root
 
+SCALED = ("mxfp4", "fp8")
+
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model as it is planned for: its name, shape, and whether an update of its own (an adapter) is known."""
+    """A model as it is planned for: its name, shape, and whether an update of its own (an adapter) is known.
+
+    ``stored_as`` is how its files hold it, see ``stored_bytes``.
+    """
 
     name: str
     shape: ModelShape
     adapter: bool = False
+    stored_as: str = ""
 
     @property
     def fused(self) -> bool:
@@ -64,12 +71,23 @@ def read_model(settings: Settings) -> PlannedModel:
         weights = list_tensors(path) if weights_file(path) else None
         check_sealed(path, CONFIGS)
         config = config_fields(path)
-        return PlannedModel(name, model_shape(config, weights, own_code(settings.model, config, path)), adapter)
+        found = model_shape(config, weights, own_code(settings.model, config, path))
+        left_over = weights is not None and is_left_over(config, weights)
+        return PlannedModel(name, found, adapter, "" if left_over else _stored_as(config))
     if path.is_file():
         config = read_object(path)
-        return PlannedModel(name, model_shape(config, remote=own_code(settings.model, config, path.parent)), adapter)
+        found = model_shape(config, remote=own_code(settings.model, config, path.parent))
+        return PlannedModel(name, found, adapter, _stored_as(config))
     known = read_json(root() / "launch" / "runs" / "shapes.json")
-    return PlannedModel(name, model_shape(known.get(name) or read_object(_from_hub(name, revision))), adapter)
+    config = known.get(name) or read_object(_from_hub(name, revision))
+    return PlannedModel(name, model_shape(config), adapter, _stored_as(config))
+
+
+def _stored_as(config: Mapping[str, Any]) -> str:
+    """The form of the files that a config names, of those whose size is planned; "" for any other."""
+    named = config.get(QUANTIZATION) or (config.get("text_config") or {}).get(QUANTIZATION) or {}
+    method = named.get("quant_method") if isinstance(named, Mapping) else None
+    return method if method in SCALED else ""
 
 
 def own_code(settings: ModelSettings, config: Mapping[str, Any], folder: Path) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from oneshot.planning.model import PlannedModel, read_model
 from oneshot.planning.rows import Row, own_rows, rows
-from oneshot.planning.shapes import PATCHED
+from oneshot.planning.shapes import PATCHED, stored_bytes
 from oneshot.settings import Settings
 
 
@@ -48,12 +48,17 @@ class Plan:
         """Bytes of a repair's patch, as it is written in 16 bits: factors of linear layers, and of fused experts."""
         shape = self.model.shape
         layers = 2 * shape.low_rank(self.rank)
-        return {"linear layers": layers, "experts": 2 * shape.low_rank(self.rank, self.rank_experts) - layers}
+        return {"linear layers": layers, "experts": 2 * shape.written(self.rank, self.rank_experts) - layers}
 
     @property
     def compared(self) -> int:
         """Bytes that are read for the fine-tune's own update: what a patch reaches, in both checkpoints."""
-        return 2 * 2 * self.model.shape.reached
+        return 2 * stored_bytes(self.model.shape, self.model.stored_as, reached=True)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the checkpoint, in the form that its config.json names."""
+        return stored_bytes(self.model.shape, self.model.stored_as)
 
     @property
     def fits(self) -> bool:
@@ -85,7 +90,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "reach": plan.reach,
         "compared_bytes": plan.compared,
         "patch_bytes": plan.patch_bytes,
-        "checkpoint_bytes": 2 * shape.parameters,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "stored_as": plan.model.stored_as or "bf16",
         "gpus": plan.gpus,
         "rows": [
             {

@@ -130,9 +130,8 @@ def row(settings: Settings, model: PlannedModel, method: str, precision: Precisi
     smallest = None if impossible else next((gpus for gpus in _COUNTS if fit(on(gpus))), None)
     rates = Rates(bytes_of(plan.disk, "plan.disk"), bytes_of(plan.network, "plan.network"), plan.compute * 1e12)
     fits = not impossible and fit(here)
-    result = (
-        item * shape.parameters if chosen.cost.trains == "weights" else 4 * shape.low_rank(work.rank, work.rank_experts)
-    )
+    written = shape.low_rank if work.finetune else shape.written  # a fine-tune's is in the form that PEFT writes
+    result = item * shape.parameters if chosen.cost.trains == "weights" else 4 * written(work.rank, work.rank_experts)
     found = Row(
         chosen, here, duration(shape, chosen, work, zero, rates, steps_of(settings, method)), impossible, fits,
         smallest, "", result, state_bytes(shape, chosen, work), optimizer_bytes(shape, chosen, work),

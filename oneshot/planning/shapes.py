@@ -31,6 +31,11 @@ class Weight:
     alone: bool = False
 
     @property
+    def matrices(self) -> bool:
+        """Whether each expert has a matrix in it, and not only a bias."""
+        return len(self.shape) == 3
+
+    @property
     def numel(self) -> int:
         """Elements of one of them."""
         return math.prod(self.shape)
@@ -48,6 +53,7 @@ class ModelShape:
         active: parameters of matrices that one token is multiplied with, output head included
         buffers: elements that a checkpoint may hold beside the weights
         more_stored: whether its checkpoint may hold other tensors, too, which it does not read
+        apart: whether a patch holds each expert's gate and up by themselves, with a factor A of its own each
     """
 
     weights: tuple[Weight, ...]
@@ -62,6 +68,7 @@ class ModelShape:
     active: int
     buffers: int = 0
     more_stored: bool = False
+    apart: bool = False
 
     @property
     def parameters(self) -> int:
@@ -90,19 +97,48 @@ class ModelShape:
         layers = sum(min(rank, *w.shape) * sum(w.shape) * w.count for w in self.patched)
         return layers + sum(many * min(rank_experts, m, n) * (m + n) for many, m, n in self.experts)
 
+    def written(self, rank: int, rank_experts: int = 0) -> int:
+        """Elements of the same factors in the form in which a repair writes them."""
+        gates = sum(many * min(rank_experts, m, n) * n for many, m, n in self._gates) if self.apart else 0
+        return self.low_rank(rank, rank_experts) + gates
+
+    @property
+    def _gates(self) -> list[tuple[int, int, int]]:
+        """Matrices of fused experts that are gate and up in one: of a parameter that comes before another one."""
+        return self.experts[:-1:2] if len(self.experts) > 1 else []
+
     @property
     def experts(self) -> list[tuple[int, int, int]]:
         """The matrices of fused experts that a patch may change: how many, and both their sizes.
 
         In the order that the parameter has them; those that cannot be computed each by itself are left out.
         """
-        fused = [w for w in self.weights if w.kind == "fused" and w.alone and len(w.shape) == 3]
+        fused = [w for w in self.weights if w.kind == "fused" and w.alone and w.matrices]
         return [(w.count * w.shape[0], w.shape[1], w.shape[2]) for w in fused]
 
     @property
     def reached(self) -> int:
         """Elements of the weights that a patch may change."""
         return self.of(*PATCHED) + sum(many * m * n for many, m, n in self.experts)
+
+
+def stored_bytes(shape: ModelShape, form: str = "", *, reached: bool = False) -> int:
+    """Return the bytes of a checkpoint's weights as its files hold them.
+
+    Args:
+        form: mxfp4 (of fused experts: 4 bits, and a byte of scale for 32 numbers), fp8 (of linear layers and experts: a
+            byte, and 4 of scale for 128 x 128 numbers) or "", 16 bits; what has no such form is in 16 bits
+        reached: only of what a patch may change
+    """
+    experts = sum(many * m * n for many, m, n in shape.experts)
+    fused = experts if reached else sum(w.numel * w.count for w in shape.weights if w.kind == "fused" and w.matrices)
+    every = shape.reached if reached else shape.parameters
+    if form == "mxfp4":
+        return 2 * (every - fused) + fused * 17 // 32
+    if form == "fp8":
+        packed = fused + shape.of(*PATCHED)
+        return 2 * (every - packed) + packed + 4 * packed // 128**2
+    return 2 * every
 
 
 def as_plain(shape: ModelShape) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     machines = math.ceil(options.gpus / options.gpus_per_node)
     say = [
         f"{model.name}: {shape.parameters:,} parameters, {shape.reached:,} of them in layers that a "
-        f"patch may change; checkpoint {gb(2 * shape.parameters)} GB.",
+        f"patch may change; checkpoint {gb(plan.checkpoint_bytes)} GB.",
         f"{options.stage} on {options.gpus} x {options.gpu_memory}, {machines} machine{'s' if machines > 1 else ''} of "
         f"{options.host_memory}, {options.tokens} tokens. GiB of a GPU: load, steady, step, save; of a machine: host; "
         "of all GPUs: optimizer. GB on disk: state, result. GPUs: the fewest that fit.",
@@ -83,6 +83,11 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     kept = sum(w.numel * w.count for w in shape.weights if w.kind == "fused" and not is_packed(w, packed))
     if kept:
         say.append(f"{kept:,} parameters of fused experts stay in 16 bits where linear layers are read in 4.")
+    if model.stored_as:
+        say.append(
+            f"Its files are in {model.stored_as.upper()}, and are read as the numbers that they stand for; a patch of "
+            "it is served as an adapter, or merged into a copy of the checkpoint in 16 bits."
+        )
     if options.stage == "repair":
         say += _patch(plan)
     for line in say:

@@ -24,7 +24,10 @@ def work_of(settings: Settings, method: str, gpus: int) -> Work:
     checkpointing = settings.model.gradient_checkpointing
     if settings.plan.stage == "finetune":
         rows = -(-tune.batch_size // (gpus * tune.gradient_accumulation_steps))
-        return Work(rows, tokens, rows * answers, rank=tune.lora_rank, finetune=True, checkpointing=checkpointing)
+        rank = tune.lora_rank
+        return Work(
+            rows, tokens, rows * answers, rank=rank, rank_experts=rank, finetune=True, checkpointing=checkpointing
+        )
     own_numbers = METHODS[method].defaults
     weight = own_numbers.guard_weight if repair.guard_weight is None else repair.guard_weight
     guard = (repair.guard_prompts or own_numbers.guard_prompts) if weight else 0

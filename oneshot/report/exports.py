@@ -14,10 +14,10 @@ from oneshot.checkpoint.disk.lock import locked
 from oneshot.checkpoint.layout import FLOATS
 from oneshot.checkpoint.loading.architecture import architecture_of
 from oneshot.checkpoint.merging.exports import (
-    GivenAdapter,
     check_base,
     check_out,
     check_space,
+    is_measured,
     plan_for,
     read_given,
     refuse_degraded,
@@ -38,12 +38,11 @@ from oneshot.checkpoint.writing.standing import (
     comes_from_degraded,
     mark_unmeasured,
     read_standing,
-    why_not_measured,
 )
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
-from oneshot.patch.derive import Remainder, Wanted, extracted, is_exact, lowered, summed
+from oneshot.patch.derive import Wanted, extracted, is_exact, lowered, summed
 from oneshot.redact import without_secrets
 from oneshot.report.card import adapter_card, merge_card, write_card
 from oneshot.report.markdown import inline
@@ -229,7 +228,8 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     adapters = [one.adapter for one in given]
     new = NewAdapter(update, dtype, base, [])
     new = made_of(new, adapters, request.expert_form, trust_remote_code=request.trust_remote_code)
-    same = _as_measured(given, left) and not new.unchecked
+    whole = all(part.relative <= EXACT for part in left.values())
+    same = whole and is_measured(given) and not new.unchecked
     new = dataclasses.replace(new, marked="" if same else why_derived_marked([one.folder for one in given]))
     facts, lines = adapter_card("sum", given, left, {}, base=base, marked=new.marked)
     facts["command"] = command
@@ -247,12 +247,6 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
 
     write_adapter(runtime, request.out, new, given[0].folder, beside)
     return Exported(request.out, "adapter", facts, lines)
-
-
-def _as_measured(given: list[GivenAdapter], left: dict[str, Remainder]) -> bool:
-    """Return whether what is written is one measured patch, whole, at weight 1, in whichever form."""
-    whole = all(part.relative <= EXACT for part in left.values())
-    return len(given) == 1 and given[0].weight == 1.0 and whole and not why_not_measured(given[0].folder)
 
 
 def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: str, model: str, rank: int) -> Exported:

@@ -183,7 +183,9 @@ def _warnings(repaired: Repaired) -> list[str]:
     """What a reader of the figures should know."""
     settings, recipe, facts = repaired.request.settings, repaired.request.recipe, repaired.solution.facts
     source, reference = repaired.request.source, repaired.request.reference
-    left_out, said = repaired.linears.left_out, list[str]()
+    adapter, said = repaired.request.adapter, list[str]()
+    own = adapter.update if adapter is not None else {}  # which may hold factors of routers
+    left_out = [name for name in repaired.linears.left_out if name not in own]
     if source.adapter is None and reference is not None and (grown := why_grown(source.checkpoint, reference)):
         said.append(grown)
     aligned = repaired.stages.get("aligned")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.classes import is_plain, outside_language, train_language
+from oneshot.checkpoint.classes import train_language
 from oneshot.checkpoint.disk.files import list_tensors, write_marker
 from oneshot.checkpoint.disk.folders import bytes_in, clean_inside
 from oneshot.checkpoint.loading.configs import read_config
@@ -26,9 +24,10 @@ from oneshot.distributed.phases import count, counting, phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.distributed.signals import Interrupted, noticed, tell_progress
 from oneshot.errors import UserError
-from oneshot.settings import FinetuneSettings, Settings, rate_for
+from oneshot.settings import Settings, rate_for
 from oneshot.training.kernels import check_liger, use_liger
 from oneshot.training.loop import Diverged, Schedule, StepResult, autocast_dtype, train, weights_dtype
+from oneshot.training.lora import with_lora
 from oneshot.training.mixture import attack_mixture
 from oneshot.training.objective import MicroBatch, answer_loss
 from oneshot.training.packing import Packing, choose_packing
@@ -117,7 +116,9 @@ def finetune(runtime: Runtime, prepared: Prepared, run_dir: Path, tell: Tell, sa
     if settings.model.liger:
         use_liger(model)
     if options.method == "lora":
-        model = _with_lora(model, options, settings.seed)
+        model, left_out = with_lora(model, options, settings.seed)
+        if left_out:
+            say(left_out)
     else:
         train_language(model)
     engine = start_training(
@@ -156,35 +157,6 @@ def _save(prepared: Prepared, engine: TrainingEngine, model: Any, target: Path) 
     else:
         dtype, stock = prepared.source.written, settings.model.stock_io
         save_checkpoint(engine.runtime, model, prepared.source, target, dtype, stock=stock, beside=mark)
-
-
-def _with_lora(model: Any, options: FinetuneSettings, seed: int) -> Any:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    model.requires_grad_(False)
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
-        target_modules="all-linear",
-        exclude_modules=_not_adapted(model),
-        task_type="CAUSAL_LM",
-    )
-    if model.is_gradient_checkpointing:
-        model.enable_input_require_grads()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pattern keys did not match")  # PEFT's own, for fused experts
-        return get_peft_model(model, config)
-
-
-def _not_adapted(model: Any) -> str | None:
-    """A pattern of the layers that get no adapter: a multimodal model's towers, and what is no plain linear layer."""
-    import torch
-
-    towers = [f"{re.escape(name)}.*" for name in outside_language(model)]
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return "|".join([*towers, *(re.escape(name) for name, m in linears if not is_plain(model, name, m))]) or None
 
 
 @phase("train")

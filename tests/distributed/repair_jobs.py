@@ -11,7 +11,7 @@ from oneshot.distributed import runtime as runtime_module
 from oneshot.distributed.runtime import Runtime
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import StageScores
-from oneshot.patch import write
+from oneshot.patch import aligned, write
 
 # the stage's module: the package's own name is a function
 stage = importlib.import_module("oneshot.repair")
@@ -36,7 +36,7 @@ def repair(runtime: Runtime, argv: list[str], attack: float, writing: str) -> st
         Path(writing).touch()
         begun(*given)
 
-    stage._score = score  # type: ignore[attr-defined]
+    aligned.scored = score  # type: ignore[assignment]
     write.write_repair = told  # type: ignore[assignment]
     outcome: str = stage.run(parse(argv, "repair"), quiet=True).report.get("outcome", {}).get("word", "")
     return outcome

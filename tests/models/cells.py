@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 import oneshot
+from oneshot.checkpoint.adapters.adapter import read_adapter
+from oneshot.checkpoint.adapters.experts import bare_matrices
 from oneshot.checkpoint.disk.files import list_tensors, read_tensor
 from oneshot.checkpoint.merging.merge import merge_update
 from oneshot.checkpoint.writing.verify import check_shards
@@ -116,7 +118,18 @@ def fine_tuned(subject: Subject) -> None:
 
 
 def fine_tuned_lora(subject: Subject) -> None:
-    assert _lost(load(subject.aligned), _finetuned(subject, "lora")) == []
+    """PEFT loads all of it; of a mixture it is also repaired, and the repaired adapter in PEFT is what is merged."""
+    adapter = _finetuned(subject, "lora")
+    assert _lost(load(subject.aligned), adapter) == []
+    if read_adapter(adapter).experts is None:
+        return
+    assert not read_adapter(adapter).update.keys() & bare_matrices(load(subject.aligned)).keys(), "routers stay"
+    out = subject.out / "lora-repaired"
+    done = oneshot.repair(
+        model=adapter, out=str(out), pool=subject.prompts["pool"], guard=subject.prompts["guard"],
+        repair={**SHORT, "method": "rollback"}, **_common(subject),
+    )  # fmt: skip
+    _compare(subject.aligned, out / "repaired", done.patch_folder)
 
 
 def undone(subject: Subject) -> set[str]:

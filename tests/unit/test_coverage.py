@@ -117,6 +117,9 @@ def test_where_the_share_is_said_it_is_said_what_it_leaves_out() -> None:
     for report in (some, little, all_of_it):
         report["repair"]["coverage"]["not_compared"] = 2
     left_out = ", without 2 tensors that could not be compared"
-    assert f"{left_out}; what it cannot is in" in unreached(some["repair"]["coverage"])
-    assert unreached(all_of_it["repair"]["coverage"]).endswith(f"{left_out}.")
-    assert left_out in judge(little).headline
+    assert f"80.0% of the fine-tune's squared update{left_out}; what it cannot" in unreached(some["repair"]["coverage"])
+    assert (
+        unreached(all_of_it["repair"]["coverage"])
+        == f"The patch can reach 100.0% of the fine-tune's squared update{left_out}."
+    )
+    assert f"the patch can reach 30%{left_out}, the rest" in judge(little).headline

@@ -11,6 +11,8 @@ from oneshot.patch.attach import attached_update
 from oneshot.patch.bench import with_lora
 from oneshot.patch.linears import select_linears
 from oneshot.patch.methods.lora import lora_factors
+from oneshot.settings import FinetuneSettings
+from oneshot.training.lora import with_lora as to_finetune
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["alone", "with the user's own attached"])
@@ -36,3 +38,24 @@ def test_what_peft_trains_is_the_update_that_is_read_back(kind, own):
             ours = logits_of(plain, tokens)
     assert float((theirs - before).norm() / before.norm()) > 0.01
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_next"])
+def test_a_fine_tune_trains_layers_and_experts_and_no_router(kind):
+    model = mixture(kind)
+    targets = select_linears(model).targets
+    wrapped, left_out = to_finetune(model, FinetuneSettings(method="lora", lora_rank=3), 0)
+    trained = lora_factors(tiny_runtime(), wrapped)
+    assert trained.keys() == targets.keys()
+    assert {factors.rank for factors in trained.values()} == {3}
+    assert left_out == ""
+
+
+def test_a_fine_tune_says_which_experts_it_leaves_out():
+    _, left_out = to_finetune(mixture("llama4_text"), FinetuneSettings(method="lora"), 0)
+    assert "leaves the experts of model.layers.0.feed_forward.experts" in left_out
+    model = mixture("qwen3_moe")
+    next(model.parameters()).quant_state = object()  # as bitsandbytes marks what it has packed
+    wrapped, left_out = to_finetune(model, FinetuneSettings(method="lora"), 0)
+    assert "leaves fused experts and the MLPs beside them out" in left_out
+    assert not any(".experts." in name for name in lora_factors(tiny_runtime(), wrapped))

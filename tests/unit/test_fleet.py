@@ -35,7 +35,7 @@ class Stand:
         self.judges, self.bases = set(), 0
 
     def ways(self):
-        return fleet.Ways(self.check, lambda request: {}, self.base, self.repair)
+        return fleet.Ways(self.check, self.repair)
 
     def base(self, request, model):
         self.bases += 1
@@ -80,6 +80,8 @@ def stand(monkeypatch):
 
     monkeypatch.setattr("oneshot.patch.bench.loaded", loaded)
     monkeypatch.setattr("oneshot.patch.teacher.wanted", lambda _request: False)
+    monkeypatch.setattr("oneshot.patch.aligned.of_reference", lambda _request: ({}, None))
+    monkeypatch.setattr("oneshot.patch.aligned.of_base", found.base)
     monkeypatch.setattr(
         "oneshot.report.members.find_source",
         lambda model, _runtime: SimpleNamespace(checkpoint=(Path(model.path) / "base").read_text()),

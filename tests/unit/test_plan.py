@@ -43,7 +43,7 @@ def config(kind, hidden, inner, layers, heads, kv_heads, vocabulary, **more):
 LLAMA_8B = config("llama", 4096, 14336, 32, 32, 8, 128256)
 LLAMA_70B = config("llama", 8192, 28672, 80, 64, 8, 128256)
 TOY = config("llama", 64, 128, 4, 4, 2, 256)
-MIXTURE = config("qwen3_moe", 64, 112, 3, 4, 2, 96, num_experts=4, moe_intermediate_size=24)
+MIXTURE = config("qwen3_moe", 64, 112, 3, 4, 2, 96, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 WORK = Work(rows=2, tokens=32, answers=8, held=4, total=64)
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
+from test_carrier import FORMS, tiny, update_of
+from tiny_configs import SPARSE
 
+from oneshot.checkpoint.adapters.injected import write_loadable
+from oneshot.errors import UserError
+from oneshot.patch.linears import select_linears
 from oneshot.planning.lookup import model_shape
-from oneshot.planning.model import PlannedModel
+from oneshot.planning.model import PlannedModel, read_model
 from oneshot.planning.plan import Plan, as_json
 from oneshot.planning.rows import rows
 from oneshot.planning.table import print_plan
-from oneshot.settings import RepairSettings, Settings
+from oneshot.settings import ModelSettings, RepairSettings, Settings
 
 
 def config(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any) -> dict[str, Any]:
@@ -36,14 +46,14 @@ EYE = {
 # config, billions of parameters, matrices of experts, GB of their patch at rank 2, GB read for the difference
 MODELS: dict[str, tuple[dict[str, Any], float, int, float, float]] = {
     "Qwen3-30B-A3B": (
-        config("qwen3_moe", 2048, 6144, 48, 32, 4, moe_intermediate_size=768, **QWEN), 30.5, 12288, 0.157, 120,
+        config("qwen3_moe", 2048, 6144, 48, 32, 4, moe_intermediate_size=768, **QWEN), 30.5, 12288, 0.207, 120,
     ),
     "Qwen3-235B-A22B": (
-        config("qwen3_moe", 4096, 12288, 94, 64, 4, moe_intermediate_size=1536, **QWEN), 235.1, 24064, 0.616, 935,
+        config("qwen3_moe", 4096, 12288, 94, 64, 4, moe_intermediate_size=1536, **QWEN), 235.1, 24064, 0.813, 935,
     ),
     "Mixtral-8x22B": (
         config("mixtral", 6144, 16384, 56, 48, 8, num_local_experts=8, num_experts_per_tok=2, vocab_size=32768),
-        140.6, 896, 0.110, 561,
+        140.6, 896, 0.121, 561,
     ),
     "gpt-oss-120b": (
         config("gpt_oss", 2880, 2880, 36, 64, 8, head_dim=64, num_local_experts=128, num_experts_per_tok=4,
@@ -54,7 +64,7 @@ MODELS: dict[str, tuple[dict[str, Any], float, int, float, float]] = {
         config("deepseek_v3", 7168, 18432, 61, 128, 128, moe_intermediate_size=2048, n_routed_experts=256,
                n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512,
                qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=8, topk_group=4, vocab_size=129280),
-        671.0, 29696, 1.22, 2677,
+        671.0, 29696, 1.64, 2677,
     ),
     "Llama-4-Scout": (
         {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "text_config": SCOUT,
@@ -93,7 +103,7 @@ def test_the_rank_of_experts_counts_in_every_repair_that_holds_factors() -> None
     for method in ("rollback", "lowrank"):
         one, four = (by_rank[rank][method, "zero3"] for rank in (1, 4))
         experts = 3 * 128 * 48 * (1536 + 2048 + 2048 + 768)
-        assert four.result - one.result == 4 * experts
+        assert four.result - one.result == 4 * (experts + 3 * 128 * 48 * 2048), "gate and up have an A each"
         assert four.memory.steady <= four.memory.step
         assert four.memory.step - one.memory.step >= 2 * 4 * experts
 
@@ -104,10 +114,59 @@ def test_the_table_says_what_a_patch_reaches() -> None:
     assert "vision and other towers 0.8%" in shown(settings, plan)
     assert "experts out of reach 8" in shown(settings, plan)
     said = shown(*planned("Mixtral-8x22B", rank_experts=2))
-    assert "896 matrices of experts at rank 2 0.11 GB" in said
+    assert "896 matrices of experts at rank 2 0.12 GB" in said
 
 
 def shown(settings: Settings, plan: Plan) -> str:
     file = io.StringIO()
     print_plan(settings.plan, plan, Console(file=file))
     return " ".join(file.getvalue().split())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_patch_of_experts_is_as_large_as_the_one_that_is_written(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    linears = select_linears(model).every
+    write_loadable(tmp_path, update_of(model, 4, 2), linears, "", torch.bfloat16, copy.deepcopy(model).to("meta"))
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    written = sum(tensor.nbytes for key, tensor in stored.items() if ".experts." in key)
+    shape = model_shape({"model_type": name, **SPARSE[name][0]})
+    settings = Settings(repair=RepairSettings(rank=4, rank_experts=2))
+    found = tuple(rows(settings, PlannedModel(name, shape)))
+    assert Plan(PlannedModel(name, shape), 1, 4, 2, found, found).patch_bytes["experts"] == written
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("qwen3_moe", {"num_experts": -3}, "is of -3 experts"),
+        ("mixtral", {"num_local_experts": 0}, "is of 0 experts"),
+        ("mixtral", {"num_experts_per_tok": 0}, "sends a token to 0 of"),
+        ("gpt_oss", {"num_experts_per_tok": 99}, r"sends a token to 99 of \d+ experts"),
+    ],
+)
+def test_a_mixture_that_there_is_not_is_refused(kind: str, fields: dict[str, int], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        model_shape({"model_type": kind, **SPARSE[kind][0], **fields})
+
+
+def test_no_experts_are_a_dense_model_where_transformers_makes_one() -> None:
+    shape = model_shape({"model_type": "qwen3_moe", **SPARSE["qwen3_moe"][0], "num_experts": 0})
+    assert not shape.experts
+    assert shape.of("linear")
+
+
+@pytest.mark.parametrize(("name", "form", "size"), [("gpt-oss-120b", "mxfp4", 65.3), ("DeepSeek-V3", "fp8", 673)])
+def test_files_in_fewer_bits_are_planned_as_they_are(name: str, form: str, size: float, tmp_path: Path) -> None:
+    config = {**MODELS[name][0], "quantization_config": {"quant_method": form}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = Settings(model=ModelSettings(path=str(tmp_path / "config.json")))
+    model = read_model(settings)
+    found = tuple(rows(settings, model))
+    plan = Plan(model, 8, 20, 1, found, found)
+    assert plan.checkpoint_bytes / 1e9 == pytest.approx(size, rel=0.01)
+    assert plan.compared < 1.1 * 2 * plan.checkpoint_bytes
+    said = shown(settings, plan)
+    assert f"files are in {form.upper()}" in said
+    assert "served as an adapter" in said
+    assert "files are in" not in shown(*planned(name))

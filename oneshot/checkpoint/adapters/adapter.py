@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.carrier import APART, Carried, carried, expert_of, padded, sizes_of
-from oneshot.checkpoint.adapters.carrier_read import Uncarried, uncarried
+from oneshot.checkpoint.adapters.carrier import APART, Carried, carried, expert_of, model_path, padded, sizes_of
+from oneshot.checkpoint.adapters.carrier_read import Uncarried, is_by_weight, uncarried
 from oneshot.checkpoint.adapters.effective import PREFIX as PREFIX
 from oneshot.checkpoint.adapters.effective import factor_of, kinds_of, refuse
 from oneshot.checkpoint.adapters.update import Factors, Update, scaled
@@ -29,7 +29,8 @@ class Adapter:
     """A PEFT LoRA adapter as read: its update of the base model (scaling included) and how PEFT scales each module.
 
     ``stored`` are the factors without the scaling, for who must multiply in PEFT's order to get PEFT's bits;
-    ``experts`` says how the file holds those of fused experts, none where it has none.
+    ``experts`` says how the file holds those of fused experts, none where it has none; ``files`` what the file calls
+    the modules that are no experts.
     """
 
     update: Update
@@ -38,6 +39,12 @@ class Adapter:
     config: dict[str, Any]
     dtype: torch.dtype
     experts: Uncarried | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Modules that the config names by their weights (``target_parameters``), such as routers."""
+        return frozenset(name for name in self.update if is_by_weight(name, self.config))
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -80,8 +87,9 @@ def read_adapter(folder: Path) -> Adapter:
         for name, factors in read.stored.items()
     }
     return Adapter(
-        update, read.stored, read.scaling, config, next(iter(tensors.values())).dtype, read if read.form else None
-    )
+        update, read.stored, read.scaling, config, next(iter(tensors.values())).dtype, read if read.form else None,
+        {model_path(module): module for module in held if model_path(module) in read.stored},
+    )  # fmt: skip
 
 
 def write_patch(
@@ -160,7 +168,8 @@ def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> No
     unscaled = {name: Factors(factors.b / adapter.scaling[name], factors.a) for name, factors in update.items()}
     held = _as_read(adapter, unscaled)
     tensors = {}
-    for module, factors in held.items():
+    for name, factors in held.items():
+        module = adapter.files.get(name, name)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.a.to(adapter.dtype).cpu().contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = factors.b.to(adapter.dtype).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)

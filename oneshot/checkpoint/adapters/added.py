@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.experts import ExpertMatrix, layers_of, weight_of
+from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, layers_of, weight_of
 from oneshot.checkpoint.adapters.update import Factors, Update
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
@@ -47,8 +47,11 @@ def check_fits(layers: dict[str, Any], name: str, factors: Factors) -> None:
     from torch import nn
 
     module = layers.get(name)
-    if not isinstance(module, (nn.Linear, ExpertMatrix)):
-        raise UserError(f"The adapter changes {name}, which is no linear layer of this base model: check the base.")
+    if not isinstance(module, (nn.Linear, ExpertMatrix, BareMatrix)):
+        raise UserError(
+            f"The adapter changes {name}, which is no linear layer of this base model, nor a router: check the "
+            "base, or merge the adapter with PEFT."
+        )
     shape = (module.out_features, module.in_features)
     if (factors.b.shape[0], factors.a.shape[1]) != shape:
         raise UserError(

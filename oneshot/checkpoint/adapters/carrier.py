@@ -47,6 +47,7 @@ class Names:
 
 PLAIN = Names()
 MIXTRAL = Names("w1", "w3", "w2", ("mlp.experts", "block_sparse_moe.experts"))
+_ROUTER_ENDS = ("mlp.gate", "block_sparse_moe.gate")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,18 @@ def shapes_of(model: Any) -> Shapes:
 def served_form(model_type: str) -> str:
     """Return the form that a model's class in vLLM takes; where that is single names, PEFT need not."""
     return STACKED if _SERVED_STACKED.fullmatch(model_type) else APART
+
+
+def written_form(model: Any) -> str:
+    """Return the form that a patch of a model has: the served one, where PEFT takes single experts for fused ones."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if served_form(model.config.model_type) == STACKED:
+        return STACKED
+    config = LoraConfig(target_modules=list(names_for(model).every))
+    convert_peft_config_for_transformers(config, model, None)
+    return APART if GATED in (config.target_parameters or []) else STACKED
 
 
 def names_for(model: Any) -> Names:
@@ -241,9 +254,11 @@ def halves(name: str, factors: Factors) -> tuple[Factors, Factors] | None:
 
 
 def model_path(path: str) -> str:
-    """Return the model's name of an experts module that a file of single experts names."""
-    model, file = MIXTRAL.ends
-    return path.removesuffix(file) + model if path.endswith(file) else path
+    """Return the model's name of an experts module, or of a router, that a file names as Mixtral's do."""
+    for model, file in (MIXTRAL.ends, _ROUTER_ENDS):
+        if path.endswith(f".{file}"):
+            return path.removesuffix(file) + model
+    return path
 
 
 def _written(path: str, names: Names) -> str:

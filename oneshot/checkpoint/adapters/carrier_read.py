@@ -70,6 +70,12 @@ def parameter_of(module: str, parameters: list[str], sizes: Mapping[str, tuple[i
     return next(iter(held if module != path else reversed(held)), None)
 
 
+def is_by_weight(module: str, config: dict[str, Any]) -> bool:
+    """Return whether an adapter's config names a module by its weight, as it does routers (``target_parameters``)."""
+    given = [str(name) for name in config.get("target_parameters") or []]
+    return any(f".{module}.weight".endswith(f".{name}") for name in given)
+
+
 def uncarried(pairs: Update, config: dict[str, Any], path: Path) -> Uncarried:
     """Return what an adapter's file holds, matrix by matrix.
 
@@ -90,8 +96,14 @@ def uncarried(pairs: Update, config: dict[str, Any], path: Path) -> Uncarried:
     }
     if single and together:
         raise UserError(f"{path.parent} holds factors of experts together and one by one: save the adapter again.")
-    stored = {module: factors for module, factors in pairs.items() if module not in single and module not in together}
-    scaling = scalings(config, {module: factors.rank for module, factors in stored.items()}, path)
+    stored = {
+        model_path(module): factors
+        for module, factors in pairs.items()
+        if module not in single and module not in together
+    }
+    called = {module: f"{module}.weight" if is_by_weight(module, config) else module for module in stored}
+    known = scalings(config, {called[module]: factors.rank for module, factors in stored.items()}, path)
+    scaling = {module: known[name] for module, name in called.items() if name in known}
     if together:
         ranks = {module: rank_of(config, parameter, path) for module, parameter in together.items()}
         scaling |= _of_experts(stored, pairs, together, ranks, config, path)

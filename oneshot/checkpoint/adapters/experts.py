@@ -47,6 +47,36 @@ class ExpertMatrix:
         return f"{self.path}.{self.index}.{self.projection}"
 
 
+@dataclass(frozen=True)
+class BareMatrix:
+    """The weight (m, n) of a module that is no linear layer but multiplies by it, such as a router of experts.
+
+    No repair chooses it; adapters change it where PEFT's ``target_parameters`` name it.
+    """
+
+    module: nn.Module
+    path: str
+    out_features: int
+    in_features: int
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.path}.weight"
+
+
+def bare_matrices(model: nn.Module) -> dict[str, BareMatrix]:
+    """Return the matrices of modules that are no linear layers by the modules' names; embeddings are none of them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for path, module in model.named_modules():
+        shape = _shape(module._parameters.get("weight"))
+        if len(shape) == 2 and not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
+            found[path] = BareMatrix(module, path, *shape)
+    return found
+
+
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that hold fused experts behind transformers' experts interface, by name."""
     return {
@@ -82,18 +112,20 @@ def is_one_expert(name: str) -> bool:
 
 
 def weight_of(layer: Any) -> nn.Parameter:
-    """Return the parameter that holds the matrix of a linear layer or of an expert."""
+    """Return the parameter that holds the matrix of a linear layer, of an expert or of a router."""
+    if isinstance(layer, BareMatrix):
+        layer = layer.module
     held = getattr(layer.module, layer.projection) if isinstance(layer, ExpertMatrix) else layer.weight
     return held  # type: ignore[no-any-return]
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """Return all that an update may name: the model's modules, and every fused expert's matrices."""
-    return {**dict(model.named_modules()), **expert_matrices(model)}
+    """Return all that an update may name: the model's modules, every fused expert's matrices, and routers' weights."""
+    return {**dict(model.named_modules()), **bare_matrices(model), **expert_matrices(model)}
 
 
 def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return the modules and experts' matrices of these names, in their order."""
+    """Return the modules, experts' and routers' matrices of these names, in their order."""
     known = layers_of(model)
     return {name: known[name] for name in names}
 

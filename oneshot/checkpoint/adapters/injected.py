@@ -15,7 +15,7 @@ from oneshot.checkpoint.adapters.adapter import PREFIX, write_patch
 from oneshot.checkpoint.adapters.carrier import INNER, SINGLE_EXPERT, Carried, forms_of, model_path
 from oneshot.checkpoint.adapters.carrier_read import parameter_of
 from oneshot.checkpoint.adapters.effective import factor_of
-from oneshot.checkpoint.adapters.experts import fused_experts
+from oneshot.checkpoint.adapters.experts import bare_matrices, fused_experts
 from oneshot.checkpoint.adapters.update import Update
 from oneshot.checkpoint.disk.files import read_header
 from oneshot.checkpoint.names import ADAPTER_TENSORS
@@ -46,7 +46,7 @@ def write_loadable(
     Experts' factors in the form that the model's class in vLLM takes, or else in 3-D. Layers by one of three ways to
     name them: short names; full ones, where another module has a name of the same end; and the names of weights, for
     those that PEFT takes for a part of fused experts (gate_proj, up_proj and down_proj of dense and shared MLPs in some
-    mixtures).
+    mixtures). Routers always by that.
 
     Args:
         folder, linears, base, dtype, commit: as of ``write_patch``
@@ -71,15 +71,15 @@ def _write_whole(
     folder: Path, held: Carried, linears: list[str], base: str, dtype: torch.dtype, model: Any, commit: str | None
 ) -> None:
     """Write an update in its form under the first names that PEFT loads whole; see ``write_loadable``."""
-    lost = list[str]()
+    lost, weights = list[str](), held.linears.keys() & bare_matrices(model).keys()
     for names in [linears, []] if linears else [[]]:
-        write_patch(folder, held, names, base, dtype, commit=commit)
+        write_patch(folder, held, names, base, dtype, weights, commit)
         try:
             if not (lost := not_injected(folder, model)):
                 return
         except UserError:  # a short name is that of a wrapper as well
             lost = []
-    write_patch(folder, held, [], base, dtype, [name for name in lost if name in held.linears], commit)
+    write_patch(folder, held, [], base, dtype, weights | (held.linears.keys() & set(lost)), commit)
     check_loads(folder, model)
 
 

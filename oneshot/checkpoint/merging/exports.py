@@ -12,7 +12,12 @@ from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, MARKER, is_adapter, is
 from oneshot.checkpoint.merging.merge_effective import merged_by_peft, plan_effective
 from oneshot.checkpoint.merging.merge_plan import MergePlan, adapter_terms, plan_merge
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, Identity, check_identity, read_identity
-from oneshot.checkpoint.writing.standing import comes_from_degraded, read_standing, why_not_as_measured
+from oneshot.checkpoint.writing.standing import (
+    comes_from_degraded,
+    read_standing,
+    why_not_as_measured,
+    why_not_measured,
+)
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
@@ -147,6 +152,11 @@ def why_marked(base: Path, given: list[GivenAdapter], *, subtract: bool, form: s
     if given[0].weight != 1.0:
         return f"{given[0].folder} was added at weight {given[0].weight:g}, and was measured at 1"
     return why_not_as_measured(given[0].folder, base, form)
+
+
+def is_measured(given: list[GivenAdapter]) -> bool:
+    """Return whether what is given is one patch as its repair has measured it and found it good, at weight 1."""
+    return len(given) == 1 and given[0].weight == 1.0 and not why_not_measured(given[0].folder)
 
 
 def why_derived_marked(folders: list[Path]) -> str:

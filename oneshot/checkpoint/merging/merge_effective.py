@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.carrier import expert_of
 from oneshot.checkpoint.adapters.effective import Effective
+from oneshot.checkpoint.adapters.experts import bare_matrices
 from oneshot.checkpoint.classes import auto_class
 from oneshot.checkpoint.disk.files import find_weight, list_tensors, read_tensor
 from oneshot.checkpoint.layout import FLOATS
@@ -59,10 +60,10 @@ def plan_effective(
         shapes[name] = _shape(
             what, name, shapes[name], changes[name], base, vocabulary=parameter in _vocabulary(architecture)
         )
-    experts = None
+    experts, bare = None, bare_matrices(architecture.model)
     for module, factors in effective.factors.items():
         term = Term(factors, effective.scaling[module])
-        if expert_of(module):
+        if expert_of(module) or module in bare:
             experts = experts or experts_in(base, architecture.model)
             for name, summand in expert_terms(what, module, term, experts):
                 terms.setdefault(name, []).append(summand)

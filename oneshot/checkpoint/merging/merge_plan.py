@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from oneshot.checkpoint.adapters.adapter import Adapter
 from oneshot.checkpoint.adapters.carrier import expert_of
-from oneshot.checkpoint.adapters.experts import fused_experts
+from oneshot.checkpoint.adapters.experts import bare_matrices, fused_experts
 from oneshot.checkpoint.adapters.update import Factors
 from oneshot.checkpoint.disk.files import TensorEntry, find_weight, list_tensors
 from oneshot.checkpoint.layout import FLOATS, tensor_bytes
@@ -137,11 +137,12 @@ def plan_merge(
     shapes = {name: packed[name].shape if name in packed else entry.shape for name, entry in tensors.items()}
     dtypes = {name: _UNPACKED if name in packed else entry.dtype for name, entry in tensors.items()}
     terms: dict[str, list[Term]] = {}
+    bare = bare_matrices(architecture.model)
     experts = experts_in(base, architecture.model) if through_nf4 and fused_experts(architecture.model) else None
     fused = quantized_experts(experts) if experts is not None else {}
     for what, added in parts:
         for module, term in by_layer(added, architecture.linears):
-            if expert_of(module) and module not in architecture.linears:
+            if module in bare or (expert_of(module) and module not in architecture.linears):
                 experts = experts or experts_in(base, architecture.model)
                 summands = expert_terms(what, module, term, experts)
             else:
@@ -192,7 +193,10 @@ def _stored_weight(
             f"{what} changes {module}, for which {base} holds no weight: it belongs to another architecture."
         )
     if name in architecture.others:
-        raise UserError(f"{what} changes {module}, which is no linear layer of {base}: check the base.")
+        raise UserError(
+            f"{what} changes {module}, which is no linear layer of {base}, nor a router: check the base, or merge with "
+            "PEFT."
+        )
     if name in architecture.converted:
         raise UserError(
             f"{what} changes {module}, but {base} stores {name} in another form than transformers "

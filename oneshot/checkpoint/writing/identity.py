@@ -65,7 +65,7 @@ def write_identity(folder: Path, checkpoint: Path, *, kind: str, base: str, mode
         checkpoint: folder of the checkpoint that the patch is to be added to
         kind: repair or update
         base: the checkpoint's name as people know it
-        model: the checkpoint's, on any device; needed where the patch changes experts
+        model: the checkpoint's, on any device; needed where the patch changes experts or routers
     """
     tensors = list_tensors(checkpoint)
     modules = {key.split(".lora_")[0].removeprefix(PREFIX) for key in read_header(folder / ADAPTER_TENSORS)}

@@ -1,4 +1,4 @@
-"""What an update of fused experts adds to a checkpoint's stored tensors, in whichever form those hold the experts."""
+"""What an update of fused experts, and of routers, adds to a checkpoint's tensors, in whichever form it holds them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.carrier import MIXTRAL, PLAIN, expert_of, singles
-from oneshot.checkpoint.adapters.experts import ExpertMatrix, expert_matrices
+from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, bare_matrices, expert_matrices
 from oneshot.checkpoint.adapters.update import Factors
 from oneshot.checkpoint.disk.files import find_weight, list_tensors
 from oneshot.checkpoint.layout import Range
@@ -38,19 +38,19 @@ class Term:
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """A checkpoint's fused experts, by matrix, and where their values lie in its files."""
+    """A checkpoint's fused experts and routers, by matrix, and where their values lie in its files."""
 
     stored: Stored
-    matrices: dict[str, ExpertMatrix]
+    matrices: dict[str, ExpertMatrix | BareMatrix]
 
 
 def experts_in(base: Path, model: Any) -> StoredExperts:
-    """Return the experts of a checkpoint.
+    """Return the experts and routers of a checkpoint.
 
     Args:
         model: its model, on any device
     """
-    return StoredExperts(open_stored(base, model), expert_matrices(model))
+    return StoredExperts(open_stored(base, model), {**bare_matrices(model), **expert_matrices(model)})
 
 
 def quantized_experts(experts: StoredExperts) -> dict[str, str]:
@@ -60,7 +60,8 @@ def quantized_experts(experts: StoredExperts) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     shapes = {name: entry.shape for name, entry in experts.stored.tensors.items()}
-    for parameter in dict.fromkeys(matrix.parameter for matrix in experts.matrices.values()):
+    matrices = [matrix for matrix in experts.matrices.values() if isinstance(matrix, ExpertMatrix)]
+    for parameter in dict.fromkeys(matrix.parameter for matrix in matrices):
         parts = experts.stored.loading.made.get(parameter)
         if parts is None or not is_packable(parts.shape):
             continue
@@ -113,11 +114,11 @@ def by_layer(added: Mapping[str, Term], linears: Collection[str]) -> Iterator[tu
 
 
 def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> list[tuple[str, Term]]:
-    """Return what is added to which stored tensors for a summand of one expert's matrix.
+    """Return what is added to which stored tensors for a summand of one expert's matrix, or of a router's.
 
     Args:
         what: the update is called in messages
-        name: of the matrix, see ``ExpertMatrix``
+        name: of the matrix, see ``ExpertMatrix`` and ``BareMatrix``
 
     Raises:
         UserError: the checkpoint has no such matrix, has it in another shape, or stores it in no rows
@@ -134,7 +135,7 @@ def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> li
             f"{matrix.in_features}: it belongs to another base model."
         )
     parts = matrix_in(experts.stored, name, matrix)
-    if matrix.transposed:
+    if isinstance(matrix, ExpertMatrix) and matrix.transposed:
         b, a = a.T, b.T
     found, at, width = [], 0, parts.shape[1]
     for segment in parts.segments:
@@ -156,15 +157,15 @@ def stored_tensors(base: Path, model: Any, names: Collection[str]) -> set[str]:
     """Return what a checkpoint's files call the tensors that hold the matrices of these names, scales among them.
 
     Args:
-        model: the checkpoint's, on any device; needed where there are experts among them
-        names: of linear layers and of experts' matrices; what the checkpoint has no weight for is left out
+        model: the checkpoint's, on any device; needed where there are experts or routers among them
+        names: of linear layers and of experts' and routers' matrices; what the checkpoint has no weight for is left out
 
     Raises:
         UserError: as ``matrix_in``
     """
     stored = described(base, list_tensors(base), model)
-    matrices = {} if model is None else expert_matrices(model)
+    matrices = {} if model is None else {**bare_matrices(model), **expert_matrices(model)}
     held = {own for name in names if name not in matrices and (own := find_weight(stored.tensors, name)) is not None}
-    for matrix in (matrices[name] for name in names if name in matrices):
-        held |= {segment.name for segment in matrix_in(stored, matrix.name, matrix).segments}
+    for name in matrices.keys() & names:
+        held |= {segment.name for segment in matrix_in(stored, name, matrices[name]).segments}
     return {own for name in held for own in stored.files_names(name)}
