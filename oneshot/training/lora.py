@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.adapters.adapter import target_names
 from oneshot.checkpoint.adapters.experts import expert_matrices, fused_experts
 from oneshot.checkpoint.classes import is_plain, outside_language
 
@@ -46,6 +47,7 @@ def with_lora(model: Any, options: FinetuneSettings, seed: int) -> tuple[Any, st
     """
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
     model.requires_grad_(False)
@@ -55,11 +57,12 @@ def with_lora(model: Any, options: FinetuneSettings, seed: int) -> tuple[Any, st
         taken = taken_for_experts(model, layers)
         layers, experts = [name for name in layers if name not in taken], []
     modules, parameters = targets_of(model, layers, experts)
+    every = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
-        target_modules=modules,
-        target_parameters=parameters,
+        target_modules=target_names(sorted(modules), every),
+        target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
     if model.is_gradient_checkpointing:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, logits_of, targets_of, tiny_model, tiny_runtime, tiny_tokens, tiny_update
 
-from oneshot.checkpoint.adapters.adapter import _target_names, read_adapter, write_patch, write_repaired_adapter
+from oneshot.checkpoint.adapters.adapter import read_adapter, target_names, write_patch, write_repaired_adapter
 from oneshot.checkpoint.adapters.added import check_fits, merge_into
 from oneshot.checkpoint.adapters.update import Factors, concatenated
 from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, ADAPTER_TENSORS
@@ -262,12 +262,12 @@ def test_an_adapter_of_another_base_is_refused():
         ("qwen2_moe", r"self_attn|shared_expert"),
     ],
 )
-def test_short_target_names_match_exactly_the_modules(family, pattern):
+def test_shorttarget_names_match_exactly_the_modules(family, pattern):
     from peft import LoraConfig, get_peft_model
 
     model = tiny_model(family)
     linears = select_linears(model, pattern)
-    names = _target_names(sorted(linears.targets), linears.every)
+    names = target_names(sorted(linears.targets), linears.every)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=names))
     matched = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
     assert matched == set(linears.targets)

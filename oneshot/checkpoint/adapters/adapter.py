@@ -126,7 +126,7 @@ def write_patch(
         lora_alpha=ranks,
         rank_pattern=pattern,
         alpha_pattern=pattern,
-        target_modules=[*_target_names(sorted(plain.keys() - set(parameters)), linears), *held.modules],
+        target_modules=[*target_names(sorted(plain.keys() - set(parameters)), linears), *held.modules],
         target_parameters=[*(f"{name}.weight" for name in sorted(parameters)), *held.parameters] or None,
         base_model_name_or_path=redacted(base),
         revision=commit,
@@ -203,7 +203,7 @@ def _save_checked(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(f"{path} does not read back as it was written: is the disk full or failing?")
 
 
-def _target_names(modules: list[str], linears: list[str]) -> list[str]:
+def target_names(modules: list[str], linears: list[str]) -> list[str]:
     """Return last name components where they match exactly ``modules`` among ``linears``, else full names."""
     endings = sorted({module.rsplit(".", 1)[-1] for module in modules})
     matched = [name for name in linears if name.rsplit(".", 1)[-1] in endings]
