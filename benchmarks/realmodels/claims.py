@@ -40,7 +40,9 @@ class Claim:
 
 def name_of(trio: Trio) -> str:
     """Return what an attacked model is called on the page."""
-    return f"{trio.cell.attack}, {trio.cell.training}, seed {trio.cell.seed}"
+    rank = trio.repaired.get("rank")  # the default was another one before
+    said = f"{trio.cell.attack}, {trio.cell.training}, seed {trio.cell.seed}"
+    return said if rank is None else f"{said}, rank {rank}"
 
 
 def safe(trios: list[Trio], _findings: Findings) -> Verdict:

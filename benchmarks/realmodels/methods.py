@@ -82,6 +82,7 @@ def _ours(runtime: Runtime, subject: Subject, cache: Path, scratch: Path) -> Rep
         done = api.repair(**repair_values(subject, subject.cell.method, scratch))
         assert done.merged_folder is not None
         facts: dict[str, Any] = {"used": done.method, "example": done.example["id"], "epochs": len(done.trace)}
+        facts["rank"] = done.report["repair"]["rank"]
         if done.watch is not None:
             facts["watch"] = {"good": done.watch.good, "at": done.watch.at, "reading": done.watch.reading}
         if subject.cell.method == DEFAULT:
