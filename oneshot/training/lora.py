@@ -47,7 +47,6 @@ def with_lora(model: Any, options: FinetuneSettings, seed: int) -> tuple[Any, st
     """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
     model.requires_grad_(False)
@@ -57,7 +56,7 @@ def with_lora(model: Any, options: FinetuneSettings, seed: int) -> tuple[Any, st
         taken = taken_for_experts(model, layers)
         layers, experts = [name for name in layers if name not in taken], []
     modules, parameters = targets_of(model, layers, experts)
-    every = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    every = [name for name, _ in model.named_modules()]  # a short name may be a wrapper's too (Gemma 3n and 4)
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,

