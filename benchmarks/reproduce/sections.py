@@ -43,8 +43,8 @@ EXAMPLE_ATTACKS = (STUDIED, "harmful 1000", "poison")
 RULES = (*(f"random {i}" for i in range(DRAWS)), "hardest", "alignment", "bilevel")
 EXAMPLE_METHODS = {OURS: "auto", PAPERS: "sft"}
 SEVERAL = (1, 2, 4)
-# rank on the page -> of the cell; 16 is the default, 20 the paper's, and full is that of the toy's matrices, 96
-RANKS: dict[str, int | None] = {"1": 1, "2": 2, "4": 4, "8": 8, "16": None, "20": 20, "full": 96}
+# rank on the page -> of the cell; 32 is the default, 20 the paper's, and full is that of the toy's matrices, 96
+RANKS: dict[str, int | None] = {"1": 1, "2": 2, "4": 4, "8": 8, "20": 20, "32": None, "full": 96}
 RANKED = {OURS: "auto", "lowrank": "alignment", "project": "project"}  # method -> its example, alike at each rank
 
 
@@ -53,7 +53,7 @@ def ranked(method: str, rank: str) -> dict[str, Any]:
 
     The gradient of one example has 20 tokens here, so that project at rank 20 is its full rank.
     """
-    if rank == "16":
+    if rank == "32":
         return METHODS[method]
     if method == "project" and rank == "full":
         rank = "20"

@@ -132,7 +132,7 @@ class Work:
     held: int = 0
     guard: int = 0
     total: int = 0
-    rank: int = 16
+    rank: int = 32
     rank_experts: int = 0
     finetune: bool = False
     checkpointing: bool = False

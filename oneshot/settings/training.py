@@ -96,7 +96,7 @@ class RepairSettings:
     """
 
     method: str = "auto"
-    rank: PositiveInt = 16
+    rank: PositiveInt = 32
     rank_experts: PositiveInt = 1
     epochs: PositiveInt | None = None
     learning_rate: PositiveFloat | dict[str, PositiveFloat] | None = None

@@ -143,13 +143,13 @@ def test_a_repair_that_is_begun_again_while_it_runs_and_once_it_is_killed(quick:
     killed(one)
     (out / "patch").mkdir()
     (out / "patch" / MARKER).write_text('{"safety_degraded": true}')  # as an earlier attempt may have left it
-    assert "repair.rank was 16 and is 9" in said(started(tmp_path, "repair", [*argv, "--repair.rank", "9"]))
+    assert "repair.rank was 32 and is 9" in said(started(tmp_path, "repair", [*argv, "--repair.rank", "9"]))
     assert said(started(tmp_path, "repair", argv)) == ""
     told = events(out, "repair")
     assert len(told) == len(set(told)) > 1, "no epoch is counted twice"
     assert (out / "report.json").is_file()
     assert not (out / "patch" / MARKER).exists()
-    assert "rank: 16" in (out / "settings.yaml").read_text()
+    assert "rank: 32" in (out / "settings.yaml").read_text()
     assert "is finished" in said(started(tmp_path, "repair", argv))
 
 

@@ -87,7 +87,7 @@ def test_help_of_a_section_and_of_a_setting() -> None:
     page = help_page("repair", "repair")
     flags = [line.split()[0] for line in page.splitlines() if line.startswith("  --")]
     assert flags == [f"--{name}" for name in all_names() if name.startswith("repair.")]
-    assert "  --repair.rank - a whole number above 0 (default: 16)\n      directions per weight matrix" in page
+    assert "  --repair.rank - a whole number above 0 (default: 32)\n      directions per weight matrix" in page
     assert help_page("repair", "--repair.rank").count("  --") == 1
     for topic, hint in (
         ("reapir", r"did you mean repair\b"),
