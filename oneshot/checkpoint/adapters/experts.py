@@ -106,6 +106,11 @@ def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
     return found
 
 
+def bare_and_experts(model: nn.Module) -> dict[str, BareMatrix | ExpertMatrix]:
+    """Return the matrices of a model that are no layers of their own, by name: routers', then fused experts'."""
+    return {**bare_matrices(model), **expert_matrices(model)}
+
+
 def is_one_expert(name: str) -> bool:
     """Return whether a matrix or a layer is one expert's, by its name; which of them a token meets the router says."""
     return _ONE_EXPERT.search(name) is not None
@@ -121,7 +126,7 @@ def weight_of(layer: Any) -> nn.Parameter:
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
     """Return all that an update may name: the model's modules, every fused expert's matrices, and routers' weights."""
-    return {**dict(model.named_modules()), **bare_matrices(model), **expert_matrices(model)}
+    return {**dict(model.named_modules()), **bare_and_experts(model)}
 
 
 def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:

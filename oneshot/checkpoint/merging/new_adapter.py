@@ -85,9 +85,7 @@ def made_of(
             else forms_of(update, made.model, known[0].form if known else "")
         )
         return dataclasses.replace(new, update=ways, linears=list(made.linears), plain=made.model)
-    named = [str(name) for adapter in adapters for name in adapter.config.get("target_parameters") or []]
-    ends = tuple(f".{name}" for name in named)
-    parameters = [name for name in update if f".{name}.weight".endswith(ends)] if ends else []
+    parameters = frozenset[str]().union(*(adapter.weights for adapter in adapters))
     form = form or (known[0].form if known else "")
     apart = next((read.names for read in known if read.form == APART), None)
     if known and form == APART and apart is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.carrier import MIXTRAL, PLAIN, expert_of, singles
-from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, bare_matrices, expert_matrices
+from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, bare_and_experts
 from oneshot.checkpoint.adapters.update import Factors
 from oneshot.checkpoint.disk.files import find_weight, list_tensors
 from oneshot.checkpoint.layout import Range
@@ -50,7 +50,7 @@ def experts_in(base: Path, model: Any) -> StoredExperts:
     Args:
         model: its model, on any device
     """
-    return StoredExperts(open_stored(base, model), {**bare_matrices(model), **expert_matrices(model)})
+    return StoredExperts(open_stored(base, model), bare_and_experts(model))
 
 
 def quantized_experts(experts: StoredExperts) -> dict[str, str]:
@@ -164,7 +164,7 @@ def stored_tensors(base: Path, model: Any, names: Collection[str]) -> set[str]:
         UserError: as ``matrix_in``
     """
     stored = described(base, list_tensors(base), model)
-    matrices = {} if model is None else {**bare_matrices(model), **expert_matrices(model)}
+    matrices = {} if model is None else bare_and_experts(model)
     held = {own for name in names if name not in matrices and (own := find_weight(stored.tensors, name)) is not None}
     for name in matrices.keys() & names:
         held |= {segment.name for segment in matrix_in(stored, name, matrices[name]).segments}
