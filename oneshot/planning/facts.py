@@ -10,6 +10,7 @@ from typing import Any, Literal
 from oneshot.patch.cost import Cost
 from oneshot.patch.guard import ROOM
 from oneshot.patch.methods import METHODS
+from oneshot.settings import RepairSettings
 from oneshot.shipped import ds_configs
 
 Precision = Literal["bf16", "nf4"]
@@ -132,7 +133,7 @@ class Work:
     held: int = 0
     guard: int = 0
     total: int = 0
-    rank: int = 32
+    rank: int = RepairSettings.rank
     rank_experts: int = 0
     finetune: bool = False
     checkpointing: bool = False
