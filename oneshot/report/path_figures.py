@@ -138,7 +138,8 @@ def plane_figure(trace: Sequence[Record], kept: Record | None, bounds: Record | 
     axes[1].set_ylim(-0.03, max(0.12, 1.1 * highest))
     if not far:
         axes[-1].locator_params(axis="x", nbins=5)
-    axes[-1].set_xlabel(f"distance of harmless answers (1: the bound{', beyond it logarithmic' * far})")
+    scale = "bound 1, then logarithmic" if far else "1: the bound"
+    axes[-1].set_xlabel(f"distance of harmless answers ({scale})")
     _legend(figure, axes[0], attempts)
     return _svg(figure, "plane", "Safety against utility along the path")
 
