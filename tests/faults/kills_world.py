@@ -24,6 +24,8 @@ from typing import Any, NoReturn
 
 from fuzz import become
 
+from oneshot.checkpoint.disk.files import MARKER
+
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 LATENCY = 0.0004  # seconds between two looks at a place
@@ -83,6 +85,8 @@ def build(root: Path, url: str, only: str = "") -> dict[str, Kind]:
     for name, words in made.items():
         if name == "full" or any(str(root / name) in word for kind in kinds.values() for word in kind.words):
             _made(root, [*words, name])
+    given = root / "given" / "patch"
+    assert not given.exists() or not (given / MARKER).exists(), "what the exports are given was not repaired"
     return kinds
 
 
@@ -95,7 +99,7 @@ def _kinds(root: Path, url: str) -> dict[str, Kind]:
     patch, repaired = root / "given" / "patch", root / "given" / "repaired"
     common = [
         "--pool", "toy:pool", "--select", "pool-should_refuse-0", "--guard", "toy:guard-plain", "--preflight", "never",
-        "--repair.guard_prompts", "4", "--repair.guard_tokens", "8", "--repair.watch", "false",
+        "--repair.guard_prompts", "4", "--repair.guard_tokens", "8", "--repair.watch", "false", "--repair.rank", "8",
         "--score.probes", str(root / "probes.jsonl"), "--score.max_new_tokens", "10", "--score.reference", "false",
     ]  # fmt: skip
     out = ["--out", "run"]
