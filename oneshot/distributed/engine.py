@@ -185,6 +185,20 @@ def frozen(runtime: Runtime, model: Model) -> Iterator[Model]:
             engine.destroy()
 
 
+def fetch_as_one(runtime: Runtime, modules: Iterable[nn.Module]) -> None:
+    """Have all weights in each of these modules fetched together, when it is called (ZeRO-3); elsewhere a no-op.
+
+    For what runs its parts in another order on every rank, as a mixture of experts does, whose tokens choose them:
+    ranks that fetch weights in different orders wait for each other for ever. DeepSpeed knows three families by name.
+    """
+    if runtime.sharding != "zero3":
+        return
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
+
+
 @contextlib.contextmanager
 def gathered(runtime: Runtime, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Within the block the given parameters are whole on every rank (ZeRO-3); elsewhere a no-op. Collective."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.experts import ExpertMatrix
-from oneshot.checkpoint.quantized.experts_forward import HOOKS, Hook, one_by_one_name
+from oneshot.checkpoint.quantized.experts_forward import HOOKS, Hook, compute_one_by_one
 
 if TYPE_CHECKING:
     import torch
@@ -28,21 +28,16 @@ def hooked(layers: Mapping[str, Any], hook: Hook) -> Iterator[None]:
     if not modules:
         yield
         return
-    name = one_by_one_name()
 
     def chosen(name: str, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
         return hook(name, x, y, rows) if name in layers else None
 
-    configs: dict[int, Any] = {id(module.config): module.config for module in modules.values()}
-    before = {key: config._experts_implementation for key, config in configs.items()}
     for path, module in modules.items():
         HOOKS.setdefault(module, []).append((path, chosen))
+    compute_as_before = compute_one_by_one(modules.values())
     try:
-        for config in configs.values():
-            config._experts_implementation = name
         yield
     finally:
-        for key, config in configs.items():
-            config._experts_implementation = before[key]
+        compute_as_before()
         for path, module in modules.items():
             HOOKS[module].remove((path, chosen))

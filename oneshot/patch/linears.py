@@ -25,7 +25,8 @@ class Linears:
         targets: name -> layer, those to be patched, in the model's order
         every: names of all linear layers that are modules, output head included
         left_out: modules that hold weight matrices in another form (routers, convolutions, layers that are read
-            directly, experts behind no common interface), and a multimodal model's towers, which no patch touches
+            directly, experts that cannot be computed each by itself), and a multimodal model's towers, which no patch
+            touches
     """
 
     targets: dict[str, Layer]

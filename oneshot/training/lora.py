@@ -92,7 +92,7 @@ def _left_out(model: Any) -> str:
     beyond = [name for name, module in model.named_modules() if name not in known and _holds_several(module)]
     if not beyond:
         return ""
-    return f"The LoRA leaves the experts of {beyond[0]} and its like out: they are computed behind no common interface."
+    return f"The LoRA leaves the experts of {beyond[0]} and its like out: they cannot be computed each by itself."
 
 
 def _holds_several(module: Any) -> bool:

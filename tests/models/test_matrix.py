@@ -17,7 +17,7 @@ import ranks
 
 from oneshot.errors import UserError
 
-SHARDED = ("llama", "llama-tied", "falcon_h1", "qwen3_moe", "qwen3_5")
+SHARDED = ("llama", "llama-tied", "falcon_h1", "qwen3_next", "llama4_text", "qwen3_5")
 NEAR = 2e-3  # of the losses of two ranks against one process's, whose sums have another order
 
 

@@ -14,8 +14,7 @@ from oneshot.patch.attach import Gradients, attached, attached_update
 from oneshot.patch.expert_hook import hooked
 from oneshot.patch.linears import grouped, select_linears, shape_of
 
-ALONE = {"llama4_text"}  # its experts are behind no common interface
-MIXTURES = sorted(SPARSE.keys() - ALONE)
+MIXTURES = sorted(SPARSE)
 
 
 def mixture(kind, seed=0):
@@ -125,8 +124,32 @@ def test_a_pattern_matches_experts_names():
     assert not experts_of(select_linears(model, "self_attn").targets)
 
 
-def test_experts_without_the_common_interface_are_named():
-    assert "model.layers.0.feed_forward.experts" in select_linears(mixture("llama4_text")).left_out
+def test_experts_that_are_behind_no_interface_are_named():
+    model = mixture("llama4_text")
+    experts = model.model.layers[0].feed_forward.experts
+    type(experts).__name__ = "OtherExperts"
+    try:
+        linears = select_linears(model)
+    finally:
+        type(experts).__name__ = "Llama4TextExperts"
+    assert "model.layers.0.feed_forward.experts" in linears.left_out
+    assert not experts_of(linears.targets)
+
+
+def test_llama_4s_own_function_is_back_after_hooks_in_hooks(tokens):
+    """And a token counts as reached by the experts that it is sent to alone, though all are given it."""
+    model = mixture("llama4_text")
+    experts, rows = model.model.layers[0].feed_forward.experts, []
+    targets = select_linears(model, r"layers\.0\.feed_forward\.experts\..*down_proj$").targets
+
+    def seen(name, x, y, at):
+        rows.extend(at.tolist())
+
+    with hooked(targets, seen), hooked(targets, lambda *_: None):
+        assert "forward" in vars(experts)
+        logits_of(model, tokens)
+    assert "forward" not in vars(experts)
+    assert sorted(rows) == list(range(tokens.numel())), "each of them is sent to one"
 
 
 def test_an_update_of_another_shape_is_refused():

@@ -16,7 +16,7 @@ from oneshot.training.lora import with_lora as to_finetune
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["alone", "with the user's own attached"])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "llama4_text"])
 def test_what_peft_trains_is_the_update_that_is_read_back(kind, own):
     model, tokens = mixture(kind), torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(5))
     linears = select_linears(model)
@@ -40,7 +40,9 @@ def test_what_peft_trains_is_the_update_that_is_read_back(kind, own):
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_next"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_next", "llama4_text"]
+)
 def test_a_fine_tune_trains_layers_and_experts_and_no_router(kind):
     model = mixture(kind)
     targets = select_linears(model).targets
@@ -52,8 +54,6 @@ def test_a_fine_tune_trains_layers_and_experts_and_no_router(kind):
 
 
 def test_a_fine_tune_says_which_experts_it_leaves_out():
-    _, left_out = to_finetune(mixture("llama4_text"), FinetuneSettings(method="lora"), 0)
-    assert "leaves the experts of model.layers.0.feed_forward.experts" in left_out
     model = mixture("qwen3_moe")
     next(model.parameters()).quant_state = object()  # as bitsandbytes marks what it has packed
     wrapped, left_out = to_finetune(model, FinetuneSettings(method="lora"), 0)

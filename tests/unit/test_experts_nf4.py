@@ -13,7 +13,7 @@ from oneshot.settings import ModelSettings
 from oneshot.world.model import build_tokenizer
 
 TOKENS = torch.arange(5, 29).view(2, 12)
-MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe", "nemotron_h", "granitemoe")
+MIXTURES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe", "nemotron_h", "granitemoe", "llama4_text")
 
 
 @pytest.fixture(scope="module", params=MIXTURES)

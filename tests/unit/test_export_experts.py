@@ -42,7 +42,7 @@ def as_merged(model: Any, folder: Path) -> bool:
     return close(logits_of(PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()), logits_of(meant))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen2_moe", "llama4_text"])
 @pytest.mark.parametrize("wishes", [{"rank": 3, "rank_experts": 1}, {"weights": [0.5, 0.25]}, {"expert_form": STACKED}])
 def test_what_is_made_of_a_mixtures_patch_is_loaded_whole(name, wishes, tmp_path):
     model, patch = saved(name, tmp_path)
@@ -58,7 +58,7 @@ def test_single_experts_are_loaded_whole_where_peft_takes_them(name, tmp_path):
     assert as_merged(model, run(tmp_path / "apart", together.folder, expert_form=APART).folder)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "nemotron_h", "llama4_text"])
 def test_a_form_that_peft_does_not_load_is_refused(name, tmp_path):
     _, patch = saved(name, tmp_path)
     with pytest.raises(UserError, match=r"PEFT .*--expert_form 3d"):

@@ -68,7 +68,7 @@ def run(out: Path, **fields: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", [*STORED, "deepseek_v3", "jamba", "nemotron_h"])
+@pytest.mark.parametrize("name", [*STORED, "deepseek_v3", "jamba", "nemotron_h", "llama4_text"])
 def test_a_merge_has_the_bits_of_pefts_own(name, folder, tmp_path):
     model, base = checkpoint(name, folder)
     own = patch(model, base, tmp_path / "patch", STACKED)
@@ -78,7 +78,7 @@ def test_a_merge_has_the_bits_of_pefts_own(name, folder, tmp_path):
     assert any(not torch.equal(ours[parameter], value) for parameter, value in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", [*STORED, "llama4_text"])
 def test_the_update_itself_is_merged_as_the_adapter(name, folder, tmp_path):
     model, base = checkpoint(name, folder)
     update = {name: factors for name, factors in update_of(model).items() if ".5." in name or "q_proj" in name}
@@ -87,7 +87,9 @@ def test_the_update_itself_is_merged_as_the_adapter(name, folder, tmp_path):
     assert all(close(ours[parameter], value, 1e-6) for parameter, value in meant.named_parameters())
 
 
-@pytest.mark.parametrize(("name", "form"), [("qwen3_moe", APART), ("mixtral", STACKED), ("gpt_oss", STACKED)])
+@pytest.mark.parametrize(
+    ("name", "form"), [("qwen3_moe", APART), ("mixtral", STACKED), ("gpt_oss", STACKED), ("llama4_text", STACKED)]
+)
 def test_what_was_added_is_taken_out_again(name, form, folder, tmp_path):
     model, base = checkpoint(name, folder)
     own = patch(model, base, tmp_path / "patch", form)
@@ -98,7 +100,7 @@ def test_what_was_added_is_taken_out_again(name, form, folder, tmp_path):
         run(tmp_path / "no", model=str(base), adapters=[str(own)], subtract=True)
 
 
-@pytest.mark.parametrize(("name", "form"), [("qwen3_moe", APART), ("gpt_oss", STACKED)])
+@pytest.mark.parametrize(("name", "form"), [("qwen3_moe", APART), ("gpt_oss", STACKED), ("llama4_text", STACKED)])
 def test_the_tensors_of_experts_are_part_of_what_a_patch_belongs_to(name, form, folder, tmp_path):
     model, base = checkpoint(name, folder)
     own = patch(model, base, tmp_path / "patch", form)
@@ -148,7 +150,7 @@ def test_adapters_of_both_forms_are_summed(folder, tmp_path):
     assert any(expert_of(name) for name in total)
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", [*STORED, "llama4_text"])
 def test_the_difference_of_two_checkpoints_holds_every_expert(name, folder, tmp_path):
     (_, base), (other, changed) = checkpoint(name, folder), checkpoint(name, folder, seed=1)
     options = {"model": str(base), "extract": str(changed), "rank": 64, "rank_experts": 64}
@@ -223,7 +225,7 @@ def test_an_expert_that_is_a_layer_of_its_own_gets_its_part():
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_experts_pass_through_nf4_as_they_are_loaded(name, double, folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit

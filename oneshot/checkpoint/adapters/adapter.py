@@ -185,7 +185,7 @@ def _as_read(adapter: Adapter, update: Update) -> Update:
         return {name: padded(factors, adapter.update[name].rank) for name, factors in update.items()}
     mine = {name: factors for name, factors in adapter.update.items() if expert_of(name)}
     nothing = {name: scaled(factors, 0.0) for name, factors in mine.items() if name not in update}
-    held = carried({**update, **nothing}, read.form, sizes_of(mine), read.names, read.ranks)
+    held = carried({**update, **nothing}, read.form, sizes_of(mine), read.names, read.ranks, swapped=read.swapped)
     own = {name: padded(factors, adapter.update[name].rank) for name, factors in held.linears.items()}
     return {**held.update, **own}
 

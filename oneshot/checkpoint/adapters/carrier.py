@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oneshot.checkpoint.adapters.experts import PROJECTIONS, expert_matrices
+from oneshot.checkpoint.adapters.experts import PROJECTIONS, computes_all_at_once, expert_matrices, fused_experts
 from oneshot.checkpoint.adapters.update import Factors, Update
 
 STACKED, APART = "3d", "2d"
@@ -96,6 +96,11 @@ def shapes_of(model: Any) -> Shapes:
     return found
 
 
+def swapped_in(model: Any) -> bool:
+    """Return whether PEFT takes (experts, in, out) for (experts, out, in), as of Llama-4: its A is then B of ours."""
+    return any(computes_all_at_once(module) for module in fused_experts(model).values())
+
+
 def served_form(model_type: str) -> str:
     """Return the form that a model's class in vLLM takes; where that is single names, PEFT need not."""
     return STACKED if _SERVED_STACKED.fullmatch(model_type) else APART
@@ -127,7 +132,8 @@ def in_form(update: Update, model: Any, form: str = "") -> Carried:
     Args:
         form: of the experts' factors; none: that which the model's class in vLLM takes
     """
-    return carried(update, form or served_form(model.config.model_type), shapes_of(model), names_for(model))
+    form = form or served_form(model.config.model_type)
+    return carried(update, form, shapes_of(model), names_for(model), swapped=swapped_in(model))
 
 
 def forms_of(update: Update, model: Any, form: str = "") -> list[Carried]:
@@ -138,7 +144,7 @@ def forms_of(update: Update, model: Any, form: str = "") -> list[Carried]:
 
 def carried(
     update: Update, form: str = "", shapes: Shapes | None = None, names: Names = PLAIN,
-    ranks: Mapping[str, int] | None = None,
+    ranks: Mapping[str, int] | None = None, *, swapped: bool = False,
 ) -> Carried:  # fmt: skip
     """Return an update as an adapter holds it.
 
@@ -149,6 +155,7 @@ def carried(
         shapes: of the model's experts, others than which there are none; none: those in the update are all
         names: of single experts' tensors, in 2-D
         ranks: module as the file names it -> rank of an expert in it, where that is given; none: the least that does
+        swapped: see ``swapped_in``
     """
     experts = {
         name: factors
@@ -165,7 +172,7 @@ def carried(
         modules = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in held))
         return Carried({**linears, **held}, APART, found, modules, (), frozenset(held))
     sizes = {path: (shapes or {}).get(path, size) for path, size in sizes.items()}
-    held, found = _stacked(experts, sizes, ranks)
+    held, found = _stacked(experts, sizes, ranks, swapped=swapped)
     parameters = tuple(f"{path}.{projection}" for path, size in sizes.items() for projection in size)
     return Carried({**linears, **held}, STACKED, found, (), parameters, frozenset(held))
 
@@ -181,7 +188,9 @@ def sizes_of(experts: Update) -> Shapes:
     return {path: {p: (every[path], *sizes[p][1:]) for p in PROJECTIONS if p in sizes} for path, sizes in found.items()}
 
 
-def _stacked(experts: Update, sizes: Shapes, given: Mapping[str, int] | None) -> tuple[Update, dict[str, int]]:
+def _stacked(
+    experts: Update, sizes: Shapes, given: Mapping[str, int] | None, *, swapped: bool
+) -> tuple[Update, dict[str, int]]:
     """The factors of each parameter's experts together, and their rank by projection."""
     least = {name: trimmed(factors) for name, factors in experts.items()}
     ranks = {projection: 1 for size in sizes.values() for projection in size}
@@ -199,6 +208,8 @@ def _stacked(experts: Update, sizes: Shapes, given: Mapping[str, int] | None) ->
                 one = least.get(f"{path}.{index}.{projection}")
                 if one is not None:
                     a[index, : one.rank], b[:, : one.rank, index] = one.a, one.b
+            if swapped:
+                a, b = b.permute(2, 1, 0), a.permute(2, 1, 0)
             held[module] = Factors(b.flatten(1), a.flatten(0, 1))
     return held, ranks
 

@@ -37,6 +37,7 @@ class Uncarried:
         form: of the experts' factors in the file; "" where there are none
         names: of single experts there
         ranks: module of experts, as the file names it -> rank of an expert in it
+        swapped: see ``oneshot.checkpoint.adapters.carrier.swapped_in``
     """
 
     stored: Update
@@ -44,6 +45,7 @@ class Uncarried:
     form: str
     names: Names
     ranks: dict[str, int]
+    swapped: bool = False
 
 
 def parameter_of(module: str, parameters: list[str], sizes: Mapping[str, tuple[int, int]]) -> str | None:
@@ -106,8 +108,9 @@ def uncarried(pairs: Update, config: dict[str, Any], path: Path) -> Uncarried:
     scaling = {module: known[name] for module, name in called.items() if name in known}
     if together:
         ranks = {module: rank_of(config, parameter, path) for module, parameter in together.items()}
-        scaling |= _of_experts(stored, pairs, together, ranks, config, path)
-        return Uncarried(stored, scaling, STACKED, PLAIN, ranks)
+        swapped = _is_swapped(together, sizes)
+        scaling |= _of_experts(stored, pairs, together, ranks, config, path, swapped=swapped)
+        return Uncarried(stored, scaling, STACKED, PLAIN, ranks, swapped)
     ranks = {module: pairs[module].rank for module in single}
     names = PLAIN
     if single:
@@ -120,7 +123,7 @@ def uncarried(pairs: Update, config: dict[str, Any], path: Path) -> Uncarried:
 
 def _of_experts(
     stored: Update, pairs: Update, together: Mapping[str, str], ranks: dict[str, int], config: dict[str, Any],
-    path: Path,
+    path: Path, *, swapped: bool,
 ) -> dict[str, float]:  # fmt: skip
     """Add the factors of each expert to ``stored``; their scaling."""
     found = scalings(config, {together[module]: rank for module, rank in ranks.items()}, path)
@@ -138,9 +141,26 @@ def _of_experts(
         experts, _, projection = parameter.rpartition(".")
         for index in range(count):
             name = f"{experts}.{index}.{projection}"
-            stored[name] = Factors(b[:, :, index].contiguous(), a[index])
+            one = Factors(b[:, :, index].contiguous(), a[index])
+            stored[name] = Factors(one.a.T.contiguous(), one.b.T.contiguous()) if swapped else one
             scaling[name] = found[parameter]
     return scaling
+
+
+def _is_swapped(together: Mapping[str, str], sizes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether A is over out and B over in: what gate and up put out is then what is twice as wide as down's input.
+
+    Args:
+        together: module as the file names it -> its parameter
+        sizes: module -> rows of B and columns of A
+    """
+    by_parameter = {parameter: sizes[module] for module, parameter in together.items()}
+    for parameter, gated in by_parameter.items():
+        path, _, projection = parameter.rpartition(".")
+        down = by_parameter.get(f"{path}.{DOWN}")
+        if projection == GATED and down is not None:
+            return gated[1] == 2 * down[0]  # of others down puts out as much as the gate takes in
+    return False
 
 
 def _of_singles(

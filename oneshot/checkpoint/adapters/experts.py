@@ -78,7 +78,7 @@ def bare_matrices(model: nn.Module) -> dict[str, BareMatrix]:
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that hold fused experts behind transformers' experts interface, by name."""
+    """Return the modules that hold fused experts of which each can be used by itself, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -86,9 +86,30 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def mixtures(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in which tokens are sent to fused experts: those that hold these, and what is beside them."""
+    return [model.get_submodule(path.rpartition(".")[0]) for path in fused_experts(model)]
+
+
 def is_single(module: nn.Module) -> bool:
-    """Return whether a module is behind transformers' experts interface, so that each expert can be used by itself."""
-    return hasattr(module, "is_transposed")
+    """Return whether each expert of a module can be used by itself.
+
+    So it is behind transformers' experts interface, and in Llama-4, whose experts are behind none.
+    """
+    return hasattr(module, "is_transposed") or computes_all_at_once(module)
+
+
+def computes_all_at_once(module: nn.Module) -> bool:
+    """Return whether every expert is given every token, scaled by its weight, 0 included, as Llama-4's are.
+
+    Its parameters are (experts, in, out), gate before up; the module's one argument is (experts * tokens, hidden).
+    """
+    return any(each.__name__ == "Llama4TextExperts" for each in type(module).__mro__)  # PEFT derives from its class
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether the parameters of fused experts are (experts, in, out)."""
+    return computes_all_at_once(module) or bool(module.is_transposed)
 
 
 def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
@@ -98,7 +119,7 @@ def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
         held = [projection for projection in PROJECTIONS if _held(module, projection)]
         for index in range(_shape(getattr(module, held[0]))[0]):
             for projection in held:
-                transposed = bool(module.is_transposed)
+                transposed = is_transposed(module)
                 first, second = _shape(getattr(module, projection))[1:]
                 m, n = (second, first) if transposed else (first, second)
                 matrix = ExpertMatrix(module, path, projection, index, m, n, transposed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.bases import base_of
+from oneshot.checkpoint.adapters.experts import mixtures
 from oneshot.checkpoint.classes import auto_class, refuses_sdpa
 from oneshot.checkpoint.disk.files import (
     is_adapter,
@@ -26,7 +27,7 @@ from oneshot.checkpoint.quantized.nf4 import make_four_bit, what_stays
 from oneshot.checkpoint.quantized.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
 from oneshot.checkpoint.reads.manifest import check_share
 from oneshot.data.protocols import Tokenizer
-from oneshot.distributed.engine import partitioned_loading
+from oneshot.distributed.engine import fetch_as_one, partitioned_loading
 from oneshot.distributed.phases import count, count_passes, counting, phase
 from oneshot.distributed.resources import give_back_freed_memory, parameters_of
 from oneshot.distributed.runtime import Runtime
@@ -180,6 +181,7 @@ def load_model(runtime: Runtime, source: Source, settings: ModelSettings, dtype:
     if runtime.device.type == "cpu" and parameters_of(model) < _SMALL:
         torch.set_num_threads(1)
     model.eval()
+    fetch_as_one(runtime, mixtures(model))
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config.use_cache = False

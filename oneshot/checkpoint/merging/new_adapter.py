@@ -93,7 +93,9 @@ def made_of(
             f"--expert_form {APART} names each expert as its base does, and {new.base or 'the base'} is not here, or "
             "no model that can be built here: run it where the base is."
         )
-    return dataclasses.replace(new, update=[carried(update, form, None, apart or PLAIN)], parameters=parameters)
+    swapped = any(read.swapped for read in known)
+    held = carried(update, form, None, apart or PLAIN, swapped=swapped)
+    return dataclasses.replace(new, update=[held], parameters=parameters)
 
 
 def _base_of(base: str, adapters: list[Adapter], *, trust_remote_code: bool) -> Architecture | None:

@@ -1,16 +1,18 @@
 """Fused experts computed one after the other: what is hooked on sees each, and 4-bit ones are unpacked one at a time.
 
 transformers lets a model's experts be computed by any function that is registered with it. Ours does what their own
-do, expert by expert and only those that a token is sent to.
+do, expert by expert and only those that a token is sent to. Llama-4's are behind no such interface: the forward
+function of each of its modules is replaced.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from oneshot.checkpoint.adapters.experts import computes_all_at_once, is_transposed
 from oneshot.checkpoint.quantized.experts_nf4 import expert_weight
 
 if TYPE_CHECKING:
@@ -26,9 +28,31 @@ Hook = Callable[[str, "torch.Tensor", "torch.Tensor", "torch.Tensor | None"], "t
 HOOKS: WeakKeyDictionary[nn.Module, list[tuple[str, Hook]]] = WeakKeyDictionary()  # with the experts' path, each
 
 
+def compute_one_by_one(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Have the experts of these modules computed one after the other; return what has them computed as before."""
+    every = list(modules)
+    at_once = {module: module.__dict__.get("forward") for module in every if computes_all_at_once(module)}
+    configs: dict[int, Any] = {id(module.config): module.config for module in every if module not in at_once}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation = _registered()
+    for module in at_once:
+        module.forward = functools.partial(_each_with_its_own, module)
+
+    def undo() -> None:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+        for module, own in at_once.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+    return undo
+
+
 @functools.cache
-def one_by_one_name() -> str:
-    """Return the name by which a config asks for ``one_by_one``, having registered it with transformers."""
+def _registered() -> str:
+    """The name by which a config asks for ``one_by_one``, which is registered with transformers."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_NAME, one_by_one)
@@ -71,6 +95,27 @@ def one_by_one(
     return weighted[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
+def _each_with_its_own(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of Llama-4's experts, (experts * tokens, hidden), as its own function does.
+
+    Args:
+        hidden_states: (experts * tokens, hidden), every token for each expert; of a token that is not sent to an expert
+            all elements are 0 there, and so is its output
+    """
+    import torch
+
+    upper, lower = module.gate_up_proj, module.down_proj
+    found = []
+    for index, given in enumerate(hidden_states.view(module.num_experts, -1, module.hidden_size)):
+        rows = given.ne(0).any(dim=-1).nonzero().flatten()
+        y = torch.zeros_like(given)
+        if len(rows):
+            gate, up = _matrix(module, ("gate_up_proj", upper), index, given[rows], rows).chunk(2, dim=-1)
+            y = y.index_copy(0, rows, _matrix(module, ("down_proj", lower), index, up * module.act_fn(gate), rows))
+        found.append(y)
+    return torch.cat(found)
+
+
 def _matrix(module: Any, of: tuple[str, Any], index: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """One expert's (rows, n) -> (rows, m), with its bias and what is hooked on.
 
@@ -80,11 +125,12 @@ def _matrix(module: Any, of: tuple[str, Any], index: int, x: torch.Tensor, rows:
     from torch.nn.functional import linear
 
     projection, parameter = of
-    bias = getattr(module, f"{projection}_bias")[index] if module.has_bias else None
+    transposed = is_transposed(module)
+    bias = getattr(module, f"{projection}_bias")[index] if getattr(module, "has_bias", False) else None
     if parameter.requires_grad:
-        y = linear(x, expert_weight(parameter, index, transposed=module.is_transposed), bias)
+        y = linear(x, expert_weight(parameter, index, transposed=transposed), bias)
     else:
-        y = _frozen_linear().apply(x, parameter, index, module.is_transposed)
+        y = _frozen_linear().apply(x, parameter, index, transposed)
         y = y if bias is None else y + bias
     for path, hook in HOOKS.get(module, ()):
         other = hook(f"{path}.{index}.{projection}", x, y, rows)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.classes import is_read_directly
 from oneshot.checkpoint.disk.files import TensorEntry, read_tensor
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
-from oneshot.checkpoint.quantized.experts_forward import one_by_one_name
+from oneshot.checkpoint.quantized.experts_forward import compute_one_by_one
 from oneshot.checkpoint.quantized.experts_nf4 import BLOCK, pack_experts, packed_experts
 from oneshot.checkpoint.quantized.linear4bit import forward
 from oneshot.checkpoint.quantized.scheme import holds_packed, is_stored
@@ -136,8 +136,7 @@ def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtyp
             module.bias.data = module.bias.data.to(dtype)
     model.is_loaded_in_4bit = True  # PEFT asks for it
     experts = {} if stored else pack_experts(model, dtype)
-    for holder, _ in experts.values():
-        holder.config._experts_implementation = one_by_one_name()
+    compute_one_by_one(holder for holder, _ in experts.values())
     return FourBit(layers, stored, double, dtype, experts, _kept(model))
 
 
@@ -159,7 +158,7 @@ def what_stays(four_bit: FourBit | None) -> str:
         return ""
     return (
         f"{len(four_bit.kept)} tensors of fused experts stay in {str(four_bit.dtype).removeprefix('torch.')}, "
-        f"{four_bit.kept[0]} for one: in 4 bits are those behind transformers' experts interface whose matrices fill "
+        f"{four_bit.kept[0]} for one: in 4 bits are those that can be computed each by itself and whose matrices fill "
         "whole blocks of 64 weights, read from a checkpoint that is not in 4 bits itself."
     )
 
