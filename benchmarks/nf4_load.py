@@ -128,7 +128,7 @@ def stock(runtime: Any, folder: Path, dtype: Any, double: bool) -> Any:
     import deepspeed
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from oneshot.distributed.engine import deepspeed_config
+    from oneshot.distributed.deepspeed_config import deepspeed_config
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,

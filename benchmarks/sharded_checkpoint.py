@@ -259,7 +259,7 @@ def save_state_once(runtime: Any, model: Any, folder: Path, way: str) -> dict[st
 def _engine(runtime: Any, model: Any) -> Any:
     import deepspeed
 
-    from oneshot.distributed.engine import deepspeed_config
+    from oneshot.distributed.deepspeed_config import deepspeed_config
 
     model.requires_grad_(False)
     return deepspeed.initialize(model=model, config=deepspeed_config(runtime, dtype=next(model.parameters()).dtype))[0]

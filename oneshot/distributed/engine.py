@@ -8,11 +8,11 @@ only what depends on the run ("auto" in the JSON) is filled in here.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from oneshot.distributed.deepspeed_config import deepspeed_config, keep_what_may_live, offloads_optimizer
 from oneshot.distributed.persistent import one_copy
 from oneshot.distributed.resources import give_back_freed_memory, parameters_of
 from oneshot.distributed.runtime import Runtime
@@ -139,7 +139,7 @@ def start_training(
             micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
         )
-        if _offloads_optimizer(config):
+        if offloads_optimizer(config):
             from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
 
             optimizer = map_pytorch_optim_to_deepspeed(optimizer)
@@ -174,7 +174,7 @@ def frozen(runtime: Runtime, model: Model) -> Iterator[Model]:
 
     dtype = next(model.parameters()).dtype
     config = deepspeed_config(runtime, dtype=dtype)
-    _keep_what_may_live(config["zero_optimization"], model)
+    keep_what_may_live(config["zero_optimization"], model)
     if dtype.itemsize > 4:  # partitioned like any other, but on CPUs that have fp16 DeepSpeed itself refuses to begin
         deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
     engine = deepspeed.initialize(model=model, config=config)[0]
@@ -246,58 +246,6 @@ def partitioned_loading(runtime: Runtime, dtype: torch.dtype) -> Iterator[None]:
         del keep_alive
 
 
-def deepspeed_config(
-    runtime: Runtime,
-    *,
-    dtype: torch.dtype,
-    gradient_accumulation_steps: int = 1,
-    micro_batch_size: int = 1,
-    max_grad_norm: float = 1.0,
-) -> dict[str, Any]:
-    """Return the run's DeepSpeed configuration with every "auto" of the JSON file filled in or removed."""
-    import torch
-
-    config: dict[str, Any] = copy.deepcopy(runtime.accelerator.deepspeed_plugin.deepspeed_config)
-    known = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "train_batch_size": micro_batch_size * gradient_accumulation_steps * runtime.world_size,
-        "gradient_clipping": max_grad_norm,
-    }
-    config.update(known)
-    config["bf16"] = {**_section(config, "bf16"), "enabled": dtype == torch.bfloat16}
-    config["fp16"] = {**_section(config, "fp16"), "enabled": dtype == torch.float16}
-    config["data_types"] = {"grad_accum_dtype": "fp32"}
-    config["zero_allow_untested_optimizer"] = True
-    zero = config.get("zero_optimization", {})
-    if runtime.device.type == "cpu" and zero.get("stage") == 3:
-        # one all-gather per weight lands in place; what comes in buckets is copied twice more, which a CPU feels
-        zero.setdefault("stage3_allgather_sequential", True)
-    return _without_auto(config)
-
-
-def _keep_what_may_live(zero: dict[str, Any], model: nn.Module) -> None:
-    """Gather a model once that fits whole into what the configuration lets be whole at a time.
-
-    Frozen weights never change, so what has been gathered stays right; by the end of a forward pass DeepSpeed holds
-    that much anyhow, only to fetch it anew in the next one.
-    """
-    budget = int(zero.get("stage3_max_live_parameters", 10**9))  # DeepSpeed's own default
-    if "offload_param" not in zero and parameters_of(model) <= budget:
-        zero["stage3_param_persistence_threshold"] = budget
-
-
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    return dict(section) if isinstance(section, dict) else {}
-
-
-def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """Drop what is still "auto", so that DeepSpeed's own defaults hold."""
-    kept = {key: value for key, value in section.items() if value != "auto"}
-    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
 def _may_skip_weights(model: nn.Module) -> bool:
     """Whether some weights may take no part in a loss: towers of multimodal checkpoints, experts that nobody chose.
 
@@ -306,8 +254,3 @@ def _may_skip_weights(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     named = [name for name in vars(config) if "expert" in name and name[0] != "_"] if config is not None else []
     return bool(getattr(config, "sub_configs", None) or named)
-
-
-def _offloads_optimizer(config: dict[str, Any]) -> bool:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
-    return bool(offload.get("device", "none") != "none")

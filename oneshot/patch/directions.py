@@ -184,7 +184,7 @@ def _check_floats(stored: Stored, parts: Traced) -> None:
     for segment in parts.segments:
         if not stored.is_float(segment):
             raise UserError(
-                f"{stored.folder} holds {segment.name} as {stored.tensors[segment.name].dtype}, quantized: rollback "
+                f"{stored.folder} holds {segment.name} as {stored.entry(segment).dtype}, quantized: rollback "
                 "compares full-precision checkpoints, FP8 with block scales and MXFP4."
             )
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import ROOT
 
-from oneshot.distributed.engine import deepspeed_config
+from oneshot.distributed.deepspeed_config import deepspeed_config
 from oneshot.distributed.runtime import Runtime
 
 pytestmark = pytest.mark.distributed

@@ -103,7 +103,7 @@ def test_what_no_ranges_make_has_a_reason(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     before = open_stored(tmp_path, model)
     assert not before.loading.reasons, "merged experts are ranges as they are"
-    turned = WeightConverter("mlp.gate.weight", "mlp.gate.weight", [Transpose(0, 1)])
+    turned = WeightConverter("mlp.gate.weight", "mlp.gate.weight", [Transpose(0, 1), Transpose(0, 1)])
     conversion_mapping.register_checkpoint_conversion_mapping("Qwen3MoeForCausalLM", [turned], overwrite=True)
     try:
         after = open_stored(tmp_path, model)

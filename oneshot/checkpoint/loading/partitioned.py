@@ -20,7 +20,7 @@ from oneshot.checkpoint.loading.weights import read_own
 from oneshot.checkpoint.quantized.nf4 import FourBit, empty_like, finish
 from oneshot.checkpoint.quantized.scheme import holds_packed, is_stored
 from oneshot.checkpoint.reads.ranges import read_all
-from oneshot.distributed.engine import deepspeed_config
+from oneshot.distributed.deepspeed_config import deepspeed_config
 from oneshot.distributed.runtime import Runtime, agree, exchange
 from oneshot.errors import UserError
 

@@ -21,7 +21,7 @@ from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range
 from oneshot.checkpoint.quantized.scaled import Scaled, numbers, scaled_tensors
 from oneshot.checkpoint.reads.manifest import Pieces, read_pieces
 from oneshot.checkpoint.reads.ranges import Read, read_all
-from oneshot.checkpoint.reads.traced import Loading, Segment, Traced, trace_loading, whole
+from oneshot.checkpoint.reads.traced import TURNED, Loading, Segment, Traced, trace_loading, whole
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,23 +48,27 @@ class Stored:
 
     def is_float(self, segment: Segment) -> bool:
         """Return whether a range is of floating-point numbers, or of what stands for them."""
-        return segment.name in self.scaled or self.tensors[segment.name].dtype in FLOATS
+        return segment.name in self.scaled or self.entry(segment).dtype in FLOATS
+
+    def entry(self, segment: Segment) -> TensorEntry:
+        """Return the stored tensor that a range is of, which is not in fewer bits with scales."""
+        return self.tensors[segment.name.removesuffix(TURNED)]
 
     def behind(self, segment: Segment) -> tuple[str, TensorEntry, Range]:
         """Return the stored tensor that a range is read of, and which of its elements."""
         if (scaled := self.scaled.get(segment.name)) is not None:
             wanted = scaled.stored_range(segment.start, segment.stop)
             return scaled.name, dataclasses.replace(scaled.entry, dtype="U8"), wanted
-        return (
-            segment.name,
-            self.tensors[segment.name],
-            Range(segment.start, segment.stop, segment.stop - segment.start),
-        )
+        start, stop, entry = segment.start, segment.stop, self.entry(segment)
+        if segment.name.endswith(TURNED) and start < stop:  # whole matrices
+            each = math.prod(entry.shape[-2:])
+            start, stop = start // each * each, -(-stop // each) * each
+        return segment.name.removesuffix(TURNED), entry, Range(start, stop, stop - start)
 
     def files_names(self, name: str) -> set[str]:
         """Return what the files call that which a tensor is made of: itself, or its bytes and their scales."""
         scaled = self.scaled.get(name)
-        return {name} if scaled is None else {scaled.name, scaled.scales[0]}
+        return {name.removesuffix(TURNED)} if scaled is None else {scaled.name, scaled.scales[0]}
 
     def nbytes(self, parts: Traced) -> int:
         """Return how many bytes of the files a tensor takes."""
@@ -167,6 +171,9 @@ def range_reads(stored: Stored, parts: Traced, wanted: Range, out: torch.Tensor,
         if segment.name in stored.scaled:
             take = _unscaled(stored.scaled[segment.name], segment, place, sign)
             place = place.new_zeros(1).expand(part.numel)  # nothing is put there
+        elif segment.name.endswith(TURNED):
+            take = _turned(entry.shape, segment, place, sign)
+            place = place.new_zeros(1).expand(part.numel)
         elif sign:
             take = _added(segment, place, sign)
         reads.append(Read(entry, part, place, name, stored.pieces.get(name, ()), take))
@@ -175,6 +182,7 @@ def range_reads(stored: Stored, parts: Traced, wanted: Range, out: torch.Tensor,
     return reads
 
 
+_AT_ONCE = 1 << 20  # numbers put in place at a time
 _ONE_AT_A_TIME = threading.Lock()  # two files' requests for the same elements may come in at once
 
 
@@ -194,6 +202,32 @@ def _unscaled(scaled: Scaled, segment: Segment, place: torch.Tensor, sign: int) 
         for at, values in numbers(scaled, scales(), start, data):
             inside = (at >= segment.start) & (at < segment.stop)
             at, found = (at[inside] - segment.start).to(place.device), values[inside].to(place.device, place.dtype)
+            with _ONE_AT_A_TIME:
+                place[at] = place[at] + sign * found if sign else found
+
+    return take
+
+
+def _turned(
+    shape: tuple[int, ...], segment: Segment, place: torch.Tensor, sign: int
+) -> Callable[[int, torch.Tensor], None]:
+    """What puts the numbers of a range where they go, of whole matrices that are stored as their transposes.
+
+    Args:
+        shape: as stored
+    """
+    import torch
+
+    rows, columns = shape[-2:]
+
+    def take(start: int, values: torch.Tensor) -> None:
+        for begin in range(0, len(values), _AT_ONCE):
+            part = values[begin : begin + _AT_ONCE]
+            where = torch.arange(start + begin, start + begin + len(part))
+            row, column = where // columns, where % columns  # rows of all matrices
+            at = (row // rows * columns + column) * rows + row % rows
+            inside = (at >= segment.start) & (at < segment.stop)
+            at, found = (at[inside] - segment.start).to(place.device), part[inside].to(place.device, place.dtype)
             with _ONE_AT_A_TIME:
                 place[at] = place[at] + sign * found if sign else found
 

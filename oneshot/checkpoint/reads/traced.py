@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MOST = 1 << 16  # ranges of a tensor: of more, each is too short to be read alone
+TURNED = "^T"  # ends the name of a tensor that is stored under the rest of it with the last two dimensions swapped
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Traced:
-    """A tensor without values: ranges of others that, one after another, are its own (contiguous, row after row)."""
+    """A tensor without values: ranges of others that, one after another, are its own (contiguous, row after row).
+
+    ``is_whole`` says that it is one of them, whole.
+    """
 
     shape: tuple[int, ...]
     segments: tuple[Segment, ...]
+    is_whole: bool = False
 
     @cached_property
     def ends(self) -> list[int]:
@@ -79,13 +85,20 @@ class Traced:
         known = math.prod(n for n in wanted if n != -1)
         return Traced(tuple(math.prod(self.shape) // known if n == -1 else n for n in wanted), self.segments)
 
+    def transpose(self, dim0: int, dim1: int) -> Traced:
+        if not self.is_whole or {dim0 % self.ndim, dim1 % self.ndim} != {self.ndim - 2, self.ndim - 1}:
+            raise NotImplementedError("transpose")
+        (own,) = self.segments
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return Traced(shape, (Segment(own.name + TURNED, own.start, own.stop),))
+
     def chunk(self, chunks: int, dim: int = 0) -> list[Traced]:
         return _split(self, -(-self.shape[dim] // chunks), dim)
 
 
 def whole(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Traced]:
     """Return tensors of these names and shapes as ranges of themselves."""
-    return {name: Traced(tuple(shape), (Segment(name, 0, math.prod(shape)),)) for name, shape in shapes.items()}
+    return {name: Traced(tuple(shape), (Segment(name, 0, math.prod(shape)),), True) for name, shape in shapes.items()}
 
 
 def _joined(shape: tuple[int, ...], segments: Iterable[Segment]) -> Traced:
@@ -142,6 +155,7 @@ def _unbind(tensor: Traced, dim: int = 0) -> list[Traced]:
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "stack": _stack, "cat": _cat, "split": _split, "chunk": Traced.chunk, "unbind": _unbind, "squeeze": Traced.squeeze,
+    "transpose": Traced.transpose,
 }  # fmt: skip
 
 
@@ -188,7 +202,7 @@ def trace_loading(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]])
     reasons: dict[str, str] = {}
     for target, converter in merged.items():
         try:
-            found = converter.convert(target, model=model, config=model.config)
+            found = converter.convert(target, model=_Unpartitioned(model), config=model.config)
             made |= {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
         except Exception as error:  # whatever an operation does with a tensor that is none
             operations = ", ".join(type(operation).__name__ for operation in converter.operations)
@@ -196,6 +210,22 @@ def trace_loading(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]])
             said = f"of stored tensors by {operations} ({str(error) or type(error).__name__})"
             reasons |= {name: f"transformers makes {name} {said}" for name in names}
     return Loading(made, reasons, [transform for transform in transforms if transform.was_used()])
+
+
+@dataclass(frozen=True)
+class _Unpartitioned:
+    """A model whose parameters have the shapes that they have whole and in full precision."""
+
+    model: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def get_parameter(self, name: str) -> Any:
+        """Stands for a parameter; has a shape alone."""
+        found = self.model.get_parameter(name)
+        shape = getattr(found, "unpacked_shape", None) or getattr(found, "ds_shape", found.shape)
+        return SimpleNamespace(shape=tuple(shape))
 
 
 def _renamed(key: str, transforms: list[Any], prefix: str, own: dict[str, bool]) -> tuple[str, str | None]:
@@ -222,4 +252,6 @@ def trace_saving(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
         stored: Any = revert_weight_conversion(model, cast(Any, whole(shapes)))
     except Exception as error:  # as in loading
         raise NotImplementedError(str(error) or type(error).__name__) from error
+    if any(segment.name.endswith(TURNED) for parts in stored.values() for segment in parts.segments):
+        raise NotImplementedError("transpose")
     return dict(stored)

@@ -16,6 +16,7 @@ from oneshot.checkpoint.loading.segments import Stored, described, matrix_in, op
 from oneshot.checkpoint.quantized.dequantize import through_nf4
 from oneshot.checkpoint.quantized.experts_nf4 import is_packable
 from oneshot.checkpoint.reads.ranges import read_all, torch_dtype
+from oneshot.checkpoint.reads.traced import TURNED
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def quantized_experts(experts: StoredExperts) -> dict[str, str]:
         parts = experts.stored.loading.made.get(parameter)
         if parts is None or not is_packable(parts.shape):
             continue
-        names = {segment.name for segment in parts.segments}
+        names = {segment.name.removesuffix(TURNED) for segment in parts.segments}
         if sum(math.prod(shapes[name]) for name in names) == math.prod(parts.shape):
             found |= dict.fromkeys(names, parameter)
     return found
@@ -83,10 +84,12 @@ def experts_through_nf4(
     stored = experts.stored
     parts = stored.loading.made[parameter]
     numel = math.prod(parts.shape)
-    first = parts.segments[0].name
-    values = torch.empty(numel, dtype=torch_dtype(stored.tensors[first], first))
+    first = parts.segments[0]
+    values = torch.empty(numel, dtype=torch_dtype(stored.entry(first), first.name))
     read_all(range_reads(stored, parts, Range(0, numel, numel), values))
     values = through_nf4(values.view(parts.shape[0], -1), device, double=double)
+    if first.name.endswith(TURNED):
+        return {first.name.removesuffix(TURNED): values.view(parts.shape).transpose(-1, -2).reshape(-1)}
     sizes = {segment.name: math.prod(stored.tensors[segment.name].shape) for segment in parts.segments}
     found = {name: values.new_empty(size) for name, size in sizes.items()}
     at = 0
@@ -135,12 +138,13 @@ def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> li
             f"{matrix.in_features}: it belongs to another base model."
         )
     parts = matrix_in(experts.stored, name, matrix)
-    if isinstance(matrix, ExpertMatrix) and matrix.transposed:
+    turned = parts.segments[0].name.endswith(TURNED)
+    if (isinstance(matrix, ExpertMatrix) and matrix.transposed) != turned:
         b, a = a.T, b.T
-    found, at, width = [], 0, parts.shape[1]
+    found, at, width = [], 0, a.shape[1]
     for segment in parts.segments:
         size = segment.stop - segment.start
-        if experts.stored.tensors[segment.name].shape[-1] != width or any(
+        if experts.stored.entry(segment).shape[-1] != width or any(
             place % width for place in (segment.start, at, size)
         ):
             raise UserError(
@@ -148,7 +152,7 @@ def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> li
                 "with: merge with PEFT instead."
             )
         own = Factors(b[at // width : (at + size) // width], a)
-        found.append((segment.name, Term(own, term.scale, segment.start // width)))
+        found.append((segment.name.removesuffix(TURNED), Term(own, term.scale, segment.start // width)))
         at += size
     return found
 
