@@ -21,7 +21,7 @@ from oneshot.distributed.steps import steps
 from oneshot.distributed.watchdog import alive
 from oneshot.errors import UserError
 from oneshot.measure.body import ACCEPTED, TooMuch, read_body
-from oneshot.measure.replies import Failed, answer_in, short, wish, without_key
+from oneshot.measure.replies import OF_THIS_REQUEST, Failed, answer_in, short, wish, without_key
 from oneshot.measure.room import THOUGHT_TOKENS, Room
 from oneshot.settings import EndpointSettings
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a further try; the pause doubles each time
 _WISE_TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
-_OF_THIS_REQUEST = frozenset({400, 413, 422})  # too long for the server, or stopped by a filter of its own
 _OF_ALL_REQUESTS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})  # wrong for one, wrong for all
 
 
@@ -152,7 +151,7 @@ async def _ask_all(
                 if failure.status in _OF_ALL_REQUESTS:
                     raise
                 failures[index] = failure
-                rejected = failure.status in _OF_THIS_REQUEST
+                rejected = failure.status in OF_THIS_REQUEST
                 # of a server that has taken none yet, it need not be the prompts that are wrong
                 in_a_row += not (rejected and (answered or endpoint.settings.leave_out_rejected))
                 continue
@@ -175,7 +174,7 @@ async def _ask_all(
             await asyncio.gather(*workers, return_exceptions=True)
     given_up = Failed("not asked, as the requests before it failed", again=True)
     left = {i: failures.get(i, given_up) for i in range(len(prompts)) if i not in answered}
-    return [Unanswered(i, str(why), rejected=why.status in _OF_THIS_REQUEST) for i, why in left.items()]
+    return [Unanswered(i, str(why), rejected=why.status in OF_THIS_REQUEST) for i, why in left.items()]
 
 
 async def _completion(

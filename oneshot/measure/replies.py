@@ -13,6 +13,7 @@ from oneshot.measure.body import MOST
 from oneshot.redact import redacted
 
 LONGEST_WISH = 300.0  # seconds that a server may ask for with Retry-After
+OF_THIS_REQUEST = frozenset({400, 413, 422})  # too long for the server, or stopped by a filter of its own
 _SHOWN = 200  # characters of a server's own words in a message
 
 

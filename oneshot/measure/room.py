@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from oneshot.data.thoughts import closed_unopened, taken_apart
-from oneshot.measure.replies import answer_in, cut_off
+from oneshot.measure.replies import OF_THIS_REQUEST, Failed, answer_in, cut_off
 
 _LONGEST_TOKEN = 64  # characters that a token stands for at most, on average: of longer answers the rest is not judged
 THOUGHT_TOKENS = 1024  # for thoughts, where no setting says
@@ -43,7 +43,8 @@ class Room:
         found = await ask(tokens)
         text = self._read(found, tokens)
         if tokens < self.long and not taken_apart(text).finished:
-            return self._marked(self._read(await ask(self.long), self.long))
+            found = await self._with_room(ask)
+            return self._marked(text if found is None else self._read(found, self.long))
         if tokens < self.long and taken_apart(text).thought is None and cut_off(found):
             longer = await self._longer(ask)
             text = text if longer is None else longer
@@ -54,9 +55,29 @@ class Room:
         async with self._trial:  # one trial tells all that wait here
             if not self.thinks and not self._tried:
                 self._tried = True
-                text = self._read(await ask(self.long), self.long)
+                found = await self._with_room(ask)
+                text = "" if found is None else self._read(found, self.long)
                 return text if self.thinks else None
         return self._read(await ask(self.long), self.long) if self.thinks else None
+
+    async def _with_room(self, ask: Callable[[int], Awaitable[Any]]) -> Any:
+        """A longer completion of a prompt that has had a short one; none where the server takes no more.
+
+        Of the room for a thought as much as it takes, also from then on: its longest text may be shorter than what is
+        asked for (vLLM's ``--max-model-len``).
+        """
+        room = self.long - self.short
+        while room > 0:
+            try:
+                found = await ask(self.short + room)
+            except Failed as failure:
+                if failure.status not in OF_THIS_REQUEST:
+                    raise
+                room //= 2
+                continue
+            self.long = self.short + room
+            return found
+        return None
 
     def _read(self, found: Any, tokens: int) -> str:
         text = answer_in(found, _LONGEST_TOKEN * tokens)

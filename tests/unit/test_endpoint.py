@@ -398,6 +398,34 @@ def test_an_answer_that_was_cut_off_stays_as_it_is_where_the_model_does_not_thin
     assert sum(server.asked.values()) == 6, "one trial, of all prompts together"
 
 
+@pytest.mark.parametrize("whole", ["a long answer", "<think>\nthinking\n</think>\n\nI can't help with that."])
+def test_a_server_that_takes_less_than_the_room_for_a_thought_is_asked_for_what_it_takes(whole):
+    """As vLLM's with a --max-model-len of 256."""
+    too_long = (400, {}, b'{"error": "max_tokens cannot be greater than max_model_len"}')
+
+    def behave(text, times):
+        tokens = server.bodies[-1]["max_tokens"]
+        return too_long if tokens > 200 else said(whole if tokens > 7 else whole[:6])
+
+    with serving(lambda text, times: None) as server:
+        server.behave = behave
+        found, failed = asked(server, 3, concurrency=1)
+    assert failed == []
+    assert [verdict(text) for text in found.values()] == ["refused" if "think" in whole else "answered"] * 3
+    room = [body["max_tokens"] - 7 for body in server.bodies]
+    first = [0, THOUGHT_TOKENS, THOUGHT_TOKENS // 2, THOUGHT_TOKENS // 4, THOUGHT_TOKENS // 8]
+    assert room == [*first, *([THOUGHT_TOKENS // 8] * 2 if "think" in whole else [0, 0])]
+
+
+def test_a_server_that_takes_no_longer_answer_keeps_the_one_that_it_gave():
+    too_long = (400, {}, b"too long")
+    with serving(lambda text, times: None) as server:
+        server.behave = lambda text, times: too_long if server.bodies[-1]["max_tokens"] > 7 else said("a long")
+        found, failed = asked(server, 2, concurrency=1)
+    assert failed == []
+    assert set(found.values()) == {"a long"}
+
+
 def test_a_key_is_struck_out_however_a_server_spells_it(monkeypatch, capsys):
     monkeypatch.setenv("MY_KEY", SECRET)
     spelt = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
