@@ -18,7 +18,9 @@ RANKS, DEFAULT_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
 
 
 def serve_command(patch: Path, shown: str) -> str:
-    """Return the command by which vLLM serves a patch beside the model that it is for; "" where it takes no such rank.
+    """Return the command by which vLLM serves a patch beside the model that it is for; "" where it takes no such patch.
+
+    So it is of some ranks, and of Llama-4's experts, whose A and B PEFT has the other way round: these are merged.
 
     Args:
         patch: folder of the adapter, which says what its base is, and of which commit
@@ -35,7 +37,10 @@ def serve_command(patch: Path, shown: str) -> str:
     pinned = ["--revision", config["revision"]] if config.get("revision") else []
     wide = [] if rank <= DEFAULT_RANK else ["--max-lora-rank", str(fits)]
     named, mixed = f"safe={shown}", list[str]()
-    if _experts_together(config) and not _served_together(base):
+    kind = _model_type(base) if _experts_together(config) else ""
+    if kind.startswith("llama4"):
+        return ""
+    if kind and served_form(kind) != STACKED:  # of a model that is not here it is believed that they are taken as is
         mixed = ["--enable-mixed-moe-lora-format"]
         named = json.dumps({"name": "safe", "path": shown, "is_3d_lora_weight": True})
     return shlex.join(["vllm", "serve", base, *pinned, "--enable-lora", *wide, *mixed, "--lora-modules", named])
@@ -46,10 +51,10 @@ def _experts_together(config: dict[str, Any]) -> bool:
     return any(str(name).rsplit(".", 1)[-1] in PROJECTIONS for name in config.get("target_parameters") or [])
 
 
-def _served_together(base: str) -> bool:
-    """Whether the base's class in vLLM takes them so by itself; so it is believed where the base is not here."""
+def _model_type(base: str) -> str:
+    """The type that a base's config names; "" where the base is not here."""
     folder = local_folder(base)
     if folder is None or not (folder / CONFIG).is_file():
-        return True
+        return ""
     fields = read_json(folder / CONFIG)
-    return not isinstance(fields, dict) or served_form(str(fields.get("model_type"))) == STACKED
+    return str(fields.get("model_type") or "") if isinstance(fields, dict) else ""

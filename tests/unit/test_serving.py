@@ -53,3 +53,12 @@ def test_experts_held_together_are_said_where_vllm_takes_single_ones(kind, asks,
     dense = {"target_parameters": ["model.layers.0.mlp.shared_expert.down_proj.weight"]}
     plain = patch_of(tmp_path, r=8, base_model_name_or_path=str(tmp_path / "base"), **dense)
     assert "mixed" not in serve_command(plain, "run/patch")
+
+
+def test_llama_4s_experts_are_merged_and_not_served(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama4"}))
+    experts = {"target_parameters": ["feed_forward.experts.down_proj"], "target_modules": ["q_proj"]}
+    assert serve_command(patch_of(tmp_path, r=8, base_model_name_or_path=str(tmp_path / "base"), **experts), "p") == ""
+    attention = {"target_modules": ["q_proj"], "base_model_name_or_path": str(tmp_path / "base")}
+    assert serve_command(patch_of(tmp_path, r=8, **attention), "p").startswith("vllm serve")
