@@ -8,7 +8,7 @@ from tiny import logits_of, tiny_model, tiny_runtime, tiny_update
 from tiny_configs import SPARSE, V
 
 from oneshot.checkpoint.adapters.added import merge_into
-from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.experts import ExpertMatrix, fused_experts, mixtures
 from oneshot.errors import UserError
 from oneshot.patch.attach import Gradients, attached, attached_update
 from oneshot.patch.expert_hook import hooked
@@ -214,3 +214,13 @@ def test_hooks_are_called_in_their_order_and_taken_off_when_the_block_fails(toke
     with hooked(targets, second):
         logits_of(model, tokens)
     assert {which for which, _ in called} == {"second"}
+
+
+def test_a_mixture_is_what_holds_experts_fused_or_not(model):
+    held = {id(module) for module in mixtures(model)}
+    assert held
+    for path in fused_experts(model):
+        assert id(model.get_submodule(path.rpartition(".")[0])) in held
+    each = torch.nn.Module()
+    each.gate, each.experts = torch.nn.Linear(2, 2), torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    assert mixtures(torch.nn.ModuleDict({"layer": each})) == [each], "as models that bring their own code have them"

@@ -87,8 +87,10 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def mixtures(model: nn.Module) -> list[nn.Module]:
-    """Return the modules in which tokens are sent to fused experts: those that hold these, and what is beside them."""
-    return [model.get_submodule(path.rpartition(".")[0]) for path in fused_experts(model)]
+    """Return the modules in which tokens are sent to experts: those that hold these, fused or not, and what is beside."""
+    experts = [path for path, _ in model.named_modules() if f".{path}".endswith(".experts")]
+    paths = dict.fromkeys([*experts, *fused_experts(model)])
+    return [model.get_submodule(path.rpartition(".")[0]) for path in paths]
 
 
 def is_single(module: nn.Module) -> bool:
