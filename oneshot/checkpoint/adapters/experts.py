@@ -87,7 +87,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def mixtures(model: nn.Module) -> list[nn.Module]:
-    """Return the modules in which tokens are sent to experts: those that hold these, fused or not, and what is beside."""
+    """Return the modules in which tokens are sent to experts: those that hold them, fused or not."""
     experts = [path for path, _ in model.named_modules() if f".{path}".endswith(".experts")]
     paths = dict.fromkeys([*experts, *fused_experts(model)])
     return [model.get_submodule(path.rpartition(".")[0]) for path in paths]
