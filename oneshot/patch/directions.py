@@ -56,9 +56,15 @@ class Directions:
 
 
 def update_factors(directions: Directions, weights: torch.Tensor) -> Factors:
-    """Return sum_i weights_i sigma_i u_i v_i^T as factors, the singular values split evenly between both."""
+    """Return sum_i weights_i sigma_i u_i v_i^T as factors, the singular values split evenly between both.
+
+    Args:
+        weights: (r,); or (r^2,), the elements of a matrix W, for sum_ij sqrt(sigma_i) u_i W_ij sqrt(sigma_j) v_j^T
+    """
     root = directions.s.sqrt()
-    return Factors(directions.u * (root * weights), root[:, None] * directions.vt)
+    if len(weights) == len(root):
+        return Factors(directions.u * (root * weights), root[:, None] * directions.vt)
+    return Factors((directions.u * root) @ weights.view(len(root), -1), root[:, None] * directions.vt)
 
 
 def decompose(delta: torch.Tensor, rank: int, seed: int = 0) -> Directions:

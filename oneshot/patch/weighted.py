@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in a vector of all coefficients each matrix's are.
+    """Where in a vector of all that is learnt each matrix's numbers are.
 
     Attributes:
         sizes: of the vector's parts: one for each layer, and one for all experts of one parameter, so that autograd

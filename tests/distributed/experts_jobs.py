@@ -69,7 +69,7 @@ def worked(runtime: Runtime, aligned: str, tuned: str, checkpointing: bool = Fal
         difference = checkpoint_difference(Path(tuned), Path(aligned), layers, model)
         directions = shared_directions(runtime, layers, 3, difference, 2)
         path = rollback.learn(runtime, model, directions, batch, Attempt(Tracer(), 1.0), _recipe("rollback"))
-        coefficients, missed = finished(path)
+        weights, missed = finished(path)
         path = lowrank.descend(
             runtime, model, layers, batch, Attempt(Tracer(), 1.0), _recipe("lowrank"), fixed_step=0.01
         )
@@ -79,7 +79,7 @@ def worked(runtime: Runtime, aligned: str, tuned: str, checkpointing: bool = Fal
         scores = first_order(runtime, model, layers, pool, target, 0)
     return {
         "directions": {name: found.s.tolist() for name, found in directions.items()},
-        "coefficients": {name: found.tolist() for name, found in coefficients.items()},
+        "coefficients": {name: (-found).tolist() for name, found in weights.items()},
         "missed": sorted(missed),
         "lowrank": {name: norm(factors) for name, factors in update.items()},
         "example": {name: found.s.tolist() for name, found in example.items()},

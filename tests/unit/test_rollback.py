@@ -12,6 +12,7 @@ from oneshot.patch.method import finished
 from oneshot.patch.methods import rollback
 from oneshot.patch.path import Attempt, Bounds, Reading, Watch
 from oneshot.patch.trace import Tracer
+from oneshot.patch.undoing import MAX_COEFFICIENT
 
 GUARD_WEIGHT = 1.0
 
@@ -136,11 +137,11 @@ def test_solve_learns_from_example_and_guard():
         tracer = Tracer()
         recipe = recipe_of("rollback", epochs=12, learning_rate=0.1, noise=0.0, undo=0.0)
         path = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(tracer, weight), recipe)
-        coefficients, unreached = finished(path)
+        weights, unreached = finished(path)
         assert not unreached
-        assert list(coefficients) == list(linears)
-        assert all(c.min() >= 0 and c.max() <= rollback.MAX_COEFFICIENT for c in coefficients.values())
-        update = {n: of_update.update_factors(directions[n], -c) for n, c in coefficients.items()}
+        assert list(weights) == list(linears)
+        assert all(w.min() >= -MAX_COEFFICIENT and w.max() <= 0 for w in weights.values())
+        update = {n: of_update.update_factors(directions[n], w) for n, w in weights.items()}
         with attached(linears, update):
             _, example, kl = repair_loss(model, batch, weight, 1)
         results[weight] = float(example), float(kl)

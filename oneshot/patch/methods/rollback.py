@@ -2,16 +2,16 @@
 
 Delta = W_finetuned - W_aligned = sum_i sigma_i u_i v_i^T per weight matrix; learned are only the coefficients c_i of
 W = W_finetuned - sum_i c_i sigma_i u_i v_i^T. A c_i of 0 keeps a direction, 1 undoes it, more over-undoes it: up to 3,
-since what is left out (other directions, embeddings, norms) carries some of the damage too. What neither the example
-nor the guard minds is undone as well: damage need not show on the example's request. Experts to which no token of
-example, guard and watch was sent are as the fine-tune left them: nothing is known of what undoing them does.
+since what is left out (other directions, embeddings, norms) carries some of the damage too. Of an adapter, whose every
+direction is known, a matrix of them is learnt instead, see ``oneshot.patch.undoing``. What neither the example nor the
+guard minds is undone as well: damage need not show on the example's request. Experts to which no token of example,
+guard and watch was sent are as the fine-tune left them: nothing is known of what undoing them does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.experts import ExpertMatrix, named_layers
@@ -29,7 +29,8 @@ from oneshot.patch.directions import (
 from oneshot.patch.guard import RepairBatch, alike, noisy_example, repair_loss
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
-from oneshot.patch.weighted import Layout, Weighted, layout_of, reach_of
+from oneshot.patch.undoing import learnt_of
+from oneshot.patch.weighted import Weighted, reach_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from oneshot.patch.bench import Bench
     from oneshot.patch.recipe import Recipe
 
-# undoing a direction once is not enough where others, that are left out, carry the damage, too; of an adapter none is
-MAX_COEFFICIENT, OF_ADAPTER = 3.0, 1.0
 # of Adam's averages: over few epochs, as there are few; over more where the example is refused from the start, as its
 # gradient is then that of its noise alone
 AVERAGE, OF_NOISE, SQUARES = 0.7, 0.9, 0.999
@@ -64,18 +63,18 @@ def solve(bench: Bench, batch: RepairBatch, attempt: Attempt) -> Generator[Updat
     """Learn how much of each direction to undo; see ``Method.solve``."""
     request, directions, kept = bench.request, bench.prepared, bench.request.adapter is not None
     path = learn(request.runtime, bench.model, directions, batch, attempt, request.recipe, kept=kept)
-    coefficients, unreached = yield from path
+    weights, unreached = yield from path
     held = sum(float(d.s.square().sum()) for d in directions.values())
     energy = sum(d.energy for d in directions.values())
     facts: dict[str, Any] = {
-        "coefficients": sum(len(c) for c in coefficients.values()),
+        "coefficients": sum(len(own) for own in weights.values()),
         "energy_of_directions": held / energy if energy else math.nan,
     }
     layers = named_layers(bench.model, directions)
     if experts := sum(isinstance(layer, ExpertMatrix) for layer in layers.values()):
         facts |= {"experts": experts, "experts_not_reached": len(unreached)}
-    touched = {name: c for name, c in coefficients.items() if kept or name not in unreached}
-    return {name: update_factors(directions[name], 1 - c if kept else -c) for name, c in touched.items()}, facts
+    touched = {name: own for name, own in weights.items() if kept or name not in unreached}
+    return {name: update_factors(directions[name], own) for name, own in touched.items()}, facts
 
 
 def learn(
@@ -88,45 +87,46 @@ def learn(
     *,
     kept: bool = False,
 ) -> Generator[Update, None, tuple[dict[str, torch.Tensor], set[str]]]:
-    """Learn the coefficients c from the one example under the guard: a path to name -> (r,), of an adapter in [0, 1].
+    """Learn from the one example under the guard what is added of each direction: a path to name -> ``update_factors``'
+    weights, -c (r,), of an adapter K (r^2,).
 
-    With them come the names of experts' matrices that no token was sent to, of which c is 0.
+    With them come the names of experts' matrices that no token was sent to, of which nothing is undone.
 
     Args:
         recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
-            other requests than the example's, such as a backdoor. Its undo is the pull of each coefficient towards 1,
-            times the mean of (1 - c)^2 over what was reached: what neither example nor guard minds is undone. It grows
-            while the guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the watch
-        kept: the model lacks the fine-tune's update (an adapter's base), so that (1 - c) of it is added instead of c
-            of it being taken away
+            other requests than the example's, such as a backdoor. Its undo is the pull of all towards undone, times
+            the mean square of what is left where a token was sent: what neither example nor guard minds is undone. It
+            grows while the guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the
+            watch
+        kept: the model lacks the fine-tune's update (an adapter's base), so that what is left of it is added instead
+            of what is undone being taken away
     """
     import torch
 
     changed = named_layers(model, directions)
-    layout = layout_of(changed, {name: len(found.s) for name, found in directions.items()})
-    flat = torch.zeros(sum(layout.sizes), device=runtime.device, requires_grad=True)
-    reach = reach_of(changed, layout, flat)
+    learnt = learnt_of(changed, directions, runtime.device, kept=kept)
+    flat = torch.zeros(sum(learnt.layout.sizes), device=runtime.device, requires_grad=True)
+    reach = reach_of(changed, learnt.layout, flat)
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
     generator = torch.Generator().manual_seed(0)
-    update_of = partial(_update_of, directions, layout, kept)
     for epoch in range(1, recipe.epochs + 1):
-        with attached(changed, update := update_of(flat)):
+        with attached(changed, update := Weighted(directions, learnt.layout, learnt.added(flat))):
             loss, kl = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
         attempt.tracer.check(epoch, loss + weight * kl)
         reach.add(runtime, update.asked)
-        (undo / runtime.world_size * (1 - flat)[reach.pulled].clamp(min=0).square().mean()).backward()
+        (undo / runtime.world_size * learnt.pull(flat, reach.pulled)).backward()
         if epoch == 1 and loss < LEARNT:
             optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
         assert flat.grad is not None
         flat.grad = all_reduce_sum(runtime, flat.grad)
         optimizer.step()
         optimizer.zero_grad()
-        reached = flat.detach().clamp_(0.0, OF_ADAPTER if kept else MAX_COEFFICIENT)  # of flat: they share memory
-        with attached(changed, update := update_of(reached)):
-            seen, stop = attempt.look(reached.clone, epoch)
+        weights = learnt.added(learnt.keep_within(flat))
+        with attached(changed, update := Weighted(directions, learnt.layout, weights)):
+            seen, stop = attempt.look(weights.clone, epoch)
         reach.add(runtime, update.asked)
-        now = {"undone": reached[reach.pulled].mean().item(), "noise": noise, "weight": weight, **seen}
+        now = {"undone": learnt.undone(flat.detach(), reach.pulled), "noise": noise, "weight": weight, **seen}
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
         if stop:
             break
@@ -134,12 +134,8 @@ def learn(
             undo = _next_undo(undo, kl)
         weight, noise = _steered(attempt, recipe, loss, weight, noise)
         yield {name: update[name] for name in changed if kept or name not in reach.missed}
-    best = attempt.best(flat.detach())
-    return {name: best[layout.own(name)] for name in changed}, reach.missed
-
-
-def _update_of(directions: dict[str, Directions], layout: Layout, kept: bool, flat: torch.Tensor) -> Weighted:
-    return Weighted(directions, layout, 1 - flat if kept else -flat)
+    best = attempt.best(learnt.added(flat.detach()))
+    return {name: best[learnt.layout.own(name)] for name in changed}, reach.missed
 
 
 def _backward(
