@@ -55,8 +55,12 @@ def is_plain(model: Any, name: str, module: nn.Linear) -> bool:
     layers by their class, or hold one.
     """
     around = model.get_submodule(name.rpartition(".")[0])
-    routes = any(type(each).__name__.endswith("Router") for each in (module, around))
-    return not routes and not is_read_directly(model, name)
+    return not is_router(module) and not is_router(around) and not is_read_directly(model, name)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Return whether a module chooses experts, by its class, which in some models is made of a linear layer's."""
+    return type(module).__name__.endswith("Router")
 
 
 def is_read_directly(model: Any, name: str) -> bool:
