@@ -14,6 +14,7 @@ _READ_DIRECTLY = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), "out_proj"),
     "jamba": "dt_proj",
 }
+_LINEAR_TOO = ("FalconLinear",)  # of transformers: a linear layer by another name, which would stay in 16 bits
 
 
 def auto_class(config: Any) -> Any:
@@ -54,13 +55,36 @@ def is_plain(model: Any, name: str, module: nn.Linear) -> bool:
     layers by their class, or hold one.
     """
     around = model.get_submodule(name.rpartition(".")[0])
-    routes = any(type(each).__name__.endswith("Router") for each in (module, around))
-    return not routes and not is_read_directly(model, name)
+    return not is_router(module) and not is_router(around) and not is_read_directly(model, name)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Return whether a module chooses experts, by its class, which in some models is made of a linear layer's."""
+    return type(module).__name__.endswith("Router")
 
 
 def is_read_directly(model: Any, name: str) -> bool:
     """Return whether a mixer reads a linear layer's weight past the layer, which a packed one does not allow either."""
     return _READ_DIRECTLY.get(getattr(model.config, "model_type", "")) == name.rpartition(".")[2]
+
+
+def is_linear_alone(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer and no more: routers may be of a class made of one.
+
+    transformers holds none but these in 4 bits.
+    """
+    from torch import nn
+
+    return type(module) is nn.Linear or type(module).__name__ in _LINEAR_TOO
+
+
+def is_held_in_nf4(model: Any, name: str, module: nn.Module) -> bool:
+    """Return whether a layer can be held in 4 bits, by what it is; transformers skips some of these, such as the head.
+
+    Args:
+        model: whose layer it is, on any device
+    """
+    return is_linear_alone(module) and not is_read_directly(model, name)
 
 
 def outside_language(model: Any) -> list[str]:

@@ -6,12 +6,13 @@ Errors are relative Frobenius norms, and include the rounding to the dtype that 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.carrier import expert_of
-from oneshot.checkpoint.adapters.experts import ExpertMatrix
+from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.adapters.update import Factors, Update, compress, concatenated, norm, scaled
 from oneshot.checkpoint.disk.files import list_tensors
 from oneshot.checkpoint.loading.segments import described
@@ -20,10 +21,10 @@ from oneshot.distributed.steps import each, steps
 from oneshot.errors import UserError
 from oneshot.patch.directions import checkpoint_difference, shared_directions, update_factors
 from oneshot.patch.held import counterpart, energy_left, held_tensors
+from oneshot.patch.linears import layers_in_order
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from oneshot.patch.linears import Layer
 
@@ -106,17 +107,25 @@ class Wanted:
     """What an extracted patch may change.
 
     Attributes:
-        linears: module name -> layer, of which ``out_features`` and ``in_features`` are used
-        experts: name -> matrix of fused experts
-        rank, rank_experts: of each of them
+        layers: see ``layers_to_extract``
+        rank, rank_experts: of each linear layer, of each expert's matrix
         model: whose layers they are, on any device
     """
 
-    linears: dict[str, nn.Linear]
-    experts: dict[str, ExpertMatrix]
+    layers: dict[str, Layer]
     rank: int
     rank_experts: int
     model: Any
+
+
+def layers_to_extract(model: Any, patchable: Collection[str]) -> dict[str, Layer]:
+    """Return linear layers of a model and every fused expert's matrix by name, in the order of ``layers_in_order``.
+
+    Args:
+        patchable: names of the linear layers
+    """
+    able = {*patchable, *expert_matrices(model)}
+    return {name: layer for name, layer in layers_in_order(model).items() if name in able}
 
 
 def extracted(
@@ -133,11 +142,10 @@ def extracted(
     Raises:
         UserError: the checkpoints have different tensors or shapes, or do not differ
     """
-    layers: dict[str, Layer] = {**wanted.linears, **wanted.experts}
     with agree(runtime, f"comparing {changed} with {base}"):
-        difference = checkpoint_difference(changed, base, layers, wanted.model)
+        difference = checkpoint_difference(changed, base, wanted.layers, wanted.model)
         rest = _other_differences(runtime, changed, base, wanted)
-    directions = shared_directions(runtime, layers, wanted.rank, difference, wanted.rank_experts)
+    directions = shared_directions(runtime, wanted.layers, wanted.rank, difference, wanted.rank_experts)
     update: Update = {}
     left: dict[str, Remainder] = {}
     with steps(_LOWERED, len(directions), "matrices"):
@@ -158,8 +166,7 @@ def extracted(
 def _other_differences(runtime: Runtime, changed: Path, base: Path, wanted: Wanted) -> dict[str, float]:
     """Squared norms of the differences of this rank's share of the other tensors, where there are any."""
     ours, theirs = (described(folder, list_tensors(folder), wanted.model) for folder in (changed, base))
-    layers: dict[str, Layer] = {**wanted.linears, **wanted.experts}
-    rest = [held for held in held_tensors(theirs, wanted.model, layers) if held.left]
+    rest = [held for held in held_tensors(theirs, wanted.model, wanted.layers) if held.left]
     found = {}
     for held in each(rest[runtime.rank :: runtime.world_size], "other tensors compared", "tensors"):
         other = counterpart(held, ours)

@@ -166,7 +166,7 @@ def checkpoint_difference(
             _check_floats(stored, parts)
         if mine.shape != other.shape and not other_rows(f"{name}.weight", mine.shape, other.shape):
             raise UserError(
-                f"The reference {reference} has {other.segments[0].name} of shape {list(other.shape)}, the model has "
+                f"The reference {reference} has {other.segments[0].stored} of shape {list(other.shape)}, the model has "
                 f"{list(mine.shape)}: give the aligned checkpoint that this model was fine-tuned from."
             )
         pairs[name] = mine, other
@@ -179,7 +179,7 @@ def checkpoint_difference(
             delta = _difference((ours, mine), (theirs, other))
             count(read=ours.nbytes(mine) + theirs.nbytes(other))
         if not math.isfinite(float(delta.norm())):
-            held = mine.segments[0].name if len(mine.segments) == 1 else name
+            held = mine.segments[0].stored if len(mine.segments) == 1 else name
             raise UserError(f"{held} holds NaN or infinity, in {finetuned} or in {reference}: give finite checkpoints.")
         return as_it_multiplies(delta, targets[name])
 
@@ -190,7 +190,7 @@ def _check_floats(stored: Stored, parts: Traced) -> None:
     for segment in parts.segments:
         if not stored.is_float(segment):
             raise UserError(
-                f"{stored.folder} holds {segment.name} as {stored.entry(segment).dtype}, quantized: rollback "
+                f"{stored.folder} holds {segment.stored} as {stored.entry(segment).dtype}, quantized: rollback "
                 "compares full-precision checkpoints, FP8 with block scales and MXFP4."
             )
 

@@ -18,7 +18,7 @@ from oneshot.checkpoint.layout import FLOATS, Range
 from oneshot.checkpoint.loading.segments import Stored, expert_range, range_reads
 from oneshot.checkpoint.quantized.scheme import BESIDE, holds_packed
 from oneshot.checkpoint.reads.ranges import read_all
-from oneshot.checkpoint.reads.traced import TURNED, Traced, whole
+from oneshot.checkpoint.reads.traced import Traced, whole
 
 if TYPE_CHECKING:
     from oneshot.patch.linears import Layer
@@ -49,7 +49,7 @@ class Held:
     @property
     def shown(self) -> str:
         """What people find it as: the files' name, where they hold it as one."""
-        names = {segment.name.removesuffix(TURNED) for segment in self.parts.segments}
+        names = {segment.stored for segment in self.parts.segments}
         return names.pop() if len(names) == 1 else self.name
 
     @property
@@ -83,7 +83,7 @@ def held_tensors(stored: Stored, model: Any, targets: Mapping[str, Layer]) -> li
     used: set[str] = set()
     found: list[Held] = []
     for name, parts in stored.loading.made.items():
-        names = {segment.name.removesuffix(TURNED) for segment in parts.segments}
+        names = {segment.stored for segment in parts.segments}
         used |= names
         if names <= packed.keys():
             every = ((0, math.prod(parts.shape)),)

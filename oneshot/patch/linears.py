@@ -55,7 +55,7 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     odd = {name for name, module in every.items() if not is_plain(model, name, module)}
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    able = {name: layer for name, layer in _in_order(model).items() if name not in odd}
+    able = {name: layer for name, layer in layers_in_order(model).items() if name not in odd}
     outside = tuple(outside_language(model))
     if pattern is None:
         targets = {name: layer for name, layer in able.items() if layer is not head and not name.startswith(outside)}
@@ -88,8 +88,11 @@ def select_linears(model: Any, pattern: str | None = None) -> Linears:
     return Linears(targets, sorted(every), left_out)
 
 
-def _in_order(model: Any) -> dict[str, Layer]:
-    """Every linear layer and every expert's matrix, in the model's order."""
+def layers_in_order(model: Any) -> dict[str, Layer]:
+    """Return every linear layer and every fused expert's matrix, in the model's order.
+
+    Experts come projection by projection, as ``grouped`` takes them.
+    """
     from torch import nn
 
     matrices = dict[str, dict[str, list[ExpertMatrix]]]()
@@ -108,7 +111,8 @@ def grouped(layers: Mapping[str, Layer]) -> list[tuple[int, list[str]]]:
     """Return the names of the layers, those of one parameter of fused experts together, all others alone.
 
     What is exchanged between ranks goes by these groups: a call for each of thousands of experts would take longer.
-    With each comes its first one's place among all, by which layers are dealt out to ranks.
+    With each comes its first one's place among all, by which layers are dealt out to ranks: those of one parameter lie
+    side by side, as in ``layers_in_order``.
     """
     groups, first = dict[str, list[str]](), 0
     for name, layer in layers.items():

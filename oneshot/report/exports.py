@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oneshot.checkpoint.adapters.carrier import in_form
-from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.disk.files import MARKER, find_weight, is_adapter, list_tensors, resolve, write_marker
 from oneshot.checkpoint.disk.lock import locked
 from oneshot.checkpoint.layout import FLOATS
@@ -42,7 +41,7 @@ from oneshot.checkpoint.writing.standing import (
 from oneshot.distributed.phases import phase
 from oneshot.distributed.runtime import Runtime, agree
 from oneshot.errors import UserError
-from oneshot.patch.derive import Wanted, extracted, is_exact, lowered, summed
+from oneshot.patch.derive import Wanted, extracted, is_exact, layers_to_extract, lowered, summed
 from oneshot.redact import without_secrets
 from oneshot.report.card import adapter_card, merge_card, write_card
 from oneshot.report.markdown import inline
@@ -258,15 +257,14 @@ def _extract(runtime: Runtime, request: ExportRequest, command: str, extract: st
     refuse_degraded(changed)
     tensors = list_tensors(base)
     made = architecture_of(base, tensors, trust_remote_code=request.trust_remote_code)
-    linears = {name: made.linears[name] for name in made.patchable}
     if not made.patchable:
         raise UserError(f"{base} has no linear layer that a patch could change.")
     first = find_weight(tensors, made.patchable[0])
     assert first is not None
     in_full = tensors[first].dtype in FLOATS  # else the numbers that it stands for are compared in fp32
     dtype = torch_dtype(tensors[first], first) if in_full else torch.float32
-    experts = expert_matrices(made.model)
-    wanted = Wanted(linears, experts, rank, request.rank_experts or _RANK_EXPERTS, made.model)
+    layers = layers_to_extract(made.model, made.patchable)
+    wanted = Wanted(layers, rank, request.rank_experts or _RANK_EXPERTS, made.model)
     update, left, others = extracted(runtime, changed, base, wanted, dtype)
     name = _name(model, base)
     marked = why_derived_marked([changed, base])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import experts_jobs
 import export_jobs as jobs
 import pytest
 import torch
@@ -13,13 +14,14 @@ from ranks import start_ranks
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
-KINDS = ("merge", "both", "nf4", "back", "low", "patch")
+KINDS = ("merge", "both", "nf4", "back", "low", "patch", "experts")
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     jobs.make(folder)
+    experts_jobs.make(folder)
     return folder
 
 
@@ -32,6 +34,7 @@ def commands(given: Path, out: Path) -> list[list[str]]:
         "back": ["--model", str(out / "merge"), *a, "--subtract"],
         "low": [*b, "--rank", "2"],
         "patch": ["--extract", str(out / "both"), *base, "--rank", "4"],
+        "experts": ["--extract", str(given / "aligned"), "--model", str(given / "tuned"), "--rank", "4"],
         "refused": [*base, "--adapter", str(given / "base")],
     }
     assert [*KINDS, "refused"] == list(made)

@@ -139,8 +139,7 @@ def test_what_an_extracted_patch_leaves_is_of_the_numbers_too(form: str, tmp_pat
     changed, base = pair(model, tmp_path, write, write)
     targets = select_linears(model, r"self_attn|experts\.1\.").targets
     linears = {name: layer for name, layer in targets.items() if "experts." not in name}
-    experts = {name: layer for name, layer in targets.items() if name not in linears}
-    wanted = Wanted(linears, experts, 4, 1, copy.deepcopy(model).to("meta"))  # type: ignore[arg-type]
+    wanted = Wanted(targets, 4, 1, copy.deepcopy(model).to("meta"))
     _, _, others = extracted(tiny_runtime(), changed, base, wanted, torch.float32)
     assert not any(name.endswith(("_inv", "_blocks", "_scales")) for name in others)
 

@@ -21,6 +21,7 @@ from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.adapters.injected import write_loadable
 from oneshot.checkpoint.adapters.update import Factors
 from oneshot.checkpoint.disk.files import is_degraded, write_marker
+from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.checkpoint.merging.merge import merge_update
 from oneshot.checkpoint.writing.identity import REPAIR, UPDATE, check_identity, read_identity, write_identity
 from oneshot.checkpoint.writing.merge_experts import Term, by_layer
@@ -28,7 +29,7 @@ from oneshot.checkpoint.writing.standing import ORIGINAL, begin_standing, settle
 from oneshot.errors import UserError
 from oneshot.patch.linears import select_linears
 from oneshot.report.exports import ExportRequest, export
-from oneshot.settings import RepairSettings
+from oneshot.settings import ModelSettings, RepairSettings
 from oneshot.world.model import build_tokenizer
 
 # stored one by one, under Mixtral's names, together, together and transposed
@@ -240,3 +241,24 @@ def test_experts_pass_through_nf4_as_they_are_loaded(name, double, folder, tmp_p
         left = dequantize_4bit(packed, state).view(whole.shape)[one.index]
         added = product(update[one.name])
         assert torch.equal(ours[one.parameter][one.index], left + (added.T if one.transposed else added)), one.name
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "phimoe", "jamba", "nemotron_h", "qwen3_moe"])
+def test_all_that_passes_through_nf4_is_what_is_loaded_in_nf4(name, folder, tmp_path):
+    """A router stays as it is, even where its class is made of a linear layer's."""
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    model, base = checkpoint(name, folder)
+    one = next(layer for layer in select_linears(model).targets if layer.endswith("q_proj"))
+    wide = model.get_submodule(one)
+    nothing = {one: Factors(torch.zeros(wide.out_features, 1), torch.zeros(1, wide.in_features))}
+    write_loadable(tmp_path / "patch", nothing, [one], str(base), torch.float32, copy.deepcopy(model).to("meta"))
+    options = {"model": str(base), "adapters": [str(tmp_path / "patch")], "base": "dequantized"}
+    ours = loaded(run(tmp_path / "merged", **options))
+    settings = ModelSettings(path=str(base), attention="eager", dtype="float32", quantize="nf4")
+    packed = dict(load_model(tiny_runtime(), find_source(settings, tiny_runtime()), settings).named_parameters())
+    assert packed.keys() == ours.keys()
+    for parameter, value in packed.items():
+        state = getattr(value, "quant_state", None)
+        meant = value if state is None else bnb.dequantize_4bit(value.data, state)
+        assert torch.equal(ours[parameter].flatten(), meant.detach().flatten()), parameter
+    assert any(hasattr(value, "quant_state") for value in packed.values())

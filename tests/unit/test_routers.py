@@ -33,7 +33,7 @@ USERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CASES = [("qwen3_moe", "all-linear"), ("mixtral", "all-linear"), ("deepseek_v3", "all-linear"), ("mixtral", "by name"),
-         ("gpt_oss", "by name")]  # fmt: skip
+         ("gpt_oss", "by name"), ("llama4_text", "by name"), ("phimoe", "by name")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from oneshot.checkpoint.merging.merge import merge_update
 from oneshot.checkpoint.reads.ranges import read_all
 from oneshot.checkpoint.reads.traced import trace_loading
 from oneshot.checkpoint.writing.merge_experts import experts_in, experts_through_nf4, quantized_experts
+from oneshot.errors import UserError
 from oneshot.patch.coverage import coverage
 from oneshot.patch.directions import checkpoint_difference
 from oneshot.patch.linears import select_linears
@@ -122,6 +123,25 @@ def test_what_changed_is_read_whichever_way_either_lies(ours, theirs, folders):
         for one, other in ((ours, theirs), ("tuned", "aligned"))
     ]
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(lambda tensor: tensor.fill_(torch.nan), "NaN or infinity"), (lambda tensor: tensor.to(torch.int8), "as I8")],
+    ids=["not finite", "quantized"],
+)
+def test_messages_call_what_lies_the_other_way_as_the_files_do(spoil, said, folders, tmp_path):
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(folders.root / "tuned, turned", spoiled)
+    tensors = load_file(spoiled / "model.safetensors")
+    first, target = next((n, m) for n, m in expert_matrices(folders.model).items() if n.endswith("down_proj"))
+    name = next(name for name in tensors if name.endswith(target.parameter.split("layers")[1]))
+    tensors[name] = spoil(tensors[name])
+    save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as refused:
+        checkpoint_difference(spoiled, folders.root / "aligned", {first: target}, folders.model)(first, True)
+    assert said in str(refused.value)
+    assert f"{name} " in str(refused.value)
 
 
 def test_an_update_is_merged_into_what_lies_the_other_way(folders, tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.classes import is_router
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -49,7 +51,9 @@ class ExpertMatrix:
 
 @dataclass(frozen=True)
 class BareMatrix:
-    """The weight (m, n) of a module that is no linear layer but multiplies by it, such as a router of experts.
+    """The weight (m, n) of a module that multiplies by it but is no linear layer, such as a router of experts.
+
+    Routers may be of a class made of a linear layer's: what they return is more than the product.
 
     No repair chooses it; adapters change it where PEFT's ``target_parameters`` name it.
     """
@@ -72,7 +76,7 @@ def bare_matrices(model: nn.Module) -> dict[str, BareMatrix]:
     found = {}
     for path, module in model.named_modules():
         shape = _shape(module._parameters.get("weight"))
-        if len(shape) == 2 and not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
+        if len(shape) == 2 and (is_router(module) or not isinstance(module, (nn.Linear, nn.Embedding, Conv1D))):
             found[path] = BareMatrix(module, path, *shape)
     return found
 

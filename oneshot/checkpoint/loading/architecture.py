@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.classes import is_plain, is_read_directly
+from oneshot.checkpoint.classes import is_held_in_nf4, is_plain
 from oneshot.checkpoint.disk.files import find_weight
 from oneshot.checkpoint.loading.partitioned import skeleton
 from oneshot.checkpoint.loading.ties import is_untied
@@ -79,7 +79,9 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
             by_kind[kind].add(tensor)
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     quantized = {
-        stored[name] for name in linears if should_convert_module(name, skipped) and not is_read_directly(model, name)
+        stored[name]
+        for name, module in linears.items()
+        if should_convert_module(name, skipped) and is_held_in_nf4(model, name, module)
     }
     converted = _converted(model, tensors)
     head = model.get_output_embeddings()

@@ -21,7 +21,7 @@ from oneshot.checkpoint.layout import FLOATS, ITEM_SIZES, Range
 from oneshot.checkpoint.quantized.scaled import Scaled, numbers, scaled_tensors
 from oneshot.checkpoint.reads.manifest import Pieces, read_pieces
 from oneshot.checkpoint.reads.ranges import Read, read_all
-from oneshot.checkpoint.reads.traced import TURNED, Loading, Segment, Traced, trace_loading, whole
+from oneshot.checkpoint.reads.traced import Loading, Segment, Traced, trace_loading, whole
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Stored:
 
     def entry(self, segment: Segment) -> TensorEntry:
         """Return the stored tensor that a range is of, which is not in fewer bits with scales."""
-        return self.tensors[segment.name.removesuffix(TURNED)]
+        return self.tensors[segment.stored]
 
     def behind(self, segment: Segment) -> tuple[str, TensorEntry, Range]:
         """Return the stored tensor that a range is read of, and which of its elements."""
@@ -60,15 +60,15 @@ class Stored:
             wanted = scaled.stored_range(segment.start, segment.stop)
             return scaled.name, dataclasses.replace(scaled.entry, dtype="U8"), wanted
         start, stop, entry = segment.start, segment.stop, self.entry(segment)
-        if segment.name.endswith(TURNED) and start < stop:  # whole matrices
+        if segment.is_turned and start < stop:  # whole matrices
             each = math.prod(entry.shape[-2:])
             start, stop = start // each * each, -(-stop // each) * each
-        return segment.name.removesuffix(TURNED), entry, Range(start, stop, stop - start)
+        return segment.stored, entry, Range(start, stop, stop - start)
 
     def files_names(self, name: str) -> set[str]:
         """Return what the files call that which a tensor is made of: itself, or its bytes and their scales."""
         scaled = self.scaled.get(name)
-        return {name.removesuffix(TURNED)} if scaled is None else {scaled.name, scaled.scales[0]}
+        return {name} if scaled is None else {scaled.name, scaled.scales[0]}
 
     def nbytes(self, parts: Traced) -> int:
         """Return how many bytes of the files a tensor takes."""
@@ -171,7 +171,7 @@ def range_reads(stored: Stored, parts: Traced, wanted: Range, out: torch.Tensor,
         if segment.name in stored.scaled:
             take = _unscaled(stored.scaled[segment.name], segment, place, sign)
             place = place.new_zeros(1).expand(part.numel)  # nothing is put there
-        elif segment.name.endswith(TURNED):
+        elif segment.is_turned:
             take = _turned(entry.shape, segment, place, sign)
             place = place.new_zeros(1).expand(part.numel)
         elif sign:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.classes import is_read_directly
+from oneshot.checkpoint.classes import is_held_in_nf4, is_linear_alone
 from oneshot.checkpoint.disk.files import TensorEntry, read_tensor
 from oneshot.checkpoint.layout import ITEM_SIZES, Range, partition
 from oneshot.checkpoint.quantized.experts_forward import compute_one_by_one
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 1 << 20  # weights quantized at a time, which bounds the kernel's temporary memory
-_LINEAR_TOO = ("FalconLinear",)  # of transformers: a linear layer by another name, which would stay in 16 bits
 
 
 @dataclass
@@ -100,8 +99,8 @@ def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtyp
     from transformers.quantizers.base import HfQuantizer
 
     for module in model.modules():
-        if type(module).__name__ in _LINEAR_TOO:
-            module.__class__ = torch.nn.Linear
+        if is_linear_alone(module):
+            module.__class__ = torch.nn.Linear  # whichever its name: transformers looks for this class
     stored = is_stored(model.config)
     linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
     per_item = 2 * dtype.itemsize
@@ -116,7 +115,8 @@ def make_four_bit(model: Any, tensors: dict[str, TensorEntry], dtype: torch.dtyp
             )
     else:
         skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) + uneven
-    skipped += [name for name, m in model.named_modules() if isinstance(m, Conv1D) or is_read_directly(model, name)]
+    skipped += [name for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    skipped += [name for name, m in linears.items() if not is_held_in_nf4(model, name, m)]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MOST = 1 << 16  # ranges of a tensor: of more, each is too short to be read alone
-TURNED = "^T"  # ends the name of a tensor that is stored under the rest of it with the last two dimensions swapped
+_TURNED = "^T"  # ends the name of a tensor that is stored under the rest of it with the last two dimensions swapped
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,16 @@ class Segment:
     name: str
     start: int
     stop: int
+
+    @property
+    def stored(self) -> str:
+        """What the files, and messages, call the tensor."""
+        return self.name.removesuffix(_TURNED)
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether it is stored with its last two dimensions swapped."""
+        return self.name.endswith(_TURNED)
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class Traced:
             raise NotImplementedError("transpose")
         (own,) = self.segments
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return Traced(shape, (Segment(own.name + TURNED, own.start, own.stop),))
+        return Traced(shape, (Segment(own.name + _TURNED, own.start, own.stop),))
 
     def chunk(self, chunks: int, dim: int = 0) -> list[Traced]:
         return _split(self, -(-self.shape[dim] // chunks), dim)
@@ -252,6 +262,6 @@ def trace_saving(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
         stored: Any = revert_weight_conversion(model, cast(Any, whole(shapes)))
     except Exception as error:  # as in loading
         raise NotImplementedError(str(error) or type(error).__name__) from error
-    if any(segment.name.endswith(TURNED) for parts in stored.values() for segment in parts.segments):
+    if any(segment.is_turned for parts in stored.values() for segment in parts.segments):
         raise NotImplementedError("transpose")
     return dict(stored)

@@ -16,7 +16,6 @@ from oneshot.checkpoint.loading.segments import Stored, described, matrix_in, op
 from oneshot.checkpoint.quantized.dequantize import through_nf4
 from oneshot.checkpoint.quantized.experts_nf4 import is_packable
 from oneshot.checkpoint.reads.ranges import read_all, torch_dtype
-from oneshot.checkpoint.reads.traced import TURNED
 from oneshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def quantized_experts(experts: StoredExperts) -> dict[str, str]:
         parts = experts.stored.loading.made.get(parameter)
         if parts is None or not is_packable(parts.shape):
             continue
-        names = {segment.name.removesuffix(TURNED) for segment in parts.segments}
+        names = {segment.stored for segment in parts.segments}
         if sum(math.prod(shapes[name]) for name in names) == math.prod(parts.shape):
             found |= dict.fromkeys(names, parameter)
     return found
@@ -85,11 +84,11 @@ def experts_through_nf4(
     parts = stored.loading.made[parameter]
     numel = math.prod(parts.shape)
     first = parts.segments[0]
-    values = torch.empty(numel, dtype=torch_dtype(stored.entry(first), first.name))
+    values = torch.empty(numel, dtype=torch_dtype(stored.entry(first), first.stored))
     read_all(range_reads(stored, parts, Range(0, numel, numel), values))
     values = through_nf4(values.view(parts.shape[0], -1), device, double=double)
-    if first.name.endswith(TURNED):
-        return {first.name.removesuffix(TURNED): values.view(parts.shape).transpose(-1, -2).reshape(-1)}
+    if first.is_turned:
+        return {first.stored: values.view(parts.shape).transpose(-1, -2).reshape(-1)}
     sizes = {segment.name: math.prod(stored.tensors[segment.name].shape) for segment in parts.segments}
     found = {name: values.new_empty(size) for name, size in sizes.items()}
     at = 0
@@ -138,7 +137,7 @@ def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> li
             f"{matrix.in_features}: it belongs to another base model."
         )
     parts = matrix_in(experts.stored, name, matrix)
-    turned = parts.segments[0].name.endswith(TURNED)
+    turned = parts.segments[0].is_turned
     if (isinstance(matrix, ExpertMatrix) and matrix.transposed) != turned:
         b, a = a.T, b.T
     found, at, width = [], 0, a.shape[1]
@@ -148,11 +147,11 @@ def expert_terms(what: str, name: str, term: Term, experts: StoredExperts) -> li
             place % width for place in (segment.start, at, size)
         ):
             raise UserError(
-                f"{what} changes {name}, but {base} stores {segment.name} in another form than transformers computes "
+                f"{what} changes {name}, but {base} stores {segment.stored} in another form than transformers computes "
                 "with: merge with PEFT instead."
             )
         own = Factors(b[at // width : (at + size) // width], a)
-        found.append((segment.name.removesuffix(TURNED), Term(own, term.scale, segment.start // width)))
+        found.append((segment.stored, Term(own, term.scale, segment.start // width)))
         at += size
     return found
 
@@ -171,5 +170,5 @@ def stored_tensors(base: Path, model: Any, names: Collection[str]) -> set[str]:
     matrices = {} if model is None else bare_and_experts(model)
     held = {own for name in names if name not in matrices and (own := find_weight(stored.tensors, name)) is not None}
     for name in matrices.keys() & names:
-        held |= {segment.name for segment in matrix_in(stored, name, matrices[name]).segments}
+        held |= {segment.stored for segment in matrix_in(stored, name, matrices[name]).segments}
     return {own for name in held for own in stored.files_names(name)}
