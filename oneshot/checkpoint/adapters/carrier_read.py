@@ -67,8 +67,8 @@ def parameter_of(module: str, parameters: list[str], sizes: Mapping[str, tuple[i
         if any(name == given or name.endswith(f".{given}") for given in parameters)
     ]
     inner, outer, gated, up = sizes.get(path + INNER), sizes.get(path), f"{path}.{GATED}", f"{path}.up_proj"
-    if gated in held and up in held:  # a model has one of them, and down's columns are half of the gated one's rows
-        apart = inner is not None and outer is not None and inner[0] != 2 * outer[1]
+    if gated in held and up in held:  # a model has one of them: the gated one puts out twice what down takes in
+        apart = inner is not None and outer is not None and 2 * outer[1] != inner[0] and 2 * outer[0] != inner[1]
         held.remove(gated if apart else up)
     return next(iter(held if module != path else reversed(held)), None)
 
