@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from oneshot.checkpoint.adapters.adapter import read_adapter
 from oneshot.checkpoint.disk.files import list_tensors, resolve
+from oneshot.checkpoint.loading.around import users_adapter
 from oneshot.checkpoint.loading.configs import read_config
 from oneshot.checkpoint.loading.load import find_source, load_tokenizer
 from oneshot.checkpoint.loading.reference import check_reference
@@ -30,7 +30,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
         UserError: a checkpoint, reference, file, prompt, judge or method that cannot be used
     """
     source = find_source(settings.model, runtime)
-    adapter = read_adapter(source.adapter) if source.adapter else None
+    adapter = users_adapter(source, trust_remote_code=settings.model.trust_remote_code)
     reference = None
     if settings.reference:
         reference = resolve(settings.reference, "reference", revision=settings.reference_revision)

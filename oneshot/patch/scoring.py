@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot.checkpoint.adapters.adapter import read_adapter
 from oneshot.checkpoint.adapters.update import Update, on_device
 from oneshot.checkpoint.disk.files import is_degraded
+from oneshot.checkpoint.loading.around import users_adapter
 from oneshot.checkpoint.loading.configs import read_config
 from oneshot.checkpoint.loading.load import Source, find_source, load_model, load_tokenizer
 from oneshot.checkpoint.reads.digests import shared_fingerprint
@@ -93,7 +93,7 @@ def score_local(
     score = settings.score
     with phase("check"):
         source = find_source(settings.model, runtime)
-        adapter = read_adapter(source.adapter) if source.adapter else None
+        adapter = users_adapter(source, trust_remote_code=settings.model.trust_remote_code)
         tokenizer = load_tokenizer(source, settings.model)
         check_words(settings, tokenizer)
         check_systems(probes, tokenizer)

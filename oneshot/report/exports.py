@@ -24,7 +24,7 @@ from oneshot.checkpoint.merging.exports import (
     why_marked,
 )
 from oneshot.checkpoint.merging.merge import merge
-from oneshot.checkpoint.merging.new_adapter import NewAdapter, made_of, write_adapter
+from oneshot.checkpoint.merging.new_adapter import NewAdapter, base_of, made_of, same_way_round, write_adapter
 from oneshot.checkpoint.reads.digests import shared_fingerprint
 from oneshot.checkpoint.reads.ranges import torch_dtype
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, same_base, store_identity, write_identity
@@ -216,17 +216,16 @@ def _combine(runtime: Runtime, request: ExportRequest, command: str) -> Exported
     given = read_given(request.adapters, request.weights)
     check_out(request.out, [one.folder for one in given])
     identity = None if request.force else same_base([(one.folder, one.identity) for one in given])
-    total = summed([(one.folder, one.adapter.update, one.weight) for one in given])
+    adapters = [one.adapter for one in given]
+    base, made = base_of(adapters, trust_remote_code=request.trust_remote_code)
+    adapters = same_way_round(adapters, made)
+    total = summed([(one.folder, adapter.update, one.weight) for one, adapter in zip(given, adapters)])
     dtypes = {one.adapter.dtype for one in given}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     if request.rank is None and request.rank_experts is None and not is_exact(total, dtype):
         dtype = torch.float32  # a bf16 adapter times its scaling need not be one
     update, left = lowered(total, request.rank, dtype, request.rank_experts)
-    bases = {str(one.adapter.config.get("base_model_name_or_path") or "") for one in given}
-    base = bases.pop() if len(bases) == 1 else ""
-    adapters = [one.adapter for one in given]
-    new = NewAdapter(update, dtype, base, [])
-    new = made_of(new, adapters, request.expert_form, trust_remote_code=request.trust_remote_code)
+    new = made_of(NewAdapter(update, dtype, base, []), adapters, made, request.expert_form)
     whole = all(part.relative <= EXACT for part in left.values())
     same = whole and is_measured(given) and not new.unchecked
     new = dataclasses.replace(new, marked="" if same else why_derived_marked([one.folder for one in given]))

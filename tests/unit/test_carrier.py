@@ -10,11 +10,9 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_runtime
 from tiny_configs import SPARSE
 
 from oneshot.checkpoint.adapters.adapter import Adapter, read_adapter, write_patch, write_repaired_adapter
-from oneshot.checkpoint.adapters.added import merge_into
 from oneshot.checkpoint.adapters.carrier import APART, STACKED, Carried, expert_of, in_form
 from oneshot.checkpoint.adapters.experts import ExpertMatrix, expert_matrices, fused_experts
 from oneshot.checkpoint.adapters.injected import check_loads, not_injected, write_loadable
@@ -284,12 +282,3 @@ def test_single_experts_with_factors_of_their_own_for_gate_and_up(tmp_path):
     write_repaired_adapter(tmp_path / "new", adapter, rolled)
     check_same_form(adapter, tmp_path, model)
     assert same_products(read_adapter(tmp_path / "new").update, rolled)
-
-
-def test_what_does_not_tell_which_way_peft_holds_it_is_refused(tmp_path):
-    model = tiny("llama4_text")
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
-    get_peft_model(copy.deepcopy(model), config).save_pretrained(str(tmp_path))
-    one = read_adapter(tmp_path).update
-    with pytest.raises(UserError, match=r"experts\.0\.down_proj is transposed, as PEFT holds it .*: train both"):
-        merge_into(tiny_runtime(), model, one)

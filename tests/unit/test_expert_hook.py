@@ -17,14 +17,14 @@ from oneshot.patch.linears import grouped, select_linears, shape_of
 MIXTURES = sorted(SPARSE)
 
 
-def mixture(kind, seed=0):
-    """A random model of the family, fp32, whose outputs depend on its inputs."""
+def mixture(kind, seed=0, **fields):
+    """A random model of the family, fp32, whose outputs depend on its inputs; fields are its config's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = AutoConfig.for_model(kind, **SPARSE[kind][0])
+        config = AutoConfig.for_model(kind, **{**SPARSE[kind][0], **fields})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

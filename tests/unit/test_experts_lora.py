@@ -40,6 +40,25 @@ def test_what_peft_trains_is_the_update_that_is_read_back(kind, own):
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("width", [32, 64, 112], ids=["gate_up square", "down square", "none square"])
+def test_one_projection_of_experts_is_read_back_as_peft_trains_it(projection, width):
+    model = mixture("llama4_text", hidden_size=64, intermediate_size=width)
+    tokens = torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(5))
+    wrapped = with_lora(model, select_linears(model, rf"experts\.\d+\.{projection}"), 4)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    theirs, update = logits_of(wrapped, tokens), lora_factors(tiny_runtime(), wrapped)
+    plain = wrapped.unload()
+    before = logits_of(plain, tokens)
+    with attached_update(plain, update):
+        ours = logits_of(plain, tokens)
+    assert float((theirs - before).norm() / before.norm()) > 0.01
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
 @pytest.mark.parametrize(
     "kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_next", "llama4_text"]
 )

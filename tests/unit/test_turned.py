@@ -19,6 +19,7 @@ from oneshot.checkpoint.adapters.experts import expert_matrices
 from oneshot.checkpoint.layout import owners
 from oneshot.checkpoint.loading.load import find_source, load_model
 from oneshot.checkpoint.loading.partitioned import own_tensors, why_not
+from oneshot.checkpoint.loading.reference import check_reference
 from oneshot.checkpoint.loading.segments import open_stored, parts_of, range_reads, read_matrix
 from oneshot.checkpoint.merging.merge import merge_update
 from oneshot.checkpoint.reads.ranges import read_all
@@ -142,6 +143,20 @@ def test_messages_call_what_lies_the_other_way_as_the_files_do(spoil, said, fold
         checkpoint_difference(spoiled, folders.root / "aligned", {first: target}, folders.model)(first, True)
     assert said in str(refused.value)
     assert f"{name} " in str(refused.value)
+
+
+def test_a_reference_that_lies_the_other_way_fits(folders):
+    for ours, theirs in (("tuned", "aligned, turned"), ("tuned, turned", "aligned")):
+        check_reference(folders.root / ours, folders.root / theirs)
+
+
+def test_a_reference_of_fewer_experts_is_refused_whichever_way_it_lies(folders, tmp_path):
+    shutil.copytree(folders.root / "aligned, turned", tmp_path / "fewer")
+    tensors = load_file(tmp_path / "fewer" / "model.safetensors")
+    held = {name: tensor[:7].clone() if name.endswith(EXPERTS) else tensor for name, tensor in tensors.items()}
+    save_file(held, tmp_path / "fewer" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"of shape \[7, .* give the aligned checkpoint"):
+        check_reference(folders.root / "tuned", tmp_path / "fewer")
 
 
 def test_an_update_is_merged_into_what_lies_the_other_way(folders, tmp_path):

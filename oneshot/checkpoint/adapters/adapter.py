@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from oneshot.checkpoint.adapters.carrier import APART, Carried, carried, expert_
 from oneshot.checkpoint.adapters.carrier_read import Uncarried, is_by_weight, uncarried
 from oneshot.checkpoint.adapters.effective import PREFIX as PREFIX
 from oneshot.checkpoint.adapters.effective import factor_of, kinds_of, refuse
-from oneshot.checkpoint.adapters.update import Factors, Update, scaled
+from oneshot.checkpoint.adapters.update import Factors, Update, scaled, transposed
 from oneshot.checkpoint.disk.folders import naming
 from oneshot.checkpoint.disk.seal import ADAPTER, check_sealed
 from oneshot.checkpoint.names import ADAPTER_CONFIG, ADAPTER_TENSORS
@@ -82,14 +82,35 @@ def read_adapter(folder: Path) -> Adapter:
     if not held:
         raise UserError(f"{path} holds no LoRA factors: the adapter is empty, save it again.")
     read = uncarried(held, config, folder / ADAPTER_CONFIG)
-    update = {
-        name: factors if read.scaling[name] == 1.0 else scaled(factors, read.scaling[name])
-        for name, factors in read.stored.items()
-    }
     return Adapter(
-        update, read.stored, read.scaling, config, next(iter(tensors.values())).dtype, read if read.form else None,
+        _scaled(read.stored, read.scaling), read.stored, read.scaling, config, next(iter(tensors.values())).dtype,
+        read if read.form else None,
         {model_path(module): module for module in held if model_path(module) in read.stored},
     )  # fmt: skip
+
+
+def _scaled(stored: Update, scaling: Mapping[str, float]) -> Update:
+    return {name: one if scaling[name] == 1.0 else scaled(one, scaling[name]) for name, one in stored.items()}
+
+
+def is_settled(adapter: Adapter) -> bool:
+    """Return whether it is known which way round the factors of experts are: of one projection alone no file tells."""
+    return adapter.experts is None or adapter.experts.swapped is not None
+
+
+def settled(adapter: Adapter, *, swapped: bool) -> Adapter:
+    """Return an adapter with the factors of experts the way round that its base takes them, where that is not known.
+
+    Args:
+        swapped: see ``oneshot.checkpoint.adapters.carrier.swapped_in``
+    """
+    read = adapter.experts
+    if read is None or read.swapped is not None:
+        return adapter
+    turn = {name for name in read.stored if swapped and expert_of(name)}
+    stored = {name: transposed(factors) if name in turn else factors for name, factors in read.stored.items()}
+    experts = replace(read, stored=stored, swapped=swapped)
+    return replace(adapter, update=_scaled(stored, adapter.scaling), stored=stored, experts=experts)
 
 
 def write_patch(
@@ -185,7 +206,7 @@ def _as_read(adapter: Adapter, update: Update) -> Update:
         return {name: padded(factors, adapter.update[name].rank) for name, factors in update.items()}
     mine = {name: factors for name, factors in adapter.update.items() if expert_of(name)}
     nothing = {name: scaled(factors, 0.0) for name, factors in mine.items() if name not in update}
-    held = carried({**update, **nothing}, read.form, sizes_of(mine), read.names, read.ranks, swapped=read.swapped)
+    held = carried({**update, **nothing}, read.form, sizes_of(mine), read.names, read.ranks, swapped=bool(read.swapped))
     own = {name: padded(factors, adapter.update[name].rank) for name, factors in held.linears.items()}
     return {**held.update, **own}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, computes_all_at_once, layers_of, weight_of
+from oneshot.checkpoint.adapters.experts import BareMatrix, ExpertMatrix, layers_of, weight_of
 from oneshot.checkpoint.adapters.update import Factors, Update
 from oneshot.distributed.runtime import Runtime
 from oneshot.errors import UserError
@@ -55,11 +55,6 @@ def check_fits(layers: dict[str, Any], name: str, factors: Factors) -> None:
     found, shape = (factors.b.shape[0], factors.a.shape[1]), (module.out_features, module.in_features)
     if found == shape:
         return
-    if found == shape[::-1] and isinstance(module, ExpertMatrix) and computes_all_at_once(module.module):
-        raise UserError(
-            f"The adapter's update of {name} is transposed, as PEFT holds it in this architecture, which only factors "
-            "of gate_up_proj and down_proj together tell: train both, or merge the adapter with PEFT."
-        )
     raise UserError(
         f"The adapter's update of {name} is {found[0]} x {found[1]}, the layer is {shape[0]} x {shape[1]}: the adapter "
         "belongs to another base model."

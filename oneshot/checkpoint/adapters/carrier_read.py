@@ -23,7 +23,7 @@ from oneshot.checkpoint.adapters.carrier import (
 )
 from oneshot.checkpoint.adapters.experts import PROJECTIONS
 from oneshot.checkpoint.adapters.scaling import rank_of, scalings
-from oneshot.checkpoint.adapters.update import Factors, Update
+from oneshot.checkpoint.adapters.update import Factors, Update, transposed
 from oneshot.errors import UserError
 
 
@@ -37,7 +37,8 @@ class Uncarried:
         form: of the experts' factors in the file; "" where there are none
         names: of single experts there
         ranks: module of experts, as the file names it -> rank of an expert in it
-        swapped: see ``oneshot.checkpoint.adapters.carrier.swapped_in``
+        swapped: see ``oneshot.checkpoint.adapters.carrier.swapped_in``; none where the file does not tell, and
+            ``stored`` is as if not
     """
 
     stored: Update
@@ -45,7 +46,7 @@ class Uncarried:
     form: str
     names: Names
     ranks: dict[str, int]
-    swapped: bool = False
+    swapped: bool | None = False
 
 
 def parameter_of(module: str, parameters: list[str], sizes: Mapping[str, tuple[int, int]]) -> str | None:
@@ -66,8 +67,8 @@ def parameter_of(module: str, parameters: list[str], sizes: Mapping[str, tuple[i
         if any(name == given or name.endswith(f".{given}") for given in parameters)
     ]
     inner, outer, gated, up = sizes.get(path + INNER), sizes.get(path), f"{path}.{GATED}", f"{path}.up_proj"
-    if gated in held and up in held:  # a model has one of them, and down's columns are half of the gated one's rows
-        apart = inner is not None and outer is not None and inner[0] != 2 * outer[1]
+    if gated in held and up in held:  # a model has one of them: the gated one puts out twice what down takes in
+        apart = inner is not None and outer is not None and 2 * outer[1] != inner[0] and 2 * outer[0] != inner[1]
         held.remove(gated if apart else up)
     return next(iter(held if module != path else reversed(held)), None)
 
@@ -78,12 +79,13 @@ def is_by_weight(module: str, config: dict[str, Any]) -> bool:
     return any(f".{module}.weight".endswith(f".{name}") for name in given)
 
 
-def uncarried(pairs: Update, config: dict[str, Any], path: Path) -> Uncarried:
+def uncarried(pairs: Update, config: dict[str, Any], path: Path, swapped: bool | None = None) -> Uncarried:
     """Return what an adapter's file holds, matrix by matrix.
 
     Args:
         pairs: module as the file names it -> its factors, which fit each other
         path: of the config, for messages
+        swapped: see ``oneshot.checkpoint.adapters.carrier.swapped_in``; none: as the factors' shapes tell
 
     Raises:
         UserError: factors of experts do not fit the config, or each other
@@ -108,8 +110,8 @@ def uncarried(pairs: Update, config: dict[str, Any], path: Path) -> Uncarried:
     scaling = {module: known[name] for module, name in called.items() if name in known}
     if together:
         ranks = {module: rank_of(config, parameter, path) for module, parameter in together.items()}
-        swapped = _is_swapped(together, sizes)
-        scaling |= _of_experts(stored, pairs, together, ranks, config, path, swapped=swapped)
+        swapped = _is_swapped(together, sizes) if swapped is None else swapped
+        scaling |= _of_experts(stored, pairs, together, ranks, config, path, swapped=bool(swapped))
         return Uncarried(stored, scaling, STACKED, PLAIN, ranks, swapped)
     ranks = {module: pairs[module].rank for module in single}
     names = PLAIN
@@ -142,13 +144,15 @@ def _of_experts(
         for index in range(count):
             name = f"{experts}.{index}.{projection}"
             one = Factors(b[:, :, index].contiguous(), a[index])
-            stored[name] = Factors(one.a.T.contiguous(), one.b.T.contiguous()) if swapped else one
+            stored[name] = transposed(one) if swapped else one
             scaling[name] = found[parameter]
     return scaling
 
 
-def _is_swapped(together: Mapping[str, str], sizes: Mapping[str, tuple[int, int]]) -> bool:
+def _is_swapped(together: Mapping[str, str], sizes: Mapping[str, tuple[int, int]]) -> bool | None:
     """Whether A is over out and B over in: what gate and up put out is then what is twice as wide as down's input.
+
+    None where there are no factors of both in any layer, which alone tell.
 
     Args:
         together: module as the file names it -> its parameter
@@ -160,7 +164,7 @@ def _is_swapped(together: Mapping[str, str], sizes: Mapping[str, tuple[int, int]
         down = by_parameter.get(f"{path}.{DOWN}")
         if projection == GATED and down is not None:
             return gated[1] == 2 * down[0]  # of others down puts out as much as the gate takes in
-    return False
+    return None
 
 
 def _of_singles(

@@ -177,8 +177,11 @@ def refuse(folder: Path, kinds: list[str], base: str | None = None) -> UserError
     )
 
 
-def read_effective(folder: Path) -> Effective:
+def read_effective(folder: Path, swapped: bool | None = None) -> Effective:
     """Read such an adapter whose kinds can be merged tensor by tensor; factors are fp32, the rest as stored.
+
+    Args:
+        swapped: as of ``uncarried``
 
     Raises:
         UserError: a file is damaged, factors are missing, or rows of tokens that the config does not number
@@ -218,7 +221,7 @@ def read_effective(folder: Path) -> Effective:
     lost = [module for module in (*found.magnitudes, *found.biases) if module not in found.factors]
     if lost:
         raise UserError(f"{path} holds no factors of {lost[0]}: the adapter is incomplete, save it again.")
-    read = uncarried(found.factors, config, folder / ADAPTER_CONFIG)
+    read = uncarried(found.factors, config, folder / ADAPTER_CONFIG, swapped)
     return replace(found, factors=read.stored, scaling=read.scaling)
 
 

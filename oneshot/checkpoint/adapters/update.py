@@ -57,6 +57,11 @@ def scaled(factors: Factors, weight: float) -> Factors:
     return Factors(factors.b * weight, factors.a)
 
 
+def transposed(factors: Factors) -> Factors:
+    """Return the factors of (b @ a) transposed."""
+    return Factors(factors.a.T.contiguous(), factors.b.T.contiguous())
+
+
 def norm(factors: Factors) -> float:
     """Return the Frobenius norm of b @ a, computed in fp64 from the factors' small Gram matrices."""
     b, a = factors.b.double(), factors.a.double()

@@ -18,32 +18,39 @@ from oneshot.errors import UserError
 def check_reference(checkpoint: Path, reference: Path, *, trust_remote_code: bool = False) -> None:
     """Raise UserError unless the reference holds the model's matrices, all shapes alike but for the vocabulary's.
 
-    The two may hold them in different forms (experts merged, or each by itself): then the model's class decides.
+    The two may hold them in different forms (experts merged, or each by itself, or as the transposes of what the model
+    computes with): then the model's class decides.
     """
     ours, theirs = list_tensors(checkpoint), list_tensors(reference)
+    alike = False  # all blocks, as the model's class makes them of either
     for name, entry in ours.items():
         found = _found(theirs, name)
         other = theirs.get(found or "")
-        # a tied head may be stored in one of the two only
-        if other is None and in_block(name) and ((name.endswith(".weight") and len(entry.shape) == 2) or _fused(entry)):
-            if (lacking := _lacking(checkpoint, reference, trust_remote_code)) is None:
-                return
+        if other is None and not (in_block(name) and (_is_matrix(name, entry) or _is_fused(entry))):
+            continue  # a tied head may be stored in one of the two only
+        if other is not None and (other.shape == entry.shape or other_rows(name, entry.shape, other.shape)):
+            continue
+        unlike: str | None = name
+        if in_block(name) and (other is None or (_is_fused(entry) and _is_fused(other))):
+            unlike = None if alike else _unlike(checkpoint, reference, trust_remote_code)
+            alike = unlike is None
+        if unlike is not None:
+            shapes = other and f"has {found} of shape {list(other.shape)}, the model has {list(entry.shape)}"
             raise UserError(
-                f"The reference {reference} lacks {lacking}: give the aligned checkpoint that this model was "
-                "fine-tuned from."
-            )
-        if other is not None and other.shape != entry.shape and not other_rows(name, entry.shape, other.shape):
-            raise UserError(
-                f"The reference {reference} has {found} of shape {list(other.shape)}, the model has "
-                f"{list(entry.shape)}: give the aligned checkpoint that this model was fine-tuned from."
+                f"The reference {reference} {shapes or f'lacks {unlike}'}: give the aligned checkpoint that this model "
+                "was fine-tuned from."
             )
 
 
-def _fused(entry: TensorEntry) -> bool:
+def _is_matrix(name: str, entry: TensorEntry) -> bool:
+    return name.endswith(".weight") and len(entry.shape) == 2
+
+
+def _is_fused(entry: TensorEntry) -> bool:
     return len(entry.shape) == 3
 
 
-def _lacking(checkpoint: Path, reference: Path, trust_remote_code: bool) -> str | None:
+def _unlike(checkpoint: Path, reference: Path, trust_remote_code: bool) -> str | None:
     """A tensor of the model's blocks that cannot be made of what the reference stores; none if there is none."""
     import torch
 

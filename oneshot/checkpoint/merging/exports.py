@@ -9,6 +9,7 @@ from pathlib import Path
 from oneshot.checkpoint.adapters.adapter import Adapter, read_adapter
 from oneshot.checkpoint.adapters.effective import Kinds, kinds_of, read_effective, refuse
 from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, MARKER, is_adapter, is_degraded, resolve
+from oneshot.checkpoint.loading.around import on_base, swapped_on
 from oneshot.checkpoint.merging.merge_effective import merged_by_peft, plan_effective
 from oneshot.checkpoint.merging.merge_plan import MergePlan, adapter_terms, plan_merge
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, Identity, check_identity, read_identity
@@ -89,7 +90,11 @@ def plan_for(
     """
     more = next((one for one in given if one.kinds.every), None)
     if more is None:
-        parts = [(f"The adapter {one.folder}", adapter_terms(one.adapter, sign * one.weight)) for one in given]
+        settled = [on_base(one.adapter, base, trust_remote_code=trust_remote_code) for one in given]
+        parts = [
+            (f"The adapter {one.folder}", adapter_terms(adapter, sign * one.weight))
+            for one, adapter in zip(given, settled)
+        ]
         return plan_merge(
             base, parts, through_nf4=through_nf4, double_quant=double_quant, trust_remote_code=trust_remote_code
         )
@@ -100,7 +105,7 @@ def plan_for(
             "back: merge it alone, then the others into the result."
         )
     if not more.kinds.by_peft:
-        effective = read_effective(more.folder)
+        effective = read_effective(more.folder, swapped_on(base, trust_remote_code=trust_remote_code))
     elif runtime.world_size > 1 or through_nf4:
         raise UserError(
             f"{more.folder} ({kinds}) is merged by PEFT, in the memory of one process: start oneshot export without a "

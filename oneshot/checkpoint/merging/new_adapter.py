@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.adapter import Adapter, write_patch
-from oneshot.checkpoint.adapters.carrier import APART, PLAIN, Carried, carried, forms_of, in_form
+from oneshot.checkpoint.adapters.adapter import Adapter, is_settled, settled, write_patch
+from oneshot.checkpoint.adapters.carrier import APART, PLAIN, Carried, carried, forms_of, in_form, swapped_in
 from oneshot.checkpoint.adapters.injected import write_loadable
 from oneshot.checkpoint.adapters.update import Update
 from oneshot.checkpoint.disk.files import list_tensors, local_folder
@@ -58,9 +58,7 @@ class NewAdapter:
         return [f"Not loaded back by PEFT, as {base} not here, or no model that can be built here."]
 
 
-def made_of(
-    new: NewAdapter, adapters: list[Adapter], form: str | None, *, trust_remote_code: bool = False
-) -> NewAdapter:
+def made_of(new: NewAdapter, adapters: list[Adapter], made: Architecture | None, form: str | None) -> NewAdapter:
     """Return an adapter that is made of others as it is to be written: as PEFT loads it, where the base is here.
 
     Where it is not, each layer is named as the adapters name it.
@@ -68,6 +66,7 @@ def made_of(
     Args:
         new: with its update as factors by matrix
         adapters: what it is made of
+        made: the base, where that is here
         form: of experts' factors that is asked for; none: the first one's which has experts, or, where PEFT does not
             load that one whole, 3-D
 
@@ -77,7 +76,6 @@ def made_of(
     update = new.update
     assert not isinstance(update, list)
     known = [adapter.experts for adapter in adapters if adapter.experts is not None]
-    made = _base_of(new.base, adapters, trust_remote_code=trust_remote_code)
     if made is not None:
         ways = (
             [in_form(update, made.model, form)]
@@ -98,17 +96,47 @@ def made_of(
     return dataclasses.replace(new, update=[held], parameters=parameters)
 
 
-def _base_of(base: str, adapters: list[Adapter], *, trust_remote_code: bool) -> Architecture | None:
-    """The model that adapters belong to, without weights; none where it is not to be had without fetching it."""
+def same_way_round(adapters: list[Adapter], made: Architecture | None) -> list[Adapter]:
+    """Return adapters with the factors of experts the way round of their base, where not all of the files tell.
+
+    Args:
+        made: the base, where that is here; where it is not, the files that tell say it for those that do not
+
+    Raises:
+        UserError: one does not tell, and nothing else here says it: neither the base nor another of the same form
+    """
+    if all(map(is_settled, adapters)):
+        return adapters
+    if made is not None:
+        return [settled(adapter, swapped=swapped_in(made.model)) for adapter in adapters]
+    reads = [adapter.experts for adapter in adapters if adapter.experts is not None]
+    told = [read.swapped for read in reads if read.form != APART and read.swapped is not None]
+    if told:
+        return [settled(adapter, swapped=told[0]) for adapter in adapters]
+    if any(read.form == APART for read in reads):
+        raise UserError(
+            "The adapters hold experts one by one and together, of gate_up_proj or of down_proj alone, which does not "
+            "tell which way round, and their base is not here: run it where the base is."
+        )
+    return adapters  # all alike: what is made of them is written as they are
+
+
+def base_of(adapters: list[Adapter], *, trust_remote_code: bool) -> tuple[str, Architecture | None]:
+    """Return what adapters call their base, "" where they differ, and its model, without weights.
+
+    No model where it is not to be had without fetching it.
+    """
+    bases = {str(adapter.config.get("base_model_name_or_path") or "") for adapter in adapters}
+    base = bases.pop() if len(bases) == 1 else ""
     revisions = {str(adapter.config.get("revision") or "") for adapter in adapters}
     revision = (revisions.pop() or None) if len(revisions) == 1 else None
     folder = (local_folder(base) or cached(base, revision)) if base else None
     if folder is None or not (folder / CONFIG).is_file():
-        return None
+        return base, None
     try:
-        return architecture_of(folder, list_tensors(folder), trust_remote_code=trust_remote_code)
+        return base, architecture_of(folder, list_tensors(folder), trust_remote_code=trust_remote_code)
     except UserError:  # what it is read for can do without, and the card says so
-        return None
+        return base, None
 
 
 @phase("write")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.adapter import PREFIX
+from oneshot.checkpoint.adapters.carrier import swapped_in
 from oneshot.checkpoint.adapters.carrier_read import uncarried
 from oneshot.checkpoint.adapters.update import Factors, Update, concatenated
 from oneshot.distributed.engine import gathered
@@ -41,7 +42,8 @@ def lora_factors(runtime: Runtime, model: Any) -> Update:
             with gathered(runtime, [parameter]):
                 found.setdefault(module, {})[rest[0]] = parameter.detach().float().clone()
     pairs = {module: Factors(pair["B"], pair["A"]) for module, pair in found.items()}
-    return uncarried(pairs, model.active_peft_config.to_dict(), Path("the new adapter")).stored
+    config = model.active_peft_config.to_dict()
+    return uncarried(pairs, config, Path("the new adapter"), swapped_in(model)).stored
 
 
 METHOD = Method(
