@@ -246,9 +246,10 @@ def trained(runtime: Runtime, source: str, target: str) -> dict[str, Any]:
     return {"loss": float(loss)}
 
 
-def turned(runtime: Runtime, source: str, target: str) -> str:
-    """``roundtrip`` of Llamas that store one matrix transposed."""
-    transpose = WeightConverter("mlp.down_turned.weight", "mlp.down_proj.weight", [Transpose(0, 1)])
+def turned(runtime: Runtime, source: str, target: str, times: int) -> str:
+    """``roundtrip`` of Llamas that store one matrix transposed; so often in a row, if an odd number."""
+    operations = [Transpose(0, 1) for _ in range(times)]
+    transpose = WeightConverter("mlp.down_turned.weight", "mlp.down_proj.weight", operations)
     register_checkpoint_conversion_mapping("LlamaForCausalLM", [transpose], overwrite=True)
     return roundtrip(runtime, source, target)
 

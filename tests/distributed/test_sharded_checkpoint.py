@@ -173,19 +173,23 @@ def test_a_trained_mixture_is_written_as_transformers_stores_it(sources: Path, t
     assert any(not torch.equal(before[name], after[name]) for name in experts)
 
 
-def test_what_is_stored_transposed_goes_the_stock_way_and_says_so(sources: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_is_stored_transposed_is_read_and_what_is_no_range_goes_the_stock_way_and_says_so(
+    times: int, sources: Path, tmp_path: Path
+) -> None:
     shutil.copytree(sources / "llama", tmp_path / "source", ignore=shutil.ignore_patterns("model*"))
     tensors = {
         name.replace("down_proj", "down_turned"): tensor.T.contiguous() if "down_proj" in name else tensor
         for name, tensor in everything(sources / "llama").items()
     }
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    arguments = {"source": str(tmp_path / "source"), "target": str(tmp_path / "saved")}
+    arguments = {"source": str(tmp_path / "source"), "target": str(tmp_path / "saved"), "times": times}
     ranks = start_ranks(jobs.turned, 2, "zero3", tmp_path / "ranks", arguments)
     assert ranks.results() == ["LlamaForCausalLM"] * 2
     said = [line for line in ranks.logs().splitlines() if line.startswith("Loading the stock way: ")]
-    assert len(said) == 1
-    assert said[0].startswith("Loading the stock way: transformers makes model.layers.0.mlp.down_proj.weight of")
+    assert len(said) == (times > 1), "several operations in a row are not followed"
+    for line in said:
+        assert line.startswith("Loading the stock way: transformers makes model.layers.0.mlp.down_proj.weight of")
     assert_same_files(tmp_path / "saved", tmp_path / "source")
 
 
