@@ -200,10 +200,7 @@ def _unscaled(scaled: Scaled, segment: Segment, place: torch.Tensor, sign: int) 
 
     def take(start: int, data: torch.Tensor) -> None:
         for at, values in numbers(scaled, scales(), start, data):
-            inside = (at >= segment.start) & (at < segment.stop)
-            at, found = (at[inside] - segment.start).to(place.device), values[inside].to(place.device, place.dtype)
-            with _ONE_AT_A_TIME:
-                place[at] = place[at] + sign * found if sign else found
+            _put(segment, place, sign, at, values)
 
     return take
 
@@ -226,12 +223,21 @@ def _turned(
             where = torch.arange(start + begin, start + begin + len(part))
             row, column = where // columns, where % columns  # rows of all matrices
             at = (row // rows * columns + column) * rows + row % rows
-            inside = (at >= segment.start) & (at < segment.stop)
-            at, found = (at[inside] - segment.start).to(place.device), part[inside].to(place.device, place.dtype)
-            with _ONE_AT_A_TIME:
-                place[at] = place[at] + sign * found if sign else found
+            _put(segment, place, sign, at, part)
 
     return take
+
+
+def _put(segment: Segment, place: torch.Tensor, sign: int, at: torch.Tensor, values: torch.Tensor) -> None:
+    """Put or add numbers where they go, those that are within the range.
+
+    Args:
+        at: which elements of the tensor they are, int64 (n,), each once
+    """
+    inside = (at >= segment.start) & (at < segment.stop)
+    at, found = (at[inside] - segment.start).to(place.device), values[inside].to(place.device, place.dtype)
+    with _ONE_AT_A_TIME:
+        place[at] = place[at] + sign * found if sign else found
 
 
 def read_matrix(stored: Stored, name: str, target: Any) -> torch.Tensor:
