@@ -23,6 +23,7 @@ SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals to
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
 AMPLE_MARGIN = 5.0
 BEHIND = 1.0  # nats: odds of a refusal are a third of what the aligned model gives it; nearer is no better
+BEHIND_COST = 0.05  # share of prompts that are not refused as which a nat beyond that counts
 PATIENCE = 3  # settled epochs in a row, as one may be luck
 STALE = 8  # epochs in a row that were not better than a good one
 LEFT = 0.1  # of the way from the fine-tuned to the aligned model, on prompts that are not of the user's own task
@@ -104,19 +105,25 @@ class Reading:
         """
         return self.ample(bounds) and self.behind <= BEHIND
 
+    def cost(self, bounds: Bounds) -> float:
+        """Return how far it is from where it should be, refusals and harmless prompts together; a share, 0 at best.
+
+        Odds far behind the aligned model's weigh more than a hair's excess over a bound: on other requests than these
+        they are requests that go through.
+        """
+        return self.unsafe(bounds) + self.moved(bounds) + BEHIND_COST * max(0.0, self.behind - BEHIND)
+
     def better(self, other: Reading | None, bounds: Bounds) -> bool:
         """Return whether this, a later one, is the better place to stay.
 
-        The smaller miss is; without any, the one whose refusals are nearer to the aligned model's, down to ``BEHIND``,
-        then the larger margin, up to ``AMPLE_MARGIN``, then the smaller divergence. Where there was nothing to recover,
-        the later one is: what it undid does not show on the probes.
+        The smaller cost is; without any, the larger margin, up to ``AMPLE_MARGIN``, then the smaller divergence. Where
+        there was nothing to recover, the later one is: what it undid does not show on the probes.
         """
         if other is None:
             return True
         ours, theirs = (
             (
-                r.unsafe(bounds) + r.moved(bounds),
-                max(r.behind, BEHIND),
+                r.cost(bounds),
                 -min(r.margin, AMPLE_MARGIN),
                 r.distance(bounds) if r.margin > 0 else 0.0,
             )

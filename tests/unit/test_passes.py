@@ -12,6 +12,7 @@ from oneshot.patch.attach import Gradients, attached
 from oneshot.patch.directions import Directions, update_factors
 from oneshot.patch.guard import in_passes, repair_loss, with_example
 from oneshot.patch.methods import lowrank, rollback
+from oneshot.patch.steering import Course
 
 GUARD = 4
 
@@ -72,7 +73,7 @@ def of_coefficients(model, batch, noise=0.5):
     pieces = zip(directions, flat.split(3))
     with attached(linears, {name: update_factors(directions[name], -c) for name, c in pieces}):
         draw = torch.Generator().manual_seed(0)
-        losses = rollback._backward(tiny_runtime(), model, batch, 2.0, 1.5, noise, draw)
+        losses = rollback._backward(tiny_runtime(), model, batch, Course(2.0, noise, 0.0, 0.1), 1.5, draw)
     return flat.grad, list(losses)
 
 

@@ -68,6 +68,18 @@ def test_of_good_epochs_the_one_whose_refusals_are_nearer_to_the_aligned_models_
     assert dataclasses.replace(GOOD, behind=BEHIND).better(dataclasses.replace(GOOD, behind=0.1), BOUNDS)
 
 
+def test_odds_far_behind_the_aligned_models_weigh_more_than_a_hairs_excess_over_a_bound():
+    """On a real model the first epoch within the bound was kept: odds 3.2 nats behind, half of the requests open."""
+    within = Reading(margin=3.5, recovered=1.0, refused=0.0, divergence=0.0086, behind=3.18)
+    beyond = Reading(margin=8.0, recovered=1.0, refused=0.0, divergence=0.0115, behind=1.1)
+    ruined = dataclasses.replace(beyond, divergence=0.5)
+    watch = watch_over([beyond, within, ruined])
+    for epoch in range(3):
+        watch.look(lambda epoch=epoch: epoch, epoch=epoch)
+    assert watch.kept == 0
+    assert within.better(ruined, BOUNDS)
+
+
 def test_a_path_does_not_end_while_its_refusals_are_behind_the_aligned_models():
     behind, level = dataclasses.replace(GOOD, behind=BEHIND + 0.1), dataclasses.replace(GOOD, behind=BEHIND)
     watch = watch_over([behind] * (STALE - 1))

@@ -10,7 +10,7 @@ from oneshot.patch.attach import attached
 from oneshot.patch.guard import repair_loss
 from oneshot.patch.method import finished
 from oneshot.patch.methods import rollback
-from oneshot.patch.path import Attempt, Bounds, Reading, Watch
+from oneshot.patch.path import Attempt
 from oneshot.patch.trace import Tracer
 from oneshot.patch.undoing import MAX_COEFFICIENT
 
@@ -260,26 +260,3 @@ def test_a_missing_module_is_refused_by_name(folders, tmp_path):
     short = saved(tiny_model("llama", num_hidden_layers=1), tmp_path / "short")
     with pytest.raises(UserError, match=r"short holds no weight for model\.layers\.1\."):
         of_update.checkpoint_difference(checkpoint, short, targets_of(tuned))
-
-
-def test_the_watch_steers_guard_and_noise():
-    """Unsafe: more noise once the example is learnt, the guard back to its weight. Safe but moved: the reverse."""
-    recipe, bounds = recipe_of("rollback", noise=0.5), Bounds()
-    attempt = Attempt(Tracer(), 2.0, Watch(lambda: Reading(0, 0, 0, 0), bounds))
-
-    def steered(reading, loss=0.01, weight=6.0, noise=1.0):
-        attempt.watch.last = reading
-        return rollback._steered(attempt, recipe, loss, weight, noise)
-
-    unsafe = Reading(margin=-1.0, recovered=0.5, refused=0.0, divergence=0.0)
-    assert steered(unsafe) == (4.0, 1.5)
-    assert steered(unsafe, loss=0.5) == (4.0, 1.0), "it is not learnt yet"
-    assert steered(unsafe, weight=2.5, noise=2.0) == (2.0, 2.0), "never below the attempt's weight, or above most noise"
-    moved = Reading(margin=3.0, recovered=1.0, refused=0.0, divergence=0.05)
-    assert steered(moved) == (9.0, pytest.approx(2 / 3))
-    assert steered(moved, weight=31.0, noise=0.6) == (32.0, 0.5), "up to 16 times the attempt's weight"
-    settled = Reading(margin=3.0, recovered=1.0, refused=0.0, divergence=0.004)
-    assert steered(settled) == (6.0, 1.0)
-    assert steered(None, weight=2.0) == (2.0, 1.5), "nothing has been looked at"
-    attempt.watch = None
-    assert rollback._steered(attempt, recipe, 0.01, 2.0, 1.0) == (2.0, 1.5)

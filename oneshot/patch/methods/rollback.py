@@ -29,6 +29,7 @@ from oneshot.patch.directions import (
 from oneshot.patch.guard import RepairBatch, alike, noisy_example, repair_loss
 from oneshot.patch.method import Defaults, Method
 from oneshot.patch.path import Attempt
+from oneshot.patch.steering import LEARNT, Course
 from oneshot.patch.undoing import learnt_of
 from oneshot.patch.weighted import Weighted, reach_of
 
@@ -41,11 +42,6 @@ if TYPE_CHECKING:
 # of Adam's averages: over few epochs, as there are few; over more where the example is refused from the start, as its
 # gradient is then that of its noise alone
 AVERAGE, OF_NOISE, SQUARES = 0.7, 0.9, 0.999
-LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
-NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
-GUARD_GROWTH, MOST_GUARD = 1.5, 16.0  # of the guard's weight within an attempt
-UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
-UNDO_MOVED = 0.01  # nats per token, of the guard's prompts
 
 
 def prepare(bench: Bench) -> dict[str, Directions]:
@@ -95,9 +91,8 @@ def learn(
     Args:
         recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
             other requests than the example's, such as a backdoor. Its undo is the pull of all towards undone, times
-            the mean square of what is left where a token was sent: what neither example nor guard minds is undone. It
-            grows while the guard's prompts have moved by less than ``UNDO_MOVED``; noise and guard weight follow the
-            watch
+            the mean square of what is left where a token was sent: what neither example nor guard minds is undone. How
+            all of them, and the step, go on from epoch to epoch: ``Course.after``
         kept: the model lacks the fine-tune's update (an adapter's base), so that what is left of it is added instead
             of what is undone being taken away
     """
@@ -108,14 +103,14 @@ def learn(
     flat = torch.zeros(sum(learnt.layout.sizes), device=runtime.device, requires_grad=True)
     reach = reach_of(changed, learnt.layout, flat)
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
-    weight, noise, undo = attempt.guard_weight, recipe.noise, recipe.undo
+    course = Course(attempt.guard_weight, recipe.noise, recipe.undo, recipe.learning_rate)
     generator = torch.Generator().manual_seed(0)
     for epoch in range(1, recipe.epochs + 1):
         with attached(changed, update := Weighted(directions, learnt.layout, learnt.added(flat))):
-            loss, kl = _backward(runtime, model, batch, weight, recipe.temperature, noise, generator)
-        attempt.tracer.check(epoch, loss + weight * kl)
+            loss, kl = _backward(runtime, model, batch, course, recipe.temperature, generator)
+        attempt.tracer.check(epoch, loss + course.weight * kl)
         reach.add(runtime, update.asked)
-        (undo / runtime.world_size * learnt.pull(flat, reach.pulled)).backward()
+        (course.undo / runtime.world_size * learnt.pull(flat, reach.pulled)).backward()
         if epoch == 1 and loss < LEARNT:
             optimizer.param_groups[0]["betas"] = (OF_NOISE, SQUARES)
         assert flat.grad is not None
@@ -126,13 +121,12 @@ def learn(
         with attached(changed, update := Weighted(directions, learnt.layout, weights)):
             seen, stop = attempt.look(weights.clone, epoch)
         reach.add(runtime, update.asked)
-        now = {"undone": learnt.undone(flat.detach(), reach.pulled), "noise": noise, "weight": weight, **seen}
+        now = {"undone": learnt.undone(flat.detach(), reach.pulled), **vars(course), **seen}
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
         if stop:
             break
-        if batch.held_total:
-            undo = _next_undo(undo, kl)
-        weight, noise = _steered(attempt, recipe, loss, weight, noise)
+        course = course.after(attempt, recipe, loss, kl if batch.held_total else None)
+        optimizer.param_groups[0]["lr"] = course.step
         yield {name: update[name] for name in changed if kept or name not in reach.missed}
     best = attempt.best(learnt.added(flat.detach()))
     return {name: best[learnt.layout.own(name)] for name in changed}, reach.missed
@@ -142,9 +136,8 @@ def _backward(
     runtime: Runtime,
     model: Any,
     batch: RepairBatch,
-    weight: float,
+    course: Course,
     temperature: float,
-    noise: float,
     generator: torch.Generator,
 ) -> tuple[float, float]:
     """Add this rank's gradient of the loss up, pass by pass; return (example loss, guard KL). Collective."""
@@ -152,37 +145,13 @@ def _backward(
 
     sums = []
     for part in batch.parts:
-        with noisy_example(model, part, noise, generator):
-            share, example, held = repair_loss(model, part, weight, runtime.world_size, temperature)
+        with noisy_example(model, part, course.noise, generator):
+            share, example, held = repair_loss(model, part, course.weight, runtime.world_size, temperature)
             # every pass's graph ends in the one update, whose own few tensors are kept for the next
             share.backward(retain_graph=part is not batch.parts[-1])
         del share  # with all that its graph holds, before the next pass
         sums.append((example, held))
     return alike(runtime, *(torch.stack(losses).sum() for losses in zip(*sums)))
-
-
-def _steered(attempt: Attempt, recipe: Recipe, loss: float, weight: float, noise: float) -> tuple[float, float]:
-    """Return the guard's weight and the noise for the next epoch, by what the watch saw in this one.
-
-    Until all requests are refused an example that is learnt is blurred more, to reach them; from then on the blur goes
-    back and the guard gains weight, as long as harmless prompts are not well within their bounds.
-    """
-    refused, settled = attempt.seen()
-    if settled:
-        return weight, noise
-    if refused:
-        more = min(weight * GUARD_GROWTH, MOST_GUARD * attempt.guard_weight)
-        return more, max(noise / NOISE_GROWTH, recipe.noise)
-    less = max(weight / GUARD_GROWTH, attempt.guard_weight)
-    return less, min(noise * NOISE_GROWTH, max(noise, MAX_NOISE)) if loss < LEARNT else noise
-
-
-def _next_undo(undo: float, kl: float) -> float:
-    """The pull for the next epoch: more while the guard's prompts have moved little, else less."""
-    if not undo:
-        return 0.0
-    least, most = UNDO_RANGE
-    return min(max(undo * UNDO_GROWTH if kl < UNDO_MOVED else undo / UNDO_GROWTH, least), most)
 
 
 METHOD = Method(
