@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 LEARNT = 0.1  # nats per token; an example that is refused so surely teaches nothing more, unless it is blurred more
 NOISE_GROWTH, MAX_NOISE = 1.5, 2.0
-GUARD_GROWTH, MOST_GUARD = 1.5, 16.0  # of the guard's weight within an attempt
+GUARD_GROWTH, MOST_GUARD = 1.5, 64.0  # of the guard's weight within an attempt
 UNDO_GROWTH, UNDO_RANGE = 1.3, (0.03, 30.0)
 UNDO_MOVED = 0.01  # nats per token, of the guard's prompts
 STEP_DECAY, LEAST_STEP = 0.8, 0.2  # of a step's length; the latter is a share of the recipe's

@@ -5,7 +5,7 @@ from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, ti
 from oneshot.patch.directions import adapter_directions
 from oneshot.patch.methods import rollback
 from oneshot.patch.path import Attempt, Bounds, Reading, Watch
-from oneshot.patch.steering import LEAST_STEP, STEP_DECAY, UNDO_GROWTH, UNDO_MOVED, UNDO_RANGE, Course
+from oneshot.patch.steering import LEAST_STEP, MOST_GUARD, STEP_DECAY, UNDO_GROWTH, UNDO_MOVED, UNDO_RANGE, Course
 from oneshot.patch.trace import Tracer
 
 
@@ -29,7 +29,7 @@ def test_the_watch_steers_guard_noise_and_step():
     assert steered(unsafe, step=1.0)[2] == 1.0, "never longer than the recipe's"
     moved = Reading(margin=3.0, recovered=1.0, refused=0.0, divergence=0.05)
     assert steered(moved) == (9.0, pytest.approx(2 / 3), shorter)
-    assert steered(moved, weight=31.0, noise=0.6)[:2] == (32.0, 0.5), "up to 16 times the attempt's weight"
+    assert steered(moved, weight=MOST_GUARD * 2 - 1, noise=0.6)[:2] == (2 * MOST_GUARD, 0.5), "no more than that"
     assert steered(moved, step=LEAST_STEP)[2] == LEAST_STEP, "it goes on"
     settled = Reading(margin=3.0, recovered=1.0, refused=0.0, divergence=0.004)
     assert steered(settled) == (6.0, 1.0, shorter)
