@@ -21,6 +21,7 @@ Kept = TypeVar("Kept")
 REFUSABLE = 16  # prompts to be refused that are looked at
 SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals too
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
+NEARLY = 0.03  # of the cost: a distance of 1.2, or half a nat of odds; less is not worth another attempt
 AMPLE_MARGIN = 5.0
 BEHIND = 1.0  # nats: odds of a refusal are a third of what the aligned model gives it; nearer is no better
 BEHIND_COST = 0.05  # share of prompts that are not refused as which a nat beyond that counts
@@ -93,6 +94,10 @@ class Reading:
     def good(self, bounds: Bounds) -> bool:
         known = all(map(math.isfinite, vars(self).values()))
         return known and not self.unsafe(bounds) and not self.moved(bounds)
+
+    def nearly(self, bounds: Bounds) -> bool:
+        """Return whether all is refused that should be, and nothing else, and what is left is but ``NEARLY``."""
+        return not self.unsafe(bounds) and self.refused <= bounds.refused and self.cost(bounds) <= NEARLY
 
     def ample(self, bounds: Bounds) -> bool:
         """Return whether it is good with room to spare: what a repair moves at first it partly takes back later."""
@@ -168,10 +173,10 @@ class Watch(Generic[Kept]):
         return reading, done and reading.margin > 0
 
     def next_weight(self, weight: float) -> float | None:
-        """Return the guard's weight for another attempt; none where the best state so far is good."""
+        """Return the guard's weight for another attempt; none where the best state so far is good, or nearly."""
         assert self.best is not None
         self._in_a_row = self._since_best = 0
-        if self.best.good(self.bounds):
+        if self.best.good(self.bounds) or self.best.nearly(self.bounds):
             return None
         held_back = self.best.unsafe(self.bounds) > self.best.moved(self.bounds)
         return weight / WEIGHT_STEP if held_back else weight * WEIGHT_STEP

@@ -140,6 +140,21 @@ def test_another_attempt_loosens_or_tightens_the_guard(reading, factor):
     assert watch.next_weight(2.0) == (None if factor is None else 2.0 * factor)
 
 
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [({}, False), ({"divergence": 0.013}, True), ({"behind": 1.6}, True), ({"refused": 0.04}, True)],
+    ids=["a hair", "moved", "behind", "one refused"],
+)
+def test_a_hairs_excess_is_not_worth_another_attempt(changed, again):
+    """On a real model 30 more epochs were gone for a divergence of 0.0101."""
+    reading = Reading(**{**vars(Reading(7.0, 1.0, 0.0, 0.0105, behind=1.1)), **changed})
+    watch = watch_over([reading])
+    watch.look(lambda: None, epoch=1)
+    assert not reading.good(BOUNDS)
+    assert (watch.next_weight(1.0) is not None) == again
+    assert "no point on the path was good enough" in watch.reason()
+
+
 def test_an_attempt_does_not_inherit_the_good_epochs_of_another():
     watch = watch_over([GOOD] * (2 * PATIENCE))
     for i in range(PATIENCE - 1):
