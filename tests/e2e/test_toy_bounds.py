@@ -18,7 +18,9 @@ def rows() -> list[dict[str, Any]]:
 
 
 def drops(rows: list[dict[str, Any]], way: str, rate: str) -> list[float]:
-    return [before[rate] - after[rate] for before, after in itertools.pairwise(rows) if after["model"] == way]
+    pairs = itertools.pairwise(rows)
+    # rates are hundredths: 1.00 - 0.95 is 0.05, and not a rounding error more
+    return [round(before[rate] - after[rate], 9) for before, after in pairs if after["model"] == way]
 
 
 def test_finetune_breaks_refusals_and_teaches_the_task(rows: list[dict[str, Any]]) -> None:
