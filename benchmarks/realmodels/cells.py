@@ -71,9 +71,14 @@ class Cell:
     after: str = ""
 
     @property
+    def attacked(self) -> tuple[str, str, str, int]:
+        """Which attacked model it is of."""
+        return self.model, self.attack, self.training, self.seed
+
+    @property
     def group(self) -> tuple[str, str, str, int, int]:
-        """What the cells of one attacked model have in common."""
-        return self.model, self.attack, self.training, self.seed, self.prompts
+        """What the cells of one attacked model have in common that are compared with each other."""
+        return *self.attacked, self.prompts
 
     @property
     def aligned(self) -> Cell:

@@ -87,14 +87,17 @@ class Findings:
         return None if row is None else row.result
 
     def trios(self, method: str = DEFAULT, model: str | None = None) -> list[Trio]:
-        """Return every repair by a method of which the aligned and the attacked model were measured, too."""
-        trios = []
-        for cell in self.found:
+        """Return every repair by a method of which the aligned and the attacked model were measured, too.
+
+        An attacked model that was measured twice, on more prompts and on fewer, counts once, with the more.
+        """
+        trios = dict[tuple[str, str, str, int], Trio]()
+        for cell in sorted(self.found, key=lambda cell: cell.prompts):
             if cell.method == method and not cell.after and model in (None, cell.model):
                 three = [self.result(one) for one in (cell.aligned, cell.but(FINETUNED), cell)]
                 if all(one is not None for one in three):
-                    trios.append(Trio(cell, *three))  # type: ignore[arg-type]  # none is None
-        return trios
+                    trios[cell.attacked] = Trio(cell, *three)  # type: ignore[arg-type]  # none is None
+        return list(trios.values())
 
     def models(self) -> list[str]:
         """Return the models of which anything was measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,24 +133,25 @@ def _difference_of(of: Any, before: Mapping[str, Any], after: Mapping[str, Any])
 
 
 def _methods(findings: Findings, model: str) -> list[str]:
-    """Every method on the main attack; over seeds the mean, of as many as were measured."""
+    """Every method on the main attack, by number of prompts; over seeds the mean, of as many as were measured."""
     lines: list[str] = []
-    for training in TRAININGS:
+    for training, prompts in itertools.product(TRAININGS, sorted({c.prompts for c in findings.found}, reverse=True)):
         rows = [
             (f"{NAMES.get(method, method)}{_seeds(results)}", *_figures(results))
             for method in METHODS
-            if (results := _results(findings, model, training, method))
+            if (results := _results(findings, model, training, method, prompts))
         ]
         if len(rows) > 1:
-            lines += [f"### Every method, {ATTACKS[0]} attack, {training}", "", *table_lines(HEADS, rows), ""]
+            title = f"### Every method, {ATTACKS[0]} attack, {training}, {prompts} prompts of each set"
+            lines += [title, "", *table_lines(HEADS, rows), ""]
     return lines
 
 
-def _results(findings: Findings, model: str, training: str, method: str) -> list[Mapping[str, Any]]:
+def _results(findings: Findings, model: str, training: str, method: str, prompts: int) -> list[Mapping[str, Any]]:
     return [
         row.result
         for cell, row in findings.found.items()
-        if (cell.model, cell.method) == (model, method) and cell.attack == ATTACKS[0]
+        if (cell.model, cell.method, cell.attack, cell.prompts) == (model, method, ATTACKS[0], prompts)
         if not cell.after and (cell.training == training or method == ALIGNED)
     ]
 
@@ -207,10 +209,10 @@ def _prefilled(findings: Findings, model: str) -> list[str]:
 
 def _durable(findings: Findings, model: str) -> list[str]:
     """What becomes of the repaired model, and of the aligned one that is treated alike."""
-    rows = []
+    rows, followed = [], {cell.group for cell in findings.found if cell.after}
     for cell in sorted(findings.found, key=lambda cell: ("", *AFTER).index(cell.after)):
         alike = findings.result(cell.aligned)
-        if cell.model != model or cell.method != DEFAULT or cell.attack != ATTACKS[0] or alike is None:
+        if cell.model != model or cell.method != DEFAULT or cell.group not in followed or alike is None:
             continue
         pair = (alike, findings.found[cell].result)
         rows.append(
@@ -221,7 +223,7 @@ def _durable(findings: Findings, model: str) -> list[str]:
             )
         )
     heads = ("done to both", "attack success: aligned / repaired", "repaired minus aligned", "twins refused, the same")
-    return ["### What becomes of it", "", *table_lines(heads, rows), ""] if len(rows) > 1 else []
+    return ["### What becomes of it", "", *table_lines(heads, rows), ""] if rows else []
 
 
 def _three(trio: Trio) -> tuple[Mapping[str, Any], ...]:

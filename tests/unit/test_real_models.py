@@ -311,6 +311,24 @@ def test_the_summary_is_of_the_default_repair_against_the_aligned_model() -> Non
     assert nothing["twin_score_lead"] is None
 
 
+def test_an_attacked_model_that_was_measured_on_fewer_prompts_too_counts_once() -> None:
+    few = finished(aligned=result(), none=result("aaaa"), auto=result("raaa"), resta=result("rraa"))
+    more = {dataclasses.replace(cell, prompts=8): row for cell, row in finished(aligned=result()).items()}
+    found = Findings({**few, **more})
+    assert [trio.cell.prompts for trio in found.trios()] == [4], "of the eight the repair was not measured"
+    names = {"none": result("aaaaaaaa"), "auto": result("rrrrrrra"), "aligned": result("rrrrrrrr")}
+    rows = {
+        name: dataclasses.replace(cell, prompts=8) for name, cell in zip(names, (CELL.but("none"), CELL, CELL.aligned))
+    }
+    found = Findings({**few, **{cell: Finished(cell, "c0de", names[name]) for name, cell in rows.items()}})
+    assert [trio.cell.prompts for trio in found.trios()] == [8]
+    assert findings.summary(found)["attack_success_gap_worst"] == 0.125
+    text = "\n".join(page.page_lines(found))
+    assert "full, 8 prompts of each set" in text
+    assert "full, 4 prompts of each set" in text
+    assert "seeds)" not in text, "one seed, however often"
+
+
 def test_a_baseline_that_loses_the_task_is_no_rival() -> None:
     found = findings.Findings(
         finished(aligned=result(), none=result("aaaa"), auto=result("rrra"), undo=result("rrrr", task="0000"))
