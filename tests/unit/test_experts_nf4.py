@@ -4,7 +4,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from test_segments import build
-from tiny import tiny_runtime
+from tiny import in_full, tiny_runtime
 
 from oneshot.checkpoint.adapters.experts import expert_matrices, fused_experts
 from oneshot.checkpoint.loading.load import find_source, load_model
@@ -47,7 +47,7 @@ def test_bytes_are_those_of_the_whole_parameter(folder, double):
         )
         assert torch.equal(parameter.data.view(torch.uint8).view(-1), data.view(torch.uint8).view(-1))
         assert torch.equal(parameter.quant_state.absmax, state.absmax)
-        wanted = bnb.dequantize_4bit(data, state).view(whole.shape)[matrix.index]
+        wanted = in_full(data, state).view(whole.shape)[matrix.index]
         assert torch.equal(held_matrix(parameter, matrix.index), wanted)
         wanted = wanted.T if matrix.transposed else wanted
         assert torch.equal(expert_weight(parameter, matrix.index, transposed=matrix.transposed), wanted)
@@ -60,7 +60,7 @@ def test_the_model_computes_with_the_unpacked_weights(folder):
         for name, module in wanted.named_modules():
             if hasattr(packed.get_submodule(name), "quant_state"):
                 layer = packed.get_submodule(name)
-                module.weight.copy_(bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+                module.weight.copy_(in_full(layer.weight.data, layer.weight.quant_state))
         for path, module in fused_experts(wanted).items():
             for projection in ("gate_up_proj", "up_proj", "down_proj"):
                 if (parameter := module._parameters.get(projection)) is not None:

@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_carrier import close, expert_of, merged, product, same_products, tiny, update_of
-from tiny import tiny_runtime
+from tiny import in_full, tiny_runtime
 
 from oneshot.checkpoint.adapters.adapter import read_adapter
 from oneshot.checkpoint.adapters.carrier import APART, STACKED, in_form
@@ -229,7 +229,7 @@ def test_an_expert_that_is_a_layer_of_its_own_gets_its_part():
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_experts_pass_through_nf4_as_they_are_loaded(name, double, folder, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     model, base = checkpoint(name, folder)
     own = patch(model, base, tmp_path / "patch")
@@ -238,7 +238,7 @@ def test_experts_pass_through_nf4_as_they_are_loaded(name, double, folder, tmp_p
     for one in expert_matrices(model).values():
         whole = model.get_parameter(one.parameter).detach()
         packed, state = quantize_4bit(whole, blocksize=64, compress_statistics=double, quant_type="nf4")
-        left = dequantize_4bit(packed, state).view(whole.shape)[one.index]
+        left = in_full(packed, state)[one.index]
         added = product(update[one.name])
         assert torch.equal(ours[one.parameter][one.index], left + (added.T if one.transposed else added)), one.name
 
@@ -246,7 +246,7 @@ def test_experts_pass_through_nf4_as_they_are_loaded(name, double, folder, tmp_p
 @pytest.mark.parametrize("name", ["llama4_text", "phimoe", "jamba", "nemotron_h", "qwen3_moe"])
 def test_all_that_passes_through_nf4_is_what_is_loaded_in_nf4(name, folder, tmp_path):
     """A router stays as it is, even where its class is made of a linear layer's."""
-    bnb = pytest.importorskip("bitsandbytes.functional")
+    pytest.importorskip("bitsandbytes")
     model, base = checkpoint(name, folder)
     one = next(layer for layer in select_linears(model).targets if layer.endswith("q_proj"))
     wide = model.get_submodule(one)
@@ -259,6 +259,6 @@ def test_all_that_passes_through_nf4_is_what_is_loaded_in_nf4(name, folder, tmp_
     assert packed.keys() == ours.keys()
     for parameter, value in packed.items():
         state = getattr(value, "quant_state", None)
-        meant = value if state is None else bnb.dequantize_4bit(value.data, state)
+        meant = value if state is None else in_full(value.data, state)
         assert torch.equal(ours[parameter].flatten(), meant.detach().flatten()), parameter
     assert any(hasattr(value, "quant_state") for value in packed.values())

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import logits_of, tiny_model, tiny_runtime, tiny_tokens
+from tiny import in_full, logits_of, tiny_model, tiny_runtime, tiny_tokens
 
 from oneshot.checkpoint.layout import owners
 from oneshot.checkpoint.loading.load import find_source, load_model
@@ -59,7 +59,7 @@ def test_the_backward_pass_takes_the_weight_that_is_there_then(tmp_path):
     other = torch.randn(layer.out_features, layer.in_features).bfloat16()
     layer.weight.data = bnb.quantize_4bit(other, quant_type="nf4", quant_storage=torch.bfloat16)[0]
     y.backward(torch.ones_like(y))
-    wanted = torch.ones_like(y) @ bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    wanted = torch.ones_like(y) @ in_full(layer.weight.data, layer.weight.quant_state)
     assert torch.equal(x.grad, wanted)
 
 

@@ -149,3 +149,17 @@ def load_unrefusing(monkeypatch, tmp_path):
     forbidden = build_tokenizer().convert_tokens_to_ids("sorry")
     model.lm_head.register_forward_hook(lambda _m, _a, out: out - 9.0 * torch.eye(out.shape[-1])[forbidden])
     monkeypatch.setattr(bench, "load_model", lambda *_: model)
+
+
+def in_full(data, state):
+    """A weight out of 4 bits by the definition: what its nibbles stand for, times the scales of their blocks.
+
+    bitsandbytes' own kernel is wrong on some CPUs (``oneshot.checkpoint.quantized.unpack``).
+    """
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    nibbles = data.detach().view(torch.uint8).flatten()
+    values = state.code[torch.stack((nibbles >> 4, nibbles & 15), dim=-1).flatten().long()][: state.shape.numel()]
+    scaled = values.float() * scales.float().repeat_interleave(state.blocksize)[: len(values)]
+    return scaled.to(state.dtype).view(state.shape)

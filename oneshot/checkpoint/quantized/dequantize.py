@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.disk.files import TensorEntry, read_tensor
 from oneshot.checkpoint.quantized.experts_nf4 import BLOCK
 from oneshot.checkpoint.quantized.scheme import PACKED, QUANTIZATION, is_left_over
+from oneshot.checkpoint.quantized.unpack import dequantized
 from oneshot.errors import UserError
 from oneshot.reading import read_object
 
@@ -65,11 +66,10 @@ def unpacked(data: torch.Tensor, packed: Packed, device: torch.device) -> torch.
         data: the packed nibbles, in the dtype of the file
     """
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
     state = _state(packed.beside, device)
     state.dtype = torch.bfloat16
-    return dequantize_4bit(data.view(torch.uint8).view(-1, 1).to(device), state).reshape(-1).cpu()
+    return dequantized(data.view(torch.uint8).to(device), state).reshape(-1).cpu()
 
 
 def through_nf4(weight: torch.Tensor, device: torch.device, *, double: bool) -> torch.Tensor:
@@ -78,10 +78,10 @@ def through_nf4(weight: torch.Tensor, device: torch.device, *, double: bool) -> 
     Args:
         double: quantize the scales, too (8 bits, blocks of 256)
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight.to(device), blocksize=BLOCK, compress_statistics=double, quant_type="nf4")
-    return dequantize_4bit(packed, state).reshape(-1).cpu()
+    return dequantized(packed, state).reshape(-1).cpu()
 
 
 def _state(beside: dict[str, TensorEntry], device: Any) -> Any:

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.experts import PROJECTIONS, fused_experts
+from oneshot.checkpoint.quantized.unpack import dequantized
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ def held_matrix(parameter: Any, index: int) -> torch.Tensor:
     if state is None:
         return parameter[index]  # type: ignore[no-any-return]
     import torch
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import QuantState
 
     shape = tuple(state.shape[1:])
     numel = math.prod(shape)
@@ -77,8 +78,7 @@ def held_matrix(parameter: Any, index: int) -> torch.Tensor:
         absmax=_scales(state, first, last), shape=torch.Size(shape), dtype=state.dtype, blocksize=BLOCK,
         code=state.code, quant_type="nf4",
     )  # fmt: skip
-    found: torch.Tensor = dequantize_4bit(packed.view(-1, 1), own)
-    return found
+    return dequantized(packed, own)
 
 
 def _scales(state: Any, first: int, last: int) -> torch.Tensor:

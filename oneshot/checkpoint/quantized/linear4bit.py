@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from oneshot.checkpoint.quantized.unpack import dequantized, fills_blocks
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -29,19 +31,20 @@ def _product() -> Any:
     stay gathered. The parameter is gathered anew before its layer's backward pass.
     """
     import torch
-    from bitsandbytes import functional as bnb
     from bitsandbytes import matmul_4bit
 
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: Any, state: Any) -> torch.Tensor:
             ctx.weight, ctx.state = weight, state
+            if x.device.type == "cpu" and not fills_blocks(state):  # see there
+                return torch.nn.functional.linear(x, dequantized(weight.data, state).to(x.dtype), bias)
             product: torch.Tensor = matmul_4bit(x, weight.data, quant_state=state, bias=bias)
             return product
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-            weight = bnb.dequantize_4bit(ctx.weight.data, ctx.state).to(gradient.dtype)
+            weight = dequantized(ctx.weight.data, ctx.state).to(gradient.dtype)
             return gradient @ weight, None, None, None
 
     return Product
