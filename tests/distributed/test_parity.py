@@ -65,7 +65,9 @@ def events(folder: Path) -> list[dict[str, Any]]:
 def test_same_finetuned_weights(name: str, topology: str, outputs: Outputs) -> None:
     one, two = outputs("single") / name / "finetuned", outputs(topology) / name / "finetuned"
     if name.startswith("lora"):
-        assert off(product(two), product(one)) < 3 * RTOL  # all of it is change, as below
+        # all of it is change, as below, from nothing: Adam's first steps go by the sign of gradients near 0, which
+        # rounding decides (4 bits on a CPU with AVX-512: 5e-4; with AVX2 under 3e-4)
+        assert off(product(two), product(one)) < (10 if "nf4" in name else 3) * RTOL
     else:
         start, ours, wanted = weights(ALIGNED), weights(two), weights(one)
         for tensor, want in wanted.items():
