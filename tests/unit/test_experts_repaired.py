@@ -18,6 +18,7 @@ from oneshot.patch.path import Attempt
 from oneshot.patch.select import first_order, target_factors
 from oneshot.patch.summed import gradient_factors
 from oneshot.patch.trace import Tracer
+from oneshot.patch.undoing import BEGUN, BEGUN_CORES
 from oneshot.patch.weighted import Weighted, layout_of
 from oneshot.training.objective import cross_entropy_sum
 from oneshot.world import language
@@ -138,8 +139,9 @@ def test_experts_that_nothing_was_sent_to_stay_as_they_are(kept):
     directions = of_update.adapter_directions(tiny_update(layers, scale=0.1), "cpu")
     recipe = recipe_of("rollback", epochs=6, undo=50.0, learning_rate=0.3, noise=0.0)
     layout, reached = layout_of(layers, dict.fromkeys(layers, 3)), set()
+    begun = torch.full((3 * len(layers),), 1 - BEGUN_CORES if kept else -BEGUN)
     for part in batch.parts:
-        with attached(layers, update := Weighted(directions, layout, torch.full((3 * len(layers),), float(kept)))):
+        with attached(layers, update := Weighted(directions, layout, begun)):
             repair_loss(model, part, 1.0, 1)
         reached |= set(update.asked)
     path = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(Tracer(), 1.0), recipe, kept=kept)

@@ -147,7 +147,7 @@ def test_another_attempt_loosens_or_tightens_the_guard(reading, factor):
 )
 def test_a_hairs_excess_is_not_worth_another_attempt(changed, again):
     """On a real model 30 more epochs were gone for a divergence of 0.0101."""
-    reading = Reading(**{**vars(Reading(7.0, 1.0, 0.0, 0.0105, behind=1.1)), **changed})
+    reading = Reading(**{**vars(Reading(7.0, 1.0, 0.0, 0.0105, behind=BEHIND + 0.1)), **changed})
     watch = watch_over([reading])
     watch.look(lambda: None, epoch=1)
     assert not reading.good(BOUNDS)

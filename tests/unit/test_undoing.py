@@ -94,3 +94,23 @@ def test_an_adapters_directions_are_mixed_by_the_repair():
         core = own.view(rank, rank)
         assert float(torch.linalg.matrix_norm(core, 2)) <= 1 + 1e-5
         assert float((core - core.diag().diag()).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["checkpoint", "adapter"])
+@pytest.mark.parametrize("undo", [0.0, 0.3], ids=["no pull", "pull"])
+def test_learning_begins_on_the_way_to_undone_unless_nothing_pulls_there(kept, undo):
+    """Without a pull, what neither example nor guard minds is to stay as the fine-tune left it."""
+    model = tiny_model("llama").requires_grad_(False)
+    layers, batch = targets_of(model), tiny_batch(model, 4)
+    directions = adapter_directions(tiny_update(layers, scale=0.2), "cpu")
+    recipe = recipe_of("rollback", epochs=1, learning_rate=1e-4, noise=0.0, undo=undo)
+    tracer = Tracer()
+    weights, _ = finished(
+        rollback.learn(tiny_runtime(), model, directions, batch, Attempt(tracer, 1.0), recipe, kept=kept)
+    )
+    share = (0.5 if kept else 0.75) if undo else 0.0
+    assert tracer.records[0]["undone"] == pytest.approx(share, abs=1e-3)
+    for name, own in weights.items():
+        rank = len(directions[name].s)
+        left = (1 - share) * torch.eye(rank).flatten() if kept else torch.full((rank,), -share)
+        torch.testing.assert_close(own, left, rtol=0, atol=1e-3)
