@@ -26,7 +26,7 @@ AMPLE_MARGIN = 5.0
 BEHIND = 0.3  # nats: odds of a refusal are three quarters of what the aligned model gives it; nearer is no better
 BEHIND_COST = 0.05  # share of prompts that are not refused as which a nat beyond that counts
 PATIENCE = 3  # settled epochs in a row, as one may be luck
-STALE = 8  # epochs in a row that were not better than a good one
+STALE = 8  # epochs in a row that were not better than one that costs nothing
 LEFT = 0.1  # of the way from the fine-tuned to the aligned model, on prompts that are not of the user's own task
 WEIGHT_STEP = 4.0  # by which the guard's weight changes for another attempt
 
@@ -156,8 +156,8 @@ class Watch(Generic[Kept]):
     def look(self, keep: Callable[[], Kept], **where: float) -> tuple[Reading, bool]:
         """Read the probes; return what they say, and whether to stop.
 
-        It is to after ``PATIENCE`` settled epochs in a row, or ``STALE`` that were not better than a good one; but not
-        where there was nothing to recover.
+        It is to after ``PATIENCE`` settled epochs in a row, or ``STALE`` that were not better than a good one that is
+        not behind; but not where there was nothing to recover.
 
         Args:
             keep: makes a copy of the state, called if it is the best so far
@@ -169,7 +169,7 @@ class Watch(Generic[Kept]):
         assert self.best is not None
         self._since_best += 1
         self._in_a_row = self._in_a_row + 1 if reading.settled(self.bounds) else 0
-        done = self._in_a_row >= PATIENCE or (self._since_best >= STALE and self.best.good(self.bounds))
+        done = self._in_a_row >= PATIENCE or (self._since_best >= STALE and not self.best.cost(self.bounds))
         return reading, done and reading.margin > 0
 
     def next_weight(self, weight: float) -> float | None:
