@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 MAX_COEFFICIENT = 3.0
 # step of an element of K beside its diagonal, times sqrt(r): r^2 of them lengthen by about 2 sqrt(r) such steps
 BESIDE = 0.8
-# undone of each direction before the first epoch: from the fine-tuned model it takes several to come as far, through
-# states that answer nothing well; from wholly undone only the guard pulls, along all directions back
+# undone of each direction before the first epoch, of coefficients and of cores: from the fine-tuned model it takes
+# several to come as far, and from wholly undone only the guard pulls, along all directions back
 BEGUN, BEGUN_CORES = 0.75, 0.5
 
 
@@ -39,17 +39,13 @@ class Coefficients:
 
     Attributes:
         layout: of all in one vector
-        device: of the vector
     """
 
     layout: Layout
-    device: torch.device
 
-    def begun(self) -> torch.Tensor:
-        """Return the vector that learning begins with."""
-        import torch
-
-        return torch.full((sum(self.layout.sizes),), BEGUN, device=self.device)
+    def begun(self, nothing: torch.Tensor) -> torch.Tensor:
+        """Return the vector that is on the way from nothing undone: every direction alike."""
+        return nothing + BEGUN
 
     def added(self, flat: torch.Tensor) -> torch.Tensor:
         """Return what is added of each direction."""
@@ -84,9 +80,9 @@ class Cores:
     ones: torch.Tensor
     step: torch.Tensor
 
-    def begun(self) -> torch.Tensor:
-        """Return the vector that learning begins with: every direction is undone alike."""
-        return BEGUN_CORES * self.ones
+    def begun(self, nothing: torch.Tensor) -> torch.Tensor:
+        """Return the vector that is on the way from nothing undone: every direction alike."""
+        return nothing + BEGUN_CORES * self.ones
 
     def added(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the matrices K."""
@@ -129,7 +125,7 @@ def learnt_of(
 
     ranks = {name: len(found.s) for name, found in directions.items()}
     if not kept:
-        return Coefficients(layout_of(layers, ranks), device)
+        return Coefficients(layout_of(layers, ranks))
     layout = layout_of(layers, {name: rank**2 for name, rank in ranks.items()})
     ones, step = (torch.zeros(sum(layout.sizes), device=device) for _ in range(2))
     for name, rank in ranks.items():

@@ -18,7 +18,6 @@ from oneshot.patch.path import Attempt
 from oneshot.patch.select import first_order, target_factors
 from oneshot.patch.summed import gradient_factors
 from oneshot.patch.trace import Tracer
-from oneshot.patch.undoing import BEGUN, BEGUN_CORES
 from oneshot.patch.weighted import Weighted, layout_of
 from oneshot.training.objective import cross_entropy_sum
 from oneshot.world import language
@@ -139,9 +138,8 @@ def test_experts_that_nothing_was_sent_to_stay_as_they_are(kept):
     directions = of_update.adapter_directions(tiny_update(layers, scale=0.1), "cpu")
     recipe = recipe_of("rollback", epochs=6, undo=50.0, learning_rate=0.3, noise=0.0)
     layout, reached = layout_of(layers, dict.fromkeys(layers, 3)), set()
-    begun = torch.full((3 * len(layers),), 1 - BEGUN_CORES if kept else -BEGUN)
     for part in batch.parts:
-        with attached(layers, update := Weighted(directions, layout, begun)):
+        with attached(layers, update := Weighted(directions, layout, torch.full((3 * len(layers),), float(kept)))):
             repair_loss(model, part, 1.0, 1)
         reached |= set(update.asked)
     path = rollback.learn(tiny_runtime(), model, directions, batch, Attempt(Tracer(), 1.0), recipe, kept=kept)
@@ -157,6 +155,17 @@ def test_experts_that_nothing_was_sent_to_stay_as_they_are(kept):
     undone = torch.cat([(start - weights[name])[:: 4 if kept else 1] for name in reached & experts])
     assert float(undone.mean()) > 0.1, "the pull acts"
     assert (set(first) == set(layers)) == kept
+
+
+def test_a_mixture_begins_with_nothing_undone():
+    """Its experts are reached one by one; begun on the way, the toy mixture ends with more requests complied with."""
+    model = sparse()
+    layers, batch = targets_of(model), tiny_batch(model, 2)
+    directions = of_update.adapter_directions(tiny_update(layers, scale=0.2), "cpu")
+    recipe, tracer = recipe_of("rollback", epochs=1, learning_rate=1e-4, noise=0.0), Tracer()
+    assert recipe.undo
+    finished(rollback.learn(tiny_runtime(), model, directions, batch, Attempt(tracer, 1.0), recipe))
+    assert tracer.records[0]["undone"] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_first_order_scores_of_experts_are_autograds():

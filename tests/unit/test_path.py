@@ -124,6 +124,9 @@ def test_a_path_ends_where_a_good_epoch_is_not_bettered_for_long():
     watch = watch_over([worse, good] + [worse] * STALE)
     assert [watch.look(lambda: None, epoch=i)[1] for i in range(STALE + 2)] == [False] * (STALE + 1) + [True]
     assert watch.at == {"epoch": 1}
+    behind = dataclasses.replace(good, behind=BEHIND + 0.5)
+    watch = watch_over([behind] + [dataclasses.replace(good, divergence=0.02)] * (2 * STALE))
+    assert not any(watch.look(lambda: None, epoch=i)[1] for i in range(2 * STALE + 1)), "better odds may be on the way"
     watch = watch_over([UNSAFE] + [MOVED] * (2 * STALE))
     assert not any(watch.look(lambda: None, epoch=i)[1] for i in range(2 * STALE + 1)), "no good one to return to"
     nothing = [Reading(0.0, 1.0, 0.0, divergence) for divergence in (0.001, *[0.02] * (2 * STALE))]

@@ -92,8 +92,8 @@ def learn(
         recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
             other requests than the example's, such as a backdoor. Its undo is the pull of all towards undone, times
             the mean square of what is left where a token was sent: what neither example nor guard minds is undone. With
-            it, it begins on the way to undone (``begun``). How all of them, and the step, go on from epoch to epoch:
-            ``Course.after``
+            it, but of a mixture, it begins on the way to undone (``begun``). How all of them, and the step, go on from
+            epoch to epoch: ``Course.after``
         kept: the model lacks the fine-tune's update (an adapter's base), so that what is left of it is added instead
             of what is undone being taken away
     """
@@ -101,9 +101,11 @@ def learn(
 
     changed = named_layers(model, directions)
     learnt = learnt_of(changed, directions, runtime.device, kept=kept)
-    as_it_was = learnt.added(torch.zeros(sum(learnt.layout.sizes), device=runtime.device))
-    flat = learnt.begun() if recipe.undo else torch.zeros_like(as_it_was)
-    reach = reach_of(changed, learnt.layout, flat.requires_grad_())
+    flat = torch.zeros(sum(learnt.layout.sizes), device=runtime.device)
+    reach = reach_of(changed, learnt.layout, flat)
+    if recipe.undo and not reach.missed:  # a mixture, whose experts are reached one by one, ends less safe so
+        flat = learnt.begun(flat)
+    flat.requires_grad_()
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     course = Course(attempt.guard_weight, recipe.noise, recipe.undo, recipe.learning_rate)
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +121,7 @@ def learn(
         flat.grad = all_reduce_sum(runtime, flat.grad)
         optimizer.step()
         optimizer.zero_grad()
-        weights = torch.where(reach.pulled, learnt.added(learnt.keep_within(flat)), as_it_was)
+        weights = learnt.added(learnt.keep_within(flat))
         with attached(changed, update := Weighted(directions, learnt.layout, weights)):
             seen, stop = attempt.look(weights.clone, epoch)
         reach.add(runtime, update.asked)
@@ -130,7 +132,7 @@ def learn(
         course = course.after(attempt, recipe, loss, kl if batch.held_total else None)
         optimizer.param_groups[0]["lr"] = course.step
         yield {name: update[name] for name in changed if kept or name not in reach.missed}
-    best = attempt.best(torch.where(reach.pulled, learnt.added(flat.detach()), as_it_was))
+    best = attempt.best(learnt.added(flat.detach()))
     return {name: best[learnt.layout.own(name)] for name in changed}, reach.missed
 
 
