@@ -103,9 +103,8 @@ def learn(
     learnt = learnt_of(changed, directions, runtime.device, kept=kept)
     flat = torch.zeros(sum(learnt.layout.sizes), device=runtime.device)
     reach = reach_of(changed, learnt.layout, flat)
-    if recipe.undo and not reach.missed:  # a mixture, whose experts are reached one by one, ends less safe so
-        flat = learnt.begun(flat)
-    flat.requires_grad_()
+    # a mixture, whose experts are reached one by one, ends less safe from there
+    flat = (learnt.begun(flat) if recipe.undo and not reach.missed else flat).requires_grad_()
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
     course = Course(attempt.guard_weight, recipe.noise, recipe.undo, recipe.learning_rate)
     generator = torch.Generator().manual_seed(0)
