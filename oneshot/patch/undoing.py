@@ -3,8 +3,8 @@
 Of a full fine-tune one coefficient c_i per leading direction: the update's other directions stay, and with them most of
 what was learnt. An adapter is nothing but its directions, so that a request that is to be refused and the task share
 each of them; of it a whole matrix K (r, r) is learnt, U sqrt(S) K sqrt(S) V^T, which can be at work on the one and not
-on the other. K is I at first, 0 undoes all, and it never lengthens anything: the repaired adapter does nothing that the
-adapter could not do.
+on the other. I leaves all as it is, 0 undoes all, and K never lengthens anything: the repaired adapter does nothing
+that the adapter could not do.
 """
 
 from __future__ import annotations
