@@ -324,6 +324,12 @@ def failing_saves(runtime: Runtime, source: str, targets: list[list[Any]]) -> di
     return found
 
 
+def _say_saved(folder: str, step: int) -> None:
+    """Add a line: rewriting the file would leave it empty for a moment, and that moment can be the kill's."""
+    with Path(f"{folder}.step").open("a") as said:
+        said.write(f"{step}\n")
+
+
 def counting(runtime: Runtime, folder: str, source: str) -> None:
     """Save again and again, all weights equal to the number of the save, until somebody kills us."""
     if runtime.sharding == "zero3":
@@ -337,7 +343,7 @@ def counting(runtime: Runtime, folder: str, source: str) -> None:
                 getattr(parameter, "ds_tensor", parameter.data).fill_(step)
         save_checkpoint(runtime, model, tokenizer, Path(folder), torch.float32)
         if runtime.is_main:
-            Path(f"{folder}.step").write_text(str(step))
+            _say_saved(folder, step)
 
 
 def counting_states(runtime: Runtime, folder: str, source: str) -> None:
@@ -360,4 +366,4 @@ def counting_states(runtime: Runtime, folder: str, source: str) -> None:
                 piece.values.fill_(step)
             states.save(engine, step)
             if runtime.is_main:
-                Path(f"{folder}.step").write_text(str(step))
+                _say_saved(folder, step)

@@ -55,8 +55,8 @@ def step_of(folder: Path) -> int:
 def last_said(folder: Path) -> int:
     """The number of the last save that rank 0 has said to be done."""
     try:
-        return int(Path(f"{folder}.step").read_text() or "0")
-    except FileNotFoundError:
+        return int(Path(f"{folder}.step").read_text().split()[-1])
+    except (FileNotFoundError, IndexError):  # none yet, or just opened
         return 0
 
 
