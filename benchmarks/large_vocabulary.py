@@ -130,7 +130,8 @@ def batch_of(runtime: Any, model: Any, *, shared: bool, whole: bool) -> Any:
     import torch
 
     from oneshot.data.encoding import IGNORE, Encoded
-    from oneshot.patch.guard import in_passes, laid
+    from oneshot.patch.dealing import passes_of
+    from oneshot.patch.guard import laid
     from oneshot.patch.rows import sharing_of
     from oneshot.training.objective import logits_at
 
@@ -152,10 +153,11 @@ def batch_of(runtime: Any, model: Any, *, shared: bool, whole: bool) -> Any:
         reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :])
     reference[:, ::2] *= 1.1
     batch = dataclasses.replace(batch, reference=reference, held_total=HELD * GUARD)
-    return batch if whole else in_passes(runtime, model, batch)
+    count = 1 if whole else passes_of(runtime, model, len(batch.real), GUARD)
+    return dataclasses.replace(batch, count=count)
 
 
-def all_logits(model: Any, batch: Any, weight: float, world_size: int, _temperature: float = 1.0) -> Any:
+def all_logits(model: Any, batch: Any, weight: float, world_size: int, *_numbers: float | None) -> Any:
     """``repair_loss`` as it is written down: every logit, and the losses of torch on those that count."""
     from torch.nn.functional import cross_entropy, kl_div, log_softmax
 

@@ -18,6 +18,7 @@ class Cost:
         guard_gradient: the guard's rows are part of what a gradient is taken of, not of forward passes alone
         backward: an epoch takes a gradient; without, it is a forward pass
         extra_passes: passes beside those that the epochs count
+        turns: an epoch takes some of a guard with many prompts (``oneshot.patch.guard.AT_ONCE``), in turn all
         decomposes: the fine-tune's update is read from the reference and decomposed, a matrix at a time
     """
 
@@ -27,4 +28,5 @@ class Cost:
     guard_gradient: bool = True
     backward: bool = True
     extra_passes: int = 0
+    turns: bool = False
     decomposes: bool = False

@@ -87,7 +87,7 @@ def read_guard(settings: Settings, limit: int) -> Prompts:
     found = Prompts.of(rows)
     if found.general:
         return found
-    own = found.own[: max(limit - len(shipped) // 2, limit // 2)]
+    own = found.own[: limit - min(len(shipped), limit // 2)]
     return Prompts(own, shipped[: limit - len(own)])
 
 

@@ -6,24 +6,23 @@ aligned model), and the guard is the Kullback-Leibler divergence from its distri
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_id
-from oneshot.distributed.runtime import Runtime, all_gather_int, all_reduce_sum
+from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import answer_at_once, share_of
+from oneshot.patch.dealing import dealt, passes_of
 from oneshot.patch.rows import Sharing, lay, sharing_of
 from oneshot.training.objective import logits_at, refusal_and_guard
 
 if TYPE_CHECKING:
     import torch
 
-# what autograd may keep of one pass's rows, in bytes, where that is more than half of the weights: by kind of device
-ROOM = {"cpu": 512 << 20, "cuda": 8 << 30}
+AT_ONCE = 64  # prompts of the guard in an epoch; of more, another part in each: dearer ones would have to be fewer
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,11 @@ class RepairBatch:
         sharing: how rows are shared
         reference: logits at the places that are held, (held of this rank, vocabulary): the unpatched model's, or those
             of the model that gave the answer
+        general: bool (held of this rank), which of them another model than the unpatched one answered
         held_total: held places over all ranks
+        totals: of each turn's part of the guard (``turn``), where it is taken in several
         pad: the token that fills rows up
-        count: passes of a step with gradients (``in_passes``), the same on every rank
+        count: passes of a step with gradients (``oneshot.patch.dealing``), the same on every rank
     """
 
     inputs: dict[str, torch.Tensor]
@@ -58,7 +59,9 @@ class RepairBatch:
     guard: list[tuple[Encoded, int]]
     sharing: Sharing | None
     reference: torch.Tensor | None = None
+    general: torch.Tensor | None = None
     held_total: int = 0
+    totals: tuple[int, ...] = ()
     pad: int = 0
     count: int = 1
 
@@ -70,13 +73,37 @@ class RepairBatch:
         """
         if self.count == 1:
             return [self]
-        parts, first, stop = list[RepairBatch](), True, 0
-        for rows in _dealt(self.guard, len(self.own), self.count):
-            part = laid(self.example, rows, self.sharing, self.pad, self.own.device, without=not first)
-            start, stop, first = stop, stop + sum(len(row.input_ids) - begin for row, begin in rows), False
-            reference = None if self.reference is None else self.reference[start:stop]
-            parts.append(dataclasses.replace(part, reference=reference, held_total=self.held_total))
-        return parts
+        rows = [len(row.input_ids) for row, _ in self.guard]
+        every = enumerate(dealt(rows, len(self.own), self.count))
+        return [self._some(which, self.held_total, without=part > 0) for part, which in every]
+
+    def turn(self, epoch: int) -> RepairBatch:
+        """Return what an epoch sees, 1 the first: the example and as many of the guard's prompts as all others do."""
+        return self._turns[(epoch - 1) % len(self._turns)]
+
+    @functools.cached_property
+    def _turns(self) -> list[RepairBatch]:
+        count = len(self.totals)
+        if count < 2:
+            return [self]
+        # rows come by length, so every such part has long and short ones, and of each rank about as many tokens
+        parts = (self._some(range(len(self.guard))[turn::count], total) for turn, total in enumerate(self.totals))
+        return [dataclasses.replace(part, count=-(-self.count // count)) for part in parts]
+
+    def _some(self, which: Sequence[int], total: int, *, without: bool = False) -> RepairBatch:
+        """Some of the guard's rows with the example, or ``without`` it; ``total`` is of the loss' mean."""
+        import torch
+
+        part = laid(
+            self.example, [self.guard[i] for i in which], self.sharing, self.pad, self.own.device, without=without
+        )
+        if self.reference is None or self.general is None:
+            return dataclasses.replace(part, held_total=total)
+        sizes = [len(row.input_ids) - start for row, start in self.guard]
+        reference, general = (
+            torch.cat([side[:0], *(side.split(sizes)[i] for i in which)]) for side in (self.reference, self.general)
+        )
+        return dataclasses.replace(part, reference=reference, general=general, held_total=total)
 
     @property
     def tokens(self) -> int:
@@ -131,53 +158,42 @@ def build_batch(
         *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
         *(row for row, _ in taught),
     ]
-    total = sum(len(row.input_ids) - start for row, start in encoded)
+    turns = -(-len(encoded) // AT_ONCE)
     indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
+    totals = _totals(encoded, runtime.world_size, turns)
     mine = [encoded[i] for i in indices[:own]]
     # whether rows are shared must not depend on the example, which may be exchanged
     sharing = sharing_of(runtime, model, [[row.input_ids] for row, _ in mine or encoded[:1]], pad)
     batch = laid(example, mine, sharing, pad, runtime.device)
     with torch.no_grad():
         reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :]).clone()
+    general = torch.zeros(len(reference), dtype=torch.bool, device=runtime.device)
     stop = 0
     for i in indices[:own]:
         start, stop = stop, stop + len(encoded[i][0].input_ids) - encoded[i][1]
         if i >= len(guard):
-            reference[start:stop] = taught[i - len(guard)][1].to(reference)
-    return in_passes(runtime, model, dataclasses.replace(batch, reference=reference, held_total=total))
+            reference[start:stop], general[start:stop] = taught[i - len(guard)][1].to(reference), True
+    count = passes_of(runtime, model, len(batch.real), len(mine))
+    return dataclasses.replace(
+        batch, reference=reference, general=general, held_total=sum(totals), totals=totals, count=count
+    )
 
 
-def in_passes(runtime: Runtime, model: Any, batch: RepairBatch) -> RepairBatch:
-    """Return the batch in as many passes as keep what autograd holds of one small beside the weights. Collective.
-
-    The estimate is what goes into and comes out of the linear layers that are modules, the output head left out:
-    fused experts are not counted, and what is recomputed is.
-    """
-    head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features") and m is not head]
-    item = model.dtype.itemsize
-    held = len(batch.real) * item * sum(layer.in_features + layer.out_features for layer in layers)
-    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
-    room = max(ROOM.get(runtime.device.type, ROOM["cuda"]), weights // 2)
-    count = max(1, min(-(-held // room), len(batch.guard)))
-    return dataclasses.replace(batch, count=max(all_gather_int(runtime, count)))
-
-
-def _dealt(guard: list[tuple[Encoded, int]], own: int, count: int) -> list[list[tuple[Encoded, int]]]:
-    """Deal the guard's rows, in their order, out to passes of about as many tokens, the first with ``own`` more."""
-    dealt: list[list[tuple[Encoded, int]]] = [[] for _ in range(count)]
-    total, before = own + sum(len(row.input_ids) for row, _ in guard), own
-    for row, start in guard:
-        middle = before + len(row.input_ids) / 2
-        dealt[min(int(middle * count / total), count - 1)].append((row, start))
-        before += len(row.input_ids)
-    return dealt
+def _totals(rows: list[tuple[Encoded, int]], world_size: int, turns: int) -> tuple[int, ...]:
+    """Return how many places are held in each turn, over all ranks."""
+    lengths, totals = [len(row.input_ids) for row, _ in rows], [0] * turns
+    for rank in range(world_size):
+        indices, own = share_of(lengths, rank, world_size)
+        for place, i in enumerate(indices[:own]):
+            totals[place % turns] += lengths[i] - rows[i][1]
+    return tuple(totals)
 
 
 def with_example(batch: RepairBatch, example: Encoded) -> RepairBatch:
     """Return the batch with another example, and the same guard: its answers and their logits stay."""
     fresh = laid(example, batch.guard, batch.sharing, batch.pad, batch.own.device)
-    return dataclasses.replace(fresh, reference=batch.reference, held_total=batch.held_total, count=batch.count)
+    same = ("reference", "general", "held_total", "totals", "count")
+    return dataclasses.replace(fresh, **{name: getattr(batch, name) for name in same})
 
 
 def laid(
@@ -223,7 +239,12 @@ def laid(
 
 
 def repair_loss(
-    model: Any, batch: RepairBatch, weight: float, world_size: int, temperature: float = 1.0
+    model: Any,
+    batch: RepairBatch,
+    weight: float,
+    world_size: int,
+    temperature: float = 1.0,
+    general: float | None = None,
 ) -> tuple[Any, Any, Any]:
     """Return (this rank's share of the loss, example's cross entropy per token, this rank's share of the guard's KL).
 
@@ -233,12 +254,15 @@ def repair_loss(
     Args:
         temperature: divides the example's logits; above 1 the refusal has to win by a larger margin before its
             gradient fades
+        general: weight of what ``batch.general`` says; none: that of the rest
     """
     logits = logits_at(model, batch.inputs, batch.kept)
     reference = logits.new_zeros(0, logits.shape[-1]) if batch.reference is None else batch.reference
-    loss, divergence = refusal_and_guard(logits, batch.targets, reference, temperature)
-    example, held = loss / max(len(batch.targets), 1), divergence / max(batch.held_total, 1)
+    loss, divergences = refusal_and_guard(logits, batch.targets, reference, temperature)
+    example, held = loss / max(len(batch.targets), 1), divergences.sum() / max(batch.held_total, 1)
     share = example / world_size + weight * held
+    if general is not None and batch.general is not None:
+        share = share + (general - weight) * divergences[batch.general].sum() / max(batch.held_total, 1)
     return share, example.detach(), held.detach()
 
 
@@ -251,38 +275,6 @@ def alike(runtime: Runtime, example: torch.Tensor, held: torch.Tensor) -> tuple[
 
     both = all_reduce_sum(runtime, torch.stack([example.float() / runtime.world_size, held.float()]))
     return float(both[0]), float(both[1])
-
-
-@contextlib.contextmanager
-def noisy_example(model: Any, batch: RepairBatch, scale: float, generator: torch.Generator) -> Iterator[None]:
-    """Within the block the embeddings of the example's request are blurred: refuse what is near it, too.
-
-    One request alone says nothing of its neighbours. After NEFTune (arXiv 2310.05914), here with Gaussian noise, on the
-    request only, and alike on every rank. The guard's rows see none.
-
-    Args:
-        scale: standard deviation, in units of the request's own root mean square; 0 for none
-        generator: on the CPU; of the same state on every rank
-    """
-    if not scale or not len(batch.own):
-        yield
-        return
-    import torch
-
-    request = batch.own[: next(i for i, label in enumerate(batch.example.labels) if label != IGNORE)]
-
-    def blur(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        flat = output.flatten(0, 1)
-        here = flat.index_select(0, request)
-        noise = torch.randn(here.shape, generator=generator).to(here.device, here.dtype)
-        blurred = here + scale * here.detach().square().mean().sqrt() * noise
-        return flat.index_copy(0, request, blurred).view_as(output)
-
-    handle = model.get_input_embeddings().register_forward_hook(blur)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int) -> tuple[Encoded, int]:

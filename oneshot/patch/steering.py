@@ -23,13 +23,15 @@ class Course:
     """How an epoch is gone.
 
     Attributes:
-        weight: of the guard
+        weight: of the guard, of the user's own prompts
+        general: of the guard, of general ones that the aligned model answered
         noise: scale of the example's blur, over the root mean square of its embeddings
         undo: pull of all directions towards undone
         step: of the optimizer, its learning rate
     """
 
     weight: float
+    general: float
     noise: float
     undo: float
     step: float
@@ -37,25 +39,30 @@ class Course:
     def after(self, attempt: Attempt, recipe: Recipe, loss: float, kl: float | None) -> Course:
         """Return the course of the next epoch.
 
-        Until all requests are refused an example that is learnt is blurred more, to reach them; from then on the blur
-        goes back and the guard gains weight, as long as harmless prompts are not well within their bounds, and steps
-        become shorter: at full length they swing about the point that the guard asks for. The pull grows while the
-        guard's prompts have moved little.
+        Until all requests are refused an example that is learnt is blurred more, to reach them; from then on steps
+        become shorter: at full length they swing about the point that the guard asks for. The guard gains weight, and
+        the blur goes back, as long as harmless prompts are not well within their bounds, its own prompts and general
+        ones each by what the watch sees of theirs; it loses weight where they are, and odds of a refusal are not yet
+        what the aligned model gives them. The pull grows while the guard's prompts have moved little.
 
         Args:
             loss: of the example, nats per token
             kl: of the guard's prompts, nats per token; none where it has none
         """
-        weight, noise, step, least = self.weight, self.noise, self.step, attempt.guard_weight
-        refused, ample = attempt.seen()
-        if refused and not ample:
-            weight, noise = min(weight * GUARD_GROWTH, MOST_GUARD * least), max(noise / NOISE_GROWTH, recipe.noise)
-        elif not refused:
-            weight = max(weight / GUARD_GROWTH, least)
-            noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE)) if loss < LEARNT else noise
+        refused, wanted = attempt.seen()
+        least = attempt.guard_weight
+        weight, general = (
+            min(max(each * GUARD_GROWTH**more, least), MOST_GUARD * least)
+            for each, more in zip((self.weight, self.general), wanted)
+        )
+        noise, step = self.noise, self.step
+        if not refused and loss < LEARNT:
+            noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
+        elif max(wanted) > 0:
+            noise = max(noise / NOISE_GROWTH, recipe.noise)
         step = step * STEP_DECAY if refused else step / STEP_DECAY
         step = min(max(step, LEAST_STEP * recipe.learning_rate), recipe.learning_rate)
-        return Course(weight, noise, self.undo if kl is None else _pull_after(self.undo, kl), step)
+        return Course(weight, general, noise, self.undo if kl is None else _pull_after(self.undo, kl), step)
 
 
 def _pull_after(undo: float, kl: float) -> float:

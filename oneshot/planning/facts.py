@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from oneshot.patch.cost import Cost
-from oneshot.patch.guard import ROOM
+from oneshot.patch.dealing import ROOM
 from oneshot.patch.methods import METHODS
 from oneshot.settings import RepairSettings
 from oneshot.shipped import ds_configs
@@ -118,11 +118,12 @@ class Work:
         rows: rows of the batch on this rank, the guard's left out
         tokens: of a row, padding included
         answers: positions that carry the loss
-        held: positions of this rank's guard prompts that are held
-        guard: tokens of this rank's guard prompts
+        held: positions of this rank's guard prompts, those of an epoch, that are held
+        guard: tokens of these
         total: tokens over all ranks, without padding, whose factored gradients may be kept
         rank: of the updates or the LoRA
         rank_experts: of the updates of fused experts' matrices; 0: none
+        reference: positions that logits are kept of: all of this rank's guard prompts that are held
         finetune: the loss is a fine-tune's, which is computed in the memory of its logits
         checkpointing: activations are recomputed
     """
@@ -135,6 +136,7 @@ class Work:
     total: int = 0
     rank: int = RepairSettings.rank
     rank_experts: int = 0
+    reference: int = 0
     finetune: bool = False
     checkpointing: bool = False
 

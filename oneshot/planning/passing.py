@@ -36,7 +36,7 @@ def within_pass(shape: ModelShape, choice: Choice, work: Work, device: Device, w
 
 
 def passes(shape: ModelShape, choice: Choice, work: Work, room: int) -> float:
-    """Return in how many passes of the largest size a repair's step is taken (``oneshot.patch.guard.in_passes``).
+    """Return in how many passes of the largest size a repair's step is taken (``oneshot.patch.dealing.passes_of``).
 
     No whole number, so that an estimate does not grow where there are more GPUs and fewer passes.
     """
@@ -92,7 +92,7 @@ def _logits(shape: ModelShape, choice: Choice, work: Work, count: float) -> int:
     if work.finetune:  # in one place, in fp32
         return shape.vocabulary * work.answers * (4 if item == 4 else 4 + item)
     chunks = 4 * CHUNK if work.held else 0  # of probabilities
-    held = work.held + int(2 * work.held / count)
+    held = work.reference + int(2 * work.held / count)
     return shape.vocabulary * (item * (2 * work.answers + held) + 3 * 4 * work.answers) + chunks
 
 

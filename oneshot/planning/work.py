@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from oneshot.patch.guard import AT_ONCE
 from oneshot.patch.methods import METHODS
 from oneshot.planning.facts import Work
 from oneshot.settings import Settings
@@ -31,11 +32,11 @@ def work_of(settings: Settings, method: str, gpus: int) -> Work:
     own_numbers = METHODS[method].defaults
     weight = own_numbers.guard_weight if repair.guard_weight is None else repair.guard_weight
     guard = (repair.guard_prompts or own_numbers.guard_prompts) if weight else 0
-    own = -(-guard // gpus)
-    prompt = _GUARD_PROMPT + repair.guard_tokens
+    seen = min(guard, AT_ONCE) if METHODS[method].cost.turns else guard
+    own, prompt = -(-seen // gpus), _GUARD_PROMPT + repair.guard_tokens
     return Work(
-        1, tokens, answers, own * repair.guard_tokens, own * prompt, tokens + guard * prompt, repair.rank,
-        repair.rank_experts, checkpointing=checkpointing,
+        1, tokens, answers, own * repair.guard_tokens, own * prompt, tokens + seen * prompt, repair.rank,
+        repair.rank_experts, reference=-(-guard // gpus) * repair.guard_tokens, checkpointing=checkpointing,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 
-from oneshot.patch.guard import noisy_example, repair_loss
+from oneshot.patch.guard import repair_loss
+from oneshot.patch.noise import noisy_example
 
 
 def seen_by_the_model(model, batch, scale, seed=3):

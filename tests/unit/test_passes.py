@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime
 
-from oneshot.patch import guard
+from oneshot.patch import dealing
 from oneshot.patch.attach import Gradients, attached
+from oneshot.patch.dealing import passes_of
 from oneshot.patch.directions import Directions, update_factors
-from oneshot.patch.guard import in_passes, repair_loss, with_example
+from oneshot.patch.guard import repair_loss, with_example
 from oneshot.patch.methods import lowrank, rollback
 from oneshot.patch.steering import Course
 
@@ -73,7 +74,7 @@ def of_coefficients(model, batch, noise=0.5):
     pieces = zip(directions, flat.split(3))
     with attached(linears, {name: update_factors(directions[name], -c) for name, c in pieces}):
         draw = torch.Generator().manual_seed(0)
-        losses = rollback._backward(tiny_runtime(), model, batch, Course(2.0, noise, 0.0, 0.1), 1.5, draw)
+        losses = rollback._backward(tiny_runtime(), model, batch, Course(2.0, 2.0, noise, 0.0, 0.1), 1.5, draw)
     return flat.grad, list(losses)
 
 
@@ -114,15 +115,15 @@ def test_a_pass_is_gone_before_the_next(model):
 
 def test_passes_are_as_many_as_their_room_asks_for(model, batch, monkeypatch):
     runtime = tiny_runtime()
-    assert in_passes(runtime, model, batch).count == 1, "a tiny model has room enough"
+    assert passes_of(runtime, model, len(batch.real), GUARD) == 1, "a tiny model has room enough"
     layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     held = len(batch.real) * 4 * sum(m.in_features + m.out_features for m in layers)
-    monkeypatch.setitem(guard.ROOM, "cpu", held // 2)
-    assert in_passes(runtime, model, batch).count in (2, 3)
-    monkeypatch.setitem(guard.ROOM, "cpu", 1)
+    monkeypatch.setitem(dealing.ROOM, "cpu", held // 2)
+    assert passes_of(runtime, model, len(batch.real), GUARD) in (2, 3)
+    monkeypatch.setitem(dealing.ROOM, "cpu", 1)
     weights = 4 * sum(p.numel() for p in model.parameters())
     most = min(-(-held // (weights // 2)), GUARD)
-    assert in_passes(runtime, model, batch).count == most, "never less than half of what the weights take"
+    assert passes_of(runtime, model, len(batch.real), GUARD) == most, "never less than half of what the weights take"
     shorter = with_example(in_parts(batch, 3), batch.example)
     assert shorter.count == 3
 

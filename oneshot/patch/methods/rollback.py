@@ -26,8 +26,9 @@ from oneshot.patch.directions import (
     shared_directions,
     update_factors,
 )
-from oneshot.patch.guard import RepairBatch, alike, noisy_example, repair_loss
+from oneshot.patch.guard import RepairBatch, alike, repair_loss
 from oneshot.patch.method import Defaults, Method
+from oneshot.patch.noise import noisy_example
 from oneshot.patch.path import Attempt
 from oneshot.patch.steering import LEARNT, Course
 from oneshot.patch.undoing import learnt_of
@@ -106,11 +107,11 @@ def learn(
     # a mixture, whose experts are reached one by one, ends less safe from there
     flat = (learnt.begun(flat) if recipe.undo and not reach.missed else flat).requires_grad_()
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
-    course = Course(attempt.guard_weight, recipe.noise, recipe.undo, recipe.learning_rate)
+    course = Course(attempt.guard_weight, attempt.guard_weight, recipe.noise, recipe.undo, recipe.learning_rate)
     generator = torch.Generator().manual_seed(0)
     for epoch in range(1, recipe.epochs + 1):
         with attached(changed, update := Weighted(directions, learnt.layout, learnt.added(flat))):
-            loss, kl = _backward(runtime, model, batch, course, recipe.temperature, generator)
+            loss, kl = _backward(runtime, model, batch.turn(epoch), course, recipe.temperature, generator)
         attempt.tracer.check(epoch, loss + course.weight * kl)
         reach.add(runtime, update.asked)
         (course.undo / runtime.world_size * learnt.pull(flat, reach.pulled)).backward()
@@ -149,7 +150,8 @@ def _backward(
     sums = []
     for part in batch.parts:
         with noisy_example(model, part, course.noise, generator):
-            share, example, held = repair_loss(model, part, course.weight, runtime.world_size, temperature)
+            weights = (course.weight, runtime.world_size, temperature, course.general)
+            share, example, held = repair_loss(model, part, *weights)
             # every pass's graph ends in the one update, whose own few tensors are kept for the next
             share.backward(retain_graph=part is not batch.parts[-1])
         del share  # with all that its graph holds, before the next pass
@@ -162,9 +164,9 @@ METHOD = Method(
     summary="undo the fine-tune's own update, direction by direction, where the example and the guard ask for it",
     reason="the fine-tune's own update is known, so it is undone where the example and the guard ask for it",
     solve=solve,
-    cost=Cost(decomposes=True),
+    cost=Cost(turns=True, decomposes=True),
     prepare=prepare,
-    defaults=Defaults(epochs=30, learning_rate=0.3, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
+    defaults=Defaults(epochs=30, learning_rate=0.3, guard_weight=1.0, guard_prompts=128, noise=0.5, undo=0.3),
     # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there
     # the refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
     four_bit=Defaults(
