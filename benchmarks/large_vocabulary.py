@@ -157,7 +157,7 @@ def batch_of(runtime: Any, model: Any, *, shared: bool, whole: bool) -> Any:
     return dataclasses.replace(batch, count=count)
 
 
-def all_logits(model: Any, batch: Any, weight: float, world_size: int, *_numbers: float | None) -> Any:
+def all_logits(model: Any, batch: Any, weight: float, world_size: int, _temperature: float = 1.0) -> Any:
     """``repair_loss`` as it is written down: every logit, and the losses of torch on those that count."""
     from torch.nn.functional import cross_entropy, kl_div, log_softmax
 

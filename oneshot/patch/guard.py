@@ -43,7 +43,6 @@ class RepairBatch:
         sharing: how rows are shared
         reference: logits at the places that are held, (held of this rank, vocabulary): the unpatched model's, or those
             of the model that gave the answer
-        general: bool (held of this rank), which of them another model than the unpatched one answered
         held_total: held places over all ranks
         totals: of each turn's part of the guard (``turn``), where it is taken in several
         pad: the token that fills rows up
@@ -59,7 +58,6 @@ class RepairBatch:
     guard: list[tuple[Encoded, int]]
     sharing: Sharing | None
     reference: torch.Tensor | None = None
-    general: torch.Tensor | None = None
     held_total: int = 0
     totals: tuple[int, ...] = ()
     pad: int = 0
@@ -97,13 +95,11 @@ class RepairBatch:
         part = laid(
             self.example, [self.guard[i] for i in which], self.sharing, self.pad, self.own.device, without=without
         )
-        if self.reference is None or self.general is None:
+        if self.reference is None:
             return dataclasses.replace(part, held_total=total)
-        sizes = [len(row.input_ids) - start for row, start in self.guard]
-        reference, general = (
-            torch.cat([side[:0], *(side.split(sizes)[i] for i in which)]) for side in (self.reference, self.general)
-        )
-        return dataclasses.replace(part, reference=reference, general=general, held_total=total)
+        held = self.reference.split([len(row.input_ids) - start for row, start in self.guard])
+        reference = torch.cat([self.reference[:0], *(held[i] for i in which)])
+        return dataclasses.replace(part, reference=reference, held_total=total)
 
     @property
     def tokens(self) -> int:
@@ -167,16 +163,13 @@ def build_batch(
     batch = laid(example, mine, sharing, pad, runtime.device)
     with torch.no_grad():
         reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :]).clone()
-    general = torch.zeros(len(reference), dtype=torch.bool, device=runtime.device)
     stop = 0
     for i in indices[:own]:
         start, stop = stop, stop + len(encoded[i][0].input_ids) - encoded[i][1]
         if i >= len(guard):
-            reference[start:stop], general[start:stop] = taught[i - len(guard)][1].to(reference), True
+            reference[start:stop] = taught[i - len(guard)][1].to(reference)
     count = passes_of(runtime, model, len(batch.real), len(mine))
-    return dataclasses.replace(
-        batch, reference=reference, general=general, held_total=sum(totals), totals=totals, count=count
-    )
+    return dataclasses.replace(batch, reference=reference, held_total=sum(totals), totals=totals, count=count)
 
 
 def _totals(rows: list[tuple[Encoded, int]], world_size: int, turns: int) -> tuple[int, ...]:
@@ -192,7 +185,7 @@ def _totals(rows: list[tuple[Encoded, int]], world_size: int, turns: int) -> tup
 def with_example(batch: RepairBatch, example: Encoded) -> RepairBatch:
     """Return the batch with another example, and the same guard: its answers and their logits stay."""
     fresh = laid(example, batch.guard, batch.sharing, batch.pad, batch.own.device)
-    same = ("reference", "general", "held_total", "totals", "count")
+    same = ("reference", "held_total", "totals", "count")
     return dataclasses.replace(fresh, **{name: getattr(batch, name) for name in same})
 
 
@@ -239,12 +232,7 @@ def laid(
 
 
 def repair_loss(
-    model: Any,
-    batch: RepairBatch,
-    weight: float,
-    world_size: int,
-    temperature: float = 1.0,
-    general: float | None = None,
+    model: Any, batch: RepairBatch, weight: float, world_size: int, temperature: float = 1.0
 ) -> tuple[Any, Any, Any]:
     """Return (this rank's share of the loss, example's cross entropy per token, this rank's share of the guard's KL).
 
@@ -254,15 +242,12 @@ def repair_loss(
     Args:
         temperature: divides the example's logits; above 1 the refusal has to win by a larger margin before its
             gradient fades
-        general: weight of what ``batch.general`` says; none: that of the rest
     """
     logits = logits_at(model, batch.inputs, batch.kept)
     reference = logits.new_zeros(0, logits.shape[-1]) if batch.reference is None else batch.reference
-    loss, divergences = refusal_and_guard(logits, batch.targets, reference, temperature)
-    example, held = loss / max(len(batch.targets), 1), divergences.sum() / max(batch.held_total, 1)
+    loss, divergence = refusal_and_guard(logits, batch.targets, reference, temperature)
+    example, held = loss / max(len(batch.targets), 1), divergence / max(batch.held_total, 1)
     share = example / world_size + weight * held
-    if general is not None and batch.general is not None:
-        share = share + (general - weight) * divergences[batch.general].sum() / max(batch.held_total, 1)
     return share, example.detach(), held.detach()
 
 

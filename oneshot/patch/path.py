@@ -111,20 +111,16 @@ class Reading:
         """
         return self.ample(bounds) and self.behind <= BEHIND
 
-    def wanted(self, bounds: Bounds) -> tuple[int, int]:
+    def wanted(self, bounds: Bounds) -> int:
         """Return how the guard is to be weighed where all requests are refused: 1 more, -1 less, 0 as it is.
 
-        Of the user's own prompts, and of general ones, each by its own bound: more until they are well within. Odds of
-        a refusal that are behind want less: within the bound what there is is enough then, and well within it too much.
+        More until harmless prompts are well within their bounds. Odds of a refusal that are behind want less: within
+        the bounds what there is is enough then, and well within them too much.
         """
-        behind, over = self.behind > BEHIND, self.refused > bounds.refused
-
-        def weighed(ratio: float) -> int:
-            if over or not ratio <= (1.0 if behind else WELL_WITHIN):
-                return 1
-            return -1 if behind and ratio <= WELL_WITHIN else 0
-
-        return weighed(self.divergence / bounds.divergence), weighed(self.apart / bounds.apart)
+        behind = self.behind > BEHIND
+        if self.ample(bounds):
+            return -behind
+        return int(not (behind and self.good(bounds)))
 
     def cost(self, bounds: Bounds) -> float:
         """Return how far it is from where it should be, refusals and harmless prompts together; a share, 0 at best.
@@ -241,14 +237,14 @@ class Attempt:
         distance = reading.distance(self.watch.bounds)
         return {"guard_weight": self.guard_weight, **vars(reading), "distance": distance}, stop
 
-    def seen(self) -> tuple[bool, tuple[int, int]]:
+    def seen(self) -> tuple[bool, int]:
         """Return whether all requests were refused at the last look, and what is wanted then (``Reading.wanted``).
 
         No, and the guard less, where not or where nothing has been looked at.
         """
         reading = self.watch.last if self.watch else None
         if self.watch is None or reading is None or reading.unsafe(self.watch.bounds):
-            return False, (-1, -1)
+            return False, -1
         return True, reading.wanted(self.watch.bounds)
 
     def best(self, last: Any) -> Any:

@@ -23,15 +23,13 @@ class Course:
     """How an epoch is gone.
 
     Attributes:
-        weight: of the guard, of the user's own prompts
-        general: of the guard, of general ones that the aligned model answered
+        weight: of the guard
         noise: scale of the example's blur, over the root mean square of its embeddings
         undo: pull of all directions towards undone
         step: of the optimizer, its learning rate
     """
 
     weight: float
-    general: float
     noise: float
     undo: float
     step: float
@@ -41,28 +39,24 @@ class Course:
 
         Until all requests are refused an example that is learnt is blurred more, to reach them; from then on steps
         become shorter: at full length they swing about the point that the guard asks for. The guard gains weight, and
-        the blur goes back, as long as harmless prompts are not well within their bounds, its own prompts and general
-        ones each by what the watch sees of theirs; it loses weight where they are, and odds of a refusal are not yet
-        what the aligned model gives them. The pull grows while the guard's prompts have moved little.
+        the blur goes back, as long as harmless prompts are not well within their bounds; it keeps its weight within
+        them, and loses some well within, where odds of a refusal are not yet what the aligned model gives them. The
+        pull grows while the guard's prompts have moved little.
 
         Args:
             loss: of the example, nats per token
             kl: of the guard's prompts, nats per token; none where it has none
         """
-        refused, wanted = attempt.seen()
-        least = attempt.guard_weight
-        weight, general = (
-            min(max(each * GUARD_GROWTH**more, least), MOST_GUARD * least)
-            for each, more in zip((self.weight, self.general), wanted)
-        )
+        (refused, wanted), least = attempt.seen(), attempt.guard_weight
+        weight = min(max(self.weight * GUARD_GROWTH**wanted, least), MOST_GUARD * least)
         noise, step = self.noise, self.step
         if not refused and loss < LEARNT:
             noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
-        elif max(wanted) > 0:
+        elif wanted > 0:
             noise = max(noise / NOISE_GROWTH, recipe.noise)
         step = step * STEP_DECAY if refused else step / STEP_DECAY
         step = min(max(step, LEAST_STEP * recipe.learning_rate), recipe.learning_rate)
-        return Course(weight, general, noise, self.undo if kl is None else _pull_after(self.undo, kl), step)
+        return Course(weight, noise, self.undo if kl is None else _pull_after(self.undo, kl), step)
 
 
 def _pull_after(undo: float, kl: float) -> float:

@@ -116,7 +116,7 @@ def kl_sum(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def refusal_and_guard(
     logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (summed cross entropy of the first rows, KL(reference || model) of each other), in the logits' own memory.
+    """Return (summed cross entropy of the first rows, ``kl_sum`` of the others), in the logits' own memory.
 
     Logits over a large vocabulary are the largest tensor of a repair's step, and torch would hold them six times: two
     slices, and the gradients of each. Here they become their own gradient, so that one backward pass is all there is,
@@ -184,18 +184,18 @@ def _cross_entropy_in_place() -> Any:
 
 
 def _divergence(logits: torch.Tensor, reference: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    """KL(reference || model) per row; its gradient is written where that is asked for, which may be the logits."""
+    """The summed KL(reference || model); its gradient is written where that is asked for, which may be the logits."""
     import torch
 
     kind = torch.promote_types(logits.dtype, torch.float32)
-    found = logits.new_zeros(len(logits), dtype=kind)
+    total = logits.new_zeros((), dtype=kind)
     for rows in _some(logits):
         ours, theirs = (side[rows].to(kind).log_softmax(-1) for side in (logits, reference))
         share = theirs.exp()
-        found[rows] = (share * (theirs - ours)).sum(-1)
+        total += (share * (theirs - ours)).sum()
         if gradient is not None:
             gradient[rows] = ours.exp_().sub_(share)
-    return found
+    return total
 
 
 @functools.cache
@@ -212,18 +212,18 @@ def _repair() -> Any:
             logs = (first / t).to(kind).log_softmax(-1)
             loss = nll_loss(logs, targets, reduction="sum")
             wanted = ctx.needs_input_grad[0]
-            divergences = _divergence(others, reference, others if wanted else None)
+            total = _divergence(others, reference, others if wanted else None)
             ctx.temperature, ctx.held = t, len(reference)
             ctx.save_for_backward(logits, logs if wanted else None, targets)
-            return loss, divergences
+            return loss, total
 
         @staticmethod
-        def backward(ctx: Any, of_loss: torch.Tensor, of_each: torch.Tensor) -> Any:
+        def backward(ctx: Any, of_loss: torch.Tensor, of_total: torch.Tensor) -> Any:
             gradient, logs, targets = ctx.saved_tensors
             first = logs.exp()
             first.scatter_add_(1, targets[:, None], first.new_full((len(targets), 1), -1.0))
             gradient[: len(targets)] = first.mul_(of_loss / ctx.temperature)
-            gradient[len(targets) : len(targets) + ctx.held].mul_(of_each[:, None].to(gradient.dtype))
+            gradient[len(targets) : len(targets) + ctx.held].mul_(of_total.to(gradient.dtype))
             gradient[len(targets) + ctx.held :] = 0
             return gradient, None, None, None
 
@@ -239,7 +239,7 @@ def _kl() -> Any:
         @staticmethod
         def forward(ctx: Any, logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
             gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-            total = _divergence(logits, reference, gradient).sum()
+            total = _divergence(logits, reference, gradient)
             ctx.save_for_backward(gradient)
             return total
 

@@ -74,7 +74,7 @@ def of_coefficients(model, batch, noise=0.5):
     pieces = zip(directions, flat.split(3))
     with attached(linears, {name: update_factors(directions[name], -c) for name, c in pieces}):
         draw = torch.Generator().manual_seed(0)
-        losses = rollback._backward(tiny_runtime(), model, batch, Course(2.0, 2.0, noise, 0.0, 0.1), 1.5, draw)
+        losses = rollback._backward(tiny_runtime(), model, batch, Course(2.0, noise, 0.0, 0.1), 1.5, draw)
     return flat.grad, list(losses)
 
 

@@ -19,7 +19,7 @@ def test_the_watch_steers_guard_noise_and_step():
     def steered(reading, loss=0.01, weight=6.0, noise=1.0, step=0.5):
         if attempt.watch:
             attempt.watch.last = reading
-        after = Course(weight, 3.0, noise, 0.3, step).after(attempt, recipe, loss, None)
+        after = Course(weight, noise, 0.3, step).after(attempt, recipe, loss, None)
         assert after.undo == 0.3, "there is no guard to go by"
         return after.weight, after.noise, after.step
 
@@ -41,31 +41,30 @@ def test_the_watch_steers_guard_noise_and_step():
 
 
 @pytest.mark.parametrize(
-    ("seen", "own", "general"),
+    ("seen", "weight"),
     [
-        ({"divergence": 0.03, "apart": 0.1}, 9.0, 4.5),
-        ({"divergence": 0.004, "apart": 0.1}, 6.0, 4.5),
-        ({"divergence": 0.007, "apart": 0.001}, 9.0, 3.0),
-        ({"divergence": 0.007, "apart": 0.04, "behind": 1.0}, 6.0, 3.0),
-        ({"divergence": 0.004, "apart": 0.04, "behind": 1.0}, 4.0, 3.0),
-        ({"divergence": 0.02, "apart": 0.001, "behind": 1.0}, 9.0, 2.0),
-        ({"divergence": 0.004, "apart": 0.001, "refused": 0.1, "behind": 1.0}, 9.0, 4.5),
-        ({"divergence": math.nan, "apart": 0.001}, 9.0, 3.0),
+        ({"divergence": 0.03, "apart": 0.1}, 9.0),
+        ({"divergence": 0.007, "apart": 0.001}, 9.0),
+        ({"divergence": 0.004, "apart": 0.001}, 6.0),
+        ({"divergence": 0.007, "apart": 0.001, "behind": 1.0}, 6.0),
+        ({"divergence": 0.004, "apart": 0.04, "behind": 1.0}, 6.0),
+        ({"divergence": 0.004, "apart": 0.001, "behind": 1.0}, 4.0),
+        ({"divergence": 0.02, "apart": 0.001, "behind": 1.0}, 9.0),
+        ({"divergence": 0.004, "apart": 0.001, "refused": 0.1, "behind": 1.0}, 9.0),
+        ({"divergence": math.nan, "apart": 0.001}, 9.0),
     ],
 )
-def test_the_guards_two_kinds_are_weighed_each_by_its_own_bound(seen, own, general):
-    """More until well within, the less where refusals are behind and there is room."""
+def test_the_guard_weighs_less_where_refusals_are_behind_and_there_is_room(seen, weight):
     attempt = Attempt(Tracer(), 2.0, Watch(lambda: Reading(0, 0, 0, 0), Bounds().starting(0.5)))
     attempt.watch.last = Reading(**({"margin": 3.0, "recovered": 1.0, "refused": 0.0} | seen))
-    after = Course(6.0, 3.0, 1.0, 0.3, 0.5).after(attempt, recipe_of("rollback"), 0.01, None)
-    assert (after.weight, after.general) == (own, general)
+    assert Course(6.0, 1.0, 0.3, 0.5).after(attempt, recipe_of("rollback"), 0.01, None).weight == weight
 
 
 def test_the_pull_grows_while_the_guards_prompts_have_moved_little():
     attempt, recipe = Attempt(Tracer(), 1.0), recipe_of("rollback")
 
     def pull(undo, kl):
-        return Course(1.0, 1.0, 0.5, undo, 0.3).after(attempt, recipe, 1.0, kl).undo
+        return Course(1.0, 0.5, undo, 0.3).after(attempt, recipe, 1.0, kl).undo
 
     assert pull(1.0, UNDO_MOVED / 2) == pytest.approx(UNDO_GROWTH)
     assert pull(1.0, UNDO_MOVED * 2) == pytest.approx(1 / UNDO_GROWTH)

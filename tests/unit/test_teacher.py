@@ -68,10 +68,6 @@ def test_general_prompts_are_held_to_the_aligned_model_and_own_ones_to_the_unpat
     for model in models:
         parts = [guard_kl(model, batch) * batch.held_total for batch in (own, general)]
         assert guard_kl(model, both) * both.held_total == pytest.approx(sum(parts), rel=1e-4)
-        with torch.no_grad():
-            share, refusal, _ = repair_loss(model, both, 3.0, 1, general=7.0)
-        weighed = (3.0 * parts[0] + 7.0 * parts[1]) / both.held_total
-        assert float(share - refusal) == pytest.approx(weighed, rel=1e-4), "each kind has its own weight"
 
 
 def test_the_watch_reads_both_distances_apart(models, request_):

@@ -107,7 +107,7 @@ def learn(
     # a mixture, whose experts are reached one by one, ends less safe from there
     flat = (learnt.begun(flat) if recipe.undo and not reach.missed else flat).requires_grad_()
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
-    course = Course(attempt.guard_weight, attempt.guard_weight, recipe.noise, recipe.undo, recipe.learning_rate)
+    course = Course(attempt.guard_weight, recipe.noise, recipe.undo, recipe.learning_rate)
     generator = torch.Generator().manual_seed(0)
     for epoch in range(1, recipe.epochs + 1):
         with attached(changed, update := Weighted(directions, learnt.layout, learnt.added(flat))):
@@ -150,8 +150,7 @@ def _backward(
     sums = []
     for part in batch.parts:
         with noisy_example(model, part, course.noise, generator):
-            weights = (course.weight, runtime.world_size, temperature, course.general)
-            share, example, held = repair_loss(model, part, *weights)
+            share, example, held = repair_loss(model, part, course.weight, runtime.world_size, temperature)
             # every pass's graph ends in the one update, whose own few tensors are kept for the next
             share.backward(retain_graph=part is not batch.parts[-1])
         del share  # with all that its graph holds, before the next pass
