@@ -126,7 +126,7 @@ def expect(path: Path, case: Case, item: int) -> Any:
     guard, tuned, ranks = case.guard * case.tokens, case.method == "full", max(case.ranks, 1)
     batch = Work(
         case.rows - case.guard, case.tokens, case.answers, HELD * case.guard, guard, case.tokens + ranks * guard, RANK,
-        finetune=tuned,
+        reference=HELD * case.guard, finetune=tuned,
     )  # fmt: skip
     sharding: Sharded = "zero3" if case.ranks else "none"
     choice = Choice("sft" if tuned else case.method, "bf16", sharding, ranks, item=item)
@@ -203,7 +203,7 @@ def plan_of_70b() -> str:
             assert done.returncode in (0, 3), done.stderr
             lines = [line.rstrip() for line in done.stdout.splitlines()]
             said.append(f"`oneshot plan {' '.join(options)}` (exit code {done.returncode}):\n\n```\n")
-            said.append("\n".join(lines[1:-1]).strip("\n") + "\n```\n\n")
+            said.append("\n".join(lines).strip("\n") + "\n```\n\n")
     return "".join(said).strip()
 
 
