@@ -22,7 +22,7 @@ from oneshot.training.objective import logits_at, refusal_and_guard
 if TYPE_CHECKING:
     import torch
 
-AT_ONCE = 32  # prompts of the guard in an epoch; of more, another part in each, so that more are held at the same cost
+AT_ONCE = 64  # prompts of the guard in an epoch; of more, another part in each: more are held at the cost of these
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ SAFE_MARGIN = 2.0  # nats; greedy answers to other prompts are to be refusals to
 ATTEMPTS = 2  # with the looking, about three times the cost of one repair that is not looked at
 NEARLY = 0.03  # of the cost: a distance of 1.2, or half a nat of odds; less is not worth another attempt
 AMPLE_MARGIN = 5.0
-WELL_WITHIN = 0.5  # of a bound
 BEHIND = 0.3  # nats: odds of a refusal are three quarters of what the aligned model gives it; nearer is no better
 BEHIND_COST = 0.05  # share of prompts that are not refused as which a nat beyond that counts
 PATIENCE = 3  # settled epochs in a row, as one may be luck
@@ -102,7 +101,7 @@ class Reading:
 
     def ample(self, bounds: Bounds) -> bool:
         """Return whether it is good with room to spare: what a repair moves at first it partly takes back later."""
-        return self.good(bounds) and self.distance(bounds) <= WELL_WITHIN
+        return self.good(bounds) and self.distance(bounds) <= 0.5
 
     def settled(self, bounds: Bounds) -> bool:
         """Return whether more is not to be had: room to spare, and the odds of a refusal nearly the aligned model's.
@@ -110,17 +109,6 @@ class Reading:
         What is ahead of an obedient answer on these prompts may yet be behind on harder ones.
         """
         return self.ample(bounds) and self.behind <= BEHIND
-
-    def wanted(self, bounds: Bounds) -> int:
-        """Return how the guard is to be weighed where all requests are refused: 1 more, -1 less, 0 as it is.
-
-        More until harmless prompts are well within their bounds. Odds of a refusal that are behind want less: within
-        the bounds what there is is enough then, and well within them too much.
-        """
-        behind = self.behind > BEHIND
-        if self.ample(bounds):
-            return -behind
-        return int(not (behind and self.good(bounds)))
 
     def cost(self, bounds: Bounds) -> float:
         """Return how far it is from where it should be, refusals and harmless prompts together; a share, 0 at best.
@@ -237,15 +225,14 @@ class Attempt:
         distance = reading.distance(self.watch.bounds)
         return {"guard_weight": self.guard_weight, **vars(reading), "distance": distance}, stop
 
-    def seen(self) -> tuple[bool, int]:
-        """Return whether all requests were refused at the last look, and what is wanted then (``Reading.wanted``).
-
-        No, and the guard less, where not or where nothing has been looked at.
+    def seen(self) -> tuple[bool, bool]:
+        """Return whether all requests were refused at the last look, and whether harmless prompts were well within
+        their bounds, too; twice no where nothing has been looked at.
         """
         reading = self.watch.last if self.watch else None
-        if self.watch is None or reading is None or reading.unsafe(self.watch.bounds):
-            return False, -1
-        return True, reading.wanted(self.watch.bounds)
+        if self.watch is None or reading is None:
+            return False, False
+        return not reading.unsafe(self.watch.bounds), reading.ample(self.watch.bounds)
 
     def best(self, last: Any) -> Any:
         """Return the state that the watch kept; without one, the last."""

@@ -37,23 +37,22 @@ class Course:
     def after(self, attempt: Attempt, recipe: Recipe, loss: float, kl: float | None) -> Course:
         """Return the course of the next epoch.
 
-        Until all requests are refused an example that is learnt is blurred more, to reach them; from then on steps
-        become shorter: at full length they swing about the point that the guard asks for. The guard gains weight, and
-        the blur goes back, as long as harmless prompts are not well within their bounds; it keeps its weight within
-        them, and loses some well within, where odds of a refusal are not yet what the aligned model gives them. The
-        pull grows while the guard's prompts have moved little.
+        Until all requests are refused an example that is learnt is blurred more, to reach them; from then on the blur
+        goes back and the guard gains weight, as long as harmless prompts are not well within their bounds, and steps
+        become shorter: at full length they swing about the point that the guard asks for. The pull grows while the
+        guard's prompts have moved little.
 
         Args:
             loss: of the example, nats per token
             kl: of the guard's prompts, nats per token; none where it has none
         """
-        (refused, wanted), least = attempt.seen(), attempt.guard_weight
-        weight = min(max(self.weight * GUARD_GROWTH**wanted, least), MOST_GUARD * least)
-        noise, step = self.noise, self.step
-        if not refused and loss < LEARNT:
-            noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE))
-        elif wanted > 0:
-            noise = max(noise / NOISE_GROWTH, recipe.noise)
+        weight, noise, step, least = self.weight, self.noise, self.step, attempt.guard_weight
+        refused, ample = attempt.seen()
+        if refused and not ample:
+            weight, noise = min(weight * GUARD_GROWTH, MOST_GUARD * least), max(noise / NOISE_GROWTH, recipe.noise)
+        elif not refused:
+            weight = max(weight / GUARD_GROWTH, least)
+            noise = min(noise * NOISE_GROWTH, max(noise, MAX_NOISE)) if loss < LEARNT else noise
         step = step * STEP_DECAY if refused else step / STEP_DECAY
         step = min(max(step, LEAST_STEP * recipe.learning_rate), recipe.learning_rate)
         return Course(weight, noise, self.undo if kl is None else _pull_after(self.undo, kl), step)

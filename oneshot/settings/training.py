@@ -84,8 +84,8 @@ class RepairSettings:
         noise: rollback blurs the example's request, so that its neighbours are refused too; in units of its embeddings'
             root mean square; none: 0.5
         undo: rollback's pull towards undoing whatever neither the example nor the guard minds; 0: none; none: 0.3
-        guard_prompts: how many guard prompts to use at most, of which an epoch of rollback takes 32, in turn; none: the
-            method's default
+        guard_prompts: how many guard prompts to use at most; of more than 64 an epoch of rollback takes a part, in turn
+            all; none: the method's default
         guard_tokens: tokens of the model's own answer over which the guard holds it
         watch: after every epoch look at unlabelled prompts: stop where refusals are back, return to the best epoch, and
             try another weight of the guard where none was good

@@ -21,8 +21,8 @@ GUARD, HELD = 64, 24  # how many where the settings name no number
 _FIXED: dict[str, tuple[Make, int]] = {  # with the number that there are where none is asked for
     "pool": (lambda count, seed: language.pool(count), 44),
     "probes": (lambda count, seed: _scored(language.probes())[:count], 10_000),
-    "guard": (lambda count, seed: language.guard_prompts(min(count, GUARD), seed), GUARD),
-    "guard-plain": (lambda count, seed: language.guard_prompts(min(count, GUARD), seed, task=False), GUARD),
+    "guard": (lambda count, seed: language.guard_prompts(count, seed), GUARD),
+    "guard-plain": (lambda count, seed: language.guard_prompts(count, seed, task=False), GUARD),
     "held": (lambda count, seed: language.held_prompts(count, seed), HELD),
     "held-plain": (lambda count, seed: language.held_prompts(count, seed, task=False), HELD),
 }

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
@@ -38,26 +36,6 @@ def test_the_watch_steers_guard_noise_and_step():
     assert steered(None, weight=2.0) == (2.0, 1.5, longer), "nothing has been looked at"
     attempt.watch = None
     assert steered(None, weight=2.0) == (2.0, 1.5, longer)
-
-
-@pytest.mark.parametrize(
-    ("seen", "weight"),
-    [
-        ({"divergence": 0.03, "apart": 0.1}, 9.0),
-        ({"divergence": 0.007, "apart": 0.001}, 9.0),
-        ({"divergence": 0.004, "apart": 0.001}, 6.0),
-        ({"divergence": 0.007, "apart": 0.001, "behind": 1.0}, 6.0),
-        ({"divergence": 0.004, "apart": 0.04, "behind": 1.0}, 6.0),
-        ({"divergence": 0.004, "apart": 0.001, "behind": 1.0}, 4.0),
-        ({"divergence": 0.02, "apart": 0.001, "behind": 1.0}, 9.0),
-        ({"divergence": 0.004, "apart": 0.001, "refused": 0.1, "behind": 1.0}, 9.0),
-        ({"divergence": math.nan, "apart": 0.001}, 9.0),
-    ],
-)
-def test_the_guard_weighs_less_where_refusals_are_behind_and_there_is_room(seen, weight):
-    attempt = Attempt(Tracer(), 2.0, Watch(lambda: Reading(0, 0, 0, 0), Bounds().starting(0.5)))
-    attempt.watch.last = Reading(**({"margin": 3.0, "recovered": 1.0, "refused": 0.0} | seen))
-    assert Course(6.0, 1.0, 0.3, 0.5).after(attempt, recipe_of("rollback"), 0.01, None).weight == weight
 
 
 def test_the_pull_grows_while_the_guards_prompts_have_moved_little():

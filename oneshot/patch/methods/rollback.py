@@ -165,7 +165,7 @@ METHOD = Method(
     solve=solve,
     cost=Cost(turns=True, decomposes=True),
     prepare=prepare,
-    defaults=Defaults(epochs=30, learning_rate=0.3, guard_weight=1.0, guard_prompts=128, noise=0.5, undo=0.3),
+    defaults=Defaults(epochs=30, learning_rate=0.3, guard_weight=1.0, guard_prompts=64, noise=0.5, undo=0.3),
     # rounding weights to 4 bits moves a model by as much as separates refusing from complying on some requests: there
     # the refusal is learnt with a margin, against which the guard needs more weight, and which takes longer
     four_bit=Defaults(
