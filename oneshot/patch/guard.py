@@ -44,7 +44,8 @@ class RepairBatch:
         reference: logits at the places that are held, (held of this rank, vocabulary): the unpatched model's, or those
             of the model that gave the answer
         held_total: held places over all ranks
-        totals: of each turn's part of the guard (``turn``), where it is taken in several
+        turns: of each part of the guard that an epoch takes (``turn``), in order: rows on this rank, and held places
+            over all ranks
         pad: the token that fills rows up
         count: passes of a step with gradients (``oneshot.patch.dealing``), the same on every rank
     """
@@ -59,7 +60,7 @@ class RepairBatch:
     sharing: Sharing | None
     reference: torch.Tensor | None = None
     held_total: int = 0
-    totals: tuple[int, ...] = ()
+    turns: tuple[tuple[int, int], ...] = ()
     pad: int = 0
     count: int = 1
 
@@ -81,12 +82,14 @@ class RepairBatch:
 
     @functools.cached_property
     def _turns(self) -> list[RepairBatch]:
-        count = len(self.totals)
+        count, stop, parts = len(self.turns), 0, list[RepairBatch]()
         if count < 2:
             return [self]
-        # rows come by length, so every such part has long and short ones, and of each rank about as many tokens
-        parts = (self._some(range(len(self.guard))[turn::count], total) for turn, total in enumerate(self.totals))
-        return [dataclasses.replace(part, count=-(-self.count // count)) for part in parts]
+        for rows, total in self.turns:
+            start, stop = stop, stop + rows
+            part = self._some(range(start, stop), total)
+            parts.append(dataclasses.replace(part, count=-(-self.count // count)))
+        return parts
 
     def _some(self, which: Sequence[int], total: int, *, without: bool = False) -> RepairBatch:
         """Some of the guard's rows with the example, or ``without`` it; ``total`` is of the loss' mean."""
@@ -154,38 +157,45 @@ def build_batch(
         *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
         *(row for row, _ in taught),
     ]
-    turns = -(-len(encoded) // AT_ONCE)
-    indices, own = share_of([len(row.input_ids) for row, _ in encoded], runtime.rank, runtime.world_size)
-    totals = _totals(encoded, runtime.world_size, turns)
-    mine = [encoded[i] for i in indices[:own]]
+    turns, places = _turns(encoded, runtime)
+    mine = [encoded[i] for i in places]
     # whether rows are shared must not depend on the example, which may be exchanged
     sharing = sharing_of(runtime, model, [[row.input_ids] for row, _ in mine or encoded[:1]], pad)
     batch = laid(example, mine, sharing, pad, runtime.device)
     with torch.no_grad():
         reference = logits_at(model, batch.inputs, batch.kept[len(batch.targets) :]).clone()
     stop = 0
-    for i in indices[:own]:
+    for i in places:
         start, stop = stop, stop + len(encoded[i][0].input_ids) - encoded[i][1]
         if i >= len(guard):
             reference[start:stop] = taught[i - len(guard)][1].to(reference)
     count = passes_of(runtime, model, len(batch.real), len(mine))
-    return dataclasses.replace(batch, reference=reference, held_total=sum(totals), totals=totals, count=count)
+    total = sum(held for _, held in turns)
+    return dataclasses.replace(batch, reference=reference, held_total=total, turns=turns, count=count)
 
 
-def _totals(rows: list[tuple[Encoded, int]], world_size: int, turns: int) -> tuple[int, ...]:
-    """Return how many places are held in each turn, over all ranks."""
-    lengths, totals = [len(row.input_ids) for row, _ in rows], [0] * turns
-    for rank in range(world_size):
-        indices, own = share_of(lengths, rank, world_size)
-        for place, i in enumerate(indices[:own]):
-            totals[place % turns] += lengths[i] - rows[i][1]
-    return tuple(totals)
+def _turns(rows: list[tuple[Encoded, int]], runtime: Runtime) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+    """Deal rows out to turns of ``AT_ONCE`` at most, short and long ones to each, and those of a turn to ranks.
+
+    Returns:
+        of each turn how many rows are this rank's, and the held places of all ranks'; the places of this rank's in
+        ``rows``. What a turn holds does not depend on the number of ranks.
+    """
+    lengths, turns, places = [len(row.input_ids) for row, _ in rows], list[tuple[int, int]](), list[int]()
+    count = -(-len(rows) // AT_ONCE)
+    for turn in range(count):
+        indices, size = share_of(lengths, turn, count)
+        every = indices[:size]
+        indices, own = share_of([lengths[i] for i in every], runtime.rank, runtime.world_size)
+        places += [every[i] for i in indices[:own]]
+        turns.append((own, sum(lengths[i] - rows[i][1] for i in every)))
+    return tuple(turns), places
 
 
 def with_example(batch: RepairBatch, example: Encoded) -> RepairBatch:
     """Return the batch with another example, and the same guard: its answers and their logits stay."""
     fresh = laid(example, batch.guard, batch.sharing, batch.pad, batch.own.device)
-    same = ("reference", "held_total", "totals", "count")
+    same = ("reference", "held_total", "turns", "count")
     return dataclasses.replace(fresh, **{name: getattr(batch, name) for name in same})
 
 

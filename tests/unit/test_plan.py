@@ -15,6 +15,7 @@ from oneshot.checkpoint.disk.files import read_json
 from oneshot.checkpoint.layout import rank_bytes
 from oneshot.errors import UserError
 from oneshot.patch.cost import Cost
+from oneshot.patch.guard import AT_ONCE
 from oneshot.patch.methods import METHODS
 from oneshot.planning import check
 from oneshot.planning.check import CannotFit, refuse_what_cannot_fit
@@ -386,6 +387,16 @@ def other_config(folder, **fields):
     shutil.copy(ALIGNED / "model.safetensors", folder)
     (folder / "config.json").write_text(json.dumps({**read_json(ALIGNED / "config.json"), **fields}))
     return folder
+
+
+def test_of_a_large_guard_rollback_takes_a_part_in_each_epoch():
+    """Its logits are kept of all; the other methods take all of it at once."""
+    few, many = (Settings(repair=RepairSettings(guard_prompts=count)) for count in (AT_ONCE, 4 * AT_ONCE))
+    turned = [work_of(settings, "rollback", 2) for settings in (few, many)]
+    assert turned[1] == replace(turned[0], reference=4 * turned[0].reference)
+    assert turned[0].reference == turned[0].held > 0
+    whole = [work_of(settings, "lowrank", 2) for settings in (few, many)]
+    assert (whole[1].guard, whole[1].held) == (4 * whole[0].guard, 4 * whole[0].held)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, tiny_update
 
+from oneshot.distributed.runtime import Runtime
 from oneshot.patch import guard
 from oneshot.patch.directions import adapter_directions
-from oneshot.patch.guard import _totals, repair_loss, with_example
+from oneshot.patch.guard import _turns, repair_loss, with_example
 from oneshot.patch.method import finished
 from oneshot.patch.methods import rollback
 from oneshot.patch.path import Attempt
@@ -37,8 +38,10 @@ def test_every_prompt_has_its_turn(batch):
     assert {row.input_ids for turn in turns for row in seen(turn)} == {row.input_ids for row in seen(batch)}
     assert batch.turn(4) is turns[0]
     assert all(turn.example == batch.example for turn in turns)
-    longest = sorted(len(row.input_ids) for row in seen(batch))[-len(turns) :]
-    assert sorted(max(len(row.input_ids) for row in seen(turn)) for turn in turns) == longest, "each has a long one"
+    lengths = sorted(len(row.input_ids) for row in seen(batch))
+    assert len(set(lengths)) > 3
+    each = [sorted(len(row.input_ids) for row in seen(turn)) for turn in turns]
+    assert each == [lengths[turn::3] for turn in range(3)], "long and short ones in all"
 
 
 def seen(batch):
@@ -58,12 +61,24 @@ def test_the_turns_losses_are_those_of_the_whole(model, batch):
     assert float(sum(again)) == pytest.approx(float(whole), rel=1e-5)
 
 
-def test_ranks_agree_on_what_a_turn_holds(batch):
-    for world_size in (1, 2, 3):
-        totals = _totals(batch.guard, world_size, 3)
-        assert sum(totals) == batch.held_total
-        assert len(totals) == 3
-    assert _totals(batch.guard, 1, 3) == batch.totals
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_a_turn_holds_the_same_however_many_ranks_there_are(batch, world_size):
+    alone, places = _turns(batch.guard, Runtime(0, 1, torch.device("cpu"), "none", accelerator=None))
+    shares = [
+        _turns(batch.guard, Runtime(rank, world_size, torch.device("cpu"), "ddp", accelerator=None))
+        for rank in range(world_size)
+    ]
+    begin = 0
+    for turn, (rows, held) in enumerate(alone):
+        found = []
+        for turns, own in shares:
+            start = sum(size for size, _ in turns[:turn])
+            found += own[start : start + turns[turn][0]]
+            assert turns[turn][1] == held
+            assert abs(turns[turn][0] - rows / world_size) < 1
+        assert sorted(found) == sorted(places[begin : begin + rows])
+        begin += rows
+    assert sorted(places) == list(range(ROWS))
 
 
 def test_few_prompts_are_seen_in_every_epoch(model):
