@@ -92,16 +92,14 @@ class RepairBatch:
         return parts
 
     def _some(self, which: Sequence[int], total: int, *, without: bool = False) -> RepairBatch:
-        """Some of the guard's rows with the example, or ``without`` it; ``total`` is of the loss' mean."""
-        import torch
-
-        part = laid(
-            self.example, [self.guard[i] for i in which], self.sharing, self.pad, self.own.device, without=without
-        )
-        if self.reference is None:
-            return dataclasses.replace(part, held_total=total)
-        held = self.reference.split([len(row.input_ids) - start for row, start in self.guard])
-        reference = torch.cat([self.reference[:0], *(held[i] for i in which)])
+        """Consecutive rows of the guard with the example, or ``without`` it; ``total`` is of the loss' mean."""
+        rows = [self.guard[i] for i in which]
+        part = laid(self.example, rows, self.sharing, self.pad, self.own.device, without=without)
+        reference = self.reference
+        if reference is not None:  # no copy: it is the largest tensor of a repair
+            sizes = [len(row.input_ids) - start for row, start in self.guard]
+            begin = sum(sizes[: which[0]]) if which else 0
+            reference = reference[begin : begin + sum(sizes[i] for i in which)]
         return dataclasses.replace(part, reference=reference, held_total=total)
 
     @property

@@ -94,6 +94,13 @@ def test_another_example_has_the_same_turns(batch):
     assert torch.equal(other.turn(2).reference, batch.turn(2).reference)
 
 
+def test_no_logits_are_held_twice(batch):
+    turns = [batch.turn(epoch) for epoch in (1, 2, 3)]
+    passes = [part for turn in turns for part in dataclasses.replace(turn, count=2).parts]
+    whole = batch.reference.untyped_storage().data_ptr()
+    assert {part.reference.untyped_storage().data_ptr() for part in (*turns, *passes)} == {whole}
+
+
 def test_rollback_goes_from_turn_to_turn(model, batch, monkeypatch):
     taken = []
     plain = rollback._backward
