@@ -119,6 +119,7 @@ class World:
             jobs.append(self.repair(method, self.bf16, target / f"{method}-bf16"))
         for method in ("rollback", "lowrank"):
             jobs.append({**self.repair(method, self.degraded, target / f"{method}-passes"), "passes": True})
+        jobs.append({**self.repair("rollback", self.degraded, target / "rollback-turns"), "at_once": 3})
         for name, (method, adapter, more) in NF4.items():
             model = self.adapter if adapter else self.degraded
             jobs.append(self.repair(method, model, target / f"repair-{name}", "--model.quantize", "nf4", *more))

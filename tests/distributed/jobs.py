@@ -27,7 +27,7 @@ from oneshot.distributed.runtime import start
 from oneshot.distributed.stage import _leave_together
 from oneshot.errors import UserError
 from oneshot.measure.generate import generate_answers
-from oneshot.patch import dealing
+from oneshot.patch import dealing, guard
 from oneshot.patch.attach import Gradients
 from oneshot.patch.linears import select_linears
 from oneshot.settings import DataSettings, ModelSettings
@@ -43,7 +43,8 @@ def stage(job: dict[str, Any]) -> None:
     run = {"finetune": finetune.run, "repair": repair.run}[job["kind"]]
     settings = parse(job["argv"], job["kind"])
     try:
-        with mock.patch.dict(dealing.ROOM, {"cpu": 1} if job.get("passes") else {}):
+        room = mock.patch.dict(dealing.ROOM, {"cpu": 1} if job.get("passes") else {})
+        with room, mock.patch.object(guard, "AT_ONCE", job.get("at_once", guard.AT_ONCE)):
             run(settings)
         assert not job.get("fails"), f"{job['name']} was to fail"
     except UserError as error:

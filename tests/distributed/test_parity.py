@@ -122,6 +122,14 @@ def test_same_patch_in_several_passes(method: str, topology: str, outputs: Outpu
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_same_patch_of_a_guard_in_turns(topology: str, outputs: Outputs) -> None:
+    """Three prompts of it in an epoch, alike on any number of ranks."""
+    one, two = (product(outputs(t) / "rollback-turns" / "patch") for t in ("single", topology))
+    assert off(two, one) < RTOL
+    assert off(product(outputs("single") / "rollback" / "patch"), one) > 10 * RTOL, "all of it in an epoch is another"
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", PATCHES)
 def test_same_merged_checkpoint(name: str, topology: str, outputs: Outputs, world: World) -> None:
     start = weights(ALIGNED if name.endswith("adapter") else world.degraded)
