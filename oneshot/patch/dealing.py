@@ -29,15 +29,15 @@ def passes_of(runtime: Runtime, model: Any, places: int, rows: int) -> int:
     return max(all_gather_int(runtime, max(1, min(-(-held // room), rows))))
 
 
-def dealt(rows: Sequence[int], own: int, count: int) -> list[list[int]]:
+def dealt(rows: Sequence[int], own: int, count: int) -> list[int]:
     """Deal rows of so many tokens, in their order, out to passes of about as many, the first with ``own`` more.
 
     Returns:
-        places in ``rows`` for each pass
+        how many rows each pass has
     """
-    found: list[list[int]] = [[] for _ in range(count)]
+    found = [0] * count
     total, before = own + sum(rows), own
-    for place, tokens in enumerate(rows):
-        found[min(int((before + tokens / 2) * count / total), count - 1)].append(place)
+    for tokens in rows:
+        found[min(int((before + tokens / 2) * count / total), count - 1)] += 1
         before += tokens
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,8 @@ class RepairBatch:
         """
         if self.count == 1:
             return [self]
-        rows = [len(row.input_ids) for row, _ in self.guard]
-        every = enumerate(dealt(rows, len(self.own), self.count))
-        return [self._some(which, self.held_total, without=part > 0) for part, which in every]
+        sizes = dealt([len(row.input_ids) for row, _ in self.guard], len(self.own), self.count)
+        return [self._some(rows, self.held_total, without=part > 0) for part, rows in enumerate(_consecutive(sizes))]
 
     def turn(self, epoch: int) -> RepairBatch:
         """Return what an epoch sees, 1 the first: the example and as many of the guard's prompts as all others do."""
@@ -82,24 +82,23 @@ class RepairBatch:
 
     @functools.cached_property
     def _turns(self) -> list[RepairBatch]:
-        count, stop, parts = len(self.turns), 0, list[RepairBatch]()
+        count = len(self.turns)
         if count < 2:
             return [self]
-        for rows, total in self.turns:
-            start, stop = stop, stop + rows
-            part = self._some(range(start, stop), total)
-            parts.append(dataclasses.replace(part, count=-(-self.count // count)))
-        return parts
+        sizes, totals = zip(*self.turns)
+        parts = (self._some(rows, total) for rows, total in zip(_consecutive(sizes), totals))
+        return [dataclasses.replace(part, count=-(-self.count // count)) for part in parts]
 
-    def _some(self, which: Sequence[int], total: int, *, without: bool = False) -> RepairBatch:
-        """Consecutive rows of the guard with the example, or ``without`` it; ``total`` is of the loss' mean."""
-        rows = [self.guard[i] for i in which]
-        part = laid(self.example, rows, self.sharing, self.pad, self.own.device, without=without)
+    def _some(self, rows: slice, total: int, *, without: bool = False) -> RepairBatch:
+        """Some rows of the guard with the example, or ``without`` it; ``total`` is of the loss' mean."""
+        guard = self.guard[rows]
+        part = laid(self.example, guard, self.sharing, self.pad, self.own.device, without=without)
         reference = self.reference
         if reference is not None:  # no copy: it is the largest tensor of a repair
-            sizes = [len(row.input_ids) - start for row, start in self.guard]
-            begin = sum(sizes[: which[0]]) if which else 0
-            reference = reference[begin : begin + sum(sizes[i] for i in which)]
+            first, held = (
+                sum(len(row.input_ids) - start for row, start in s) for s in (self.guard[: rows.start], guard)
+            )
+            reference = reference[first : first + held]
         return dataclasses.replace(part, reference=reference, held_total=total)
 
     @property
@@ -155,7 +154,7 @@ def build_batch(
         *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
         *(row for row, _ in taught),
     ]
-    turns, places = _turns(encoded, runtime)
+    turns, places = _in_turns(encoded, runtime)
     mine = [encoded[i] for i in places]
     # whether rows are shared must not depend on the example, which may be exchanged
     sharing = sharing_of(runtime, model, [[row.input_ids] for row, _ in mine or encoded[:1]], pad)
@@ -172,7 +171,12 @@ def build_batch(
     return dataclasses.replace(batch, reference=reference, held_total=total, turns=turns, count=count)
 
 
-def _turns(rows: list[tuple[Encoded, int]], runtime: Runtime) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+def _consecutive(sizes: Sequence[int]) -> list[slice]:
+    """Slices of so many rows each, one after the other."""
+    return [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
+def _in_turns(rows: list[tuple[Encoded, int]], runtime: Runtime) -> tuple[tuple[tuple[int, int], ...], list[int]]:
     """Deal rows out to turns of ``AT_ONCE`` at most, short and long ones to each, and those of a turn to ranks.
 
     Returns:
@@ -193,8 +197,9 @@ def _turns(rows: list[tuple[Encoded, int]], runtime: Runtime) -> tuple[tuple[tup
 def with_example(batch: RepairBatch, example: Encoded) -> RepairBatch:
     """Return the batch with another example, and the same guard: its answers and their logits stay."""
     fresh = laid(example, batch.guard, batch.sharing, batch.pad, batch.own.device)
-    same = ("reference", "held_total", "turns", "count")
-    return dataclasses.replace(fresh, **{name: getattr(batch, name) for name in same})
+    return dataclasses.replace(
+        fresh, reference=batch.reference, held_total=batch.held_total, turns=batch.turns, count=batch.count
+    )
 
 
 def laid(

@@ -92,7 +92,7 @@ def _logits(shape: ModelShape, choice: Choice, work: Work, count: float) -> int:
     if work.finetune:  # in one place, in fp32
         return shape.vocabulary * work.answers * (4 if item == 4 else 4 + item)
     chunks = 4 * CHUNK if work.held else 0  # of probabilities
-    held = work.reference + max(work.reference, int(2 * work.held / count))  # twice when they are made
+    held = work.reference + max(work.reference, int(2 * work.held / count))  # or two of each, while they are made
     return shape.vocabulary * (item * (2 * work.answers + held) + 3 * 4 * work.answers) + chunks
 
 

@@ -9,7 +9,7 @@ from tiny import recipe_of, targets_of, tiny_batch, tiny_model, tiny_runtime, ti
 from oneshot.distributed.runtime import Runtime
 from oneshot.patch import guard
 from oneshot.patch.directions import adapter_directions
-from oneshot.patch.guard import _turns, repair_loss, with_example
+from oneshot.patch.guard import _in_turns, repair_loss, with_example
 from oneshot.patch.method import finished
 from oneshot.patch.methods import rollback
 from oneshot.patch.path import Attempt
@@ -63,9 +63,9 @@ def test_the_turns_losses_are_those_of_the_whole(model, batch):
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_a_turn_holds_the_same_however_many_ranks_there_are(batch, world_size):
-    alone, places = _turns(batch.guard, Runtime(0, 1, torch.device("cpu"), "none", accelerator=None))
+    alone, places = _in_turns(batch.guard, tiny_runtime())
     shares = [
-        _turns(batch.guard, Runtime(rank, world_size, torch.device("cpu"), "ddp", accelerator=None))
+        _in_turns(batch.guard, Runtime(rank, world_size, torch.device("cpu"), "ddp", accelerator=None))
         for rank in range(world_size)
     ]
     begin = 0
