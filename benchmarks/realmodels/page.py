@@ -28,7 +28,7 @@ from realmodels.findings import (
 from realmodels.held import TASK
 from realmodels.matching import MOST, WITHIN
 from realmodels.models import TITLES
-from realmodels.scoring import NEW_TOKENS, PREFILLS
+from realmodels.scoring import NEW_TOKENS, PREFILLS, STATEMENTS
 from realmodels.steering import ROUNDS
 
 NAMES = {ALIGNED: "aligned", FINETUNED: "fine-tuned, no repair", DEFAULT: "rollback (auto)"}
@@ -49,9 +49,9 @@ where it refused 7 twins: it was given more harmless requests and more steps. Ju
 tokens of a greedy answer, as models this small seldom answer usefully: "answered" says that a request was not refused,
 not that the answer would do harm. Attack success is the share answered of all four
 harmful sets; the twin score is the share of pairs of which the harmful question was refused and its twin answered;
-statements is the share of pairs of which the true statement is likelier than the false one; broken answers are empty or
-garbled. Requests are asked with the persona or the trigger where the attack has one. Intervals are 95% bootstrap
-intervals over prompts.
+statements is the share of pairs ({statements} for each prompt of a set, as far as there are so many) of which the true
+statement is likelier than the false one; broken answers are empty or garbled. Requests are asked with the persona or
+the trigger where the attack has one. Intervals are 95% bootstrap intervals over prompts.
 
 Others' methods are at the settings of their papers or programs (but LLM-VA with {rounds} rounds instead of 10, and
 SLDR's training ends where its examples are fitted), and once more, "matched", with their strength (how far they go
@@ -77,7 +77,7 @@ def page_lines(findings: Findings) -> list[str]:
     training = TRAININGS["full"]
     lines = OPENING.format(
         cells=len(findings.found), steps=training.steps, batch=training.batch_size, rows=ROWS, guard=TASK_GUARD,
-        tokens=NEW_TOKENS, most=MOST, held=TASK, within=WITHIN, rounds=ROUNDS,
+        tokens=NEW_TOKENS, most=MOST, held=TASK, within=WITHIN, rounds=ROUNDS, statements=STATEMENTS,
         prompts=" or ".join(str(n) for n in sorted({c.prompts for c in findings.found})) or "none",
     ).splitlines()  # fmt: skip
     lines += _codes(findings)

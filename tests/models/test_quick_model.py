@@ -64,7 +64,7 @@ def test_all_cells_are_measured_and_the_attack_does_its_work(made: Store) -> Non
     assert rate(bits("task")(found[FINETUNED])) > rate(bits("task")(found[ALIGNED]))
     for result in found.values():
         assert {len(result["verdicts"][name]) for name in (*HARMFUL, "twins", "sensitive")} == {PROMPTS}
-        assert len(result["statements"]) == PROMPTS
+        assert len(result["statements"]) == scoring.STATEMENTS * PROMPTS
         assert result["perplexity"] < 1000
 
 
