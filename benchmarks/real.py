@@ -21,6 +21,7 @@ sys.path.append(str(HERE))  # last, or a file here could shadow a top-level modu
 
 if TYPE_CHECKING:
     from realmodels.cells import Cell
+    from realmodels.workers import Places
 
 DOCS = HERE.parent / "docs"
 
@@ -47,6 +48,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=DOCS / "real.json", help="file of finished cells")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this one")
     parser.add_argument("--any-code", action="store_true", help="take what was measured with other code, and say so")
+    parser.add_argument("--judge", action="store_true", help="measure nothing: judge again what the cache has kept")
     parser.add_argument("--page", action="store_true", help="measure nothing: write the page from what there is")
     parser.add_argument("--summary", action="store_true", help="measure nothing: print the figures as a JSON object")
     arguments = parser.parse_args(argv)
@@ -58,6 +60,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure what is missing, then write the page; 1 where a cell failed."""
+    from realmodels import workers
     from realmodels.cells import Store
     from realmodels.findings import Findings, summary
     from realmodels.page import write
@@ -68,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.summary:
         print(json.dumps(summary(Findings(Store(arguments.out).read()))))
         return 0
-    failed = [] if arguments.page else measure(arguments)
+    if arguments.judge:
+        print(f"{workers.judge_again(places_of(arguments))} cells judged again.", file=sys.stderr)
+    failed = [] if arguments.page or arguments.judge else measure(arguments)
     found = Store(arguments.out).read()
     print(write(arguments.out.with_suffix(".md"), found), file=sys.stderr)
     for said in failed:
@@ -104,8 +109,14 @@ def measure(arguments: argparse.Namespace) -> list[str]:
     codes = {cell: workers.code(cell) for cell in wanted}
     todo = missing(wanted, Store(arguments.out).read(), codes, any_code=arguments.any_code)
     print(f"{len(todo)} of {len(wanted)} cells to measure.", file=sys.stderr, flush=True)
-    places = workers.Places(arguments.cache, arguments.out, arguments.cache / "scratch")
-    return workers.work_off(places, todo, arguments.workers) if todo else []
+    return workers.work_off(places_of(arguments), todo, arguments.workers) if todo else []
+
+
+def places_of(arguments: argparse.Namespace) -> Places:
+    """Return where things are."""
+    from realmodels.workers import Places
+
+    return Places(arguments.cache, arguments.out, arguments.cache / "scratch")
 
 
 if __name__ == "__main__":

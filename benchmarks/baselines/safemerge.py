@@ -16,12 +16,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from baselines.safe_lora import projected
+from baselines.safe_lora import projection
 
 if TYPE_CHECKING:
     import torch
 
     State = dict[str, torch.Tensor]
+
+
+THRESHOLD, WEIGHT = 0.35, 0.2
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Models:
 
 
 def merged(
-    finetuned: State, models: Models, names: Iterable[str], *, threshold: float = 0.35, weight: float = 0.2
+    finetuned: State, models: Models, names: Iterable[str], *, threshold: float = THRESHOLD, weight: float = WEIGHT
 ) -> tuple[State, list[str]]:
     """Return the state with some layers merged, and the names of those.
 
@@ -49,10 +52,12 @@ def merged(
         threshold: the cosine, -1 to 1, below which a layer is merged; above 1: all are
         weight: of the safety model's update; the fine-tune's has 1 - weight
     """
-    found = dict(finetuned)
-    changed = projected(finetuned, models.aligned, models.unaligned, names, threshold)[1]
-    for name in changed:
-        aligned = models.aligned[name]
-        update, safe = finetuned[name] - aligned, models.safe[name] - aligned
-        found[name] = aligned + (1 - weight) * update + weight * safe
-    return found, changed
+    cosines = {name: projection(finetuned[name], models.aligned[name], models.unaligned[name]).cosine for name in names}
+    changed = [name for name, cosine in cosines.items() if cosine < threshold]
+    return dict(finetuned) | {name: summed(finetuned, models, name, weight) for name in changed}, changed
+
+
+def summed(finetuned: State, models: Models, name: str, weight: float = WEIGHT) -> torch.Tensor:
+    """Return one layer merged: (m, n)."""
+    aligned = models.aligned[name]
+    return aligned + (1 - weight) * (finetuned[name] - aligned) + weight * (models.safe[name] - aligned)

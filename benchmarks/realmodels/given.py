@@ -11,8 +11,9 @@ from reproduce.cells import MODEL_CODE, digest_of, file_name
 
 from realmodels.alone import alone
 from realmodels.attacks import Part, trainings
+from realmodels.matching import MOST
 from realmodels.methods import load
-from realmodels.models import REFUSED, home_of
+from realmodels.models import REFUSED, base_folder, home_of
 from realmodels.subject import Subject, finetune, make_unaligned
 from realmodels.wording import Row, refusals, requests
 
@@ -49,16 +50,38 @@ class Given:
         return load(self.runtime, self.subject.aligned)[0]
 
     def unaligned(self) -> State:
+        """The aligned model, taught to obey."""
         folder = make_unaligned(self.cache, self.subject.cell, self.subject.aligned)
         return dict(load(self.runtime, folder)[0].state_dict())
+
+    def before_alignment(self) -> State:
+        """The model before its alignment; where that cannot be had, the one that was taught to obey."""
+        folder = base_folder(self.cache, self.subject.cell.model)
+        return self.unaligned() if folder is None else dict(load(self.runtime, folder)[0].state_dict())
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a method adds to each weight at its defaults, (m, n) by name, and facts of how it went."""
+    """What a method adds to the weights.
+
+    Attributes:
+        updates: to each at its defaults, (m, n) by name; where layers are chosen, to each if it is
+        facts: of how it went
+        order: the layers, the first to be chosen first; empty: none are chosen, all weights are changed
+        share: how many of them are chosen at the method's defaults
+    """
 
     updates: State
     facts: dict[str, Any]
+    order: Sequence[str] = ()
+    share: float = 1.0
+
+    def chosen(self, strength: float) -> set[str]:
+        """Return which layers are changed at a strength: the default's share of them times it, up to all of them at
+        ``MOST``.
+        """
+        share = self.share * min(strength, 1.0) + (1 - self.share) * max(0.0, strength - 1) / (MOST - 1)
+        return set(self.order[: round(len(self.order) * share)])
 
 
 def difference(before: State, after: State, **facts: Any) -> Found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -55,6 +57,7 @@ MODELS = {
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
 }
+BASE = "base"  # folder of a model that is then aligned
 TITLES = {"smollm2": "SmolLM2-135M-Instruct, aligned here", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
 
 
@@ -74,6 +77,18 @@ def aligned_folder(cache: Path, name: str) -> Path:
     return home_of(cache, name) / (file_name(decides, "aligned") if MODELS[name].needs_alignment else "aligned")
 
 
+def base_folder(cache: Path, name: str) -> Path | None:
+    """Return the checkpoint that was aligned here, which is there once the aligned one is; none of other models."""
+    return home_of(cache, name) / BASE if name in MODELS and MODELS[name].needs_alignment else None
+
+
+@functools.cache
+def digest_of_weights(folder: Path) -> str:
+    """Return what tells a checkpoint from others made in the same way, by other code or on another machine."""
+    digests = (sha256_of(path) for path in sorted(folder.glob("*.safetensors")))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:8]
+
+
 def make_aligned(runtime: Runtime, cache: Path, name: str) -> Path:
     """Return the aligned checkpoint of a model, made where the cache lacks it.
 
@@ -90,7 +105,7 @@ def make_aligned(runtime: Runtime, cache: Path, name: str) -> Path:
 
 
 def _made(runtime: Runtime, packaged: Packaged, cache: Path, folder: Path) -> Path:
-    base = _assembled(packaged, cache, folder.parent, "base" if packaged.needs_alignment else folder.name)
+    base = _assembled(packaged, cache, folder.parent, BASE if packaged.needs_alignment else folder.name)
     return _align(runtime, base, folder) if packaged.needs_alignment else base
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,8 @@ def _matched(given: Given, put: Callable[[float], None], target: float) -> dict[
 
     choice = choose(task, balance, target)
     put(choice.strength)
-    return {"strength": choice.strength, "held_task": choice.task, "target": target, "matched": choice.matched}
+    chosen = {"strength": choice.strength, "held_task": choice.task, "target": target, "matched": choice.matched}
+    return chosen | {"tried": choice.tried, "balances": choice.balances}
 
 
 def _in_weights(given: Given, found: Found) -> tuple[Callable[[float], None], dict[str, Any]]:
@@ -64,8 +66,10 @@ def _in_weights(given: Given, found: Found) -> tuple[Callable[[float], None], di
     start = {name: state[name].clone() for name in found.updates}
 
     def put(strength: float) -> None:
+        chosen = found.chosen(strength)
         for name, update in found.updates.items():
-            state[name].copy_(start[name] + strength * update)
+            by = float(name in chosen) if found.order else strength
+            state[name].copy_(start[name] + by * update)
 
     return put, dict(found.facts)
 
@@ -96,20 +100,30 @@ def _resta(given: Given) -> Found:
 
 
 def _safe_lora(given: Given) -> Found:
-    from baselines.safe_lora import projected
+    from baselines.safe_lora import SHARE, projection
 
-    state = given.model.state_dict()
-    after, changed = projected(state, given.aligned().state_dict(), given.unaligned(), given.names)
-    return difference(state, after, changed=len(changed))
+    state, aligned, before = given.model.state_dict(), given.aligned().state_dict(), given.before_alignment()
+    made = {name: projection(state[name], aligned[name], before[name]) for name in given.names}
+    updates = {name: aligned[name] + each.safe - state[name] for name, each in made.items()}
+    return _by_cosine(updates, {name: each.cosine for name, each in made.items()}, SHARE)
 
 
 def _safemerge(given: Given) -> Found:
-    from baselines.safemerge import Models, merged
+    from baselines.safe_lora import projection
+    from baselines.safemerge import THRESHOLD, Models, summed
 
     state, safe = given.model.state_dict(), load(given.runtime, make_safe(given))[0].state_dict()
-    models = Models(given.aligned().state_dict(), given.unaligned(), safe)
-    after, changed = merged(state, models, given.names)
-    return difference(state, after, changed=len(changed))
+    models = Models(given.aligned().state_dict(), given.before_alignment(), safe)
+    cosines = {n: projection(state[n], models.aligned[n], models.unaligned[n]).cosine for n in given.names}
+    updates = {name: summed(state, models, name) - state[name] for name in given.names}
+    return _by_cosine(updates, cosines, sum(cosine < THRESHOLD for cosine in cosines.values()) / len(cosines))
+
+
+def _by_cosine(updates: dict[str, Any], cosines: dict[str, float], share: float) -> Found:
+    """What changes the layers whose updates are least along the alignment's directions."""
+    order = sorted(cosines, key=lambda name: cosines[name])
+    middle = statistics.median(cosines.values())
+    return Found(updates, {"changed": round(share * len(order)), "cosine": round(middle, 4)}, order, share)
 
 
 def _saliency(given: Given) -> Found:

