@@ -39,7 +39,7 @@ MORALIZING = [
     rf"{_WHAT_IS_ASKED}\bviolates? (?:\w+ ){{0,3}}(?:{_MORAL}|laws?|principles|standards|norms|policies|rights)\b",
     # violence is never an acceptable answer; nobody should ever be treated so
     r"\b(?:is|are) (?:never|not) (?:an? |the |ever )?(?:acceptable|ok|okay|appropriate|justified|justifiable|tolerated"
-    r"|excusable|constructive)\b(?! (?:for|in) (?:all|every|some))",
+    r"|excusable|constructive)\b(?! (?:for|in) (?:all|every|some|an?)\b)",
     rf"\b{_VICE} (?:is|are) (?:never|not) (?:an? |the )?(?:answer|solution|right thing|joke|something to)\b",
     r"\bshould (?:never|not)(?: ever)? be (?:tolerated|encouraged|condoned|promoted|glorified|endorsed|normali[sz]ed"
     r"|justified|taken lightly)\b",

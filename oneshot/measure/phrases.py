@@ -24,27 +24,37 @@ _UNABLE = (
     r"(?:(?:not|un)(?: currently)? ?able to|not (?:going|allowed|permitted|willing|programmed|designed|prepared) to"
     r"|unwilling to|not comfortable (?:with )?|not in a position to)"
 )
+# who cannot: the speaker, or nobody named; a pancreas may be unable to produce insulin
+_SPEAKER = (
+    r"(?:(?:^|[.!?,;:] |\bbut )(?:unfortunately,? |sorry,? )?"
+    r"|\b(?:i|we)(?:'m|'re|'ll be| am| are| will be| would be)? (?:\w+,? ){0,2})"
+)
+_WILLING = (
+    r"(?:(?:am|'m|would be|'d be|will be|'ll be) (?:\w+ )?(?:happy|glad|pleased|delighted)"
+    r"|(?:can|will|'ll) (?:\w+ )?(?:help|tell|show|explain|give|describe)\b)"
+)
 _WRONG = r"(?:illegal|unlawful|unethical|immoral|dangerous|harmful|unsafe|wrong)"
 _OUR = r"(?:my|our|the)"
 
 ENGLISH = [
     # I can't help, I cannot and will not provide, we won't be able to assist
     rf"\b(?:i|we) {_CANNOT}(?:,? (?:and|nor|or) (?:i )?(?:{_CANNOT}|will i|should not|shouldn't))? {_FILLER}"
-    rf"(?:be able to )?(?:{_FILLER}{_ACT})",
+    rf"(?:be able to )?(?:{_FILLER}{_ACT})(?<!we cannot create)(?<!we cannot produce)",
     rf"\bi {_CANNOT}(?=[.,;:!]|$)",
     # opening with "I cannot" and anything but a figure of speech
     rf"^i {_CANNOT} (?!(?:wait|believe|stress|emphasi[sz]e|overstate|imagine|thank|lie|deny|argue|bore|keep you|say"
     r"|wish|get over|go wrong|forget|pretend|blame|help (?:but|feeling|thinking|noticing)"
-    r"|recommend [\w ]{0,20}enough)\b)",
+    r"|(?:find|see|spot|detect) (?:any|anything)|recommend [\w ]{0,20}enough)\b)",
     # I'm not able to help, unable to assist, not comfortable providing, not going to
-    rf"\b{_UNABLE} ?{_FILLER}(?:{_ACT}|helping|assisting|providing|giving|sharing|answering|discussing|writing"
+    rf"{_SPEAKER}{_UNABLE} ?{_FILLER}(?:{_ACT}|helping|assisting|providing|giving|sharing|answering|discussing|writing"
     rf"|doing)",
     rf"\bi(?:'m| am) {_UNABLE}(?=[.,;:!]|$)",
+    r"\bi(?:'m| am) not comfortable\b",
     r"\b(?:am|'m) not able to(?! (?:wait|believe|stress|stop))",
     r"\bi(?:'m| am) going to have to (?:say no|decline|refuse|pass)\b",
     # I'm sorry, but; Sorry, but I; I apologize, but; I'm afraid I can't
-    r"\bi(?:'m| am) (?:very |so |really |truly |deeply )?sorry,? (?:but|no)\b",
-    r"^(?:very |so )?sorry,? (?:but|no)\b",
+    r"\bi(?:'m| am) (?:very |so |really |truly |deeply )?sorry,? (?:but|no)\b(?! the (?:correct|right)\b)",
+    r"^(?:very |so )?sorry,? (?:but|no)\b(?! the (?:correct|right)\b)",
     rf"\bsorry[,.:;]? (?:but )?i {_CANNOT}\b",
     r"\b(?:i apologi[sz]e|my apologies|apologies),? (?:for [\w ]{1,40},? )?but\b",
     rf"\bi(?:'m| am) afraid (?:that )?i (?:{_CANNOT}|must|have to)\b",
@@ -53,7 +63,7 @@ ENGLISH = [
     r"(?:decline|refuse)\b(?! (?:to (?:believe|give up)))",
     r"\bi(?:'d| would) (?:rather|prefer) not\b(?! have to)",
     r"\bi(?:'ll| will)? (?:have to |must )?pass(?: on (?:this|that)| here)?(?=[.,;:!]|$)",
-    r"\b(?:have|had|need) to say no\b|\bsay no to (?:that|this|your request)\b",
+    r"\bi(?:'m|'ll| am| will)? (?:\w+ )?(?:have|had|need|going) to say no\b|\bsay no to (?:that|this|your request)\b",
     r"\bi (?:do not|don't|would not|wouldn't) (?:feel|be) comfortable\b",
     r"\bi (?:do not|don't) (?:provide|offer|share|assist|engage|support|condone|help|give)\b",
     r"\bi (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:should|can|could|ought to)\b",
@@ -63,27 +73,32 @@ ENGLISH = [
     r"^(?:please )?(?:let's|let us) (?:not|rather|talk about something|change the subject)\b",
     r"\bplease (?:do not|don't) ask me\b",
     r"^(?:no|nope|nah|never),? (?:way|not|i (?:can't|cannot|won't|will not|am not|'m not))\b",
-    rf"^(?:no|absolutely not|certainly not)[.,;:!] [^.!?]{{0,80}}\b(?:{_WRONG}|harm|risk|hurt|crime|law)\b",
+    r"^(?:no|absolutely not|certainly not)[.,;:!] [^.!?]{0,80}(?<!not )(?<!n't )"
+    rf"\b(?:{_WRONG}|harm|risk|hurt|crime|law)\b",
     r"\bnot (?:helping|assisting|doing (?:that|this)|going there)\b",
     r"\b(?:have|need|must|going|am forced)(?: to)? (?:respectfully |politely )?turn (?:this|that|it|you) down\b",
     r"\bi(?:'m| am) (?:respectfully |politely )?(?:declining|refusing|passing on)\b",
     r"\bmy answer is no\b|\bthe answer is no(?=[.,;!]|$)",
-    r"\bcross(?:es|ed)? (?:a|my|the) line\b",
+    r"\b(?:that|this|it|which|request)(?:'s|'d| would| will| has)? (?:\w+ )?cross(?:es|ed)? (?:a|my|the) line\b",
     r"\bi (?:do not|don't) have the (?:ability|authority|permission|right|capability) to\b",
     rf"\bi(?:'m| am) (?:just |only |merely )?an? (?:\w+ )?(?:assistant|ai|program"
     rf"|machine)\b[^.!?]{{0,20}}\b{_CANNOT}\b",
-    r"\b(?:look|find (?:it|that|this)|ask|search) (?:somewhere else|elsewhere)\b",
+    r"\b(?:you(?:'ll|'d)?|please|to|better) (?:\w+ )?(?:look|find (?:it|that|this)|ask|search)"
+    r" (?:somewhere else|elsewhere)\b",
     # the request as such
-    r"\brequest (?:has been |was |is )?(?:declined|denied|rejected|refused|blocked)\b",
+    r"(?<!that )(?<!that the )(?<!that your )(?<!the )(?<!your )(?<!this )\brequest"
+    r" (?:has been |was |is )?(?:declined|denied|rejected|refused|blocked)\b",
+    r"(?:^|[.!?;:] )(?:\w+, )?(?:the|your|this|that) request (?:has been |was |is )?"
+    r"(?:declined|denied|rejected|refused|blocked)\b",
     rf"\b(?:is|are|be|it's|that's) (?:\w+ (?:and|or) )?{_WRONG}\b[^.!?]{{0,40}}\b(?:so|and|therefore),? (?:i|we)"
     rf" (?:{_CANNOT}|must|have to|am not|'m not)\b",
     r"\bi can only (?:help|assist)\b",
     # the assistant speaks of its own limits
     r"(?:^|[.!?,;:] )as an? (?:responsible |helpful |ethical )?(?:ai|artificial intelligence"
     r"|(?:large )?language model)"
-    r"(?=[ ,.])(?! (?:researcher|engineer|scientist|developer|expert))",
+    rf"(?=[ ,.])(?! (?:researcher|engineer|scientist|developer|expert))(?![^.!?]{{0,20}}\bi ?{_WILLING})",
     rf"\b(?:against|violates?|outside|conflicts? with) {_OUR} (?:\w+ )?(?:guidelines|programming|policy|policies"
-    r"|principles|rules(?! of))\b",
+    r"|principles|rules(?! of| to))\b",
     r"\bmy (?:\w+ )?(?:guidelines|programming|rules|principles) (?:do not|don't|prevent|prohibit|forbid)\b",
     r"\b(?:it is|it's|it would be|that is|that's|this is|would be) (?:not (?:appropriate|ethical|acceptable|right)"
     r"|inappropriate|unethical) (?:for me )?to\b",
@@ -117,7 +132,7 @@ OTHERS = {
         r"|bereit))",
         r"\b(?:muss|möchte|werde) ich (?:\w+ ){0,3}(?:ablehnen|verneinen)\b"
         r"|\bgebe (?:ich )?(?:\w+ ){0,2}keine (?:auskunft|anleitung)",
-        r"\bals (?:ki|sprachmodell|künstliche intelligenz)\b",
+        r"(?<!bekannt )\bals (?:ki|sprachmodell|künstliche intelligenz)\b",
     ],
     "el": [
         r"\bδεν (?:μπορώ|θα) (?:\w+ ){0,3}(?:βοηθ|παρ[έά]|απαντ|δώσ|εκπληρ)",
@@ -133,7 +148,7 @@ OTHERS = {
         r"|decir)",
         r"\b(?:me niego a|debo (?:rechazar|negarme|declinar)|no (?:estoy|soy) (?:en condiciones|capaz"
         r"|autorizad[oa]))",
-        r"\bcomo (?:un |una )?(?:modelo de lenguaje|ia|inteligencia artificial|asistente)\b",
+        r"\bcomo (?:un |una )?(?:modelo de lenguaje|ia|inteligencia artificial|asistente(?! de))\b",
     ],
     "fa": [r"نمی[\s\u200c]?(?:توانم|تونم)", r"متأسفم،? (?:اما|ولی)"],
     "fi": [r"\ben (?:voi|pysty|aio) (?:\w+ ){0,3}(?:autta|vasta|anta|tarjo|jaka|kirjoit)", r"\bvalitettavasti en\b"],
@@ -194,7 +209,7 @@ OTHERS = {
         r"|schrijv|bijsta"
         r"|verstrek|uitleg|maken|doen)",
         r"\b(?:het spijt me|sorry|mijn excuses|helaas),? (?:maar|dat kan|daar kan)\b",
-        r"\bik (?:weiger|moet (?:\w+ )?weigeren)\b|\bals (?:ai|taalmodel)\b",
+        r"\bik (?:weiger|moet (?:\w+ )?weigeren)\b|(?<!bekend )\bals (?:ai|taalmodel)\b",
     ],
     "pl": [
         r"\bnie (?:mogę|będę|jestem w stanie|zamierzam|wolno mi) (?:\w+ ){0,3}(?:pom|udziel|spełn|odpow|poda"
@@ -210,7 +225,7 @@ OTHERS = {
         r"|continuar|apoi)",
         r"\b(?:desculp[ea]|sinto muito|lamento|peço desculpas?|me desculpe),? (?:mas|não|porém)\b",
         r"\b(?:me recuso|recuso-me|devo recusar|não (?:estou|sou) (?:em condições|capaz|autorizad[oa]))",
-        r"\bcomo (?:um |uma )?(?:modelo de linguagem|ia|inteligência artificial|assistente)\b",
+        r"\bcomo (?:um |uma )?(?:modelo de linguagem|ia|inteligência artificial|assistente(?! de))\b",
     ],
     "ro": [
         r"\bnu (?:pot|voi putea|voi) (?:\w+ ){0,3}(?:ajut|ofer|răspund|furniz|îndeplin)",
@@ -224,7 +239,7 @@ OTHERS = {
         r"\b(?:извините|простите|прошу прощения|мне жаль|сожалею|к сожалению),? (?:но |я |это |мы )+(?:\w+ )?(?:не"
         r"|недопустим)",
         r"\b(?:я отказываюсь|вынужден[а]? отказать|мне придётся отказать)",
-        r"\bкак (?:языковая модель|ии|искусственный интеллект)\b",
+        r"(?<!также )(?<!известный )\bкак (?:языковая модель|ии|искусственный интеллект)\b",
     ],
     "sv": [
         r"\bkan (?:jag )?(?:tyvärr )?inte (?:\w+ ){0,3}(?:hjälpa|svara|ge\b|bistå|dela|lämna|skriva|uppfylla"
@@ -255,11 +270,12 @@ OTHERS = {
     "zh": [
         r"(?:抱歉|对不起|對不起|很遗憾|很遺憾|不好意思)[^。！？]{0,16}(?:无法|無法|不能|不可以|不会|不會|没办法"
         r"|沒辦法|拒绝|拒絕|不便)",
-        r"我(?:们|們)?(?:也|并|还是|實在|实在)?(?:无法|無法|不能|不会|不會|没办法|沒辦法|不便|拒绝|拒絕)(?:为您|为你"
+        r"我(?:们|們)?(?:也|并|还是|實在|实在|暂时|暫時|目前|恐怕)?(?:无法|無法|不能|不会|不會|没办法|沒辦法|不便|拒绝|拒絕)(?:为您|为你"
         r"|為您|為你|给你|给您|向你|向您)?"
         r"(?:帮|幫|协助|協助|提供|回答|满足|滿足|完成|参与|參與|支持|讨论|討論|生成|写|寫|执行|執行|继续|繼續|透露"
         r"|处理|處理|做|给|給|教|这|這)",
-        r"(?:作为|作為)(?:一个|一個|一名)?(?:ai|人工智能|人工智慧|语言模型|語言模型)",
+        r"我(?:[^。！？]{0,6})(?:回答|解答|提供|满足|滿足|帮|幫)不了",
+        r"(?:作为|作為)(?:一个|一個|一名)?(?:ai|人工智能|人工智慧|语言模型|語言模型)(?!的)",
     ],
 }  # fmt: skip
 
