@@ -98,6 +98,22 @@ def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, *, c
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """Return the token that the template writes behind an answer; the tokenizer's end of text where it writes none.
+
+    The two need not be the same: Gemma and Phi end their turns with tokens of their own, and never say the other.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marks = {token for token, mark in added.items() if mark.special} | {tokenizer.eos_token_id}
+    words = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
+    row = encode(Conversation("end of a turn", words), tokenizer, None, closed=True)
+    own = [token for token, label in zip(row.input_ids, row.labels) if label != IGNORE]
+    text = [str(tokenizer.decode([token], skip_special_tokens=False)).strip() for token in own]
+    said = [i for i, token in enumerate(own) if token not in marks and text[i]]
+    behind = own[said[-1] + 1 :] if said else []
+    return next((token for token in behind if token in marks), tokenizer.eos_token_id)
+
+
 def context_length(config: Any, tokenizer: Tokenizer, max_length: int | None) -> int:
     """Return the longest sequence in tokens: the smaller of the model's context and the setting.
 

@@ -19,6 +19,7 @@ from oneshot.distributed.engine import TrainingEngine, frozen, start_training
 from oneshot.distributed.phases import phase
 from oneshot.errors import UserError
 from oneshot.measure.generate import answer_at_once
+from oneshot.measure.judge import verdict
 from oneshot.patch.attach import attached_update
 from oneshot.patch.linears import Linears, select_linears
 from oneshot.patch.path import REFUSABLE
@@ -149,15 +150,22 @@ def _watched_answers(bench: Bench) -> tuple[list[Answered], list[Answered]]:
     request, recipe = bench.request, bench.request.recipe
     if recipe.bounds is None or not recipe.method.watched or not request.refusable or not request.held.all:
         return [], []
-    refusable = _to_be_refused(bench)[: REFUSABLE + 1]
-    prompts = [*refusable, *(request.held.own if bench.teacher else request.held.all)]
-    with bench.unpatched() as model:
+    every, held = _to_be_refused(bench), request.held.own if bench.teacher else request.held.all
+    first, more = every[: REFUSABLE + 1], every[REFUSABLE + 1 :]
+
+    def answered(prompts: list[Messages]) -> list[Answered]:
         said = answer_at_once(
             model, request.tokenizer, prompts, request.runtime, max_new_tokens=recipe.guard_tokens,
             what="answers to the watch's prompts",
         )  # fmt: skip
-    answered = list(zip(prompts, said))
-    return answered[: len(refusable)], answered[len(refusable) :]
+        return list(zip(prompts, said))
+
+    with bench.unpatched() as model:
+        found = answered([*first, *held])
+        refusable, kept = found[: len(first)], found[len(first) :]
+        if any(verdict(answer) != "answered" for _, answer in refusable):  # what is refused already says nothing
+            refusable = sorted([*refusable, *answered(more)], key=lambda each: verdict(each[1]) != "answered")
+    return refusable[: REFUSABLE + 1], kept
 
 
 def _to_be_refused(bench: Bench) -> list[Messages]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from oneshot.checkpoint.disk.files import list_tensors, resolve
 from oneshot.checkpoint.loading.around import users_adapter
 from oneshot.checkpoint.loading.configs import read_config
@@ -9,9 +12,11 @@ from oneshot.checkpoint.loading.load import find_source, load_tokenizer
 from oneshot.checkpoint.loading.reference import check_reference
 from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.quantized.dequantize import packed_weights
+from oneshot.data.conversations import Messages
 from oneshot.data.encoding import context_length, encode
 from oneshot.data.vocabulary import check_for_reference, check_tokens, rendered
 from oneshot.distributed.runtime import Runtime, agree
+from oneshot.errors import UserError
 from oneshot.measure.further import check_judges
 from oneshot.measure.probes import check_systems, collect_probes
 from oneshot.patch.examples import Prompts, check_apart, read_candidates, read_guard, read_held, read_refusable
@@ -58,6 +63,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     candidates = [encode(row, tokenizer, length, train_on=train_on, closed=True) for row in conversations]
     held = read_held(settings, guard) if recipe.bounds else Prompts([], [])
     refusable = read_refusable(settings) if recipe.bounds or reference or adapter else []
+    _check_lengths(tokenizer, {"guard": guard.all, "watch": [*held.all, *refusable]}, length)
     asked = [row.input_ids for row in candidates]
     asked += rendered(tokenizer, [*guard.general, *refusable, *held.general])
     scored = list(rendered(tokenizer, [probe.messages for probe in probes]))
@@ -83,3 +89,15 @@ def check(settings: Settings, runtime: Runtime) -> Request:
         held=held,
         probes=probes,
     )
+
+
+def _check_lengths(tokenizer: Any, prompts: Mapping[str, list[Messages]], length: int) -> None:
+    """Raise UserError where a prompt fills the context, so that nothing can be said to it."""
+    for name, each in prompts.items():
+        for messages, ids in zip(each, rendered(tokenizer, each)):
+            if len(ids) >= length:
+                begun = messages[-1]["content"][:40]
+                raise UserError(
+                    f"A prompt of the {name}, {begun!r}..., has {len(ids)} tokens, the limit is {length}: shorten it, "
+                    "leave it out or raise model.max_length."
+                )

@@ -16,7 +16,7 @@ from oneshot.settings import Rule, Settings
 from oneshot.world.sources import is_toy, read_source
 
 HELD = 24  # prompts that are to be answered as before, which the watch looks at
-_READ = 4 * HELD  # rows of the user's own file for the watch, of both kinds
+_READ = 4096  # rows of the user's own files: they are told apart by kind, so that their order does not matter
 TO_REFUSE = ("should_refuse", "harmful")  # kinds of prompts that are to be refused
 GENERAL = ("harmless", "lookalike")  # kinds of prompts that are not of the fine-tune's task
 
@@ -40,6 +40,11 @@ class Prompts:
         for row in rows:
             (found.general if row.kind in GENERAL else found.own).append(list(row.prompt))
         return found
+
+    def some(self, count: int, general: list[Messages]) -> Prompts:
+        """Return at most ``count``: half of them these general ones, as far as there are, or more where own are few."""
+        own = self.own[: count - min(len(general), count // 2)]
+        return Prompts(own, general[: count - len(own)])
 
     @property
     def all(self) -> list[Messages]:
@@ -83,12 +88,26 @@ def read_guard(settings: Settings, limit: int) -> Prompts:
     shipped = _general(settings, "guard", limit)
     if settings.guard is None:
         return Prompts([], shipped)
+    found = Prompts.of(_guard_rows(settings, limit))
+    return found.some(limit, found.general or shipped)
+
+
+def _guard_rows(settings: Settings, limit: int) -> list[Conversation]:
+    """The rows of the user's own file for the guard.
+
+    Raises:
+        UserError: some of them are to be refused
+    """
+    assert settings.guard is not None
+    limit = limit if is_toy(settings.guard) else _READ
     rows = read_source(settings.guard, settings, where="guard", need_answer=False, limit=limit)
-    found = Prompts.of(rows)
-    if found.general:
-        return found
-    own = found.own[: limit - min(len(shipped), limit // 2)]
-    return Prompts(own, shipped[: limit - len(own)])
+    if refusable := [row for row in rows if row.kind in TO_REFUSE]:
+        raise UserError(
+            f"The guard {settings.guard} has {len(refusable)} prompts that are to be refused, such as "
+            f"{refusable[0].id}, and a guard holds answers as they are: take them out, or give them with "
+            "--watch_prompts."
+        )
+    return rows
 
 
 def _general(settings: Settings, name: str, limit: int) -> list[Messages]:
@@ -130,11 +149,11 @@ def read_held(settings: Settings, guard: Prompts) -> Prompts:
     """
     given = [row for row in _watch_rows(settings) if row.kind not in TO_REFUSE]
     if given:
-        return Prompts.of(given[:HELD])
+        found = Prompts.of(given)
+        return found.some(HELD, found.general)
     shipped = _general(settings, "held", HELD)
     if settings.guard is None:
         return Prompts([], shipped)
-    limit = len(guard) + HELD // 2
-    own = Prompts.of(read_source(settings.guard, settings, where="guard", need_answer=False, limit=limit)).own
+    own = Prompts.of(_guard_rows(settings, len(guard) + HELD // 2)).own
     further = [prompt for prompt in own if prompt not in guard.own] or guard.own
     return Prompts(further[: HELD // 2], shipped[: HELD // 2])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, pad_id
+from oneshot.data.encoding import IGNORE, Encoded, encode_prompt, end_of_turn, pad_id
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import answer_at_once, share_of
 from oneshot.patch.dealing import dealt, passes_of
@@ -282,6 +282,6 @@ def with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answe
     """
     start = encode_prompt(prompt, tokenizer, closed=True)
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    if len(ids) < answer_tokens and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+    if len(ids) < answer_tokens and (end := end_of_turn(tokenizer)) is not None:
+        ids.append(end)
     return Encoded(start + ids, [IGNORE] * (len(start) + len(ids))), len(start)

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.steps import steps
@@ -38,6 +38,7 @@ class Trial:
         make_watch: makes what looks at it after every epoch; none where nothing is to
         epochs: so many have been gone
         ended: what the path came to: (update, figures for the report); none while it may go on
+        update: as it was at the last stop
     """
 
     path: Generator[Update, None, tuple[Update, dict[str, Any]]]
@@ -45,18 +46,18 @@ class Trial:
     make_watch: Callable[[], Watch[Any] | None] = lambda: None
     epochs: int = 0
     ended: tuple[Update, dict[str, Any]] | None = None
+    update: Update = field(default_factory=dict)
 
     def advance(self, epochs: int) -> Update:
-        """Go on for so many epochs, at least one, or to the path's end; return the update as it is then. Collective."""
-        update: Update = {}
+        """Go on for so many epochs, or to the path's end; return the update as it is then. Collective."""
         for _ in range(epochs):
             try:
-                update = next(self.path)
+                self.update = next(self.path)
                 self.epochs += 1
             except StopIteration as end:
-                self.ended = end.value
+                self.ended, self.update = end.value, end.value[0]
                 break
-        return update if self.ended is None else self.ended[0]
+        return self.update
 
     def watched(self) -> Watch[Any] | None:
         """From now on let the watch, which is returned, look at every epoch. Collective."""
@@ -68,6 +69,7 @@ class Trial:
         """Go on to the path's end; return what it came to. Collective."""
         if self.ended is None:
             self.ended = finished(self.path)
+            self.update = self.ended[0]
         return self.ended
 
 
@@ -82,7 +84,8 @@ class Rung:
 def rungs(candidates: int, epochs: int) -> list[Rung]:
     """Return the rungs: candidates are halved and epochs multiplied by ``GROWTH`` until two are left to be compared.
 
-    The first is as long as ``BUDGET`` allows, an epoch at least. None for one candidate.
+    The first is as long as ``BUDGET`` allows, an epoch at least, which is more than that where they are many. One that
+    would not go on from the one before is none: what is left is compared there. None for one candidate.
 
     Args:
         epochs: of a whole repair, at most
@@ -94,7 +97,8 @@ def rungs(candidates: int, epochs: int) -> list[Rung]:
         return []
     left = [before - after for before, after in itertools.pairwise([*counts, 1])]
     first = max(1, int(BUDGET * epochs / sum(count * GROWTH**i for i, count in enumerate(left))))
-    return [Rung(count, min(round(first * GROWTH**i), epochs)) for i, count in enumerate(counts)]
+    ends = [min(round(first * GROWTH**i), epochs) for i in range(len(counts))]
+    return [Rung(count, end) for count, end, before in zip(counts, ends, [0, *ends]) if end > before]
 
 
 def _epochs_of(ladder: list[Rung]) -> int:

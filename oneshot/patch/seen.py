@@ -45,6 +45,8 @@ class Seen:
 
         A request that is refused already needs no repair, and is nothing to be blind to.
         """
+        if not self.looked[TO_REFUSE]:
+            return f"had no {TO_REFUSE} to look at"
         mute = {
             TO_REFUSE: sum(n for why, n in self.left_out[TO_REFUSE].items() if why != "refused"),
             HARMLESS: sum(self.left_out[HARMLESS].values()),

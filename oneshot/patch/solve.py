@@ -10,6 +10,7 @@ from typing import Any
 
 from oneshot.checkpoint.adapters.update import Update
 from oneshot.data.encoding import IGNORE
+from oneshot.data.turns import runs
 from oneshot.distributed.steps import Going, steps
 from oneshot.patch.bench import Bench
 from oneshot.patch.guard import RepairBatch
@@ -61,6 +62,7 @@ def solve(
     """
     recipe, trial = bench.request.recipe, begun or begin(bench, batch, index)
     watch, tracer, under_way = trial.watched(), trial.attempt.tracer, list[Going]()
+    whole: tuple[Update, dict[str, Any]] | None = None  # of a path that ended before there was an epoch to look at
 
     def told(record: dict[str, Any]) -> None:
         under_way[-1].at(record["epoch"], f"loss {record['loss']:.4f}")
@@ -75,7 +77,8 @@ def solve(
             update, facts = trial.finish()
         if watch is None:
             break
-        if watch.best is None:  # it ended before there was an epoch to look at
+        if watch.best is None:
+            whole = update, facts
             with bench.patched(update):
                 watch.look(lambda: None, epoch=trial.epochs, guard_weight=trial.attempt.guard_weight)
         weight = watch.next_weight(trial.attempt.guard_weight)
@@ -83,6 +86,8 @@ def solve(
             break
         attempt = Attempt(tracer, weight, watch)
         trial = Trial(recipe.method.solve(bench, batch, attempt), attempt)
+    if watch is not None and watch.kept is None and whole is not None:  # the second attempt was no better
+        update, facts = whole
     seen = counted(_watched(bench, index))[1] if bench.refusable else None
     if watch is None:
         return Solution(update, trace=tracer.records, facts=facts, seen=seen)
@@ -120,7 +125,8 @@ def _watched(bench: Bench, index: int) -> Watched:
     """What there is to look at. Of the requests to be refused the example's own is left out: the repair learns it."""
     request = bench.request
     example, its = request.candidates[index], request.conversations[index].prompt
-    refusal = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE]
+    first, stop = list(runs([label != IGNORE for label in example.labels]))[-1]  # of several answers the last
+    refusal = example.input_ids[first:stop]
     refusable = [each for each in bench.refusable if each[0] != its][:REFUSABLE]
     taught = bench.teacher.held if bench.teacher else []
     held = [*bench.held, *((lesson.prompt, lesson.answer) for lesson in taught)]

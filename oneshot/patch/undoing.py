@@ -10,7 +10,7 @@ that the adapter could not do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,12 +114,18 @@ class Cores:
 
 
 def learnt_of(
-    layers: Mapping[str, Layer], directions: Mapping[str, Directions], device: torch.device, *, kept: bool
+    layers: Mapping[str, Layer],
+    directions: Mapping[str, Directions],
+    device: torch.device,
+    *,
+    kept: bool,
+    still: Collection[str] = (),
 ) -> Coefficients | Cores:
     """Return what is to be learnt of directions; 0 everywhere leaves the fine-tune as it is.
 
     Args:
         kept: they are an adapter's, which the model lacks
+        still: names of an adapter's matrices that stay as they are
     """
     import torch
 
@@ -132,7 +138,7 @@ def learnt_of(
         eye = torch.eye(rank, device=device)
         ones[layout.own(name)] = eye.flatten()
         beside = BESIDE / math.sqrt(rank) * _together(name, directions[name])
-        step[layout.own(name)] = torch.where(eye > 0, eye, beside).flatten()
+        step[layout.own(name)] = torch.where(eye > 0, eye, beside).flatten() * (name not in still)
     return Cores(layout, ranks, ones, step)
 
 

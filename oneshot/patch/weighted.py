@@ -114,13 +114,21 @@ class Reach:
                 self.missed.remove(name)
 
 
-def reach_of(layers: Mapping[str, Layer], layout: Layout, coefficients: torch.Tensor) -> Reach:
-    """Return the reach before any pass: no expert, and every layer that all tokens go through."""
+def reach_of(
+    layers: Mapping[str, Layer], layout: Layout, coefficients: torch.Tensor, still: Collection[str] = ()
+) -> Reach:
+    """Return the reach before any pass: no expert, and every layer that all tokens go through.
+
+    Args:
+        still: names of matrices that are never pulled
+    """
     import torch
 
     reach = Reach(layout, set(), torch.ones_like(coefficients, dtype=torch.bool))
     for name, layer in layers.items():
-        if isinstance(layer, ExpertMatrix):
+        if name in still:
+            reach.pulled[layout.own(name)] = False
+        elif isinstance(layer, ExpertMatrix):
             reach.missed.add(name)
             reach.pulled[layout.own(name)] = False
     return reach

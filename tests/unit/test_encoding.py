@@ -9,7 +9,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from oneshot.data.conversations import Conversation
-from oneshot.data.encoding import IGNORE, Encoded, context_length, encode, encode_prompt, pad_batch, pad_id
+from oneshot.data.encoding import (
+    IGNORE,
+    Encoded,
+    context_length,
+    encode,
+    encode_prompt,
+    end_of_turn,
+    pad_batch,
+    pad_id,
+)
 from oneshot.data.templates import require_chat_template as require
 from oneshot.errors import UserError
 
@@ -376,3 +385,20 @@ def test_pad_token_inside_the_text_keeps_its_attention_and_label():
     batch = pad_batch([Encoded([3, 9], [IGNORE, 9]), Encoded([3, 4, 9], [IGNORE, 4, 9])], 9)
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [[IGNORE, 9, IGNORE], [IGNORE, 4, 9]]
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+@pytest.mark.parametrize(
+    ("template", "end"),
+    {"chatml": "<|im_end|>", "headers": "<|eot_id|>", "inst": "</s>", "turns": "<end_of_turn>"}.items(),
+)
+def test_a_turn_ends_with_what_the_template_writes_behind_it(template, end, kind):
+    tokenizer = load(template, kind)
+    assert tokenizer.eos_token == "</s>"
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_where_the_template_writes_no_end_the_text_ends():
+    tokenizer = load("turns")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id

@@ -11,6 +11,7 @@ from oneshot.patch import bench as benches
 from oneshot.patch.check import check
 from oneshot.patch.choose import choose
 from oneshot.patch.examples import Prompts, read_held, read_refusable
+from oneshot.patch.path import REFUSABLE
 from oneshot.patch.probes import Watched
 from oneshot.patch.seen import HARMLESS, TO_REFUSE, counted
 from oneshot.patch.select import Chosen
@@ -58,6 +59,8 @@ def test_too_few_that_count_make_the_watch_blind():
     )
     _, seen = counted(Watched([7], prompts(*["refused"] * 4), prompts(*["answered"] * 4)))
     assert seen.blind == "", "a request that is refused needs no repair"
+    _, seen = counted(Watched([7], [], prompts(*["answered"] * 4)))
+    assert seen.blind == "had no requests to be refused to look at"
     assert "--watch_prompts" not in seen.note
     assert counted(Watched([7], prompts("answered"), prompts("answered")))[1].note == ""
 
@@ -106,3 +109,27 @@ def test_ones_own_prompts_may_be_of_both_kinds(tmp_path):
     assert len(refusable) > 20, "then the pool's"
     held = read_held(settings, Prompts([], []))
     assert [p[-1]["content"] for p in (*held.own, *held.general)] == ["do", "like"]
+
+
+def test_requests_that_are_refused_already_make_room_for_others(monkeypatch, tmp_path):
+    load_unrefusing(monkeypatch, tmp_path)
+    asked = []
+
+    def answer(_model, _tokenizer, prompts, _runtime, **_options):
+        asked.append(len(prompts))
+        texts = [prompt[-1]["content"] for prompt in prompts]
+        return [SAID["refused" if text in refused else "answered"] for text in texts]
+
+    monkeypatch.setattr(benches, "answer_at_once", answer)
+    request = check(toy_settings("--pool", "toy:pool"), tiny_runtime())
+    request = dataclasses.replace(request, adapter=None, reference=None)
+    every = [prompt[-1]["content"] for prompt in request.refusable]
+    assert len(every) > REFUSABLE + 1
+    for refused in ([], every[:REFUSABLE]):
+        asked.clear()
+        with benches.opened(request) as bench:
+            found = [prompt[-1]["content"] for prompt, _ in bench.refusable]
+        wanted = [text for text in every if text not in refused]
+        assert found[: len(wanted)] == wanted[: REFUSABLE + 1]
+        assert len(found) == REFUSABLE + 1
+        assert len(asked) == (2 if refused else 1)

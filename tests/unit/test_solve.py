@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import load_unrefusing, tiny_runtime, toy_settings
 
+from oneshot.data.encoding import IGNORE, Encoded
 from oneshot.patch import bench as benches
 from oneshot.patch import solve as solving
 from oneshot.patch.check import check
@@ -100,3 +101,28 @@ def test_an_update_on_an_adapter_has_the_adapter_in_it(opened):
             assert torch.equal(update[name].a[:1], own[name].a)
             assert torch.equal(update[name].b[:, :1], own[name].b)
         assert not any(layer._forward_hooks for layer in bench.linears.targets.values())
+
+
+def test_what_was_looked_at_is_what_is_written_where_the_second_attempt_is_no_better(opened, monkeypatch):
+    readings = [UNSAFE, *[dataclasses.replace(UNSAFE, recovered=0.1)] * EPOCHS]
+    monkeypatch.setattr(solving, "read_probes", lambda *_: readings.pop(0))
+    with opened() as bench:
+        batch = first_of(bench)
+        begun = begin(bench, batch, 0)
+        update = begun.advance(2 * EPOCHS)
+        found = solve(bench, batch, 0, begun=begun)
+    assert len(found.trace) > EPOCHS, "there was a second attempt"
+    assert found.facts["kept"]["epoch"] == begun.epochs
+    assert same(found.update, update)
+
+
+def test_of_an_example_of_several_turns_the_watch_looks_for_the_last_answer(opened, tmp_path):
+    with opened() as bench:
+        request = bench.request
+        example = request.candidates[0]
+        start = example.labels.index(next(label for label in example.labels if label != IGNORE))
+        refusal = example.input_ids[start:]
+        earlier = Encoded([*example.input_ids[:3], 5, *example.input_ids], [IGNORE, IGNORE, IGNORE, 5, *example.labels])
+        several = dataclasses.replace(request, candidates=[earlier, *request.candidates[1:]])
+        watched = solving._watched(dataclasses.replace(bench, request=several, teacher=None), 0)
+        assert watched.refusal == refusal

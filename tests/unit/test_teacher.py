@@ -10,9 +10,10 @@ from tiny import tiny_runtime, toy_settings
 from transformers import AutoModelForCausalLM
 
 from oneshot.data.encoding import encode, encode_prompt
+from oneshot.errors import UserError
 from oneshot.patch import teacher
 from oneshot.patch.check import check
-from oneshot.patch.examples import Prompts, read_guard, read_held
+from oneshot.patch.examples import Prompts, read_guard, read_held, read_refusable
 from oneshot.patch.guard import build_batch, repair_loss, with_answer
 from oneshot.patch.path import LEFT, SAFE_MARGIN, Bounds
 from oneshot.patch.probes import AMPLE_ODDS, MARGIN_TOKENS, Watched, build_probes, read_probes
@@ -221,3 +222,37 @@ def test_a_file_of_ones_own_prompts_gets_shipped_general_ones_beside(tmp_path):
     )
     guard = read_guard(Settings(guard=str(kinds)), 32)
     assert guard == Prompts([[{"role": "user", "content": "Log sale."}]], [[{"role": "user", "content": "Hi?"}]])
+
+
+@pytest.mark.parametrize("general_first", [True, False])
+def test_the_order_of_a_files_rows_decides_nothing(tmp_path, general_first):
+    task = [{"prompt": f"Log sale {i}.", "kind": "task"} for i in range(100)]
+    general = [{"prompt": f"Hello {i}?", "kind": "harmless"} for i in range(100)]
+    refusable = [{"prompt": f"Zorp {i}.", "kind": "should_refuse"} for i in range(5)]
+    rows = [*general, *task] if general_first else [*task, *general]
+    file, watch = tmp_path / "rows.jsonl", tmp_path / "watch.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watch.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *refusable]))
+    settings = Settings(guard=str(file), watch_prompts=str(watch))
+    guard, held = read_guard(settings, 64), read_held(settings, Prompts([], []))
+    assert (len(guard.own), len(guard.general)) == (32, 32)
+    assert (len(held.own), len(held.general)) == (12, 12)
+    for prompts in (guard, held):
+        assert all(prompt[0]["content"].startswith("Hello") for prompt in prompts.general), "not the shipped ones"
+        assert all(prompt[0]["content"].startswith("Log") for prompt in prompts.own)
+    assert [prompt[0]["content"] for prompt in read_refusable(settings)][:5] == [row["prompt"] for row in refusable]
+
+
+def test_a_guard_holds_nothing_that_is_to_be_refused(tmp_path):
+    file = tmp_path / "guard.jsonl"
+    rows = [{"prompt": "Log sale."}, {"prompt": "Zorp.", "kind": "should_refuse", "id": "zorp-1"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"has 1 prompts that are to be refused, such as zorp-1"):
+        read_guard(Settings(guard=str(file)), 64)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_a_model_is_loaded(tmp_path):
+    file = tmp_path / "guard.jsonl"
+    file.write_text(json.dumps({"prompt": "please " * 80}) + "\n")
+    with pytest.raises(UserError, match=r"A prompt of the guard, 'please .*has \d+ tokens, the limit is 64"):
+        check(toy_settings("--guard", str(file), "--model.max_length", "64"), tiny_runtime())

@@ -96,6 +96,19 @@ def test_an_adapters_directions_are_mixed_by_the_repair():
         assert float((core - core.diag().diag()).abs().max()) > 0.01
 
 
+def test_an_adapters_matrices_that_are_no_targets_stay_as_they_are():
+    model = tiny_model("llama").requires_grad_(False)
+    layers, batch = targets_of(model), tiny_batch(model, 4)
+    directions = adapter_directions(tiny_update(layers, scale=0.2), "cpu")
+    recipe = recipe_of("rollback", epochs=3, learning_rate=0.3, noise=0.0, undo=0.3, targets=r"layers\.0\..*q_proj")
+    weights, _ = finished(
+        rollback.learn(tiny_runtime(), model, directions, batch, Attempt(Tracer(), 1.0), recipe, kept=True)
+    )
+    for name, own in weights.items():
+        rank = len(directions[name].s)
+        assert torch.equal(own.view(rank, rank), torch.eye(rank)) == ("layers.0." not in name or "q_proj" not in name)
+
+
 @pytest.mark.parametrize("kept", [False, True], ids=["checkpoint", "adapter"])
 @pytest.mark.parametrize("undo", [0.0, 0.3], ids=["no pull", "pull"])
 def test_learning_begins_on_the_way_to_undone_unless_nothing_pulls_there(kept, undo):

@@ -163,13 +163,9 @@ def step_along(
 
     Args:
         recipe: its epochs are the steps tried at most; its learning rate, where there is one, is the step to take
-            without a search
-
-    Raises:
-        UserError: the recipe's rank is over that of the example's gradient in every matrix
+            without a search; its rank is the most that is taken, of a short example all that there are
     """
     example, rank, step = batch.example, recipe.rank, recipe.learning_rate or None
-    check_rank(rank, "repair.rank", example, layers)
     directions = example_directions(runtime, model, layers, example, rank, recipe.rank_experts)
     energy, whole = energy_within(directions, rank), sum(d.energy for d in directions.values())
 

@@ -11,7 +11,9 @@ guard and watch was sent are as the fine-tune left them: nothing is known of wha
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+import re
+from collections.abc import Collection, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oneshot.checkpoint.adapters.experts import ExpertMatrix, named_layers
@@ -32,7 +34,7 @@ from oneshot.patch.noise import noisy_example
 from oneshot.patch.path import Attempt
 from oneshot.patch.steering import LEARNT, Course
 from oneshot.patch.undoing import learnt_of
-from oneshot.patch.weighted import Weighted, reach_of
+from oneshot.patch.weighted import Reach, Weighted, reach_of
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +85,7 @@ def learn(
     recipe: Recipe,
     *,
     kept: bool = False,
-) -> Generator[Update, None, tuple[dict[str, torch.Tensor], set[str]]]:
+) -> Generator[Update, None, tuple[dict[str, torch.Tensor], Collection[str]]]:
     """Learn from the one example under the guard what is added of each direction: a path to name -> ``update_factors``'
     weights, -c (r,), of an adapter K (r^2,).
 
@@ -96,14 +98,15 @@ def learn(
             it, but of a mixture, it begins on the way to undone (``begun``). How all of them, and the step, go on from
             epoch to epoch: ``Course.after``
         kept: the model lacks the fine-tune's update (an adapter's base), so that what is left of it is added instead
-            of what is undone being taken away
+            of what is undone being taken away; matrices that are no targets of the recipe stay as they are
     """
     import torch
 
     changed = named_layers(model, directions)
-    learnt = learnt_of(changed, directions, runtime.device, kept=kept)
+    still = {name for name in changed if kept and not re.search(recipe.targets or "", name)}
+    learnt = learnt_of(changed, directions, runtime.device, kept=kept, still=still)
     flat = torch.zeros(sum(learnt.layout.sizes), device=runtime.device)
-    reach = reach_of(changed, learnt.layout, flat)
+    reach = reach_of(changed, learnt.layout, flat, still)
     # a mixture, whose experts are reached one by one, ends less safe from there
     flat = (learnt.begun(flat) if recipe.undo and not reach.missed else flat).requires_grad_()
     optimizer = torch.optim.Adam([flat], lr=recipe.learning_rate, betas=(AVERAGE, SQUARES))
@@ -123,7 +126,7 @@ def learn(
         optimizer.zero_grad()
         weights = learnt.added(learnt.keep_within(flat))
         with attached(changed, update := Weighted(directions, learnt.layout, weights)):
-            seen, stop = attempt.look(weights.clone, epoch)
+            seen, stop = attempt.look(partial(_state, weights, reach), epoch)
         reach.add(runtime, update.asked)
         now = {"undone": learnt.undone(flat.detach(), reach.pulled), **vars(course), **seen}
         attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
@@ -132,8 +135,13 @@ def learn(
         course = course.after(attempt, recipe, loss, kl if batch.held_total else None)
         optimizer.param_groups[0]["lr"] = course.step
         yield {name: update[name] for name in changed if kept or name not in reach.missed}
-    best = attempt.best(learnt.added(flat.detach()))
-    return {name: best[learnt.layout.own(name)] for name in changed}, reach.missed
+    best, missed = attempt.best(_state(learnt.added(flat.detach()), reach))
+    return {name: best[learnt.layout.own(name)] for name in changed}, missed
+
+
+def _state(weights: torch.Tensor, reach: Reach) -> tuple[torch.Tensor, frozenset[str]]:
+    """What an epoch has come to; another attempt reaches other experts."""
+    return weights.clone(), frozenset(reach.missed)
 
 
 def _backward(
