@@ -64,8 +64,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     held = read_held(settings, guard) if recipe.bounds else Prompts([], [])
     refusable = read_refusable(settings) if recipe.bounds or reference or adapter else []
     _check_lengths(tokenizer, {"guard": guard.all, "watch": [*held.all, *refusable]}, length)
-    asked = [row.input_ids for row in candidates]
-    asked += rendered(tokenizer, [*guard.general, *refusable, *held.general])
+    asked = [*(row.input_ids for row in candidates), *rendered(tokenizer, [*guard.general, *refusable, *held.general])]
     scored = list(rendered(tokenizer, [probe.messages for probe in probes]))
     check_tokens(config, tokenizer, [*asked, *scored, *rendered(tokenizer, [*guard.own, *held.own])])
     if reference is not None and adapter is None:

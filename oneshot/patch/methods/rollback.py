@@ -93,10 +93,9 @@ def learn(
 
     Args:
         recipe: its noise, the scale of ``noisy_example``, drawn anew in each epoch, also reaches what only shows on
-            other requests than the example's, such as a backdoor. Its undo is the pull of all towards undone, times
-            the mean square of what is left where a token was sent: what neither example nor guard minds is undone. With
-            it, but of a mixture, it begins on the way to undone (``begun``). How all of them, and the step, go on from
-            epoch to epoch: ``Course.after``
+            other requests than the example's, such as a backdoor. Its undo is the pull of all towards undone, times the
+            mean square of what is left where a token was sent; with it, but of a mixture, it begins on the way to
+            undone (``begun``). How all of them, and the step, go on from epoch to epoch: ``Course.after``
         kept: the model lacks the fine-tune's update (an adapter's base), so that what is left of it is added instead
             of what is undone being taken away; matrices that are no targets of the recipe stay as they are
     """
@@ -128,8 +127,8 @@ def learn(
         with attached(changed, update := Weighted(directions, learnt.layout, weights)):
             seen, stop = attempt.look(partial(_state, weights, reach), epoch)
         reach.add(runtime, update.asked)
-        now = {"undone": learnt.undone(flat.detach(), reach.pulled), **vars(course), **seen}
-        attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, **now)
+        undone = learnt.undone(flat.detach(), reach.pulled)
+        attempt.tracer.add(epoch=epoch, loss=loss, guard_kl=kl, undone=undone, **vars(course), **seen)
         if stop:
             break
         course = course.after(attempt, recipe, loss, kl if batch.held_total else None)
