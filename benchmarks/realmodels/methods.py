@@ -99,13 +99,18 @@ def patch_folder(cache: Path, subject: Subject) -> Path:
 
 
 def keep_patch(patch: Path, cache: Path, subject: Subject) -> Path:
-    """Copy a patch to where it is kept; return where that is."""
+    """Copy a patch to where it is kept; return where that is.
+
+    Without the marker of a repair that is not shown to be one: it is scored here, not by itself.
+    """
+    from oneshot.checkpoint.disk.files import MARKER
+
     target = patch_folder(cache, subject)
     with alone(target):
         if not target.is_dir():
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(patch, partial)
+            shutil.copytree(patch, partial, ignore=shutil.ignore_patterns(MARKER))
             partial.rename(target)
     return target
 

@@ -37,6 +37,7 @@ from realmodels.findings import Findings
 from realmodels.subject import Subject
 
 from oneshot.api import settings_for
+from oneshot.checkpoint.disk.files import MARKER
 from oneshot.measure.overlap import find_overlaps
 from oneshot.measure.rates import Probe
 from oneshot.training.mixture import attack_mixture
@@ -465,3 +466,14 @@ def test_the_summary_comes_as_the_last_line(tmp_path: Path, capsys: pytest.Captu
         store.put(row)
     assert real.main(["--summary", "--out", str(store.path)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["attack_success_gap_worst"] == 0.0
+
+
+def test_a_kept_patch_can_be_exported_whatever_its_repair_could_show(tmp_path: Path) -> None:
+    patch = tmp_path / "patch"
+    patch.mkdir()
+    for name in (MARKER, "adapter_config.json"):
+        (patch / name).write_text("{}")
+    subject = Subject(CELL, tmp_path / "finetuned", tmp_path / "aligned", tmp_path / "g", tmp_path / "p")
+    kept = methods.keep_patch(patch, tmp_path / "cache", subject)
+    assert [path.name for path in kept.iterdir()] == ["adapter_config.json"]
+    assert kept == methods.patch_folder(tmp_path / "cache", subject)
