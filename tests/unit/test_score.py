@@ -89,8 +89,9 @@ def test_a_server_that_dies_loses_no_answer_and_a_rerun_asks_for_the_rest_only(p
         score.run(on_server(server, prompts, out, resume=True))  # a finished run: judged again, nothing asked
         assert server.asked == {}
         assert report_in(out)["stages"] == report["stages"]
-        score.run(on_server(server, prompts, out, resume=True, model="other"))
-        assert len(server.asked) == 40, "another model's answers are no answers of this one"
+        with pytest.raises(UserError, match=r"other settings .*score\.endpoint\.model was None and is 'other'"):
+            score.run(on_server(server, prompts, out, resume=True, model="other"))
+        assert server.asked == {} and report_in(out)["model"] == report["model"]
     assert "attack success" in capsys.readouterr().out
 
 
@@ -228,6 +229,21 @@ def test_what_was_generated_before_a_run_died_is_kept(checkpoint, prompts, tmp_p
     calls[:] = [0]
     score.run(on_checkpoint(checkpoint, prompts, tmp_path / "run"))
     assert calls == [0, 16, 8]
+
+
+def test_a_scoring_of_another_model_is_refused_and_loses_nothing(checkpoint, prompts, tmp_path, monkeypatch):
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    score.run(on_checkpoint(checkpoint, prompts, out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"begun with other settings \(model\.path was .* and is .*other'\)"):
+        score.run(on_checkpoint(other, prompts, out))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    monkeypatch.setattr(target, "generate_answers", lambda *a, **o: pytest.fail("the power is cut"))
+    with pytest.raises(pytest.fail.Exception):
+        score.run(on_checkpoint(checkpoint, prompts, out, max_new_tokens=5))
+    assert report_in(out)["conditions"]["max_new_tokens"] == 4, "a report stays until another is ready"
 
 
 def test_other_weights_in_the_same_place_are_another_model(checkpoint, prompts, tmp_path, monkeypatch):
