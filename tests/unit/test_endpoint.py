@@ -417,6 +417,26 @@ def test_a_server_that_takes_less_than_the_room_for_a_thought_is_asked_for_what_
     assert room == [*first, *([THOUGHT_TOKENS // 8] * 2 if "think" in whole else [0, 0])]
 
 
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_longer_prompt_gets_what_room_is_left_for_it_and_takes_none_from_the_others(opens):
+    begins = "<think>\n" if opens else ""
+    whole = f"{begins}thinking\n</think>\n\nI can't help with that."
+    limits = {"say 1": 200, "say 2": 7, "say 3": 0}
+
+    def behave(text, times):
+        tokens = server.bodies[-1]["max_tokens"]
+        if tokens > limits.get(text, 5000):
+            return 400, {}, b"too long"
+        return said(whole if tokens > 7 else whole[:9])
+
+    with serving(behave) as server:
+        found, failed = asked(server, 5, concurrency=1)
+    assert [one.index for one in failed] == [3], "what is too long by itself is rejected"
+    assert [verdict(found[i]) for i in (0, 1, 4)] == ["refused"] * 3
+    assert verdict(found[2]) == "unfinished"
+    assert server.bodies[-1]["max_tokens"] == 7 + THOUGHT_TOKENS
+
+
 def test_a_server_that_takes_no_longer_answer_keeps_the_one_that_it_gave():
     too_long = (400, {}, b"too long")
     with serving(lambda text, times: None) as server:
