@@ -107,7 +107,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     resources = {"seconds": seconds, **measured(runtime), **where_time_went(runtime)}
     warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
     made = Run(scored.name, runtime.world_size, settings.seed, command, to_dict(settings))
-    fields = report_fields(settings.score, stages, overlaps)
+    fields = report_fields(settings.score, stages, overlaps, thinks=scored.thinks)
     report = _report(made, scored, stages, resources, fields, warnings) if runtime.is_main else {}
     finished = Finished(scored, stages, warnings, report)
     if console:

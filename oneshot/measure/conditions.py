@@ -25,7 +25,7 @@ def conditions(score: ScoreSettings, *, thinks: bool = False) -> dict[str, Any]:
     """Return how answers were made and what each judge read of them.
 
     Args:
-        thinks: whether answers have thoughts
+        thinks: whether answers had room for a thought
 
     Returns:
         decoding, max_new_tokens, thought_tokens (further ones for thoughts), and judges: one dict each of judge (its

@@ -174,7 +174,7 @@ def finished(tmp_path, name="run", after=ANSWER, tokens=48):
     stages = {s: add_opinions(score_answers(probes, answers[s]), "harmbench", opinions[s]) for s in answers}
     report = build_report(Run("lab/toy", 1, 0), stages=stages, example=None, repair=None, resources={})
     settings = ScoreSettings(judge_model="guard", judge_format="harmbench", max_new_tokens=tokens)
-    report |= report_fields(settings, stages, [])
+    report |= report_fields(settings, stages, [], thinks=False)
     folder = tmp_path / name
     folder.mkdir()
     write_outputs(folder, report, stages)

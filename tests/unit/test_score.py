@@ -231,6 +231,18 @@ def test_what_was_generated_before_a_run_died_is_kept(checkpoint, prompts, tmp_p
     assert calls == [0, 16, 8]
 
 
+def test_a_template_that_knows_thoughts_is_said_to_have_had_room_for_them(checkpoint, prompts, tmp_path):
+    folder = tmp_path / "thinking"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template += "{# <think> #}"
+    tokenizer.save_pretrained(folder)
+    for place, room in ((checkpoint, 0), (folder, 3)):
+        score.run(on_checkpoint(place, prompts, tmp_path / f"run-{room}", thought_tokens=3))
+        report = report_in(tmp_path / f"run-{room}")
+        assert report["conditions"]["thought_tokens"] == room
+
+
 def test_a_scoring_of_another_model_is_refused_and_loses_nothing(checkpoint, prompts, tmp_path, monkeypatch):
     out, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(checkpoint, other)
