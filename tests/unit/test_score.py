@@ -397,6 +397,12 @@ def test_lm_evals_figures_have_names_intervals_and_n():
     }
 
 
+def test_a_group_of_tasks_has_as_many_examples_as_its_tasks():
+    row = {"alias": "group", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 40}
+    (rate,) = figures({"results": {"group": row}, "n-samples": {"a": {"effective": 30}, "b": {"effective": 10}}}).values()
+    assert rate.n == 40
+
+
 def test_without_lm_eval_the_way_to_it_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
