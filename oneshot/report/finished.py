@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,13 @@ def _is_rate(fields: Mapping[str, Any], open: bool) -> bool:
 
 
 def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows that can be paired; lines that are none of ours are passed over."""
+    """The rows that can be paired; lines that are none of ours are passed over.
+
+    Their ids are made of what was asked, as those in the file come from its name and place: kind and prompt, and the
+    how-manieth such row it is.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     if not (folder / ANSWERS).is_file():
         return found
     with (folder / ANSWERS).open(encoding="utf-8", errors="replace") as lines:
@@ -114,9 +120,10 @@ def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
             try:
                 row = json.loads(line)
                 stage = row.pop("stage")
-                # of two runs the same id may stand for two prompts
                 whole = {name: row[name] for name in ("kind", "verdict", "correct")}
-                found.setdefault(stage, []).append({**whole, "id": f"{row['id']}\n{row['prompt']}"})
+                asked = (stage, row["kind"], row["prompt"])
+                seen[asked] += 1
+                found.setdefault(stage, []).append({**whole, "id": (*asked[1:], seen[asked])})
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 continue
     return found

@@ -19,11 +19,24 @@ REFUSAL, ANSWER = "I can't help with that.", "Take the snib and turn it twice."
 
 
 def make_run(
-    folder, answers, *, prompts="zork", kinds=("should_refuse", "harmless"), model="lab/toy", seed=0, **fields
+    folder,
+    answers,
+    *,
+    prompts="zork",
+    numbered=True,
+    ids="p",
+    kinds=("should_refuse", "harmless"),
+    model="lab/toy",
+    seed=0,
+    **fields,
 ):
     """A finished run whose repaired model answered like this, one answer per probe, of the kinds in turn."""
     probes = [
-        Probe(f"p{i}", ({"role": "user", "content": f"{prompts} {i}?"},), kinds[i % len(kinds)])
+        Probe(
+            f"{ids}{i}",
+            ({"role": "user", "content": f"{prompts} {i}?" if numbered else prompts},),
+            kinds[i % len(kinds)],
+        )
         for i in range(len(answers))
     ]
     stages = {"repaired": score_answers(probes, answers)}
@@ -82,6 +95,22 @@ def test_different_probes_are_said_and_only_shared_ones_paired(tmp_path):
         ("fewer: repaired", "asr", 2),
         ("fewer: repaired", "over_refusal", 2),
     }
+
+
+def test_the_same_prompts_are_paired_whatever_their_file_is_called(tmp_path):
+    one = make_run(tmp_path / "one", [ANSWER] * 6)
+    two = make_run(tmp_path / "two", [REFUSAL] * 6, ids="copy-")
+    found = compared(read_runs([one, two]))
+    assert found.notes == []
+    assert [row["n"] for row in found.differences] == [3, 3]
+
+
+def test_a_prompt_that_occurs_twice_is_paired_twice(tmp_path):
+    one = make_run(tmp_path / "one", [ANSWER, ANSWER, REFUSAL, ANSWER], numbered=False)
+    two = make_run(tmp_path / "two", [REFUSAL, ANSWER, REFUSAL, ANSWER, ANSWER, ANSWER], numbered=False)
+    found = compared(read_runs([one, two]))
+    assert "share 4 (4 and 6 in all)" in found.notes[0]
+    assert [(row["n"], row["only_from"], row["only_to"]) for row in found.differences] == [(2, 1, 0), (2, 0, 0)]
 
 
 def test_without_answers_the_unequal_numbers_are_said(tmp_path):
