@@ -183,7 +183,8 @@ def _judged(probe: Probe, answer: str) -> dict[str, Any]:
         "kind": probe.kind,
         "group": probe.group,
         "prompt": _prompt_text(probe.messages),
-        "answer": said.answer,
+        # half a surrogate pair, as a server's JSON may spell one, can be sent to no judge
+        "answer": said.answer.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
         "verdict": found,
         "correct": correct,
     }
