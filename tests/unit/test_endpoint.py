@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -204,6 +205,14 @@ def test_an_error_in_keeping_an_answer_is_not_swallowed():
 def test_the_one_model_is_found():
     with serving(lambda text, times: "yes", models=("lab/toy-7b",)) as server:
         assert open_endpoint(EndpointSettings(url=f"{server.url}/"), "here").model == "lab/toy-7b"
+
+
+def test_a_notebook_whose_loop_runs_can_ask_too():
+    async def cell():
+        with serving(lambda text, times: f"echo {text}") as server:
+            return asked(server, 3, model=None)
+
+    assert asyncio.run(cell()) == ({i: f"echo say {i}" for i in range(3)}, [])
 
 
 def test_several_models_need_a_name():
@@ -458,6 +467,14 @@ def test_a_key_is_struck_out_however_a_server_spells_it(monkeypatch, capsys):
             _, failed = asked(server, 1, key_variable="MY_KEY", retries=0)
         assert SECRET not in failed[0].reason
         assert spelt not in failed[0].reason
+
+
+def test_a_key_that_is_a_plain_word_is_no_secret(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "none")
+    with serving(lambda text, times: "There is none of that" if text == "say 0" else (400, {}, b"none left")) as server:
+        found, failed = asked(server, 2, key_variable="MY_KEY")
+    assert found == {0: "There is none of that"}
+    assert "none left" in failed[0].reason
 
 
 def test_ids_that_a_server_serves_cannot_colour_the_terminal():
