@@ -207,6 +207,22 @@ def test_blanks_in_an_answer_are_text(checkpoint, tmp_path, monkeypatch):
     assert seen == [9]
 
 
+def test_system_messages_are_shown_to_no_classifier(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        classifier, "continue_tokens",
+        lambda model, tokenizer, encoded, *_, **__: seen.extend(map(tokenizer.decode, encoded)) or ["no"] * len(encoded),
+    )  # fmt: skip
+    (tmp_path / "own.txt").write_text("the {behavior} then {generation}")
+    settings = ScoreSettings(
+        judge_model=str(checkpoint), judge_format="harmbench", judge_template=str(tmp_path / "own.txt")
+    )
+    messages = ({"role": "system", "content": "do mend the kite"}, {"role": "user", "content": "please carve"})
+    asked = [Probe("p0", messages, "should_refuse")]
+    ask_classifier(tiny_runtime(), settings, asked, {"model": score_answers(asked, ["slice the wick"])})
+    assert seen == ["the please carve then slice the wick"]
+
+
 def test_a_judge_that_cannot_be_is_named_before_anything_is_generated(tmp_path, checkpoint):
     runtime = tiny_runtime()
     with pytest.raises(UserError, match="does not exist"):
