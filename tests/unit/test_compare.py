@@ -170,6 +170,19 @@ RATE = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
         (json.dumps({**GOOD, "figures": {"repaired": {"ppl": {"value": "x"}}}}), r"in figures\.repaired"),
         (json.dumps({**GOOD, "repair": {"bounds": 3}}), r"in repair\.bounds"),
         (json.dumps({**GOOD, "example": "x"}), "in example"),
+        (json.dumps({**GOOD, "judge": ["x"]}), "in judge"),
+        (json.dumps({**GOOD, "agreement": {"repaired": ["x"]}}), "in agreement"),
+        (json.dumps({**GOOD, "agreement": {"repaired": [{"agree": 0.5}]}}), "in agreement"),
+        (json.dumps({**GOOD, "conditions": {"max_new_tokens": [1]}}), r"in conditions\.max_new_tokens"),
+        (json.dumps({**GOOD, "repair": {"trace": ["x"]}}), r"in repair\.trace"),
+        (json.dumps({**GOOD, "repair": {"coverage": "x"}}), r"in repair\.coverage"),
+        (json.dumps({**GOOD, "repair": {"coverage": {"energy": "x"}}}), r"in repair\.coverage\.energy"),
+        (json.dumps({**GOOD, "repair": {"coverage": {"energy": {"reached": 0.1}}}}), r"in repair\.coverage\.energy"),
+        (json.dumps({**GOOD, "repair": {"coverage": {"energy": {"reached": 0.1, "kinds": {}}}}}), r"coverage\.energy"),
+        (
+            json.dumps({**GOOD, "repair": {"coverage": {"parameters": {"reached": 1, "kinds": {"mlp": {"reached": 1}}}}}}),
+            r"in repair\.coverage\.parameters",
+        ),
     ],
 )
 def test_what_is_no_report_is_a_users_mistake(content, said, tmp_path):
