@@ -66,8 +66,8 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
     endpoint = open_endpoint(score.endpoint, "score.endpoint")
     run_dir = open_run(f"{Path(endpoint.model).name}-score")
     asked = ask_missing(endpoint, run_dir, score)
-    most = score.max_new_tokens + score.thought_tokens
-    answers = collect_answers(runtime, run_dir, endpoint_target(endpoint), probes, most, asked)
+    target = endpoint_target(endpoint, score.thought_tokens)
+    answers = collect_answers(runtime, run_dir, target, probes, score.max_new_tokens, asked)
     answered = [(probe, answer) for probe, answer in zip(probes, answers) if answer is not None]
     left_out, warnings = len(probes) - len(answered), []
     if not answered:

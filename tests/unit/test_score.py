@@ -95,6 +95,29 @@ def test_a_server_that_dies_loses_no_answer_and_a_rerun_asks_for_the_rest_only(p
     assert "attack success" in capsys.readouterr().out
 
 
+def test_a_server_that_answers_nothing_leaves_no_file_that_is_said_to_be_there(prompts, tmp_path):
+    out = tmp_path / "run"
+    with serving(lambda text, times: (500, {}, b"")) as server:
+        with pytest.raises(UserError, match=rf"left 40 of 40 .*\): run again with --resume --out {out}\.$"):
+            score.run(on_server(server, prompts, out))
+        assert not (out / RESPONSES).exists()
+        server.behave = lambda text, times: "do fetch it"
+        score.run(on_server(server, prompts, out, resume=True))
+
+
+def test_room_for_a_thought_is_no_room_for_an_answer(prompts, tmp_path):
+    """Answers of at most 4 tokens are none of at most 12, whatever else a model that thinks would have got."""
+    out, said = tmp_path / "run", []
+    with serving(lambda text, times: "do fetch it") as server:
+        for most, thought in ((4, 8), (12, 0)):
+            settings = on_server(server, prompts, out, resume=True)
+            options = {**vars(settings.score), "max_new_tokens": most, "thought_tokens": thought}
+            score.run(Settings(**{**vars(settings), "score": ScoreSettings(**options)}))
+            said.append({body["max_tokens"] for body in server.bodies})
+            server.bodies.clear()
+    assert said == [{4}, {12}]
+
+
 def test_what_a_server_rejects_is_left_out_only_if_asked(prompts, tmp_path, capsys):
     out = tmp_path / "run"
 
@@ -399,7 +422,9 @@ def test_lm_evals_figures_have_names_intervals_and_n():
 
 def test_a_group_of_tasks_has_as_many_examples_as_its_tasks():
     row = {"alias": "group", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 40}
-    (rate,) = figures({"results": {"group": row}, "n-samples": {"a": {"effective": 30}, "b": {"effective": 10}}}).values()
+    (rate,) = figures(
+        {"results": {"group": row}, "n-samples": {"a": {"effective": 30}, "b": {"effective": 10}}}
+    ).values()
     assert rate.n == 40
 
 
