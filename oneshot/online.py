@@ -13,7 +13,7 @@ _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "
 
 
 def go_offline(asked: bool) -> None:
-    """Have nothing be fetched by this process, where that is asked: what is in the Hub's cache, and in ours, is used."""
+    """Have nothing be fetched by this process, where that is asked: what is in the Hub's cache and ours is used."""
     for name in _VARIABLES if asked else ():
         os.environ[name] = "1"
     for module, constant in (

@@ -131,7 +131,7 @@ def ask(
 
 
 def _finished(work: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns; where this thread has a loop already, as a notebook has, by one in a thread of its own."""
+    """What a coroutine returns; where this thread has a loop, as a notebook has, by one in a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

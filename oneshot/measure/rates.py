@@ -60,8 +60,8 @@ class Probe:
             raise UserError(f"Probe {self.id!r} has kind {self.kind!r} but no answer: give the right answer.")
         if self.group.startswith("by_"):
             raise UserError(
-                f"Probe {self.id!r} has the group or set {self.group!r}, and rates in _by_... are those of judges: give "
-                "it another name."
+                f"Probe {self.id!r} has the group or set {self.group!r}, and rates in _by_... are those of judges: "
+                "give it another name."
             )
 
 

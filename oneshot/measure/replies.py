@@ -85,5 +85,5 @@ def short(text: str, key: str) -> str:
 
 
 def _struck(text: str, key: str) -> str:
-    """The text without the key; a short one, such as ``none`` for a server that asks for none, is a word of any text."""
+    """The text without the key; a short one, such as ``none`` where none is asked for, is a word of any text."""
     return text.replace(key, "***") if len(key) >= SHORTEST else text

@@ -180,7 +180,9 @@ RATE = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
         (json.dumps({**GOOD, "repair": {"coverage": {"energy": {"reached": 0.1}}}}), r"in repair\.coverage\.energy"),
         (json.dumps({**GOOD, "repair": {"coverage": {"energy": {"reached": 0.1, "kinds": {}}}}}), r"coverage\.energy"),
         (
-            json.dumps({**GOOD, "repair": {"coverage": {"parameters": {"reached": 1, "kinds": {"mlp": {"reached": 1}}}}}}),
+            json.dumps(
+                {**GOOD, "repair": {"coverage": {"parameters": {"reached": 1, "kinds": {"mlp": {"reached": 1}}}}}}
+            ),
             r"in repair\.coverage\.parameters",
         ),
     ],

@@ -211,7 +211,7 @@ def test_system_messages_are_shown_to_no_classifier(checkpoint, tmp_path, monkey
     seen = []
     monkeypatch.setattr(
         classifier, "continue_tokens",
-        lambda model, tokenizer, encoded, *_, **__: seen.extend(map(tokenizer.decode, encoded)) or ["no"] * len(encoded),
+        lambda model, tokenizer, asked, *_, **__: seen.extend(map(tokenizer.decode, asked)) or ["no"] * len(asked),
     )  # fmt: skip
     (tmp_path / "own.txt").write_text("the {behavior} then {generation}")
     settings = ScoreSettings(

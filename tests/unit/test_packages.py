@@ -111,7 +111,9 @@ def test_offline_a_missing_wheel_is_not_downloaded(wheel, monkeypatch):
     monkeypatch.setenv("ONESHOT_OFFLINE", "1")
     assert wheel_of("some-sets", "1.2") == wheel
     wheel.unlink()
-    with pytest.raises(UserError, match=r"some-sets 1\.2 is not here, and --offline forbids fetching it: get some_sets"):
+    with pytest.raises(
+        UserError, match=r"some-sets 1\.2 is not here, and --offline forbids fetching it: get some_sets"
+    ):
         wheel_of("some-sets", "1.2")
 
 

@@ -91,7 +91,8 @@ def test_a_server_that_dies_loses_no_answer_and_a_rerun_asks_for_the_rest_only(p
         assert report_in(out)["stages"] == report["stages"]
         with pytest.raises(UserError, match=r"other settings .*score\.endpoint\.model was None and is 'other'"):
             score.run(on_server(server, prompts, out, resume=True, model="other"))
-        assert server.asked == {} and report_in(out)["model"] == report["model"]
+        assert server.asked == {}
+        assert report_in(out)["model"] == report["model"]
     assert "attack success" in capsys.readouterr().out
 
 
