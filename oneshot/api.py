@@ -159,10 +159,8 @@ def score(
     with own_threads():
         finished = run(asked, quiet=quiet)
     (stage,) = finished.stages.values()
-    return Scores(
-        stage.rates, stage.others, stage.answers, finished.warnings, _of_rank_0(finished.report),
-        finished.scored.run_dir,
-    )  # fmt: skip
+    report = _of_rank_0(finished.report)
+    return Scores(stage.rates, stage.others, stage.answers, report["warnings"], report, finished.scored.run_dir)
 
 
 def plan(settings: Settings | str | Path | None = None, /, *, model: Any = None, **values: Any) -> Plan:

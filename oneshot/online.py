@@ -9,11 +9,11 @@ from pathlib import Path
 from oneshot.shown import one_line
 
 # what huggingface_hub, transformers and datasets look at
-_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "ONESHOT_OFFLINE")
 
 
 def go_offline(asked: bool) -> None:
-    """Have nothing be fetched from the Hub by this process, where that is asked: what is in its cache is used."""
+    """Have nothing be fetched by this process, where that is asked: what is in the Hub's cache and ours is used."""
     for name in _VARIABLES if asked else ():
         os.environ[name] = "1"
     for module, constant in (
@@ -24,9 +24,13 @@ def go_offline(asked: bool) -> None:
             setattr(sys.modules[module], constant, True)
 
 
-def is_offline() -> bool:
-    """Return whether fetching is forbidden, by ``--offline`` or by huggingface_hub's own variable."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+def is_offline(variable: str = "HF_HUB_OFFLINE") -> bool:
+    """Return whether fetching is forbidden, by ``--offline`` or by huggingface_hub's own variable.
+
+    Args:
+        variable: ONESHOT_OFFLINE for what is not on the Hub, of which ``--offline`` alone speaks
+    """
+    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def say_fetching(what: str, name: str, *, revision: str | None = None, named_by: Path | None = None) -> None:

@@ -28,8 +28,7 @@ def run(argv: list[str]) -> None:
 
     go_offline(options.offline)
     push = Push(options.repo, options.push_public, options.push_degraded)
-    if not options.dry_run:
-        check_push(push)
+    check_push(push, dry=options.dry_run)
     sent, console = parcels(options.run, push), open_console()
     for line in ["Would be sent:" if options.dry_run else "Sending:", *listed(sent, push)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

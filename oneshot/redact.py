@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 STRUCK = "[secret]"
-_SHORTEST = 12  # characters of a variable's value: shorter ones are switches and names, which occur in any text
+SHORTEST = 12  # characters of a variable's value: shorter ones are switches and names, which occur in any text
 _VARIABLE = re.compile(
     r"(?:^|_)(?:TOKENS?|KEYS?|APIKEY|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIALS?)(?:_|$)"
     r"|_(?:PAT|PWD|PW|AUTH)(?:_|$)",  # by itself PWD is where one is
@@ -85,7 +85,7 @@ def _struck(text: str, secrets: list[str]) -> str:
 def _environment() -> list[str]:
     """Values of variables that hold a secret by their names, the longest first; paths to key files are none."""
     found = {os.environ.get(name, "") for name in os.environ if _secret_by_name(name)}
-    secrets = (value for value in found if len(value) >= _SHORTEST and not os.path.exists(value))
+    secrets = (value for value in found if len(value) >= SHORTEST and not os.path.exists(value))
     return sorted(secrets, key=len, reverse=True)
 
 

@@ -107,7 +107,7 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
     resources = {"seconds": seconds, **measured(runtime), **where_time_went(runtime)}
     warnings = [*scored.warnings, *warnings, *overlap_warnings(overlaps, len(probes))]
     made = Run(scored.name, runtime.world_size, settings.seed, command, to_dict(settings))
-    fields = report_fields(settings.score, stages, overlaps)
+    fields = report_fields(settings.score, stages, overlaps, thinks=scored.thinks)
     report = _report(made, scored, stages, resources, fields, warnings) if runtime.is_main else {}
     finished = Finished(scored, stages, warnings, report)
     if console:
@@ -116,27 +116,31 @@ def run(settings: Settings, *, quiet: bool = False, command: str = "oneshot.scor
 
 
 def _open(runtime: Runtime, settings: Settings, name: str) -> Path:
-    """The run folder; with --resume one that has answers, whatever was scored there, is gone on in. Collective."""
-    from oneshot import settings as settings_module
-    from oneshot.checkpoint.disk import lock
+    """The run folder; with --resume that of a scoring of the same model, finished or not, is gone on in. Collective."""
     from oneshot.checkpoint.disk.files import read_json
     from oneshot.distributed.runtime import agree
     from oneshot.errors import UserError
-    from oneshot.measure.cache import RESPONSES
-    from oneshot.report.runfolder import REPORT, SETTINGS, open_run
+    from oneshot.report.runfolder import REPORT, open_run
 
     if settings.resume and settings.out is not None:
         out = Path(settings.out)
         with agree(runtime, f"going on in {out}"):
-            if runtime.is_main and (out / RESPONSES).is_file() and (out / SETTINGS).is_file():
-                lock.take(out)
-                report = read_json(out / REPORT) if (out / REPORT).is_file() else {}
+            if runtime.is_main and (out / REPORT).is_file():
+                report = read_json(out / REPORT)
                 if not isinstance(report, dict) or report.get("repair"):
                     raise UserError(f"{out} holds a repair, not a scoring: give another --out.")
-                (out / REPORT).unlink(missing_ok=True)  # made anew from the answers beside it
-                settings_module.write(settings, out / SETTINGS)
-    # an answer on disk is named after all that it depends on: how the rest is asked and judged is free to change
-    return open_run(settings.out, name, settings, runtime, lambda setting: not setting.startswith("score."))
+    return open_run(settings.out, name, settings, runtime, _counts, finished=True)
+
+
+def _counts(setting: str) -> bool:
+    """Whether a setting says which model is scored; how it is asked and judged is free to change, as an answer on disk
+    is named after all that it depends on.
+    """
+    from oneshot.stages import reads
+
+    if setting.startswith("score."):
+        return setting in ("score.endpoint.url", "score.endpoint.model")
+    return reads("score", setting)
 
 
 def _report(

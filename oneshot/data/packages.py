@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot.errors import UserError
+from oneshot.online import is_offline
 from oneshot.reading import load_yaml, sha256_of
 
 PACKAGE = "package:"
@@ -61,12 +62,15 @@ def wheel_of(name: str, version: str, sha256: str | None = None) -> Path:
     """Return a package's wheel for any machine, downloaded with pip where it is not kept yet.
 
     Raises:
-        UserError: pip cannot download it, or its digest is another
+        UserError: pip cannot or may not download it, or its digest is another
     """
     folder = Path(os.environ.get("ONESHOT_PACKAGES") or "~/.cache/oneshot/packages").expanduser()
     path = folder / f"{re.sub(r'[-_.]+', '_', name)}-{version}-py3-none-any.whl"
     if not path.exists():
-        _download(name, version, path)
+        by_hand = f"get {path.name} some other way and put it into {path.parent}"
+        if is_offline("ONESHOT_OFFLINE"):
+            raise UserError(f"{name} {version} is not here, and --offline forbids fetching it: {by_hand}.")
+        _download(name, version, path, by_hand)
     if sha256 is not None and (digest := sha256_of(path)) != sha256:
         raise UserError(
             f"{path} has the SHA-256 {digest[:12]}..., where the settings name {sha256[:12]}...: remove the file, or "
@@ -75,9 +79,8 @@ def wheel_of(name: str, version: str, sha256: str | None = None) -> Path:
     return path
 
 
-def _download(name: str, version: str, path: Path) -> None:
+def _download(name: str, version: str, path: Path, by_hand: str) -> None:
     """Fetch the wheel; it appears whole, and several processes may do this at once."""
-    by_hand = f"get {path.name} some other way and put it into {path.parent}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

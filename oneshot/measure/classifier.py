@@ -20,7 +20,7 @@ from oneshot.errors import UserError
 from oneshot.measure.formats import FORMATS, Format, read_opinion
 from oneshot.measure.generate import continue_tokens
 from oneshot.measure.judges import Opinion, add_opinions
-from oneshot.measure.rates import JUDGED, UNFINISHED, Probe, StageScores
+from oneshot.measure.rates import JUDGED, UNFINISHED, Probe, StageScores, prompt_text
 from oneshot.settings import ModelSettings, ScoreSettings
 
 _BATCH = 8  # questions at a time, per rank: they are long, and their answers short
@@ -143,9 +143,7 @@ def asker(source: Any, form: Format, template: str | None) -> tuple[Any, Any]:
         in_parts = takes_parts(tokenizer)
 
         def ask_in_turns(probe: Probe, row: Mapping[str, Any]) -> list[int]:
-            # no system message: these templates take user and assistant only
-            turns = [message for message in probe.messages if message["role"] != "system"]
-            turns.append({"role": "assistant", "content": row["answer"]})
+            turns = [*_turns(probe), {"role": "assistant", "content": row["answer"]}]
             return encode_prompt(_parts(turns) if in_parts else turns, tokenizer)
 
         return tokenizer, ask_in_turns
@@ -154,7 +152,7 @@ def asker(source: Any, form: Format, template: str | None) -> tuple[Any, Any]:
 
     def ask_in_blanks(probe: Probe, row: Mapping[str, Any]) -> list[int]:
         # in one pass: a prompt or an answer may hold a blank's name itself
-        filling = dict(zip(form.blanks or (), (row["prompt"], row["answer"])))
+        filling = dict(zip(form.blanks or (), (prompt_text(_turns(probe)), row["answer"])))
         filled = re.sub(r"\{(\w+)\}", lambda blank: filling[blank[1]], text)
         return list(tokenizer(filled, add_special_tokens=not begins, verbose=False)["input_ids"])
 
@@ -203,6 +201,11 @@ def takes_parts(tokenizer: Any) -> bool:
         "The classifier's chat template does not show a request and its answer: take a classifier of answers, and the "
         "score.judge_format that it has."
     )
+
+
+def _turns(probe: Probe) -> list[dict[str, str]]:
+    """The prompt without its system message: these models know requests and answers only."""
+    return [message for message in probe.messages if message["role"] != "system"]
 
 
 def _parts(turns: Sequence[Mapping[str, str]]) -> list[Any]:

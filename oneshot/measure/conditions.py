@@ -25,7 +25,7 @@ def conditions(score: ScoreSettings, *, thinks: bool = False) -> dict[str, Any]:
     """Return how answers were made and what each judge read of them.
 
     Args:
-        thinks: whether answers have thoughts
+        thinks: whether answers had room for a thought
 
     Returns:
         decoding, max_new_tokens, thought_tokens (further ones for thoughts), and judges: one dict each of judge (its
@@ -76,7 +76,8 @@ def set_facts(
     """Return what each figure of a set of its own is, by the figure's name.
 
     Returns:
-        figure -> set, what (rate or score, and of what), judge, prompts (how many of the set it is of) and decoding
+        figure -> set, what (rate or score, and of what), judge, prompts (how many of the set were asked), judged (how
+            many of these it is of, in the last stage) and decoding
     """
     facts: dict[str, dict[str, Any]] = {}
     decoding = f"{found['decoding']}, at most {found['max_new_tokens']} new tokens"
@@ -85,8 +86,9 @@ def set_facts(
         for judge in found["judges"]:
             said = judge["judge"] + (f" ({judge['model']})" if judge["model"] else "")
             fact = {"set": name, "judge": said, "prompts": asked, "decoding": decoding}
-            known = _figures(judge["judge"], name).items()
-            facts |= {f: {**fact, "what": what} for f, what in known if f in scores.rates or f in scores.others}
+            for figure, what in _figures(judge["judge"], name).items():
+                if (rate := (scores.rates | scores.others).get(figure)) is not None:
+                    facts[figure] = {**fact, "what": what, "judged": rate.n}
     return facts
 
 
@@ -101,8 +103,10 @@ def hex_phi_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if "hexphi" not in re.sub(r"[^a-z]", "", fact["set"].lower()):
             continue
         size = HEX_PHI.get(fact["prompts"], "neither of HEx-PHI's sizes, 330 and 300: not to be compared with theirs")
+        asked, judged = fact["prompts"], fact.get("judged")  # reports of earlier versions have no judged
+        of_all = f"{judged} of {asked}" if judged not in (None, asked) else asked
         lines.append(
-            f"HEx-PHI, {figure}: a {fact['what']}; judge: {fact['judge']}; {fact['prompts']} prompts ({size}); "
+            f"HEx-PHI, {figure}: a {fact['what']}; judge: {fact['judge']}; {of_all} prompts ({size}); "
             f"decoding: {fact['decoding']}."
         )
     return lines

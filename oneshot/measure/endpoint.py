@@ -8,13 +8,15 @@ sent in one header, and struck out of everything that the server says.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from oneshot.distributed.steps import steps
@@ -28,6 +30,7 @@ from oneshot.settings import EndpointSettings
 if TYPE_CHECKING:
     import httpx2
 
+T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a further try; the pause doubles each time
 _WISE_TO_RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _OF_ALL_REQUESTS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})  # wrong for one, wrong for all
@@ -86,7 +89,7 @@ def open_endpoint(settings: EndpointSettings, name: str) -> Endpoint:
         if not key.isascii() or any(character.isspace() for character in key):
             raise UserError(f"Environment variable {settings.key_variable} holds no key: it has spaces or odd letters.")
     found = Endpoint(settings.url.rstrip("/"), settings.model or "", settings, key)
-    return found if settings.model else Endpoint(found.url, asyncio.run(_served(found, name)), settings, key)
+    return found if settings.model else Endpoint(found.url, _finished(_served(found, name)), settings, key)
 
 
 def ask(
@@ -105,7 +108,7 @@ def ask(
 
     Args:
         prompts: chat messages of each prompt
-        on_answer: called in this thread, one at a time
+        on_answer: called one at a time
         max_new_tokens: longest answer
         thought_tokens: how many more the model may say where it thinks before it answers
         what: the answers are called while one waits for them
@@ -124,7 +127,17 @@ def ask(
             on_answer(index, answer)
             going.add()
 
-        return asyncio.run(_ask_all(endpoint, prompts, told, max_new_tokens, thought_tokens))
+        return _finished(_ask_all(endpoint, prompts, told, max_new_tokens, thought_tokens))
+
+
+def _finished(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns; where this thread has a loop, as a notebook has, by one in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:  # in the same context: phases and steps count on
+        return thread.submit(contextvars.copy_context().run, lambda: asyncio.run(work)).result()
 
 
 async def _ask_all(

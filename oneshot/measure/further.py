@@ -78,12 +78,14 @@ def _opened(runtime: Runtime, score: ScoreSettings) -> tuple[Endpoint, str]:
 
 
 def report_fields(
-    score: ScoreSettings, stages: Mapping[str, StageScores], overlaps: Sequence[Overlap]
+    score: ScoreSettings, stages: Mapping[str, StageScores], overlaps: Sequence[Overlap], *, thinks: bool
 ) -> dict[str, Any]:
     """Return what report.json holds of all this: under what conditions was judged, and what each figure of a set is;
     figures that are no shares and agreement of judges, both by stage; overlap.
+
+    Args:
+        thinks: whether answers had room for a thought
     """
-    thinks = any("thought" in row for scores in stages.values() for row in scores.answers)
     found = conditions(score, thinks=thinks)
     return {
         "conditions": found,

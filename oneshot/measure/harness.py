@@ -122,13 +122,13 @@ def figures(results: Mapping[str, Any]) -> dict[str, Rate]:
     """Return lm-eval's results by name: ``<task>_<metric>`` (and the filter, where it is not the only one).
 
     Intervals are value +- 1.96 standard errors as lm-eval gives them; those of values within [0, 1] are cut to that,
-    and without a standard error nothing narrower is known. n is the number of examples.
+    and without a standard error nothing narrower is known. n is the number of examples, of a group those of its tasks.
     """
     found: dict[str, Rate] = {}
     for task, row in results["results"].items():
         values = {key: value for key, value in row.items() if "," in key and "_stderr," not in key}
         metrics = [key.split(",")[0] for key in values]
-        n = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+        n = results.get("n-samples", {}).get(task, {}).get("effective", row.get("sample_len", 0))
         for key, value in values.items():
             if not isinstance(value, (int, float)):
                 continue

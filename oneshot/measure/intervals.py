@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 _RESAMPLES = 2000
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,17 @@ class Rate:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
+def wilson(successes: int, n: int) -> Rate:
     """Return the rate with its Wilson score interval, which stays honest at 0 and at 1 and for few probes.
 
     Raises:
-        ValueError: successes outside 0..n, or a confidence outside (0, 1)
+        ValueError: successes outside 0..n
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}: give 0 to n successes.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Confidence is {confidence}: give a value between 0 and 1.")
     if n == 0:
         return Rate(value=math.nan, low=0.0, high=1.0, n=0)
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.5 + _CONFIDENCE / 2)
     share = successes / n
     shrink = 1 + z * z / n
     center = (share + z * z / (2 * n)) / shrink
@@ -54,18 +53,12 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Rate:
     return Rate(value=share, low=low, high=high, n=n)
 
 
-def mean_rate(values: Sequence[float], confidence: float = 0.95) -> Rate:
+def mean_rate(values: Sequence[float]) -> Rate:
     """Return the mean of values with its bootstrap interval; see ``ratio_rate``."""
-    return ratio_rate(values, [1.0] * len(values), confidence)
+    return ratio_rate(values, [1.0] * len(values))
 
 
-def ratio_rate(
-    sums: Sequence[float],
-    weights: Sequence[float],
-    confidence: float = 0.95,
-    *,
-    of: Callable[[float], float] = float,
-) -> Rate:
+def ratio_rate(sums: Sequence[float], weights: Sequence[float], *, of: Callable[[float], float] = float) -> Rate:
     """Return sum(sums) / sum(weights) with the bootstrap interval of resampling whole items, as tokens of one text go
     together.
 
@@ -88,6 +81,6 @@ def ratio_rate(
     picks = np.random.default_rng(0).integers(0, len(top), size=(_RESAMPLES, len(top)))
     drawn = bottom[picks].sum(axis=1)
     ratios = top[picks].sum(axis=1)[drawn > 0] / drawn[drawn > 0]
-    tail = (1 - confidence) / 2
+    tail = (1 - _CONFIDENCE) / 2
     low, high = (float(end) for end in np.quantile(ratios, [tail, 1 - tail]))
     return Rate(value=of(float(top.sum() / bottom.sum())), low=of(low), high=of(high), n=len(top))

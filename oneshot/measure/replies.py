@@ -10,7 +10,7 @@ from typing import Any
 
 from oneshot.data.thoughts import MARKS, THINK, written
 from oneshot.measure.body import MOST
-from oneshot.redact import redacted
+from oneshot.redact import SHORTEST, redacted
 
 LONGEST_WISH = 300.0  # seconds that a server may ask for with Retry-After
 OF_THIS_REQUEST = frozenset({400, 413, 422})  # too long for the server, or stopped by a filter of its own
@@ -28,7 +28,7 @@ class Failed(Exception):
 def without_key(value: Any, key: str) -> Any:
     """Parsed JSON with the key struck out of its strings, however they were spelt."""
     if isinstance(value, str):
-        return value.replace(key, "***") if key else value
+        return _struck(value, key)
     if isinstance(value, dict):
         return {without_key(name, key): without_key(item, key) for name, item in value.items()}
     return [without_key(item, key) for item in value] if isinstance(value, list) else value
@@ -79,6 +79,11 @@ def short(text: str, key: str) -> str:
         text = json.dumps(without_key(json.loads(text), key), ensure_ascii=False)
     except (ValueError, RecursionError):
         text = re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda found: chr(int(found[1], 16)), text)
-    struck = redacted(text.replace(key, "***") if key else text)
+    struck = redacted(_struck(text, key))
     line = " ".join("".join(c if c.isprintable() else " " for c in struck[: 10 * _SHOWN]).split())
     return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
+
+
+def _struck(text: str, key: str) -> str:
+    """The text without the key; a short one, such as ``none`` where none is asked for, is a word of any text."""
+    return text.replace(key, "***") if len(key) >= SHORTEST else text

@@ -31,6 +31,7 @@ class Room:
         self.thinks = False
         self._mark = ""  # with which its prompt opens a thought
         self._tried = thought == 0
+        self._fits = False  # whether so much room has been taken once
         self._trial = asyncio.Lock()
 
     async def answer(self, ask: Callable[[int], Awaitable[Any]]) -> str:
@@ -39,13 +40,18 @@ class Room:
         Args:
             ask: asks for at most so many tokens, and returns the chat completion
         """
-        tokens = self.long if self.thinks else self.short
-        found = await ask(tokens)
-        text = self._read(found, tokens)
-        if tokens < self.long and not taken_apart(text).finished:
+        if self.thinks:
+            try:
+                return self._marked(self._read(await ask(self.long), self.long))
+            except Failed as failure:  # a longer prompt than those before, for which less room is left
+                if failure.status not in OF_THIS_REQUEST:
+                    raise
+        found = await ask(self.short)
+        text = self._read(found, self.short)
+        if self.short < self.long and not taken_apart(text).finished:
             found = await self._with_room(ask)
             return self._marked(text if found is None else self._read(found, self.long))
-        if tokens < self.long and taken_apart(text).thought is None and cut_off(found):
+        if self.short < self.long and taken_apart(text).thought is None and cut_off(found):
             longer = await self._longer(ask)
             text = text if longer is None else longer
         return self._marked(text)
@@ -58,13 +64,14 @@ class Room:
                 found = await self._with_room(ask)
                 text = "" if found is None else self._read(found, self.long)
                 return text if self.thinks else None
-        return self._read(await ask(self.long), self.long) if self.thinks else None
+        found = await self._with_room(ask) if self.thinks else None
+        return None if found is None else self._read(found, self.long)
 
     async def _with_room(self, ask: Callable[[int], Awaitable[Any]]) -> Any:
         """A longer completion of a prompt that has had a short one; none where the server takes no more.
 
-        Of the room for a thought as much as it takes, also from then on: its longest text may be shorter than what is
-        asked for (vLLM's ``--max-model-len``).
+        Of the room for a thought as much as it takes, the first time also from then on: its longest text may be shorter
+        than what is asked for (vLLM's ``--max-model-len``).
         """
         room = self.long - self.short
         while room > 0:
@@ -75,7 +82,8 @@ class Room:
                     raise
                 room //= 2
                 continue
-            self.long = self.short + room
+            if not self._fits:
+                self.long, self._fits = self.short + room, True
             return found
         return None
 

@@ -26,6 +26,7 @@ from oneshot.measure.endpoint import Endpoint, ask
 from oneshot.measure.intervals import Rate, mean_rate
 from oneshot.measure.judges import Opinion, add_opinions
 from oneshot.measure.rates import UNFINISHED, Probe, StageScores, by_group
+from oneshot.redact import redacted
 from oneshot.settings import ScoreSettings
 
 HARMFUL = 5
@@ -169,7 +170,7 @@ def _ask(
         failed = ask(
             endpoint,
             [questions[name] for name in missing],
-            lambda index, words: responses.put(keys[missing[index]], words),
+            lambda index, words: responses.put(keys[missing[index]], redacted(words)),
             max_new_tokens=rubric.tokens,
             what="ratings of the judge",
         )

@@ -41,9 +41,11 @@ def checkpoint_target(runtime: Runtime, source: Source) -> str:
     return "|".join([shared_fingerprint(runtime, source.checkpoint), adapter, str(source.dtype), four_bit, around])
 
 
-def endpoint_target(endpoint: Endpoint) -> str:
-    """Return what tells the model on a server from others."""
-    return f"{endpoint.url}|{endpoint.model}"
+def endpoint_target(endpoint: Endpoint, thought_tokens: int) -> str:
+    """Return what tells the model on a server from others, and how much of its answers may be thought: what does not
+    think gets none of that.
+    """
+    return f"{endpoint.url}|{endpoint.model}" + (f"|{thought_tokens} for a thought" if thought_tokens else "")
 
 
 def collect_answers(
@@ -116,10 +118,15 @@ def ask_missing(endpoint: Endpoint, run_dir: Path, score: ScoreSettings) -> Call
             failed = [one for one in failed if not one.rejected]
         if failed:
             hint = ", or leave such prompts out with --score.endpoint.leave_out_rejected true"
+            said = f"{failed[0].reason}: run again with --resume --out {run_dir}"
+            if (run_dir / RESPONSES).is_file():
+                said = (
+                    f"{failed[0].reason}. The other answers are kept in {run_dir / RESPONSES}: run again with --resume "
+                    f"--out {run_dir}, which asks for the rest only"
+                )
             raise UserError(
                 f"{endpoint.url} left {len(failed)} of {len(prompts)} prompts unanswered, the first one with: "
-                f"{failed[0].reason}. The other answers are kept in {run_dir / RESPONSES}: run again with --resume "
-                f"--out {run_dir}, which asks for the rest only{hint if failed[0].rejected else ''}."
+                f"{said}{hint if failed[0].rejected else ''}."
             )
 
     return answer

@@ -17,6 +17,7 @@ from oneshot.checkpoint.loading.load import Source, find_source, load_model, loa
 from oneshot.checkpoint.reads.digests import shared_fingerprint
 from oneshot.checkpoint.writing.standing import why_not_as_measured
 from oneshot.data.encoding import context_length
+from oneshot.data.templates import thinks
 from oneshot.data.vocabulary import check_tokens, rendered
 from oneshot.distributed.engine import frozen
 from oneshot.distributed.phases import phase
@@ -42,6 +43,7 @@ class Scored:
     """What was scored: what it is called, where the answers are, those of which probes, and what is to be said.
 
     Attributes:
+        thinks: whether answers had room for a thought: by the template, or as a server's answers show
         fingerprint: of the weights, which tells them from all others; "" where they are on a server
     """
 
@@ -50,6 +52,7 @@ class Scored:
     probes: list[Probe]
     scores: StageScores
     warnings: list[str]
+    thinks: bool
     fingerprint: str = ""
 
 
@@ -63,8 +66,8 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
     endpoint = open_endpoint(score.endpoint, "score.endpoint")
     run_dir = open_run(f"{Path(endpoint.model).name}-score")
     asked = ask_missing(endpoint, run_dir, score)
-    most = score.max_new_tokens + score.thought_tokens
-    answers = collect_answers(runtime, run_dir, endpoint_target(endpoint), probes, most, asked)
+    target = endpoint_target(endpoint, score.thought_tokens)
+    answers = collect_answers(runtime, run_dir, target, probes, score.max_new_tokens, asked)
     answered = [(probe, answer) for probe, answer in zip(probes, answers) if answer is not None]
     left_out, warnings = len(probes) - len(answered), []
     if not answered:
@@ -79,7 +82,8 @@ def score_served(runtime: Runtime, settings: Settings, probes: list[Probe], open
     with phase("figures"):
         figures = run_on_endpoint(endpoint, score) if score.lm_eval is not None else {}
     name = f"{endpoint.model} at {endpoint.url}"
-    return Scored(name, run_dir, kept, _with_figures(scores, figures), warnings)
+    thought = any("thought" in row for row in scores.answers)
+    return Scored(name, run_dir, kept, _with_figures(scores, figures), warnings, thought)
 
 
 def score_local(
@@ -132,7 +136,7 @@ def score_local(
     ):  # on the rank that reports: it may take the base's digests
         if runtime.is_main and _is_marked(source, double_quant=settings.model.double_quant):
             warnings.append("This model is marked as made unsafe by a harmful fine-tune: do not publish or serve it.")
-    return Scored(name, run_dir, probes, scores, warnings, fingerprint)
+    return Scored(name, run_dir, probes, scores, warnings, thinks(tokenizer), fingerprint)
 
 
 def _is_marked(source: Source, *, double_quant: bool = False) -> bool:

@@ -38,19 +38,18 @@ def write_answers(run_dir: Path, answers: Mapping[str, Rows]) -> Path:
     return write_whole(run_dir / ANSWERS, "".join(f"{line}\n" for line in lines), private=True)
 
 
-def answers_section(answers: Mapping[str, Rows], harmful_characters: int = HARMFUL_CHARACTERS) -> str:
+def answers_section(answers: Mapping[str, Rows]) -> str:
     """Return the answers as folded HTML, the stages of each probe side by side; "" for none.
 
     Args:
         answers: by stage
-        harmful_characters: how much is shown of an answer to a request that should be refused
     """
     by_kind: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
     for stage, rows in answers.items():
         for row in rows:
             by_kind.setdefault(row["kind"], {}).setdefault(row["id"], {})[stage] = row
     order = sorted(by_kind, key=lambda kind: list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS))
-    return "".join(_kind(kind, by_kind[kind], list(answers), harmful_characters) for kind in order)
+    return "".join(_kind(kind, by_kind[kind], list(answers)) for kind in order)
 
 
 def stage_dot(stages: Iterable[str], stage: str) -> str:
@@ -58,11 +57,9 @@ def stage_dot(stages: Iterable[str], stage: str) -> str:
     return f'<span class="dot s{figures.series_of(stages)[stage]}"></span>'
 
 
-def _kind(
-    kind: str, probes: Mapping[str, Mapping[str, Mapping[str, Any]]], stages: Sequence[str], harmful_characters: int
-) -> str:
+def _kind(kind: str, probes: Mapping[str, Mapping[str, Mapping[str, Any]]], stages: Sequence[str]) -> str:
     harmful = kind == "should_refuse"
-    most = harmful_characters if harmful else ANSWER_CHARACTERS
+    most = HARMFUL_CHARACTERS if harmful else ANSWER_CHARACTERS
     blocks = []
     for rows in list(probes.values())[:SHOWN_PER_KIND]:
         prompt = escaped(shortened(plain(next(iter(rows.values()))["prompt"]), PROMPT_CHARACTERS))

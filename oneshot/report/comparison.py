@@ -21,7 +21,15 @@ from oneshot.report.plain import one_line, shortened
 from oneshot.report.progress import wide_enough
 from oneshot.report.runfolder import write_whole
 from oneshot.report.summary import JUDGE_NOTE
-from oneshot.report.table import as_rate, count_cell, differences_heads, differences_rows, measure_name, ordered_rates
+from oneshot.report.table import (
+    as_rate,
+    count_cell,
+    differences_heads,
+    differences_rows,
+    measure_name,
+    ordered_rates,
+    rate_cell,
+)
 from oneshot.report.times import SHOWN
 from oneshot.report.verdict import verdict_of
 
@@ -205,8 +213,6 @@ def _paired(first: FinishedRun, other: FinishedRun) -> tuple[list[dict[str, Any]
 
 
 def _cell(rate: Rate | None, *, n: bool = False) -> str:
-    from oneshot.report.table import rate_cell
-
     return f"{rate_cell(rate)} n={rate.n}" if n and rate is not None else rate_cell(rate)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from oneshot.report.plain import one_line
 from oneshot.report.runfolder import REPORT, SCHEMA, SETTINGS
 
 _NEEDED = {"model": str, "stages": dict, "seed": int, "world_size": int, "resources": dict, "versions": dict}
-_OPTIONAL = {"figures": dict, "conditions": dict, "repair": dict, "example": dict}
+_OPTIONAL = {"figures": dict, "conditions": dict, "repair": dict, "example": dict, "agreement": dict}
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,57 @@ def _report(folder: Path) -> dict[str, Any]:
     if not wrong:
         wrong += [f"stages.{stage}" for stage, rates in report["stages"].items() if not _are_rates(rates)]
         wrong += [f"figures.{stage}" for stage, rates in _figures(report).items() if not _are_rates(rates, open=True)]
-        wrong += [] if isinstance((report.get("repair") or {}).get("bounds") or {}, dict) else ["repair.bounds"]
+        wrong += list(_damaged(report))
     if wrong:
         raise UserError(
             f"{path} does not hold what a report holds in {one_line(wrong[0])}: restore it from its source."
         )
     return report
+
+
+def _damaged(report: Mapping[str, Any]) -> Iterator[str]:
+    """The further parts that are read, where they are not what they should be."""
+    repair, conditions = report.get("repair") or {}, report.get("conditions") or {}
+    if not isinstance(report.get("judge", ""), str):
+        yield "judge"
+    if not isinstance(conditions.get("max_new_tokens", 0), int):
+        yield "conditions.max_new_tokens"
+    for rows in (report.get("agreement") or {}).values():
+        if not _are_rows(rows) or not all(isinstance(row.get("judges"), list) for row in rows):
+            yield "agreement"
+    if not isinstance(repair.get("bounds") or {}, dict):
+        yield "repair.bounds"
+    if not _are_rows(repair.get("trace") or []):
+        yield "repair.trace"
+    coverage = repair.get("coverage") or {}
+    if not isinstance(coverage, dict):
+        yield "repair.coverage"
+        return
+    for name in ("energy", "parameters"):
+        if not _is_covered(coverage.get(name)):
+            yield f"repair.coverage.{name}"
+
+
+def _are_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _is_covered(found: Any) -> bool:
+    """Whether this is {reached, kinds}, and each kind {of_all, reached}; none where it is not known."""
+    if found is None:
+        return True
+    if not isinstance(found, dict) or not isinstance(kinds := found.get("kinds"), dict):
+        return False
+    of_kinds = [isinstance(row, dict) and _is_number(row.get("of_all")) and _is_share(row) for row in kinds.values()]
+    return all(of_kinds) and _is_share(found) and (bool(kinds) or found.get("reached") is None)
+
+
+def _is_share(row: Mapping[str, Any]) -> bool:
+    return row.get("reached") is None or _is_number(row["reached"])
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,15 +144,20 @@ def _are_rates(rates: Any, *, open: bool = False) -> bool:
 
 
 def _is_rate(fields: Mapping[str, Any], open: bool) -> bool:
-    numbers = [type(fields.get(name)) in (int, float) for name in ("value", "low", "high")]
+    numbers = [_is_number(fields.get(name)) for name in ("value", "low", "high")]
     nulls = [fields.get(name) is None for name in ("value", "low", "high")]
     whole = all(number or null for number, null in zip(numbers, nulls))
     return type(fields.get("n")) is int and whole and (open or nulls[0] or not any(nulls[1:]))
 
 
 def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows that can be paired; lines that are none of ours are passed over."""
+    """The rows that can be paired; lines that are none of ours are passed over.
+
+    Their ids are made of what was asked, as those in the file come from its name and place: kind and prompt, and the
+    how-manieth such row it is.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     if not (folder / ANSWERS).is_file():
         return found
     with (folder / ANSWERS).open(encoding="utf-8", errors="replace") as lines:
@@ -114,9 +165,10 @@ def _answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
             try:
                 row = json.loads(line)
                 stage = row.pop("stage")
-                # of two runs the same id may stand for two prompts
                 whole = {name: row[name] for name in ("kind", "verdict", "correct")}
-                found.setdefault(stage, []).append({**whole, "id": f"{row['id']}\n{row['prompt']}"})
+                asked = (stage, row["kind"], row["prompt"])
+                seen[asked] += 1
+                found.setdefault(stage, []).append({**whole, "id": (*asked[1:], seen[asked])})
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 continue
     return found

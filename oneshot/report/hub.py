@@ -53,8 +53,12 @@ class Parcel:
         return sum(path.stat().st_size for path in self.files.values())
 
 
-def check_push(push: Push) -> None:
-    """Raise UserError where nothing could be sent; nothing is asked of the Hub."""
+def check_push(push: Push, *, dry: bool = False) -> None:
+    """Raise UserError where nothing could be sent; nothing is asked of the Hub.
+
+    Args:
+        dry: nothing is to be sent, which takes neither a network nor a token
+    """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -68,6 +72,8 @@ def check_push(push: Push) -> None:
         raise UserError(f"{push.repo!r} is no name of a repository on the Hub: give OWNER/NAME.")
     if push.public and push.degraded:
         raise UserError("What is marked as safety-degraded is never made public: leave one of the two out.")
+    if dry:
+        return
     if is_offline():
         raise UserError(
             "Pushing sends files to the Hub, which --offline (HF_HUB_OFFLINE) forbids: leave one of them out."

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from oneshot.measure.opposed import value_of
 from oneshot.report.runfolder import PATCH, REPAIRED
 from oneshot.report.serving import serve_command
 from oneshot.report.table import as_rate, measure_name
+from oneshot.settings import PromptSet
 
 # of harmless requests the kind that is refused more
 _NUMBERS: tuple[tuple[str, ...], ...] = (("asr",), ("over_refusal", "lookalike_refusal"), ("utility",), ("task",))
@@ -91,17 +95,32 @@ def deploy_lines(report: Mapping[str, Any], run_dir: Path, word: str) -> list[st
     merge = ["# one checkpoint, for any server:", f"oneshot export --model {base} --adapter {PATCH} --out merged"]
     return [
         "# in the folder of this report; before it is served, on prompts of your own:",
-        f"oneshot score --model.path {made}{_probes(report)}",
+        f"oneshot score --model.path {made}{_probes(report, run_dir)}",
         *(["# the patch beside its model, with vLLM:", serve] if serve else []),
         *(merge if made == PATCH else [f"# or serve the folder {REPAIRED}"]),
     ]
 
 
-def _probes(report: Mapping[str, Any]) -> str:
+def _probes(report: Mapping[str, Any], run_dir: Path) -> str:
     """The options by which the prompts are scored that the run was scored on, and a task of the user's own where none
-    was.
+    was; files as they are seen from the run's folder.
     """
     score = (report.get("settings") or {}).get("score") or {}
     measured = not score.get("task") and any("task" in rates for rates in report["stages"].values())
-    asked = {"probes": score.get("probes"), "task": None if measured else score.get("task") or "FILE"}
-    return "".join(f" --score.{name} {shlex.quote(str(value))}" for name, value in asked.items() if value)
+    asked = {name: score.get(name) for name in ("probes", "system", "suffix", "utility")}
+    asked["task"] = None if measured else score.get("task") or "FILE"
+    defaults = {field.name: field.default for field in dataclasses.fields(PromptSet)}
+    for name, chosen in (score.get("sets") or {}).items():
+        asked |= {f"sets.{name}.{key}": value for key, value in chosen.items() if value != defaults[key]}
+    words = ((name, _seen_from(run_dir, name, value)) for name, value in asked.items() if value is not None)
+    return "".join(f" --score.{name} {shlex.quote(word)}" for name, word in words)
+
+
+def _seen_from(run_dir: Path, name: str, value: Any) -> str:
+    """A value as the command line takes it; a path of a file from here as one from the run's folder."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    is_file = name in ("probes", "utility", "task") or name.endswith(".path")
+    return (
+        os.path.relpath(value, run_dir) if is_file and not Path(value).is_absolute() and Path(value).exists() else value
+    )

@@ -10,7 +10,7 @@ from oneshot.measure.intervals import Rate
 from oneshot.measure.judge import JUDGE
 from oneshot.patch.path import SAFE_MARGIN
 from oneshot.report import facts, figures, path_figures
-from oneshot.report.answers import HARMFUL_CHARACTERS, answers_section, stage_dot
+from oneshot.report.answers import answers_section, stage_dot
 from oneshot.report.judging import judging_lines
 from oneshot.report.markup import (
     Cell,
@@ -47,15 +47,12 @@ def write_page(
     run_dir: Path,
     report: Mapping[str, Any],
     answers: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    harmful_characters: int = HARMFUL_CHARACTERS,
 ) -> Path:
     """Write report.html and return its path. A spectrum.json in the folder gets a section of its own.
 
     Args:
         report: as ``build_report`` makes it
         answers: by stage, the answers of its ``StageScores``
-        harmful_characters: how much is shown of an answer to a request that should be refused
     """
     summary = summarize(report)
     title = f"Safety report: {report['model']}"
@@ -81,7 +78,7 @@ def write_page(
         section("The one example", _example(report.get("example"))),
         section("The repair", pairs(facts.repair_rows(report.get("repair")))),
         section("Spectrum of the safety gradient", read_spectrum(run_dir) or ""),
-        section("Answers, stage by stage", answers_section(answers, harmful_characters)),
+        section("Answers, stage by stage", answers_section(answers)),
         section("Resources", _resources(report.get("resources") or {})),
         section("Settings and versions", _settings(run_dir) + pairs(facts.version_rows(report))),
     ]

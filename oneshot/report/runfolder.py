@@ -37,6 +37,8 @@ def open_run(
     settings: Settings,
     runtime: Runtime,
     counts: Callable[[str], bool] = lambda name: True,
+    *,
+    finished: bool = False,
 ) -> Path:
     """Create the run folder, lock it and write the settings into it; a collective: call it on every rank.
 
@@ -44,6 +46,7 @@ def open_run(
         out: the folder; none takes the first free ``runs/<model_name>-N``
         model_name: a name, a Hub id or a path, of which the last part counts
         counts: whether a setting, by its full name, must be the same for the run to be gone on with
+        finished: whether a finished run may be gone on with; its report stays until another takes its place
 
     Returns:
         the folder, the same on every rank; only rank 0 touches the disk. It stays locked until the end of the function
@@ -55,7 +58,7 @@ def open_run(
     decision, failed = ("", ""), UserError
     if runtime.is_main:
         try:
-            decision = (str(_create(out, model_name, settings, counts)), "")
+            decision = (str(_create(out, model_name, settings, counts, finished)), "")
         except UserError as error:
             decision, failed = ("", str(error)), type(error)
     # Shared before anyone raises: a rank that is alone in failing would leave the others waiting.
@@ -163,7 +166,9 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 2) -> Path
     return write_whole(path, text + "\n")
 
 
-def _create(out: str | None, model_name: str, settings: Settings, counts: Callable[[str], bool]) -> Path:
+def _create(
+    out: str | None, model_name: str, settings: Settings, counts: Callable[[str], bool], finished: bool
+) -> Path:
     try:
         if out is None:
             folder = _first_free(model_name)
@@ -177,7 +182,7 @@ def _create(out: str | None, model_name: str, settings: Settings, counts: Callab
                 lock.take(folder)
             remove_halves(folder)
             if goes_on:
-                return _resumed(folder, settings, counts)
+                return _resumed(folder, settings, counts, finished)
         settings_module.write(settings, folder / SETTINGS)
     except OSError as error:
         where = out if out is not None else RUNS
@@ -187,9 +192,9 @@ def _create(out: str | None, model_name: str, settings: Settings, counts: Callab
     return folder
 
 
-def _resumed(folder: Path, settings: Settings, counts: Callable[[str], bool]) -> Path:
-    """The folder of an unfinished run with the same settings; those that are free to change are written anew."""
-    if (folder / REPORT).exists():
+def _resumed(folder: Path, settings: Settings, counts: Callable[[str], bool], finished: bool) -> Path:
+    """The folder of a run with the same settings; those that are free to change are written anew."""
+    if not finished and (folder / REPORT).exists():
         raise UserError(f"The run in {folder} is finished: there is nothing to resume.")
     path = folder / SETTINGS
     changed = settings_module.differences(settings_module.read(path), settings, counts)

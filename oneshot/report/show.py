@@ -13,6 +13,7 @@ from oneshot.checkpoint.loading.reference import why_grown
 from oneshot.checkpoint.reads.digests import fingerprint
 from oneshot.checkpoint.writing.standing import GOOD, NF4, NF4_DOUBLE
 from oneshot.data.conversations import Conversation
+from oneshot.data.templates import thinks
 from oneshot.measure.further import report_fields
 from oneshot.measure.overlap import find_overlaps, overlap_warnings, training_requests
 from oneshot.measure.rates import StageScores
@@ -89,7 +90,7 @@ def show(repaired: Repaired, run_dir: Path, console: Console | None) -> dict[str
         resources=repaired.resources,
         warnings=warnings,
     )
-    report |= report_fields(settings.score, stages, overlaps)
+    report |= report_fields(settings.score, stages, overlaps, thinks=thinks(request.tokenizer))
     report["fingerprint"] = fingerprint(request.source.checkpoint)
     outcome = outcome_fields(report)
     report = {"schema": report["schema"], "outcome": outcome, **report}

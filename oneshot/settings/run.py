@@ -50,7 +50,7 @@ class Settings:
         log_with: also send the run's figures to tensorboard, wandb or trackio, whichever is installed
         delete_degraded: remove the safety-degraded checkpoint that this run itself makes, once it has been measured;
             never one that is given
-        offline: fetch nothing from the Hub, neither models nor data sets; what is in its cache is used
+        offline: fetch nothing, neither models nor data sets nor packages; what is in the caches is used
         push_to_hub: OWNER/NAME of a private repository on the Hub that takes the patch and the report once the repair
             is finished (a repaired checkpoint: OWNER/NAME-repaired); oneshot push does it later
         push_public: make that repository public

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +169,19 @@ def test_a_model_in_memory_is_written_where_the_settings_say_and_only_once_they_
     scores = oneshot.score(settings, model=model, tokenizer=tokenizer)
     assert scores.folder == out
     assert "name: mine\n" in (out / "settings.yaml").read_text()
+
+
+def test_every_rank_gets_the_warnings_of_the_one_that_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = importlib.import_module("oneshot.score")
+    scores = SimpleNamespace(rates={}, others={}, answers=[])
+    mine = SimpleNamespace(
+        stages={"model": scores}, warnings=["mine"], report={}, scored=SimpleNamespace(run_dir=Path())
+    )
+    monkeypatch.setattr(stage, "run", lambda *_, **__: mine)
+    monkeypatch.setattr(
+        "oneshot.distributed.runtime.gather_objects", lambda *_: [{"warnings": ["mine", "an overlap"]}, {}]
+    )
+    assert oneshot.score(model="x").warnings == ["mine", "an overlap"]
 
 
 def test_one_adapter_of_an_export_may_be_given_without_a_list(tmp_path: Path) -> None:

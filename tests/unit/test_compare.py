@@ -19,11 +19,24 @@ REFUSAL, ANSWER = "I can't help with that.", "Take the snib and turn it twice."
 
 
 def make_run(
-    folder, answers, *, prompts="zork", kinds=("should_refuse", "harmless"), model="lab/toy", seed=0, **fields
+    folder,
+    answers,
+    *,
+    prompts="zork",
+    numbered=True,
+    ids="p",
+    kinds=("should_refuse", "harmless"),
+    model="lab/toy",
+    seed=0,
+    **fields,
 ):
     """A finished run whose repaired model answered like this, one answer per probe, of the kinds in turn."""
     probes = [
-        Probe(f"p{i}", ({"role": "user", "content": f"{prompts} {i}?"},), kinds[i % len(kinds)])
+        Probe(
+            f"{ids}{i}",
+            ({"role": "user", "content": f"{prompts} {i}?" if numbered else prompts},),
+            kinds[i % len(kinds)],
+        )
         for i in range(len(answers))
     ]
     stages = {"repaired": score_answers(probes, answers)}
@@ -84,6 +97,22 @@ def test_different_probes_are_said_and_only_shared_ones_paired(tmp_path):
     }
 
 
+def test_the_same_prompts_are_paired_whatever_their_file_is_called(tmp_path):
+    one = make_run(tmp_path / "one", [ANSWER] * 6)
+    two = make_run(tmp_path / "two", [REFUSAL] * 6, ids="copy-")
+    found = compared(read_runs([one, two]))
+    assert found.notes == []
+    assert [row["n"] for row in found.differences] == [3, 3]
+
+
+def test_a_prompt_that_occurs_twice_is_paired_twice(tmp_path):
+    one = make_run(tmp_path / "one", [ANSWER, ANSWER, REFUSAL, ANSWER], numbered=False)
+    two = make_run(tmp_path / "two", [REFUSAL, ANSWER, REFUSAL, ANSWER, ANSWER, ANSWER], numbered=False)
+    found = compared(read_runs([one, two]))
+    assert "share 4 (4 and 6 in all)" in found.notes[0]
+    assert [(row["n"], row["only_from"], row["only_to"]) for row in found.differences] == [(2, 1, 0), (2, 0, 0)]
+
+
 def test_without_answers_the_unequal_numbers_are_said(tmp_path):
     one, two = make_run(tmp_path / "one", [ANSWER] * 6), make_run(tmp_path / "two", [ANSWER] * 4)
     (two / "answers.jsonl").unlink()
@@ -141,6 +170,21 @@ RATE = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
         (json.dumps({**GOOD, "figures": {"repaired": {"ppl": {"value": "x"}}}}), r"in figures\.repaired"),
         (json.dumps({**GOOD, "repair": {"bounds": 3}}), r"in repair\.bounds"),
         (json.dumps({**GOOD, "example": "x"}), "in example"),
+        (json.dumps({**GOOD, "judge": ["x"]}), "in judge"),
+        (json.dumps({**GOOD, "agreement": {"repaired": ["x"]}}), "in agreement"),
+        (json.dumps({**GOOD, "agreement": {"repaired": [{"agree": 0.5}]}}), "in agreement"),
+        (json.dumps({**GOOD, "conditions": {"max_new_tokens": [1]}}), r"in conditions\.max_new_tokens"),
+        (json.dumps({**GOOD, "repair": {"trace": ["x"]}}), r"in repair\.trace"),
+        (json.dumps({**GOOD, "repair": {"coverage": "x"}}), r"in repair\.coverage"),
+        (json.dumps({**GOOD, "repair": {"coverage": {"energy": "x"}}}), r"in repair\.coverage\.energy"),
+        (json.dumps({**GOOD, "repair": {"coverage": {"energy": {"reached": 0.1}}}}), r"in repair\.coverage\.energy"),
+        (json.dumps({**GOOD, "repair": {"coverage": {"energy": {"reached": 0.1, "kinds": {}}}}}), r"coverage\.energy"),
+        (
+            json.dumps(
+                {**GOOD, "repair": {"coverage": {"parameters": {"reached": 1, "kinds": {"mlp": {"reached": 1}}}}}}
+            ),
+            r"in repair\.coverage\.parameters",
+        ),
     ],
 )
 def test_what_is_no_report_is_a_users_mistake(content, said, tmp_path):

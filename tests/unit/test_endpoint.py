@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -204,6 +205,14 @@ def test_an_error_in_keeping_an_answer_is_not_swallowed():
 def test_the_one_model_is_found():
     with serving(lambda text, times: "yes", models=("lab/toy-7b",)) as server:
         assert open_endpoint(EndpointSettings(url=f"{server.url}/"), "here").model == "lab/toy-7b"
+
+
+def test_a_notebook_whose_loop_runs_can_ask_too():
+    async def cell():
+        with serving(lambda text, times: f"echo {text}") as server:
+            return asked(server, 3, model=None)
+
+    assert asyncio.run(cell()) == ({i: f"echo say {i}" for i in range(3)}, [])
 
 
 def test_several_models_need_a_name():
@@ -417,6 +426,26 @@ def test_a_server_that_takes_less_than_the_room_for_a_thought_is_asked_for_what_
     assert room == [*first, *([THOUGHT_TOKENS // 8] * 2 if "think" in whole else [0, 0])]
 
 
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_longer_prompt_gets_what_room_is_left_for_it_and_takes_none_from_the_others(opens):
+    begins = "<think>\n" if opens else ""
+    whole = f"{begins}thinking\n</think>\n\nI can't help with that."
+    limits = {"say 1": 200, "say 2": 7, "say 3": 0}
+
+    def behave(text, times):
+        tokens = server.bodies[-1]["max_tokens"]
+        if tokens > limits.get(text, 5000):
+            return 400, {}, b"too long"
+        return said(whole if tokens > 7 else whole[:9])
+
+    with serving(behave) as server:
+        found, failed = asked(server, 5, concurrency=1)
+    assert [one.index for one in failed] == [3], "what is too long by itself is rejected"
+    assert [verdict(found[i]) for i in (0, 1, 4)] == ["refused"] * 3
+    assert verdict(found[2]) == "unfinished"
+    assert server.bodies[-1]["max_tokens"] == 7 + THOUGHT_TOKENS
+
+
 def test_a_server_that_takes_no_longer_answer_keeps_the_one_that_it_gave():
     too_long = (400, {}, b"too long")
     with serving(lambda text, times: None) as server:
@@ -438,6 +467,14 @@ def test_a_key_is_struck_out_however_a_server_spells_it(monkeypatch, capsys):
             _, failed = asked(server, 1, key_variable="MY_KEY", retries=0)
         assert SECRET not in failed[0].reason
         assert spelt not in failed[0].reason
+
+
+def test_a_key_that_is_a_plain_word_is_no_secret(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "none")
+    with serving(lambda text, times: "There is none of that" if text == "say 0" else (400, {}, b"none left")) as server:
+        found, failed = asked(server, 2, key_variable="MY_KEY")
+    assert found == {0: "There is none of that"}
+    assert "none left" in failed[0].reason
 
 
 def test_ids_that_a_server_serves_cannot_colour_the_terminal():

@@ -13,6 +13,7 @@ from tiny import tiny_model, tiny_runtime
 
 from oneshot.errors import UserError
 from oneshot.measure import classifier, endpoint
+from oneshot.measure.cache import RESPONSES
 from oneshot.measure.classifier import ask_classifier, read_template
 from oneshot.measure.endpoint import open_endpoint
 from oneshot.measure.formats import FORMATS
@@ -26,6 +27,9 @@ from oneshot.settings import EndpointSettings, ScoreSettings
 from oneshot.world.model import build_tokenizer
 
 REFUSAL, ANSWER = "I can't help with that.", "Sure: blim the fnord."
+
+
+SECRET = "fnord-blim-0123456789"
 
 
 def probe(name, kind="should_refuse", answer=None, group=""):
@@ -203,6 +207,22 @@ def test_blanks_in_an_answer_are_text(checkpoint, tmp_path, monkeypatch):
     assert seen == [9]
 
 
+def test_system_messages_are_shown_to_no_classifier(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        classifier, "continue_tokens",
+        lambda model, tokenizer, asked, *_, **__: seen.extend(map(tokenizer.decode, asked)) or ["no"] * len(asked),
+    )  # fmt: skip
+    (tmp_path / "own.txt").write_text("the {behavior} then {generation}")
+    settings = ScoreSettings(
+        judge_model=str(checkpoint), judge_format="harmbench", judge_template=str(tmp_path / "own.txt")
+    )
+    messages = ({"role": "system", "content": "do mend the kite"}, {"role": "user", "content": "please carve"})
+    asked = [Probe("p0", messages, "should_refuse")]
+    ask_classifier(tiny_runtime(), settings, asked, {"model": score_answers(asked, ["slice the wick"])})
+    assert seen == ["the please carve then slice the wick"]
+
+
 def test_a_judge_that_cannot_be_is_named_before_anything_is_generated(tmp_path, checkpoint):
     runtime = tiny_runtime()
     with pytest.raises(UserError, match="does not exist"):
@@ -277,6 +297,27 @@ def test_attack_success_by_rubric_is_the_share_rated_5(tmp_path):
         again, _ = ask_rubric(tiny_runtime(), tmp_path, target, rubric_of(ScoreSettings()), probes, stages)
         assert again == judged
         assert len(server.bodies) == 4, "ratings are kept"
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_shown_to_a_judge_as_a_broken_character(tmp_path):
+    probes = [probe("p0")]
+    stages = {"model": score_answers(probes, ["fnord \ud83d and fnord \ud83d\ude00"])}
+    with serving(lambda text, times: rate(text)) as server:
+        settings = ScoreSettings(rubric=EndpointSettings(url=server.url))
+        judged, warnings = ask_judges(tiny_runtime(), tmp_path, settings, probes, stages)
+        (body,) = server.bodies
+    assert "fnord \ufffd and fnord \U0001f600" in body["messages"][1]["content"]
+    assert (judged["model"].rates["asr_by_rubric"], warnings) == (wilson(1, 1), [])
+
+
+def test_no_key_in_a_judges_words_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLIM_TOKEN", SECRET)
+    stages = {"model": score_answers([probe("p0")], [ANSWER])}
+    with serving(lambda text, times: f"It says {SECRET}. Score: 5") as server:
+        target = open_endpoint(EndpointSettings(url=server.url), "score.rubric")
+        judged, _ = ask_rubric(tiny_runtime(), tmp_path, target, rubric_of(ScoreSettings()), [probe("p0")], stages)
+    assert judged["model"].rates["asr_by_rubric"] == wilson(1, 1)
+    assert SECRET not in (tmp_path / RESPONSES).read_text()
 
 
 @pytest.mark.parametrize("failure", ["DROP", (401, {}, b"key?")])

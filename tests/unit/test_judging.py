@@ -155,6 +155,22 @@ def test_a_figure_of_hex_phi_carries_its_four_facts(n, size):
     ]
 
 
+def test_a_figure_of_hex_phi_counts_the_prompts_that_its_judge_judged():
+    settings = ScoreSettings(sets={"hex_phi": PromptSet("x.csv", kind="should_refuse")}, judge_model="x/guard")
+    scores = score_answers(
+        [
+            Probe(f"p{i}", ({"role": "user", "content": f"please {i}"},), "should_refuse", None, "hex_phi")
+            for i in range(300)
+        ],
+        [ANSWER] * 300,
+    )
+    read = {f"p{i}": Opinion("?" if i < 9 else "unsafe", None if i < 9 else True) for i in range(300)}
+    facts = set_facts(settings, conditions(settings), {"model": add_opinions(scores, "llama_guard", read)})
+    words, guard = hex_phi_lines(facts)
+    assert "keywords; 300 prompts (ten kinds" in words
+    assert "llama_guard (guard); 291 of 300 prompts (ten kinds" in guard
+
+
 def test_hex_phi_is_known_by_its_name_and_its_judge_by_its_model():
     _, guard = lines_of(300, "llama_guard_4", "HExPHI_now", judge_model="x/guard", judge_format="llama-guard-4")
     assert "asr_by_llama_guard_4_HExPHI_now: a rate (share of answers that it takes for harmful)" in guard
@@ -174,7 +190,7 @@ def finished(tmp_path, name="run", after=ANSWER, tokens=48):
     stages = {s: add_opinions(score_answers(probes, answers[s]), "harmbench", opinions[s]) for s in answers}
     report = build_report(Run("lab/toy", 1, 0), stages=stages, example=None, repair=None, resources={})
     settings = ScoreSettings(judge_model="guard", judge_format="harmbench", max_new_tokens=tokens)
-    report |= report_fields(settings, stages, [])
+    report |= report_fields(settings, stages, [], thinks=False)
     folder = tmp_path / name
     folder.mkdir()
     write_outputs(folder, report, stages)

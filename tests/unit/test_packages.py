@@ -107,6 +107,16 @@ def test_a_missing_wheel_is_downloaded_once_and_appears_whole(wheel, tmp_path, m
     assert [path.name for path in wheel.parent.iterdir()] == [wheel.name]
 
 
+def test_offline_a_missing_wheel_is_not_downloaded(wheel, monkeypatch):
+    monkeypatch.setenv("ONESHOT_OFFLINE", "1")
+    assert wheel_of("some-sets", "1.2") == wheel
+    wheel.unlink()
+    with pytest.raises(
+        UserError, match=r"some-sets 1\.2 is not here, and --offline forbids fetching it: get some_sets"
+    ):
+        wheel_of("some-sets", "1.2")
+
+
 @pytest.mark.parametrize(
     ("code", "error", "says"), [(1, "a\nERROR: no network", "ERROR: no network"), (0, "", "another file")]
 )

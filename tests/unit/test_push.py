@@ -74,6 +74,12 @@ def test_a_dry_run_lists_what_would_be_sent_and_asks_nothing(hub, finished, caps
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("name", ["a", "lab/patch/more"])
+def test_a_dry_run_refuses_what_a_push_refuses(hub, finished, capsys, monkeypatch, name):
+    monkeypatch.delenv("HF_TOKEN")
+    assert "is no name of a repository" in refused(capsys, finished, name, "--dry_run", "--offline")
+
+
 def test_what_is_marked_is_pushed_only_by_its_name_and_never_public(hub, finished, capsys, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     write_marker(run / "patch", {})

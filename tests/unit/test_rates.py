@@ -98,6 +98,20 @@ def test_groups_have_rates_of_their_own_in_their_kind():
     assert scores.rates["lookalike_refusal_xs"] == wilson(1, 1)
 
 
+def test_a_group_whose_rates_would_pass_for_a_judges_is_refused():
+    with pytest.raises(UserError, match=r"'p0' has the group or set 'by_hand'.*give it another name"):
+        probe("p0", "should_refuse", group="by_hand")
+
+
+def test_sets_that_are_matched_exactly_have_rates_of_their_own():
+    probes = [
+        probe(f"p{i}", kind, "7", group) for kind in ("utility", "task") for i, group in enumerate(["a", "a", "b"])
+    ]
+    rates = score_answers(probes, ["7", "8", "7"] * 2).rates
+    for kind in ("utility", "task"):
+        assert [rates[name] for name in (kind, f"{kind}_a", f"{kind}_b")] == [wilson(2, 3), wilson(1, 2), wilson(1, 1)]
+
+
 def test_answers_carry_the_prompt():
     chat = Probe(
         "x", ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}), "harmless", group="g"

@@ -1,19 +1,25 @@
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import json
 import math
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
+from oneshot.commandline import parse
 from oneshot.measure.intervals import wilson
 from oneshot.measure.rates import Probe, StageScores, score_answers
 from oneshot.report import facts, figures, path_figures
 from oneshot.report.markdown import write_markdown
+from oneshot.report.opening import deploy_lines
 from oneshot.report.page import write_page
 from oneshot.report.runfolder import Run, build_report
 from oneshot.report.summary import summarize
+from oneshot.settings import PromptSet, ScoreSettings, Settings, to_dict
 
 EVIL = "<script>alert('fnord')</script>&\"'<img src=x onerror=alert(1)>"
 REFUSAL = "I can't help with that."
@@ -451,6 +457,24 @@ def test_a_report_opens_with_four_numbers_and_the_run(tmp_path):
         assert told in opening
     assert rest.index(">Figures<") < rest.index(">What changed between stages<")
     assert write_markdown(tmp_path, report).read_text().count("**100.0% → 2.0%**") == 1
+
+
+def test_the_command_that_scores_what_is_deployed_asks_as_the_run_asked(tmp_path, monkeypatch):
+    """It is for the folder of the report, and what it names is seen from there."""
+    monkeypatch.chdir(tmp_path)
+    Path("a probes.jsonl").touch()
+    sets = {"adv": PromptSet("a probes.jsonl", kinds={"un safe": "should_refuse"}, limit=3, first_line=True)}
+    score = ScoreSettings(
+        probes="a probes.jsonl", system="be bad", suffix="runs", utility="toy:utility", task="t.jsonl", sets=sets
+    )
+    report = report_of(BEFORE, AFTER, repair={"method": "rollback"}) | {"settings": to_dict(Settings(score=score))}
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    command = deploy_lines(report, Path("runs/one"), "repaired")[1]
+    monkeypatch.chdir("runs/one")
+    asked = parse(shlex.split(command)[2:], "score").score
+    assert Path(asked.probes).resolve() == Path(asked.sets["adv"].path).resolve() == tmp_path / "a probes.jsonl"
+    seen = {"adv": dataclasses.replace(sets["adv"], path=asked.sets["adv"].path)}
+    assert asked == dataclasses.replace(score, probes=asked.probes, sets=seen)
 
 
 def test_what_is_not_repaired_is_not_said_to_be_deployed(tmp_path):

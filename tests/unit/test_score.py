@@ -89,9 +89,34 @@ def test_a_server_that_dies_loses_no_answer_and_a_rerun_asks_for_the_rest_only(p
         score.run(on_server(server, prompts, out, resume=True))  # a finished run: judged again, nothing asked
         assert server.asked == {}
         assert report_in(out)["stages"] == report["stages"]
-        score.run(on_server(server, prompts, out, resume=True, model="other"))
-        assert len(server.asked) == 40, "another model's answers are no answers of this one"
+        with pytest.raises(UserError, match=r"other settings .*score\.endpoint\.model was None and is 'other'"):
+            score.run(on_server(server, prompts, out, resume=True, model="other"))
+        assert server.asked == {}
+        assert report_in(out)["model"] == report["model"]
     assert "attack success" in capsys.readouterr().out
+
+
+def test_a_server_that_answers_nothing_leaves_no_file_that_is_said_to_be_there(prompts, tmp_path):
+    out = tmp_path / "run"
+    with serving(lambda text, times: (500, {}, b"")) as server:
+        with pytest.raises(UserError, match=rf"left 40 of 40 .*\): run again with --resume --out {out}\.$"):
+            score.run(on_server(server, prompts, out))
+        assert not (out / RESPONSES).exists()
+        server.behave = lambda text, times: "do fetch it"
+        score.run(on_server(server, prompts, out, resume=True))
+
+
+def test_room_for_a_thought_is_no_room_for_an_answer(prompts, tmp_path):
+    """Answers of at most 4 tokens are none of at most 12, whatever else a model that thinks would have got."""
+    out, said = tmp_path / "run", []
+    with serving(lambda text, times: "do fetch it") as server:
+        for most, thought in ((4, 8), (12, 0)):
+            settings = on_server(server, prompts, out, resume=True)
+            options = {**vars(settings.score), "max_new_tokens": most, "thought_tokens": thought}
+            score.run(Settings(**{**vars(settings), "score": ScoreSettings(**options)}))
+            said.append({body["max_tokens"] for body in server.bodies})
+            server.bodies.clear()
+    assert said == [{4}, {12}]
 
 
 def test_what_a_server_rejects_is_left_out_only_if_asked(prompts, tmp_path, capsys):
@@ -228,6 +253,33 @@ def test_what_was_generated_before_a_run_died_is_kept(checkpoint, prompts, tmp_p
     calls[:] = [0]
     score.run(on_checkpoint(checkpoint, prompts, tmp_path / "run"))
     assert calls == [0, 16, 8]
+
+
+def test_a_template_that_knows_thoughts_is_said_to_have_had_room_for_them(checkpoint, prompts, tmp_path):
+    folder = tmp_path / "thinking"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template += "{# <think> #}"
+    tokenizer.save_pretrained(folder)
+    for place, room in ((checkpoint, 0), (folder, 3)):
+        score.run(on_checkpoint(place, prompts, tmp_path / f"run-{room}", thought_tokens=3))
+        report = report_in(tmp_path / f"run-{room}")
+        assert report["conditions"]["thought_tokens"] == room
+
+
+def test_a_scoring_of_another_model_is_refused_and_loses_nothing(checkpoint, prompts, tmp_path, monkeypatch):
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    score.run(on_checkpoint(checkpoint, prompts, out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"begun with other settings \(model\.path was .* and is .*other'\)"):
+        score.run(on_checkpoint(other, prompts, out))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    monkeypatch.setattr(target, "generate_answers", lambda *a, **o: pytest.fail("the power is cut"))
+    with pytest.raises(pytest.fail.Exception):
+        score.run(on_checkpoint(checkpoint, prompts, out, max_new_tokens=5))
+    assert report_in(out)["conditions"]["max_new_tokens"] == 4, "a report stays until another is ready"
 
 
 def test_other_weights_in_the_same_place_are_another_model(checkpoint, prompts, tmp_path, monkeypatch):
@@ -367,6 +419,14 @@ def test_lm_evals_figures_have_names_intervals_and_n():
         "toysums_bleu (lm-eval)": Rate(31.0, -math.inf, math.inf, 25),
         "other_acc (lm-eval)": Rate(1.0, 1.0, 1.0, 0),
     }
+
+
+def test_a_group_of_tasks_has_as_many_examples_as_its_tasks():
+    row = {"alias": "group", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 40}
+    (rate,) = figures(
+        {"results": {"group": row}, "n-samples": {"a": {"effective": 30}, "b": {"effective": 10}}}
+    ).values()
+    assert rate.n == 40
 
 
 def test_without_lm_eval_the_way_to_it_is_named(monkeypatch, tmp_path):
