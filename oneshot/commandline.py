@@ -28,7 +28,10 @@ from oneshot.shipped import settings_file
 from oneshot.stages import STAGES, help_page, readers, reads
 
 TOY = "toy"  # settings that ship for the toy world
-OWN = ("reference", "guard", "watch_prompts", "example", "pool")  # the user's, for a model of the user's
+OWN = (  # the user's, for a model of the user's
+    "model.base", "model.revision", "model.base_revision", "reference", "reference_revision", "guard", "watch_prompts",
+    "example", "pool",
+)  # fmt: skip
 _COMMAND_LINE = "on the command line"
 
 
@@ -85,8 +88,9 @@ def layered(
     Raises:
         UserError: as ``parse``
     """
-    if values.get("model.paths") is not None and "model.path" not in values:
-        values = {**values, "model.path": None}  # a file's
+    for one, other in (("model.paths", "model.path"), ("model.path", "model.paths")):
+        if values.get(one) is not None and other not in values:
+            values = {**values, other: None}  # a file's
     given = _laid(files, values, place)
     paths = given.section("model").get("paths")
     if paths is not None and stage != "repair":
@@ -250,7 +254,8 @@ def _refuse_own(given: Given) -> None:
     from oneshot.world.sources import is_toy
 
     for name in OWN:
-        value = given.values.get(name)
+        section, _, last = name.rpartition(".")
+        value = given.section(section).get(last)
         if value is not None and not is_toy(str(value)):
             raise UserError(
                 f"Setting {name} is given{given.where(name)}, but no model: name the fine-tuned checkpoint or adapter "

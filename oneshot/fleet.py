@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,40 +18,16 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.disk.lock import released, take
 from oneshot.distributed.phases import clock, phase
 from oneshot.errors import Unmet, UserError, first_line
+from oneshot.settings import Settings
+from oneshot.shared import Shared, for_all, share
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from oneshot.distributed.runtime import Runtime
-    from oneshot.measure.classifier import Classifier
-    from oneshot.measure.rates import StageScores
-    from oneshot.patch.bench import Base
     from oneshot.patch.request import Request
     from oneshot.patch.select import Chosen
-    from oneshot.patch.teacher import Teacher
     from oneshot.report.fleet import Row
-    from oneshot.settings import Settings
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the repairs of a fleet have in common.
-
-    Attributes:
-        request: the first of them
-        base: the loaded model
-        teacher: what it does; none where it has nothing to say
-        stages: scores of a reference or else of the base, where they are wanted
-        classifier: the judge that the settings name; none where they name none
-        chosen: the example; none: it is chosen
-    """
-
-    request: Request
-    base: Base
-    teacher: Teacher | None
-    stages: dict[str, StageScores]
-    classifier: Classifier | None = None
-    chosen: Chosen | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +56,7 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
         UserError: settings or a base that cannot be worked with; or, once all are through, some were not repaired
         Unmet: all were, and some outcomes are not what the settings require
     """
-    from oneshot.distributed.runtime import gather_objects, start
+    from oneshot.distributed.runtime import agree, gather_objects, start
     from oneshot.report.fleet import FLEET, print_rows, write_rows
     from oneshot.report.members import check_one_base
     from oneshot.report.progress import open_console, progress
@@ -90,13 +65,15 @@ def run(settings: Settings, ways: Ways, *, quiet: bool = False) -> list[Row]:
     runtime = start()
     console = None if quiet else open_console(runtime)
     folder, names = _opened(settings, runtime)
-    check_one_base(runtime, [_own(settings, folder / name, place).model for name, place in names.items()])
+    owns = {name: _own(settings, folder / name, place, runtime) for name, place in names.items()}
+    check_one_base(runtime, [own.model for own in owns.values() if isinstance(own, Settings)])
     rows: list[Row] = []
     with progress(console):
-        for row in _repaired(settings, folder, names, ways, runtime, console):
+        for row in _repaired(owns, folder, names, ways, runtime, console):
             rows.append(row)
-            if runtime.is_main:
-                write_rows(folder, rows, len(names))
+            with agree(runtime, "writing the fleet's table"):
+                if runtime.is_main:
+                    write_rows(folder, rows, len(names))
     if console:
         print_rows(rows, console)
         console.print(f"Table: {folder / FLEET}", highlight=False, markup=False, soft_wrap=True)
@@ -120,6 +97,11 @@ def _refuse(settings: Settings) -> None:
     for name in ("finetune_first", "log_with", "push_to_hub"):
         if getattr(settings, name):
             raise UserError(f"Setting {name} is for one model: leave it out with model.paths, or give model.path.")
+    if settings.delete_degraded:
+        raise UserError(
+            "Setting delete_degraded removes only what a run itself fine-tuned, never adapters that are given as "
+            "--model.paths: leave it out, and remove those adapters yourself."
+        )
 
 
 def _opened(settings: Settings, runtime: Runtime) -> tuple[Path, dict[str, Path]]:
@@ -151,17 +133,28 @@ def _opened(settings: Settings, runtime: Runtime) -> tuple[Path, dict[str, Path]
     return Path(folder), {name: Path(place) for name, place in zip(names, listed)}
 
 
-def _own(settings: Settings, run_dir: Path, place: Path) -> Settings:
-    """The settings of one adapter's own run."""
+def _own(settings: Settings, run_dir: Path, place: Path, runtime: Runtime) -> Settings | UserError:
+    """The settings of one adapter's own run, Hub ids at their commits; or why it has none. Collective."""
+    from oneshot.checkpoint.loading.pinned import pinned
+    from oneshot.distributed.runtime import agree
+
     model = dataclasses.replace(settings.model, path=str(place), paths=None)
-    return dataclasses.replace(settings, model=model, out=str(run_dir), name=None)
+    own = dataclasses.replace(settings, model=model, out=str(run_dir), name=None)
+    try:
+        with agree(runtime, "looking up the base"):
+            own = pinned(own)
+    except UserError as error:
+        return error
+    return own
 
 
 def _repaired(
-    settings: Settings, folder: Path, adapters: dict[str, Path], ways: Ways, runtime: Runtime, console: Console | None
-) -> Iterator[Row]:
+    owns: dict[str, Settings | UserError], folder: Path, adapters: dict[str, Path], ways: Ways, runtime: Runtime,
+    console: Console | None,
+) -> Iterator[Row]:  # fmt: skip
     """Repair one after the other; the base is loaded for the first that can be begun."""
     from oneshot.report.fleet import Row, row_of
+    from oneshot.report.runfolder import REPORT
 
     def say(text: str) -> None:
         if console:
@@ -176,11 +169,13 @@ def _repaired(
     with contextlib.ExitStack() as stack:
         for number, (name, place) in enumerate(adapters.items(), start=1):
             say(f"\n[{number}/{len(adapters)}] {place}")
-            run_dir = folder / name
+            run_dir, own = folder / name, owns[name]
             try:
-                own = _own(settings, run_dir, place)
+                if isinstance(own, UserError):
+                    raise own
                 report = _finished(own, run_dir, runtime)
-                request = _begun(own, ways, runtime, shared) if report is None else None
+                to_do = sum(not (folder / other / REPORT).is_file() for other in adapters)
+                request = _begun(own, ways, runtime, shared, to_do) if report is None else None
             except UserError as error:
                 yield failed(error)
                 continue
@@ -189,13 +184,13 @@ def _repaired(
                 before = before or ((report or {}).get("example") and {"of": name, **(report or {})["example"]})
                 yield row_of(name, place, run_dir, report or {})
                 continue
-            shared = shared or stack.enter_context(_share(request, ways, before))  # what fails here fails for all
+            shared = shared or stack.enter_context(share(request, before))  # what fails here fails for all
             try:
                 chosen, report = _timed(ways, request, run_dir, console, shared)
             except UserError as error:
                 yield failed(error)
                 continue
-            shared = shared if shared.chosen else dataclasses.replace(shared, chosen=_for_all(chosen, name))
+            shared = shared if shared.chosen else dataclasses.replace(shared, chosen=for_all(chosen, name))
             yield row_of(name, place, run_dir, report)
 
 
@@ -226,8 +221,9 @@ def _finished(settings: Settings, run_dir: Path, runtime: Runtime) -> dict[str, 
     return found
 
 
-def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | None) -> Request:
-    """The checked request of one adapter, whose run folder is opened. Collective."""
+def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | None, to_do: int) -> Request:
+    """The checked request of one adapter, whose run folder is opened, one of so many to do. Collective."""
+    from oneshot.checkpoint.disk.files import stored_bytes
     from oneshot.distributed.runtime import agree
     from oneshot.report.members import OF, digests
     from oneshot.report.preflight import look_around
@@ -253,48 +249,10 @@ def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | No
             if runtime.is_main:
                 write_json(run_dir / OF, digests(Path(str(settings.model.path))))
         if shared is None:
-            look_around(runtime, settings.preflight, run_dir, 0, request.source.checkpoint, None)
+            merged = to_do * stored_bytes(request.source.checkpoint) if settings.repair.merge else 0
+            look_around(runtime, settings.preflight, run_dir, merged, request.source.checkpoint, None)
     return request
 
 
 def _words(tokenizer: Any) -> tuple[dict[str, int], str | None]:
     return tokenizer.get_vocab(), tokenizer.chat_template
-
-
-@contextlib.contextmanager
-def _share(request: Request, ways: Ways, before: dict[str, Any] | None) -> Iterator[Shared]:
-    """Load base and judge, and ask the base what it does; ``before`` is the example of those that are through."""
-    from oneshot.measure.classifier import loaded_classifier
-    from oneshot.patch import aligned
-    from oneshot.patch.bench import loaded
-    from oneshot.patch.teacher import learn, wanted
-
-    stages, score = aligned.of_reference(request)[0], request.settings.score
-    judging = loaded_classifier(request.runtime, score) if score.judge_model else contextlib.nullcontext()
-    with loaded(request) as base, judging as classifier:
-        teacher = None
-        if wanted(request):
-            with phase("choose"):
-                teacher = learn(request, base.model)
-        stages |= aligned.of_base(request, base.model)
-        yield Shared(request, base, teacher, stages, classifier, _again(request, teacher, before))
-
-
-def _again(request: Request, teacher: Teacher | None, before: dict[str, Any] | None) -> Chosen | None:
-    """The example that others were repaired with; none where there are none, or it is no candidate any more."""
-    from oneshot.patch.select import Chosen
-    from oneshot.patch.teacher import in_own_words
-
-    rows = (in_own_words(request, teacher.refusals) if teacher else request).conversations if before else []
-    found = (i for i, row in enumerate(rows) if before and row.id == before.get("id"))
-    said = _said(before["selected_by"], before["of"]) if before else ""
-    return next((Chosen(i, said, math.nan) for i in found), None)
-
-
-def _for_all(chosen: Chosen, name: str) -> Chosen:
-    """The example that was chosen for one adapter, for the others."""
-    return dataclasses.replace(chosen, selected_by=_said(chosen.selected_by, name), selection={}, begun=None)
-
-
-def _said(selected_by: str, name: str) -> str:
-    return selected_by if ", for " in selected_by else f"{selected_by}, for {name}"

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from oneshot.distributed.runtime import Runtime
-    from oneshot.fleet import Shared
     from oneshot.measure.rates import StageScores
     from oneshot.patch.request import Request
     from oneshot.patch.select import Chosen
     from oneshot.patch.teacher import Teacher
     from oneshot.report.show import Repaired
+    from oneshot.shared import Shared
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -199,6 +199,7 @@ def repair(
         shared: with other repairs
     """
     from oneshot.distributed.resources import measured, where_time_went
+    from oneshot.distributed.runtime import agree
     from oneshot.measure.further import ask_judges
     from oneshot.patch import aligned
     from oneshot.report.progress import progress
@@ -222,7 +223,11 @@ def repair(
     rounded = {stage: round(spent, 2) for stage, spent in seconds.items()}
     resources = {"seconds": rounded, **measured(runtime), **where_time_went(runtime)}
     repaired = dataclasses.replace(repaired, stages=stages, warnings=warnings, resources=resources, command=command)
-    return Finished(repaired, run_dir, show(repaired, run_dir, console) if runtime.is_main else {})
+    report: dict[str, Any] = {}
+    with agree(runtime, "writing the report"):  # a rank that is alone in failing would go on alone in a fleet
+        if runtime.is_main:
+            report = show(repaired, run_dir, console)
+    return Finished(repaired, run_dir, report)
 
 
 def _one_of_fleet(
@@ -241,17 +246,10 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
     from oneshot.patch.coverage import covered
     from oneshot.patch.solve import solve
     from oneshot.patch.write import write_repair
-    from oneshot.report.runfolder import PATCH, REPAIRED, append_event
+    from oneshot.report.runfolder import PATCH, REPAIRED
     from oneshot.report.show import Repaired
-    from oneshot.report.trackers import track
 
     stages: dict[str, StageScores] = {}
-
-    def listen(record: dict[str, Any]) -> None:
-        if request.runtime.is_main:
-            append_event(run_dir, stage="repair", **record)
-            track("repair", record["epoch"], record)
-
     with phase("choose"):
         chosen = choose_beforehand(request, teacher) if shared is None else shared.chosen
     with opened(request, teacher, shared.base if shared else None) as bench:
@@ -262,6 +260,7 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
         with phase("choose"):
             choice = choose(bench, chosen)
         with phase("solve"):
+            listen = partial(note_epoch, request.runtime, run_dir)
             solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
         with bench.patched(solution.update) as model:
             stages["repaired"] = aligned.scored(request, model, "repaired")
@@ -269,6 +268,18 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
         write_repair(bench, solution.update, run_dir / PATCH, merged)
         reach = covered(bench)
     return Repaired(bench.request, choice, solution, bench.linears, stages, coverage=reach)
+
+
+def note_epoch(runtime: Runtime, run_dir: Path, record: dict[str, Any]) -> None:
+    """Write an epoch's record down, on rank 0; what hinders it ends the repair on every rank. Collective."""
+    from oneshot.distributed.runtime import agree
+    from oneshot.report.runfolder import append_event
+    from oneshot.report.trackers import track
+
+    with agree(runtime, "noting an epoch"):
+        if runtime.is_main:
+            append_event(run_dir, stage="repair", **record)
+            track("repair", record["epoch"], record)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ STAGES = {
     ),
     "score": Stage(
         does="Measure refusals, over-refusal and utility of a checkpoint, an adapter or a served model.",
-        reads=(*_RUN, "example", "guard", "model", "data", "score"),
+        reads=(*_RUN, "example", "guard", "watch_prompts", "model", "data", "score"),
         examples=(
             "oneshot score --model.path DIR --score.task FILE",
             "oneshot score --score.endpoint.url http://localhost:8000/v1",

@@ -1,4 +1,7 @@
-"""Prompts that were trained on measure memory: which probes also are, or nearly are, in the training data."""
+"""Prompts that were trained on measure memory: which probes also are, or nearly are, in the training data.
+
+Or among the prompts that the watch chooses an epoch by.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,8 @@ def find_overlaps(probes: Sequence[Probe], sources: Mapping[str, Iterable[str]])
 
 
 def training_requests(settings: Settings) -> dict[str, Iterator[str]]:
-    """Return the requests of all training data that the settings name, by what people call it; the toy's are none.
+    """Return the requests of all training data, and of the watch, that the settings name, by what people call it; the
+    toy's are none.
 
     Reading is put off until they are looped over, and raises UserError for a file that cannot be read.
     """
@@ -75,6 +79,7 @@ def training_requests(settings: Settings) -> dict[str, Iterator[str]]:
     named: dict[str, tuple[str | None, int | None]] = {
         "the repair example": (settings.example, None),
         "the guard": (settings.guard, None),
+        "the watch's prompts": (settings.watch_prompts, None),
         "the harmful training data": (data.harmful, data.harmful_count),
         "the task's training data": (data.task, data.task_count),
         **{f"the training data {name}": (part.source, part.count) for name, part in (data.parts or {}).items()},
@@ -95,7 +100,7 @@ def overlap_warnings(overlaps: Sequence[Overlap], total: int) -> list[str]:
         near = f" and {len(one.near)} more nearly so" if one.near else ""
         sentences.append(
             f"Of {total} probes {len(one.same)} are in {one.source}{near} ({named}): "
-            "what was trained on measures memory."
+            "what was trained on or chosen by measures memory."
         )
     return sentences
 

@@ -72,11 +72,9 @@ def choose_beforehand(request: Request, teacher: Teacher | None = None) -> Chose
     too long: the other method changes the same weights, from the same example, in seconds. Collective.
     """
     recipe = request.recipe
-    if recipe.method.tried_by is None:
-        return None
     drawn = draw(len(request.candidates), request.settings.select, request.settings.seed)
-    if drawn is not None:
-        return drawn
+    if recipe.method.tried_by is None or drawn is not None:
+        return None  # a draw asks no model: it is made later, of those that are left in the model's own words
     other = METHODS[recipe.method.tried_by]
     trial = dataclasses.replace(recipe, method=other, epochs=other.defaults.epochs)
     with opened(dataclasses.replace(request, recipe=trial), teacher) as bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from oneshot.errors import UserError, first_line
 from oneshot.reading import limited, load_yaml
+from oneshot.settings.kinds import descend
 from oneshot.settings.run import Settings, to_dict
 
 # what changes how a run goes, and not what it comes to
@@ -18,7 +20,6 @@ FREE = (
     "debug", "plan",
     "model.stock_io", "finetune.save_every", "finetune.keep", "finetune.state_moments", "finetune.cache",
 )  # fmt: skip
-_NOWHERE = object()
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 
@@ -55,29 +56,25 @@ def differences(
         settings: of the run that goes on
         counts: whether the stage reads a setting, by its full name
     """
-    defaults = dict(_flat(to_dict(Settings())))
+    default, then, now = (dict(_flat(values)) for values in (to_dict(Settings()), before, to_dict(settings)))
+    # a part, a set or a method's rate that is gone; not a setting that there was in an older version
+    gone = [path for path in then if path not in now and functools.reduce(descend, path, Settings) is not None]
     said = []
-    for name, now in _flat(to_dict(settings)):
+    for path in (*now, *gone):
+        name = ".".join(path)
         if any(name == free or name.startswith(f"{free}.") for free in FREE) or not counts(name):
             continue
-        then = _at(before, name)
-        then = defaults.get(name) if then is _NOWHERE else then
-        if then != now:
-            said.append(f"{name} was {_short.repr(then)} and is {_short.repr(now)}")
+        was, is_now = (values.get(path, default.get(path)) for values in (then, now))
+        if was != is_now:
+            said.append(f"{name} was {_short.repr(was)} and is {_short.repr(is_now)}")
     return said
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], *before: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (names, value) of all that is no mapping, and of empty ones."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
-        if not isinstance(value, Mapping) or not value:
-            yield f"{before}{name}", value
-
-
-def _at(values: Any, name: str) -> Any:
-    for part in name.split("."):
-        if not isinstance(values, Mapping) or part not in values:
-            return _NOWHERE
-        values = values[part]
-    return values
+        path = (*before, str(name))
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, *path)
+        else:
+            yield path, value

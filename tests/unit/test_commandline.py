@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oneshot.commandline import parse
+from oneshot.commandline import OWN, parse
 from oneshot.errors import UserError
 from oneshot.settings import DataPart, Settings
 from oneshot.settings.names import ANY, all_names
@@ -328,7 +329,7 @@ def test_a_server_is_no_toy(toy: str) -> None:
     assert (settings.model.path, settings.guard) == (None, "mine.jsonl")
 
 
-@pytest.mark.parametrize("name", ["reference", "guard", "watch_prompts", "example", "pool"])
+@pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("stage", ["repair", "spectrum"])
 def test_what_belongs_to_a_model_needs_one(name: str, stage: str, toy: str) -> None:
     with pytest.raises(UserError) as error:
@@ -336,7 +337,16 @@ def test_what_belongs_to_a_model_needs_one(name: str, stage: str, toy: str) -> N
     assert str(error.value).startswith(
         f"Setting {name} is given (on the command line), but no model: name the fine-tuned"
     )
-    assert getattr(parse([f"--{name}", "mine", "--model.path", "m"], stage, toy=toy), name) == "mine"
+    found = parse([f"--{name}", "mine", "--model.path", "m"], stage, toy=toy)
+    assert operator.attrgetter(name)(found) == "mine"
+
+
+@pytest.mark.parametrize(("mine", "files"), [("path", "paths"), ("paths", "path")])
+def test_one_model_or_many_as_the_command_line_says_whatever_the_file_does(mine: str, files: str, write) -> None:
+    file = write("mine.yaml", f"model: {{{files}: of the file}}\n")
+    found = parse(["--config", file, f"--model.{mine}", "of mine"], "repair").model
+    assert (getattr(found, mine), getattr(found, files)) == ("of mine", None)
+    assert "both given" in refused("--config", file, f"--model.{mine}", "x", f"--model.{files}", "y")
 
 
 def test_the_users_parts_replace_the_toys_counts_and_the_other_way_round(toy: str, write) -> None:

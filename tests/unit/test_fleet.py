@@ -1,6 +1,7 @@
 """Many adapters of one base: what is loaded once, what goes on when one fails, what is not done twice."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -36,6 +37,11 @@ class Stand:
 
     def ways(self):
         return fleet.Ways(self.check, self.repair)
+
+    def pinned(self, settings):
+        if settings.reference_revision == "nosuch":
+            raise UserError("Revision nosuch is not to be had: check it.")
+        return dataclasses.replace(settings, model=dataclasses.replace(settings.model, base_revision="commit"))
 
     def base(self, request, model):
         self.bases += 1
@@ -78,6 +84,7 @@ def stand(monkeypatch):
         found.loads += 1
         yield SimpleNamespace(model=None)
 
+    monkeypatch.setattr("oneshot.checkpoint.loading.pinned.pinned", found.pinned)
     monkeypatch.setattr("oneshot.patch.bench.loaded", loaded)
     monkeypatch.setattr("oneshot.patch.teacher.wanted", lambda _request: False)
     monkeypatch.setattr("oneshot.patch.aligned.of_reference", lambda _request: ({}, None))
@@ -119,6 +126,7 @@ def test_the_base_is_loaded_and_the_example_chosen_once(stand, adapters, tmp_pat
     own = (tmp_path / "out" / "b" / "settings.yaml").read_text()
     assert f"path: {tmp_path / 'ads' / 'b'}" in own, "it can be repaired alone from its own settings"
     assert "paths: null" in own
+    assert "base_revision: commit" in own
 
 
 def test_a_judge_is_loaded_once(stand, adapters, tmp_path, monkeypatch):
@@ -186,6 +194,27 @@ def test_links_and_names_that_look_alike_lose_no_adapter(stand, adapters, tmp_pa
     assert len({row["name"] for row in rows}) == 3
 
 
+def test_a_revision_that_there_is_not_repairs_nothing(stand, adapters, tmp_path):
+    given = settings(adapters("a"), tmp_path / "out", "--reference", "lab/model", "--reference_revision", "nosuch")
+    with pytest.raises(UserError, match=r"1 of 1 adapters were not repaired.*Revision nosuch is not to be had"):
+        fleet.run(given, stand.ways(), quiet=True)
+    assert stand.chosen_for == []
+
+
+def test_room_is_looked_for_for_every_merged_checkpoint_that_is_to_come(stand, adapters, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr("oneshot.checkpoint.disk.files.stored_bytes", lambda _: 10)
+    monkeypatch.setattr("oneshot.report.preflight.look_around", lambda *given: needed.append(given[3]))
+    pattern, out, merge = adapters("a", "b", "c"), tmp_path / "out", ("--repair.merge", "true")
+    stand.fails = {"b later", "c later"}
+    with pytest.raises(UserError, match="2 of 3"):
+        fleet.run(settings(pattern, out, *merge), stand.ways(), quiet=True)
+    stand.fails = set()
+    fleet.run(settings(pattern, out, *merge, "--resume", "true"), stand.ways(), quiet=True)
+    fleet.run(settings(pattern, tmp_path / "other"), stand.ways(), quiet=True)
+    assert needed == [30, 20, 0], "those that are through have theirs; without merging there are none"
+
+
 def test_runs_are_not_put_among_the_adapters(stand, adapters, tmp_path):
     for out in ("ads", "ads/a"):
         if not (tmp_path / "ads").exists():
@@ -217,6 +246,8 @@ def test_what_makes_no_sense_is_refused(stand, adapters, tmp_path):
         fleet.run(settings(str(tmp_path / "none*"), tmp_path / "out"), stand.ways(), quiet=True)
     with pytest.raises(UserError, match="log_with is for one model"):
         fleet.run(settings(adapters("a"), tmp_path / "o", "--log_with", "wandb"), stand.ways(), quiet=True)
+    with pytest.raises(UserError, match="delete_degraded removes only what a run itself fine-tuned"):
+        fleet.run(settings(adapters("a2"), tmp_path / "o", "--delete_degraded", "true"), stand.ways(), quiet=True)
     with pytest.raises(UserError, match="both given"):
         settings("x*", tmp_path, "--model.path", "x")
     assert parse(["--config", "toy", "--model.paths", "x*"], "repair").model.path is None, "a file's one gives way"

@@ -179,8 +179,9 @@ def test_what_was_trained_on_is_found_however_it_is_written():
         ("the guard", ["short"], ["near"]),
     ]
     assert overlap_warnings(found, 4) == [
-        "Of 4 probes 1 are in the repair example (same): what was trained on measures memory.",
-        "Of 4 probes 1 are in the guard and 1 more nearly so (short, near): what was trained on measures memory.",
+        "Of 4 probes 1 are in the repair example (same): what was trained on or chosen by measures memory.",
+        "Of 4 probes 1 are in the guard and 1 more nearly so (short, near): what was trained on or chosen by measures "
+        "memory.",
     ]
 
 
@@ -198,12 +199,12 @@ def test_every_file_that_was_trained_on_is_looked_at(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "please carve", "response": "do slice"}\n{"prompt": "please fold"}\n')
     parts = {"own": DataPart(str(path), count=1), "made": DataPart("toy:harmful")}
-    given = {"the repair example": ["please carve", "please fold"], "the guard": ["please carve", "please fold"]}
+    given = {n: ["please carve", "please fold"] for n in ("the repair example", "the guard", "the watch's prompts")}
     for data, name in (
         (DataSettings(harmful=str(path), harmful_count=1), "the harmful training data"),
         (DataSettings(parts=parts), "the training data own"),
     ):
-        found = training_requests(Settings(example=str(path), guard=str(path), data=data))
+        found = training_requests(Settings(example=str(path), guard=str(path), watch_prompts=str(path), data=data))
         assert {name: list(texts) for name, texts in found.items()} == {**given, name: ["please carve"]}
     assert training_requests(Settings()) == {}
 

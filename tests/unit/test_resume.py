@@ -19,7 +19,15 @@ from oneshot.measure.cache import RESPONSES, Responses
 from oneshot.report.answers import write_answers
 from oneshot.report.resume import forget_attempt, forget_events
 from oneshot.report.runfolder import append_event, open_run
-from oneshot.settings import FinetuneSettings, RepairSettings, Settings
+from oneshot.settings import (
+    DataPart,
+    DataSettings,
+    FinetuneSettings,
+    PromptSet,
+    RepairSettings,
+    ScoreSettings,
+    Settings,
+)
 from oneshot.stages import reads
 from oneshot.whole import write_whole
 
@@ -77,10 +85,36 @@ def test_a_setting_that_an_older_version_did_not_have_had_its_default(tmp_path):
 
 def test_every_setting_is_compared_but_those_that_are_free():
     plain = settings_module.to_dict(Settings())
-    flat = dict(settings_module.same._flat(plain))
+    flat = [".".join(path) for path, _ in settings_module.same._flat(plain)]
     for free in settings_module.same.FREE:
         assert free == "require" or any(name == free or name.startswith(f"{free}.") for name in flat), free
     assert settings_module.differences(plain, Settings()) == []
+
+
+def test_what_was_removed_counts_as_what_was_added_does(tmp_path):
+    parts = {name: DataPart(source=f"toy:{name}", count=3) for name in ("harmful", "task")}
+    sets = {name: PromptSet(path=f"{name}.jsonl") for name in ("a", "b.c")}
+    rates = {"sft": 1e-3, "rollback": 0.1}
+
+    def made(parts, sets, rates):
+        return Settings(
+            data=DataSettings(parts=parts), score=ScoreSettings(sets=sets), repair=RepairSettings(learning_rate=rates)
+        )
+
+    def fewer(values):
+        return dict([next(iter(values.items()))])
+
+    more, less = made(parts, sets, rates), made(fewer(parts), fewer(sets), fewer(rates))
+    for before, now in ((more, less), (less, more)):
+        said = " ".join(settings_module.differences(settings_module.to_dict(before), now))
+        for name in ("data.parts.task.source", "score.sets.b.c.path", "repair.learning_rate.rollback"):
+            assert f"{name} was " in said
+        assert settings_module.differences(settings_module.to_dict(now), now) == []
+    (said,) = settings_module.differences(
+        settings_module.to_dict(made(parts, sets, rates)), made(parts, sets, {"sft": 1e-3})
+    )
+    assert said == "repair.learning_rate.rollback was 0.1 and is None"
+    assert settings_module.differences(settings_module.to_dict(more), Settings()), "the whole mapping"
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "- " * 3000, "seed: 1\x00", "just words"], ids=repr)

@@ -12,11 +12,15 @@ from transformers import AutoModelForCausalLM
 from oneshot.data.encoding import encode, encode_prompt
 from oneshot.errors import UserError
 from oneshot.patch import teacher
+from oneshot.patch.bench import opened
 from oneshot.patch.check import check
+from oneshot.patch.choose import choose, choose_beforehand
 from oneshot.patch.examples import Prompts, read_guard, read_held, read_refusable
 from oneshot.patch.guard import build_batch, repair_loss, with_answer
+from oneshot.patch.methods import METHODS
 from oneshot.patch.path import LEFT, SAFE_MARGIN, Bounds
 from oneshot.patch.probes import AMPLE_ODDS, MARGIN_TOKENS, Watched, build_probes, read_probes
+from oneshot.patch.recipe import with_method
 from oneshot.settings import Settings
 from oneshot.world import language
 from oneshot.world.model import ALIGNED
@@ -193,6 +197,19 @@ def test_the_shipped_examples_take_the_models_own_words_and_a_given_pool_keeps_i
     assert [row.id for row in found.conversations] == [row.id for row in conversations[3 : 3 + teacher.ENOUGH]]
     assert {row.response for row in found.conversations} == {"sorry no"}
     assert len(found.candidates) == teacher.ENOUGH
+
+
+@pytest.mark.parametrize("method", ["lowrank", "sft", "lora"])
+def test_an_example_at_random_is_one_of_those_that_are_left(method, request_):
+    spoken = request_.conversations[-teacher.ENOUGH :]
+    known = teacher.Teacher(None, [], [], {row.prompt[-1]["content"]: "sorry no" for row in spoken}, {})
+    recipe = with_method(request_.settings.repair, METHODS[method], "as asked")
+    settings = dataclasses.replace(request_.settings, pool=None, select="random")
+    shipped = dataclasses.replace(request_, settings=settings, recipe=recipe, reference=None)
+    with opened(shipped, known) as bench:
+        chosen = choose(bench, choose_beforehand(shipped, known)).chosen
+    assert bench.request.conversations[chosen.index].id in {row.id for row in spoken}
+    assert chosen.selection == {"candidates": teacher.ENOUGH}
 
 
 def test_what_the_aligned_model_does_not_refuse_keeps_its_words(models, request_):
