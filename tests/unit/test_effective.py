@@ -91,6 +91,46 @@ def test_an_adapter_that_is_more_than_a_lora_is_merged_as_peft_applies_it(kind, 
     assert json.loads((tmp_path / "merged" / "oneshot_export.json").read_text())["adapters"][0]["kinds"]
 
 
+@pytest.mark.parametrize(
+    "kind", ["tied-tokens", "tied-saved-as-one", "tied-saved-head", "tied-saved-embedding", "tied-head", "plain"]
+)
+def test_a_tied_head_that_is_stored_as_well_changes_as_the_embedding_does(kind, tmp_path):
+    base = tmp_path / "base"
+    save_base(base, "llama-tied")
+    tensors = everything(base)
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    adapter = save_rich(tmp_path / "adapter", base, **STREAMED.get(kind, ("", {}))[1])
+    wanted = logits_of(with_peft(loaded(base), adapter), TOKENS)
+    run("--model", base, "--adapter", adapter, "--out", tmp_path / "merged")
+    torch.testing.assert_close(logits_of(loaded(tmp_path / "merged"), TOKENS), wanted, rtol=1e-3, atol=1e-3)
+    written = everything(tmp_path / "merged")
+    tied = json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == (kind in ("tied-tokens", "tied-saved-as-one", "plain"))
+    assert ("lm_head.weight" in written) == (kind not in ("tied-tokens", "tied-saved-as-one"))
+
+
+def test_a_tied_head_that_is_stored_as_well_grows_with_the_embedding(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    save_base(base, "llama-tied")
+    tensors = everything(base)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, base / "model.safetensors", {"format": "pt"})
+    model = loaded(base)
+    model.resize_token_embeddings(len(embedding) + 8, mean_resizing=False)
+    made = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    made.save_pretrained(str(tmp_path / "adapter"))
+    run("--model", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    merged = loaded(tmp_path / "merged")
+    assert torch.equal(merged.lm_head.weight, model.get_input_embeddings().weight)
+    assert merged.config.vocab_size == len(embedding) + 8
+
+
 def test_kinds_are_refused_by_name_with_the_command_that_converts_them(tmp_path):
     save_base(tmp_path / "base", "qwen2")
     for number, (options, kind) in enumerate(

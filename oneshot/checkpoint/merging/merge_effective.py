@@ -146,26 +146,31 @@ def _untied(
 ) -> tuple[Effective, dict[str, Any]]:
     """What becomes of a head that is the embedding: PEFT changes one of them, so each becomes a tensor of its own.
 
-    Rows of tokens PEFT changes in both, and two that were saved alike are one again.
+    Rows of tokens PEFT changes in both, and two that were saved alike are one again. A copy of the embedding that the
+    files hold as the head goes then: with its old values it would be a head of its own.
 
     Args:
-        tensors: to which the head is added where it has to stand by itself
+        tensors: to which the head is added where it has to stand by itself, and of which such a copy is taken
     """
     head, embedding = architecture.head, architecture.embedding
     if not architecture.tied or head is None or embedding is None:
         return effective, {}
+    stored, copied = find_weight(tensors, embedding), find_weight(tensors, head)
+    assert stored is not None, "a tied embedding is stored"
     ours, theirs = (effective.whole.get(f"{module}.weight") for module in (head, embedding))
     if ours is not None and theirs is not None and ours.shape == theirs.shape and bool((ours == theirs).all()):
         whole = {name: tensor for name, tensor in effective.whole.items() if name != f"{head}.weight"}
         effective, ours = dataclasses.replace(effective, whole=whole), None
         if {head, embedding}.isdisjoint(effective.factors):
+            tensors.pop(copied or "", None)
             return effective, {}
     changed = {*effective.factors, *(name.removesuffix(".weight") for name in effective.whole)}
     if {head, embedding}.isdisjoint(changed) and head not in effective.tokens:
+        if embedding in effective.tokens:
+            tensors.pop(copied or "", None)
         return effective, {}
-    stored = find_weight(tensors, embedding)
-    assert stored is not None, "a tied embedding is stored"
-    tensors.setdefault(f"{head}.weight", tensors[stored])
+    if copied is None:
+        tensors[f"{head}.weight"] = tensors[stored]
     if embedding in effective.tokens and head not in effective.tokens:  # which PEFT changes in both
         tokens = {**effective.tokens, head: effective.tokens[embedding]}
         effective = dataclasses.replace(effective, tokens=tokens)
