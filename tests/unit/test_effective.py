@@ -207,3 +207,23 @@ def test_a_damaged_adapter_of_these_kinds_is_refused(tmp_path, refused):
         line = refused("--model", base, "--adapter", dora, "--out", tmp_path / "merged")
         assert ("only one factor" if number == 0 else "NaN or infinity in") in line
         assert kinds_of(dora).merged == ["DoRA"]
+
+
+@pytest.mark.parametrize("kind", ["pissa", "ia3"])
+def test_what_peft_would_load_in_part_is_refused_by_name(kind, tmp_path, refused):
+    from peft import IA3Config, get_peft_model
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_base(base)
+    if kind == "ia3":
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+        get_peft_model(loaded(base), config).save_pretrained(str(adapter))
+    else:
+        save_rich(adapter, base, init_lora_weights="pissa")
+    tensors = load_file(adapter / ADAPTER_TENSORS)
+    moved = {name.replace("layers.1.", "layers.9."): tensor for name, tensor in tensors.items()}
+    save_file(moved, adapter / ADAPTER_TENSORS, {"format": "pt"})
+    said = refused("--model", base, "--adapter", adapter, "--out", tmp_path / "merged")
+    assert "only in part" in said
+    assert "layers." in said
+    assert not (tmp_path / "merged").exists()

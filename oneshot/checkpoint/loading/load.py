@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.bases import base_of
+from oneshot.checkpoint.adapters.bases import base_of, own_tokenizer
 from oneshot.checkpoint.adapters.experts import mixtures
 from oneshot.checkpoint.classes import auto_class, refuses_sdpa
 from oneshot.checkpoint.disk.files import (
@@ -101,10 +101,9 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     chosen = own if settings.dtype == "auto" else settings.dtype
     slow = settings.dtype == "auto" and own in runtime.emulated
     dtype, written = torch.float32 if slow else getattr(torch, chosen), getattr(torch, chosen)
-    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     base = str(checkpoint.resolve()) if local_folder(name) else name  # a Hub id stays one
     four_bit = packed or settings.quantize == "nf4"
-    tokenizer = adapter if has_tokenizer and adapter else checkpoint
+    tokenizer = (own_tokenizer(adapter) if adapter is not None else None) or checkpoint
     commit = None if local_folder(name) else checkpoint.name if checkpoint.parent.name == "snapshots" else None
     eager = settings.attention != EAGER and _attention(settings.attention, runtime, dtype, config) == EAGER
     return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit, commit, left_over, eager)

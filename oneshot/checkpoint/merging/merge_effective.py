@@ -37,7 +37,7 @@ def plan_effective(
     """Work out the merge of such an adapter, alone and at weight 1, into a checkpoint.
 
     Args:
-        adapter: its folder, whose tokenizer goes along where it has one
+        adapter: its folder
         through_nf4, double_quant: as of ``plan_merge``
 
     Raises:
@@ -73,11 +73,10 @@ def plan_effective(
     config |= _grown(what, shapes, plan, architecture, base)
     slots, headers = plan_shards(shapes, dtypes)
     placed = {name for name, change in changes.items() if change.whole is not None}
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return dataclasses.replace(
         plan, tensors=tensors, terms=terms, changes=changes, slots=slots, headers=headers,
         config=dataclasses.replace(plan.config, fields=config),
-        quantized=plan.quantized - placed, tokenizer=adapter if has_tokenizer else None,
+        quantized=plan.quantized - placed,
     )  # fmt: skip
 
 
@@ -205,7 +204,7 @@ def merged_by_peft(base: Path, adapter: Path, *, trust_remote_code: bool = False
     """Return what PEFT makes of a checkpoint with an adapter of any kind, the whole model in memory.
 
     Raises:
-        UserError: PEFT cannot merge it
+        UserError: PEFT cannot merge it, or not all of it
     """
     import torch
     from peft import PeftModel
@@ -216,12 +215,20 @@ def merged_by_peft(base: Path, adapter: Path, *, trust_remote_code: bool = False
         config = read_config(base, trust_remote_code=trust_remote_code)
         model = auto_class(config).from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
         merged: Any = PeftModel.from_pretrained(model, str(adapter))
+        loading = merged.load_adapter(str(adapter), "default")  # again: the first one does not say what it left out
+        lost = sorted({*loading.unexpected_keys, *loading.missing_keys})
         state: dict[str, torch.Tensor] = merged.merge_and_unload().state_dict()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise UserError(
             f"PEFT cannot merge {adapter} into {base} ({first_line(error)}): save it as a plain LoRA (for LoRA "
             "initializations that change the base: save_pretrained with path_initial_model_for_weight_conversion)."
         ) from error
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(
+            f"PEFT loads {adapter} into {base} only in part: {lost[0]}{more} has no place in the model, or is not in "
+            "the file; give the base that it was trained on, or save it again."
+        )
     tensors, whole = list_tensors(base), {}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(head, "weight", None) is getattr(embedding, "weight", 0)
