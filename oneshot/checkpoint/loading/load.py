@@ -24,7 +24,7 @@ from oneshot.checkpoint.loading.segments import described
 from oneshot.checkpoint.loading.ties import keep_apart
 from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.quantized.nf4 import make_four_bit, what_stays
-from oneshot.checkpoint.quantized.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
+from oneshot.checkpoint.quantized.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit, stored_dtype
 from oneshot.checkpoint.reads.manifest import check_share
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import fetch_as_one, partitioned_loading
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 _SMALL = 4_000_000  # weights; below, waking a second thread costs more than it gains
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SDPA, EAGER = "sdpa", "eager"  # as transformers names them
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -94,10 +93,7 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     config, tensors = read_object(checkpoint / CONFIG), list_tensors(checkpoint)
     left_over = is_left_over(config, tensors)
     packed = is_stored(config) and not left_over
-    # the scales beside packed weights are fp32 whatever the rest is
-    names = [name for name in tensors if not (packed and ".weight." in name)]
-    stored = {_DTYPES[tensors[name].dtype] for name in names if tensors[name].dtype in _DTYPES} or {"float32"}
-    own = stored.pop() if len(stored) == 1 else "bfloat16" if "bfloat16" in stored else "float32"
+    own = stored_dtype(config, tensors)
     chosen = own if settings.dtype == "auto" else settings.dtype
     slow = settings.dtype == "auto" and own in runtime.emulated
     dtype, written = torch.float32 if slow else getattr(torch, chosen), getattr(torch, chosen)
