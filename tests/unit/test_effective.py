@@ -164,6 +164,8 @@ def test_what_has_no_sum_no_weight_and_no_checkpoint_is_said_before_anything_is_
     bias = save_rich(tmp_path / "bias", base, lora_bias=True)
     tokens = save_rich(tmp_path / "tokens", base, trainable_token_indices=[3, 5])
     changed_config(tokens, trainable_token_indices=[3])
+    longer = save_rich(tmp_path / "longer", base)
+    changed_config(longer, layer_replication=[[0, 2], [0, 2]])
     alora = save_rich(tmp_path / "alora", base)
     changed_config(alora, alora_invocation_tokens=[1])
     corda = save_rich(tmp_path / "corda", base)
@@ -177,6 +179,7 @@ def test_what_has_no_sum_no_weight_and_no_checkpoint_is_said_before_anything_is_
     assert "have no bias there" in refused("--model", base, "--adapter", bias, *out)
     assert "does not number the 2 rows" in refused("--model", base, "--adapter", tokens, *out)
     assert "active only after certain tokens" in refused("--model", base, "--adapter", alora, *out)
+    assert "has layer_replication" in refused("--model", base, "--adapter", longer, *out)
     assert "PEFT cannot merge" in refused("--model", base, "--adapter", corda, *out)
     assert files_in(tmp_path) == before
 
