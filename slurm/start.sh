@@ -21,7 +21,7 @@ fail() {
 # a node that fails ends the others, which would wait for it; all cores for the launcher, which shares them out
 options=(--ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none)
 if [[ -n ${ONESHOT_CONTAINER:-} ]]; then
-  srun --help 2>&1 | grep -q -e --container-image || fail \
+  srun --help 2>&1 | grep -e --container-image >/dev/null || fail \
     "ONESHOT_CONTAINER is set, but this cluster's srun has no --container-image (Pyxis): set ONESHOT_VENV instead."
   options+=("--container-image=$ONESHOT_CONTAINER" "--container-workdir=$PWD")
   options+=("--container-mounts=$PWD:$PWD${ONESHOT_MOUNTS:+,$ONESHOT_MOUNTS}")

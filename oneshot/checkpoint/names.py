@@ -13,6 +13,7 @@ MARKER = "SAFETY_DEGRADED.json"
 IDENTITY = "oneshot_patch.json"  # which checkpoint a patch belongs to
 CARD, EXPORT = "README.md", "oneshot_export.json"
 CHAT_TEMPLATE = "chat_template*"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder, of a tokenizer with several
 # of the tokenizer, as patterns
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "spiece.model",

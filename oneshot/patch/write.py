@@ -97,7 +97,7 @@ def write_repair(bench: Bench, update: Update, patch: Path, merged: Path | None)
 
     def standing_of(folder: Path) -> None:
         form = measured_form(source, double_quant=settings.double_quant)
-        begin_standing(folder, degraded=degraded, form=form, checkpoint=source.checkpoint)
+        begin_standing(folder, degraded=degraded, form=form, checkpoint=source.checkpoint, tokenizer=source.tokenizer)
 
     def standing(folder: Path) -> None:  # on rank 0, before the weights are there and before anyone sees the folder
         if degraded:

@@ -29,23 +29,27 @@ class Duration:
     total: float
 
 
-def duration(shape: ModelShape, choice: Choice, work: Work, zero: Zero, rates: Rates, steps: int) -> Duration:
+def duration(
+    shape: ModelShape, choice: Choice, work: Work, zero: Zero, rates: Rates, steps: int, read: int
+) -> Duration:
     """Return how long a run takes.
 
     load: bytes that a machine reads / disk rate. step: 2 * (weights that a token meets) * tokens * passes / compute
     rate, passes being 1 forward, 1 for the gradients of activations, 1 for those of trained weights and 1 to recompute;
     then what travels / network rate, as if nothing overlapped. A method whose epochs are forward passes makes one each.
+
+    Args:
+        read: bytes of the checkpoint, and of what is compared with another; every machine reads its share
     """
     partitioned = choice.sharding.startswith("zero3")
-    stored = 2 * shape.parameters
     machines = -(-choice.gpus // choice.per_node)
-    load = (stored / machines if partitioned else stored) / rates.disk
+    load = read / (1 if choice.builds_in_host else machines) / rates.disk
     cost = choice.cost
     passes = 2 + (cost.trains == "weights") + work.checkpointing if cost.backward else 1
     compute = 2 * shape.active * work.places * passes / rates.compute
     step = compute + _travel(shape, choice, work, zero) / rates.network
     if partitioned and zero.offload_weights:
-        step += 2 * stored / choice.gpus / _PCIE
+        step += 2 * choice.item * shape.parameters / choice.gpus / _PCIE
     steps += cost.extra_passes
     return Duration(load, step, load + steps * step)
 
@@ -54,9 +58,9 @@ def _travel(shape: ModelShape, choice: Choice, work: Work, zero: Zero) -> float:
     """Bytes that a GPU receives in a step: gathered weights in both passes, and gradients scattered."""
     others = (choice.gpus - 1) / choice.gpus
     packed = shape.of(*PATCHED) if choice.precision == "nf4" else 0
-    weights = 2 * (shape.parameters - packed) + packed / 2
-    elements = shape.parameters - packed + packed / 4
-    gradients = 2 * trained(shape, choice, work)
+    weights = choice.item * (shape.parameters - packed) + packed / 2
+    elements = shape.parameters - packed + packed / (2 * choice.item)
+    gradients = choice.item * trained(shape, choice, work)
     if choice.sharding == "zero2":
         return (gradients + gradients) * others  # scattered, and the new weights gathered
     if not choice.sharding.startswith("zero3"):

@@ -151,6 +151,7 @@ class Choice:
     """One way to run: the method by name, how weights are held, how they are shared over how many GPUs.
 
     ``item``: bytes of a number that is computed with, and of a weight that is held so: 2 in bf16 and fp16, 4 in fp32.
+    ``stock``: whole weights are read by transformers' own from_pretrained.
     """
 
     method: str
@@ -160,11 +161,17 @@ class Choice:
     per_node: int = 8
     double_quant: bool = False
     item: int = 2
+    stock: bool = False
 
     @property
     def cost(self) -> Cost:
         """What the method costs; the one place where the planner goes by a method's name."""
         return METHODS[self.method].cost
+
+    @property
+    def builds_in_host(self) -> bool:
+        """Whether every process reads the whole model into the machine's memory, before a GPU gets it."""
+        return self.stock and self.precision == "bf16" and not self.sharding.startswith("zero3")
 
     @property
     def held_in(self) -> str:

@@ -201,8 +201,8 @@ def _host(sizes: _Weights, choice: Choice, zero: Zero, device: Device, held: _St
     partitioned = choice.sharding.startswith("zero3")
     if partitioned and zero.offload_weights:
         rank += sizes.share
-    if not partitioned and choice.precision == "bf16":
-        rank += sizes.whole  # transformers builds the model there, in every process
+    if choice.builds_in_host:
+        rank += sizes.whole  # transformers builds the model there, in every process; ours reads it to the device
     return rank * choice.ranks_per_node
 
 

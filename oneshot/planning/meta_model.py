@@ -85,10 +85,8 @@ def built_shape(config: Mapping[str, Any], remote: Path | None = None) -> ModelS
     with _quiet(), torch.random.fork_rng(devices=[]):
         try:
             model = _built(config, remote)
-            part = model.config.model_type != config.get("model_type")  # the text part of a multimodal model
-            more = part or bool(model._keys_to_ignore_on_load_unexpected)
             apart = bool(fused_experts(model)) and written_form(model) == APART
-            return replace(_shape(model), more_stored=more, apart=apart)
+            return replace(_shape(model), apart=apart)
         except UserError:
             raise
         except Exception as error:  # what is wrong in a config shows as an error of any kind, in the model's own code
@@ -152,19 +150,17 @@ def _shape(model: Any) -> ModelShape:
     mixture = _Mixture.of(config)
     inner = _number(config, "intermediate_size") or 0
     dense = _dense_width(found, hidden, inner)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return ModelShape(
         weights=tuple(Weight(kind, shape, count, alone) for (kind, shape, alone), count in counted.items()),
         layers=_number(config, "num_hidden_layers") or 1,
         hidden=hidden,
         heads=heads,
-        kv_heads=_number(config, "num_key_value_heads", "num_kv_heads") or heads,
         head_dim=max(_number(config, name) or 0 for name in _HEAD_DIMS) or hidden // heads,
         vocabulary=vocabulary,
         ffn=_sparse_width(found, mixture, hidden, inner) if routed else dense,
         gated=_gated(routed or found, hidden, dense),
         active=vocabulary * hidden + sum(mixture.met(weight) for weight in found if weight.multiplies),
-        buffers=sum(held.numel() for name, held in model.state_dict().items() if name not in parameters),
+        chosen=mixture.chosen if routed else 0,
     )
 
 

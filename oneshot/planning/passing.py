@@ -105,14 +105,25 @@ def _cast(shape: ModelShape, choice: Choice) -> int:
 
 def _pairs(shape: ModelShape, choice: Choice, work: Work) -> Blocks:
     """One generation of factored gradients, in fp32: a rank's share of the layers."""
-    rows = 4 * (work.total if choice.cost.guard_gradient else work.tokens)
-    return [(rows * size, w.count / choice.gpus) for w in shape.patched for size in w.shape]
+    rows = work.total if choice.cost.guard_gradient else work.tokens
+    linears = [(4 * rows * size, w.count / choice.gpus) for w in shape.patched for size in w.shape]
+    return [*linears, *((4 * tokens, count / choice.gpus) for tokens, count in _routed(shape, work, rows))]
 
 
 def _captured(shape: ModelShape, choice: Choice, work: Work) -> Blocks:
-    """Inputs and output gradients of all linear layers, as a backward pass leaves them on a rank."""
+    """Inputs and output gradients of all layers, as a backward pass leaves them on a rank."""
     item = choice.item * work.places
-    return [*_inputs(shape, choice, work), *((item * w.shape[0], w.count) for w in shape.patched)]
+    found = [*_inputs(shape, choice, work), *((item * w.shape[0], w.count) for w in shape.patched)]
+    return [*found, *((choice.item * size, count) for size, count in _routed(shape, work, work.places))]
+
+
+def _routed(shape: ModelShape, work: Work, tokens: int) -> Blocks:
+    """Elements of what fused experts take and give, a tensor of its own for each, where a patch has factors of them."""
+    if not work.rank_experts:
+        return []
+    fused = [w for w in shape.weights if w.kind == "fused" and w.alone and w.matrices]
+    own = {w: tokens * (shape.chosen or w.shape[0]) / w.shape[0] for w in fused}  # of the tokens, one expert's
+    return [(int(own[w] * size), w.count * w.shape[0]) for w in fused for size in w.shape[1:]]
 
 
 def _inputs(shape: ModelShape, choice: Choice, work: Work) -> Blocks:

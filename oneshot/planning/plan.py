@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from oneshot.planning.model import PlannedModel, read_model
+from oneshot.planning.model import PlannedModel, compared_bytes, read_model
 from oneshot.planning.rows import Row, own_rows, rows
 from oneshot.planning.shapes import PATCHED, stored_bytes
 from oneshot.settings import Settings
@@ -53,7 +53,7 @@ class Plan:
     @property
     def compared(self) -> int:
         """Bytes that are read for the fine-tune's own update: what a patch reaches, in both checkpoints."""
-        return 2 * stored_bytes(self.model.shape, self.model.stored_as, reached=True)
+        return compared_bytes(self.model)
 
     @property
     def checkpoint_bytes(self) -> int:

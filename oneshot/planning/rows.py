@@ -10,16 +10,17 @@ from oneshot.errors import UserError
 from oneshot.patch.methods import METHODS
 from oneshot.patch.recipe import AUTO, choose_method
 from oneshot.planning.duration import Duration, Rates, duration
-from oneshot.planning.facts import GIB, GPU, Choice, Precision, Sharded, shipped
+from oneshot.planning.facts import GPU, Choice, Precision, Sharded, shipped
 from oneshot.planning.memory import Memory, estimate, optimizer_bytes, state_bytes
-from oneshot.planning.model import PlannedModel
+from oneshot.planning.model import PlannedModel, compared_bytes
+from oneshot.planning.shapes import NF4, NF4_DOUBLE, stored_bytes
 from oneshot.planning.work import FINETUNE, planned_methods, steps_of, work_of
 from oneshot.settings import Settings
 
 _PREFIXES = ((prefix, power) for power, prefix in enumerate("KMGT", 1))
 _UNITS = {"B": 1}
 _UNITS |= {name: size for p, i in _PREFIXES for name, size in ((f"{p}B", 1000**i), (f"{p}IB", 1024**i))}
-_COUNTS = (*range(1, 9), *range(16, 129, 8), *range(160, 513, 32), 1024)
+_COUNTS = (*range(1, 9), *range(16, 129, 8), *range(160, 513, 32), 1024)  # of GPUs that are tried, beside those given
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Row:
     Attributes:
         impossible: why this cannot be run on any number of GPUs, or empty
         fits: on the GPUs and machines given
-        smallest: number of GPUs that it takes, or none
+        smallest: number of GPUs that it takes, of those that are tried, or none
         advice: what to change, or empty
         result: bytes on disk of what the run writes: a checkpoint (sft) or an adapter
         state: bytes on disk of one training state (fp32 weights and both moments); 0 for none
@@ -58,26 +59,6 @@ class Row:
     @property
     def sharding(self) -> Sharded:
         return self.choice.sharding
-
-    @property
-    def gpu_gib(self) -> float:
-        """Most that a GPU holds at any time."""
-        return self.memory.peak / GIB
-
-    @property
-    def host_gib(self) -> float:
-        """What a machine's own memory holds, all its processes together."""
-        return self.memory.host / GIB
-
-    @property
-    def disk_gib(self) -> float:
-        """What the run writes, and one training state."""
-        return (self.result + self.state) / GIB
-
-    @property
-    def minutes(self) -> float:
-        """Of loading and all steps."""
-        return self.time.total / 60
 
 
 def bytes_of(text: str, name: str) -> int:
@@ -113,8 +94,12 @@ def row(settings: Settings, model: PlannedModel, method: str, precision: Precisi
     plan, shape = settings.plan, model.shape
     memory, host = bytes_of(plan.gpu_memory, "plan.gpu_memory"), bytes_of(plan.host_memory, "plan.host_memory")
     zero = shipped(sharding, precision)
-    item = 4 if settings.model.dtype == "float32" else 2
-    chosen = Choice(method, precision, sharding, plan.gpus, plan.gpus_per_node, settings.model.double_quant, item)
+    item = {"auto": model.item, "float32": 4}.get(settings.model.dtype, 2)
+    packed = model.stored_as in (NF4, NF4_DOUBLE)
+    double = model.stored_as == NF4_DOUBLE if packed else settings.model.double_quant
+    chosen = Choice(
+        method, precision, sharding, plan.gpus, plan.gpus_per_node, double, item, stock=settings.model.stock_io
+    )
 
     def on(gpus: int, recompute: bool = settings.model.gradient_checkpointing) -> Memory:
         work = replace(work_of(settings, method, gpus), checkpointing=recompute)
@@ -126,16 +111,20 @@ def row(settings: Settings, model: PlannedModel, method: str, precision: Precisi
     impossible = ""
     if precision == "nf4" and METHODS[method].four_bit is None:
         impossible = "4-bit weights cannot be trained"
+    elif packed and precision == "bf16":
+        impossible = "its files are in 4 bits"
     here, work = on(plan.gpus), work_of(settings, method, plan.gpus)
-    smallest = None if impossible else next((gpus for gpus in _COUNTS if fit(on(gpus))), None)
+    smallest = None if impossible else next((gpus for gpus in sorted({*_COUNTS, plan.gpus}) if fit(on(gpus))), None)
     rates = Rates(bytes_of(plan.disk, "plan.disk"), bytes_of(plan.network, "plan.network"), plan.compute * 1e12)
     fits = not impossible and fit(here)
     written = shape.low_rank if work.finetune else shape.written  # a fine-tune's is in the form that PEFT writes
     result = item * shape.parameters if chosen.cost.trains == "weights" else 4 * written(work.rank, work.rank_experts)
-    found = Row(
-        chosen, here, duration(shape, chosen, work, zero, rates, steps_of(settings, method)), impossible, fits,
-        smallest, "", result, state_bytes(shape, chosen, work), optimizer_bytes(shape, chosen, work),
-    )  # fmt: skip
+    read = stored_bytes(shape, model.stored_as)
+    if chosen.cost.decomposes and not model.adapter:
+        read += compared_bytes(model)
+    time = duration(shape, chosen, work, zero, rates, steps_of(settings, method), read)
+    states = state_bytes(shape, chosen, work), optimizer_bytes(shape, chosen, work)
+    found = Row(chosen, here, time, impossible, fits, smallest, "", result, *states)
     if fits:
         return found
     recomputed = fit(on(plan.gpus, recompute=True))
@@ -164,5 +153,6 @@ def own_rows(settings: Settings, model: PlannedModel, found: list[Row]) -> list[
     elif method == AUTO:
         has_update = model.adapter or settings.reference is not None
         method = choose_method(AUTO, has_update=True)[0].name if has_update else None
-    precision = settings.model.quantize or ("bf16" if method else None)
+    packed = model.stored_as in (NF4, NF4_DOUBLE)
+    precision = settings.model.quantize or ("nf4" if packed else "bf16" if method else None)
     return [row for row in found if method in (None, row.method) and precision in (None, row.precision)]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Kind = Literal["linear", "expert", "fused", "head", "embedding", "tower", "other"]
+FP32, NF4, NF4_DOUBLE = "fp32", "nf4", "nf4, scales quantized"  # forms of a checkpoint's files
 PATCHED: tuple[Kind, ...] = ("linear", "expert")  # what a patch may change and NF4 quantizes
 
 
@@ -47,12 +48,11 @@ class ModelShape:
 
     Attributes:
         weights: grouped by kind and shape
-        layers, hidden, heads, kv_heads, head_dim, vocabulary: as in its config; of a multimodal model its text part's
+        layers, hidden, heads, head_dim, vocabulary: as in its config; of a multimodal model its text part's
         ffn: inner width that one token sees; of a mixture of experts that of its chosen and shared experts together
         gated: whether the MLP is gate * up (3 matrices) or up (2)
         active: parameters of matrices that one token is multiplied with, output head included
-        buffers: elements that a checkpoint may hold beside the weights
-        more_stored: whether its checkpoint may hold other tensors, too, which it does not read
+        chosen: experts of a layer that a token is sent to; 0 where the config does not say
         apart: whether a patch holds each expert's gate and up by themselves, with a factor A of its own each
     """
 
@@ -60,14 +60,12 @@ class ModelShape:
     layers: int
     hidden: int
     heads: int
-    kv_heads: int
     head_dim: int
     vocabulary: int
     ffn: int
     gated: bool
     active: int
-    buffers: int = 0
-    more_stored: bool = False
+    chosen: int = 0
     apart: bool = False
 
     @property
@@ -127,7 +125,8 @@ def stored_bytes(shape: ModelShape, form: str = "", *, reached: bool = False) ->
 
     Args:
         form: mxfp4 (of fused experts: 4 bits, and a byte of scale for 32 numbers), fp8 (of linear layers and experts: a
-            byte, and 4 of scale for 128 x 128 numbers) or "", 16 bits; what has no such form is in 16 bits
+            byte, and 4 of scale for 128 x 128 numbers), nf4 (of linear layers: 4 bits, and 4 bytes of scale for 64
+            numbers, or one if the scales are quantized), fp32 or "", 16 bits; what has no such form is in 16 bits
         reached: only of what a patch may change
     """
     experts = sum(many * m * n for many, m, n in shape.experts)
@@ -138,7 +137,10 @@ def stored_bytes(shape: ModelShape, form: str = "", *, reached: bool = False) ->
     if form == "fp8":
         packed = fused + shape.of(*PATCHED)
         return 2 * (every - packed) + packed + 4 * packed // 128**2
-    return 2 * every
+    if form in (NF4, NF4_DOUBLE):
+        packed = shape.of(*PATCHED)
+        return 2 * (every - packed) + packed // 2 + packed * (1 if form == NF4_DOUBLE else 4) // 64
+    return (4 if form == FP32 else 2) * every
 
 
 def as_plain(shape: ModelShape) -> dict[str, Any]:

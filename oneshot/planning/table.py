@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from oneshot.planning.facts import GIB
 from oneshot.planning.memory import is_packed
+from oneshot.planning.model import SCALED
 from oneshot.planning.plan import Plan
 from oneshot.planning.rows import Row
 from oneshot.settings import PlanSettings
@@ -83,7 +84,7 @@ def print_plan(options: PlanSettings, plan: Plan, console: Console) -> None:
     kept = sum(w.numel * w.count for w in shape.weights if w.kind == "fused" and not is_packed(w, packed))
     if kept:
         say.append(f"{kept:,} parameters of fused experts stay in 16 bits where linear layers are read in 4.")
-    if model.stored_as:
+    if model.stored_as in SCALED:
         say.append(
             f"Its files are in {model.stored_as.upper()}, and are read as the numbers that they stand for; a patch of "
             "it is served as an adapter, or merged into a copy of the checkpoint in 16 bits."

@@ -14,7 +14,8 @@ from typing import Any
 from oneshot.checkpoint.disk.files import ADAPTER_TENSORS, MARKER
 from oneshot.checkpoint.merging.exports import GivenAdapter
 from oneshot.checkpoint.merging.merge_plan import MergePlan
-from oneshot.checkpoint.writing.standing import EXPORT, comes_from_degraded
+from oneshot.checkpoint.names import EXPORT
+from oneshot.checkpoint.writing.standing import comes_from_degraded
 from oneshot.patch.derive import Remainder
 from oneshot.redact import without_secrets
 from oneshot.report.markdown import fenced, inline

@@ -133,6 +133,15 @@ def test_the_repaired_adapter_keeps_config_rank_scaling_and_names(options, tmp_p
     same(logits_of(with_peft(tiny_model("llama"), tmp_path / "repaired"), TOKENS), wanted)
 
 
+def test_a_module_that_is_scaled_to_nothing_stays_nothing(tmp_path):
+    users_adapter(tmp_path / "own", alpha_pattern={"v_proj": 0})
+    adapter = read_adapter(tmp_path / "own")
+    write_repaired_adapter(tmp_path / "repaired", adapter, adapter.update)
+    for name, factors in read_adapter(tmp_path / "repaired").stored.items():
+        wanted = adapter.stored[name].b if adapter.scaling[name] else torch.zeros_like(factors.b)
+        torch.testing.assert_close(factors.b, wanted)
+
+
 def test_a_repaired_adapter_of_lower_rank_is_padded_to_its_own(tmp_path):
     """Directions of an adapter whose rank exceeds the layer's size are fewer than the rank that its config names."""
     users_adapter(tmp_path / "own", r=40, target_modules=["k_proj"])  # k_proj has 16 outputs

@@ -281,6 +281,22 @@ def test_patches_carry_the_tokenizer_as_it_was(older, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*BESIDE[2:], "special_tokens_map.json"}
 
 
+def test_every_chat_template_goes_along(older, tmp_path):
+    """Of several all but the default one lie in a folder of their own."""
+    from transformers import AutoTokenizer
+
+    older, patch = shutil.copytree(older, tmp_path / "model"), tmp_path / "patch"
+    templates = older / "additional_chat_templates"
+    templates.mkdir()
+    patch.mkdir()
+    (templates / "tool_use.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    copy_tokenizer(older, patch)
+    save_checkpoint(tiny_runtime(), loaded(older), source_of(older), tmp_path / "saved", torch.float32)
+    merge_update(tiny_runtime(), older, {}, tmp_path / "merged", tokenizer=patch)
+    for folder in (patch, tmp_path / "saved", tmp_path / "merged"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template.keys() == {"default", "tool_use"}
+
+
 def test_a_merge_takes_the_tokenizer_that_the_run_used(older, tmp_path):
     """An adapter with a chat template of its own was scored with that one."""
     used = tmp_path / "adapter"

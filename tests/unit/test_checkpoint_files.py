@@ -37,6 +37,20 @@ def sharded(tmp_path):
     return tmp_path / "sharded"
 
 
+def test_what_the_index_leaves_out_is_read_as_transformers_does(sharded, tmp_path):
+    import transformers
+
+    whole = list_tensors(sharded)
+    shards = [entry.shard for entry in whole.values()]
+    name = next(name for name, entry in whole.items() if shards.count(entry.shard) > 1)
+    change_index(sharded, lambda index: index["weight_map"].pop(name))
+    assert list_tensors(sharded) == whole
+    merge_update(tiny_runtime(), sharded, {}, tmp_path / "merged")
+    for folder in (sharded, tmp_path / "merged"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(logits_of(model, TOKENS), logits_of(tiny_model("llama"), TOKENS))
+
+
 @pytest.fixture
 def single(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "single")

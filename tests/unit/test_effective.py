@@ -91,6 +91,46 @@ def test_an_adapter_that_is_more_than_a_lora_is_merged_as_peft_applies_it(kind, 
     assert json.loads((tmp_path / "merged" / "oneshot_export.json").read_text())["adapters"][0]["kinds"]
 
 
+@pytest.mark.parametrize(
+    "kind", ["tied-tokens", "tied-saved-as-one", "tied-saved-head", "tied-saved-embedding", "tied-head", "plain"]
+)
+def test_a_tied_head_that_is_stored_as_well_changes_as_the_embedding_does(kind, tmp_path):
+    base = tmp_path / "base"
+    save_base(base, "llama-tied")
+    tensors = everything(base)
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    adapter = save_rich(tmp_path / "adapter", base, **STREAMED.get(kind, ("", {}))[1])
+    wanted = logits_of(with_peft(loaded(base), adapter), TOKENS)
+    run("--model", base, "--adapter", adapter, "--out", tmp_path / "merged")
+    torch.testing.assert_close(logits_of(loaded(tmp_path / "merged"), TOKENS), wanted, rtol=1e-3, atol=1e-3)
+    written = everything(tmp_path / "merged")
+    tied = json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == (kind in ("tied-tokens", "tied-saved-as-one", "plain"))
+    assert ("lm_head.weight" in written) == (kind not in ("tied-tokens", "tied-saved-as-one"))
+
+
+def test_a_tied_head_that_is_stored_as_well_grows_with_the_embedding(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tmp_path / "base"
+    save_base(base, "llama-tied")
+    tensors = everything(base)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, base / "model.safetensors", {"format": "pt"})
+    model = loaded(base)
+    model.resize_token_embeddings(len(embedding) + 8, mean_resizing=False)
+    made = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    made.save_pretrained(str(tmp_path / "adapter"))
+    run("--model", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    merged = loaded(tmp_path / "merged")
+    assert torch.equal(merged.lm_head.weight, model.get_input_embeddings().weight)
+    assert merged.config.vocab_size == len(embedding) + 8
+
+
 def test_kinds_are_refused_by_name_with_the_command_that_converts_them(tmp_path):
     save_base(tmp_path / "base", "qwen2")
     for number, (options, kind) in enumerate(
@@ -124,6 +164,8 @@ def test_what_has_no_sum_no_weight_and_no_checkpoint_is_said_before_anything_is_
     bias = save_rich(tmp_path / "bias", base, lora_bias=True)
     tokens = save_rich(tmp_path / "tokens", base, trainable_token_indices=[3, 5])
     changed_config(tokens, trainable_token_indices=[3])
+    longer = save_rich(tmp_path / "longer", base)
+    changed_config(longer, layer_replication=[[0, 2], [0, 2]])
     alora = save_rich(tmp_path / "alora", base)
     changed_config(alora, alora_invocation_tokens=[1])
     corda = save_rich(tmp_path / "corda", base)
@@ -137,6 +179,7 @@ def test_what_has_no_sum_no_weight_and_no_checkpoint_is_said_before_anything_is_
     assert "have no bias there" in refused("--model", base, "--adapter", bias, *out)
     assert "does not number the 2 rows" in refused("--model", base, "--adapter", tokens, *out)
     assert "active only after certain tokens" in refused("--model", base, "--adapter", alora, *out)
+    assert "has layer_replication" in refused("--model", base, "--adapter", longer, *out)
     assert "PEFT cannot merge" in refused("--model", base, "--adapter", corda, *out)
     assert files_in(tmp_path) == before
 
@@ -167,3 +210,23 @@ def test_a_damaged_adapter_of_these_kinds_is_refused(tmp_path, refused):
         line = refused("--model", base, "--adapter", dora, "--out", tmp_path / "merged")
         assert ("only one factor" if number == 0 else "NaN or infinity in") in line
         assert kinds_of(dora).merged == ["DoRA"]
+
+
+@pytest.mark.parametrize("kind", ["pissa", "ia3"])
+def test_what_peft_would_load_in_part_is_refused_by_name(kind, tmp_path, refused):
+    from peft import IA3Config, get_peft_model
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_base(base)
+    if kind == "ia3":
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+        get_peft_model(loaded(base), config).save_pretrained(str(adapter))
+    else:
+        save_rich(adapter, base, init_lora_weights="pissa")
+    tensors = load_file(adapter / ADAPTER_TENSORS)
+    moved = {name.replace("layers.1.", "layers.9."): tensor for name, tensor in tensors.items()}
+    save_file(moved, adapter / ADAPTER_TENSORS, {"format": "pt"})
+    said = refused("--model", base, "--adapter", adapter, "--out", tmp_path / "merged")
+    assert "only in part" in said
+    assert "layers." in said
+    assert not (tmp_path / "merged").exists()

@@ -392,6 +392,41 @@ def test_a_base_with_another_config_or_template_keeps_the_marker(file, degraded,
     assert "is not what" in (tmp_path / "out" / "README.md").read_text()
 
 
+def with_template(folder, template):
+    """Give an adapter a tokenizer and chat template of its own."""
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_a_patch_with_a_tokenizer_of_its_own_is_good_as_it_was_measured_only(degraded, given, tmp_path):
+    base, _ = degraded
+    repair = with_template(repair_on(base, given / "a", tmp_path / "patch"), "{{ messages }} safely")
+    merge = ["--model", base, "--adapter", repair, "--out"]
+    for name, measured, template in [("base's", base, ""), ("own", repair, ""), ("changed", repair, "Sure! ")]:
+        begin_standing(repair, degraded=True, form="original", checkpoint=base, tokenizer=measured)
+        settle(repair, "repaired", [], base="the base", degraded=True)
+        with_template(repair, "{{ messages }} safely" + template)
+        run(*merge, tmp_path / name)
+        assert is_degraded(tmp_path / name) == (name != "own")
+        assert (tmp_path / name / "chat_template.jinja").read_text() == "{{ messages }} safely" + template
+
+
+def test_the_adapters_tokenizer_goes_along_where_it_is_one(given, tmp_path):
+    for name, template in [("a", "one"), ("b", "one"), ("c", "other")]:
+        with_template(shutil.copytree(given / {"c": "b"}.get(name, name), tmp_path / name), template)
+    merge = ["--model", given / "base", "--adapter", tmp_path / "a"]
+    run(*merge, "--out", tmp_path / "alone")
+    run(*merge, "--adapter", tmp_path / "b", "--out", tmp_path / "alike")
+    run(*merge, "--adapter", given / "b", "--out", tmp_path / "beside-none")
+    run(*merge, "--adapter", tmp_path / "c", "--out", tmp_path / "two")
+    run(*merge, "--subtract", "--out", tmp_path / "taken-out")
+    held = {path.parent.name: path.read_text() for path in tmp_path.glob("*/chat_template.jinja")}
+    bases = given / "base" / "chat_template.jinja"
+    assert [held.get(name) for name in ("alone", "alike", "beside-none")] == ["one"] * 3
+    assert [held.get(name) for name in ("two", "taken-out")] == [bases.read_text() if bases.is_file() else None] * 2
+
+
 def test_a_patch_whose_base_has_moved_is_still_the_one_that_was_measured(degraded, tmp_path):
     base, repair = degraded
     path = repair / "adapter_config.json"

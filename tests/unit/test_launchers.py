@@ -278,6 +278,8 @@ def test_a_container_sees_the_repository_and_what_is_mounted(place: Place) -> No
     assert "--container-image=a.sqsh" in ran.stdout.splitlines()
     assert f"--container-mounts={place.root}:{place.root},/data,/b:/c" in ran.stdout.splitlines()
     assert f"--container-workdir={place.root}" in ran.stdout.splitlines()
+    pyxis["SRUN_HELP"] += "\n" + "more than a pipe holds " * 5000
+    assert place.run("slurm/start.sh", "x.py", ONESHOT_CONTAINER="a.sqsh", **pyxis).returncode == 0
     without = place.run("slurm/start.sh", "x.py", ONESHOT_CONTAINER="a.sqsh", SLURM_JOB_ID="42")
     assert without.returncode == 2
     assert "srun has no --container-image (Pyxis)" in without.stderr

@@ -14,6 +14,7 @@ from oneshot.checkpoint.loading.architecture import architecture_of
 from oneshot.checkpoint.merging import merge as merging
 from oneshot.checkpoint.merging.merge import merge, merge_update
 from oneshot.checkpoint.merging.merge_plan import Term, adapter_terms, plan_merge, shared_out
+from oneshot.checkpoint.reads.manifest import check_share
 from oneshot.checkpoint.writing.verify import check_shards
 from oneshot.errors import UserError
 from oneshot.world.model import build_tokenizer
@@ -235,6 +236,16 @@ def test_tensors_of_any_dtype_are_copied(tmp_path):
         assert ours[name].dtype == tensor.dtype, name
         assert ours[name].shape == tensor.shape, name
         assert ours[name].view(-1).view(torch.uint8).tolist() == tensor.view(-1).view(torch.uint8).tolist(), name
+    check_share(tiny_runtime(), tmp_path / "ours")
+    problems = [problem for shard in check_shards(tmp_path / "ours") for problem in shard.problems]
+    assert problems == ["empty is empty", "scalar holds 1 values that are not finite"]
+
+
+def test_a_link_to_nothing_in_the_base_is_named(tmp_path):
+    save_base(tmp_path)
+    (tmp_path / "extra.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"extra\.txt is a link to what is not there"):
+        plan_merge(tmp_path, [])
 
 
 def test_adapters_are_summed_with_their_weights(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_carrier import FORMS, tiny, update_of
 from tiny_configs import SPARSE
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from oneshot.checkpoint.adapters.injected import write_loadable
 from oneshot.errors import UserError
+from oneshot.patch.attach import Gradients
 from oneshot.patch.linears import select_linears
+from oneshot.planning import passing
+from oneshot.planning.facts import Choice, Work
 from oneshot.planning.lookup import model_shape
 from oneshot.planning.model import PlannedModel, read_model
 from oneshot.planning.plan import Plan, as_json
@@ -106,6 +111,28 @@ def test_the_rank_of_experts_counts_in_every_repair_that_holds_factors() -> None
         assert four.result - one.result == 4 * (experts + 3 * 128 * 48 * 2048), "gate and up have an A each"
         assert four.memory.steady <= four.memory.step
         assert four.memory.step - one.memory.step >= 2 * 4 * experts
+
+
+def test_the_gradients_of_experts_count_as_they_are_captured() -> None:
+    torch.manual_seed(0)
+    fields = config(
+        "qwen3_moe", 16, 32, 2, 2, 1, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=16, head_dim=8,
+        vocab_size=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3_moe"].from_dict(fields)).requires_grad_(False)
+    targets = select_linears(model).targets
+    gradients, tokens = Gradients(targets), torch.arange(20)[None]
+    with gradients.capturing(model):
+        model(tokens).logits.float().logsumexp(-1).sum().backward()
+    held = sum(side.nbytes for name in gradients.deltas for side in gradients.pair(name))
+    shape, work = model_shape(fields), Work(1, 20, 20, total=20, rank_experts=1)
+    choice = Choice("lowrank", "bf16", "none", item=4)
+    assert sum(size * count for size, count in passing._pairs(shape, choice, work)) == held
+    left = replace(work, rank_experts=0)
+    layers = 20 * 4 * sum(sum(w.shape) * w.count for w in shape.patched)
+    assert sum(size * count for size, count in passing._pairs(shape, choice, left)) == layers
+    captured = [sum(size * count for size, count in passing._captured(shape, choice, each)) for each in (work, left)]
+    assert captured[0] - captured[1] == held - layers
 
 
 def test_the_table_says_what_a_patch_reaches() -> None:

@@ -19,6 +19,7 @@ from oneshot.checkpoint.writing.standing import (
     UNMEASURED,
     VERDICT,
     begin_standing,
+    beside,
     comes_from_degraded,
     read_standing,
     settle,
@@ -183,6 +184,29 @@ def test_a_marker_is_there_before_the_weights_are(run, monkeypatch, tmp_path):
         stage.run(parse([*words(folder), "--out", str(folder / "run")], "repair"), quiet=True)
     assert found == [True]
     assert not (folder / "run" / PATCH).exists()
+
+
+def test_a_patch_is_measured_with_the_tokenizer_that_the_source_has(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from oneshot.patch import write
+
+    base, own, found = tmp_path / "base", tmp_path / "own", []
+    for folder in (base, own):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "chat_template.jinja").write_text(folder.name)
+    source = Source(base, own, own, "base", torch.float32, torch.float32)
+    settings = SimpleNamespace(model=SimpleNamespace(double_quant=False, trust_remote_code=False))
+    request = SimpleNamespace(
+        source=source, settings=settings, runtime=tiny_runtime(), recipe=SimpleNamespace(method=None)
+    )
+    monkeypatch.setattr(
+        write, "plain_model", lambda *_, **__: found.append(read_standing(next(tmp_path.glob("*patch*")))) or killed()
+    )
+    with pytest.raises(Killed):
+        write.write_repair(SimpleNamespace(request=request), {"layer": None}, tmp_path / "patch", None)
+    assert found[0].beside == beside(base, own) != beside(base)
 
 
 def test_a_copy_of_a_degraded_model_in_memory_is_marked(tmp_path):

@@ -186,7 +186,9 @@ def write_repaired_adapter(folder: Path, adapter: Adapter, update: Update) -> No
     """
     import json
 
-    unscaled = {name: Factors(factors.b / adapter.scaling[name], factors.a) for name, factors in update.items()}
+    # where a scaling is 0 (lora_alpha, alpha_pattern), so is the update
+    scales = {name: adapter.scaling[name] or 1.0 for name in update}
+    unscaled = {name: Factors(factors.b / scales[name], factors.a) for name, factors in update.items()}
     held = _as_read(adapter, unscaled)
     tensors = {}
     for name, factors in held.items():

@@ -1,4 +1,4 @@
-"""Which checkpoint an adapter stands on: the one that is asked for, else the one that its config names."""
+"""What an adapter stands on: the checkpoint that is asked for, else the one that its config names; its tokenizer."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def named_base(adapter: Path, asked: str | None, revision: str | None) -> tuple[
     if own is not None and not isinstance(own, str):
         raise UserError(f"{path} has the revision {own!r}, which is no text: restore it from its source.")
     return name, revision or own, path
+
+
+def own_tokenizer(adapter: Path) -> Path | None:
+    """Return the folder of an adapter if it holds a tokenizer, which then takes the place of its base's; else none."""
+    return adapter if (adapter / "tokenizer_config.json").is_file() else None

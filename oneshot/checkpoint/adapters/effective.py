@@ -109,6 +109,8 @@ def kinds_of(folder: Path) -> Kinds:
         found.by_peft.append(f"init_lora_weights {init}")
     if config.get("alora_invocation_tokens"):
         found.never.append("alora_invocation_tokens")
+    if config.get("layer_replication"):
+        found.never.append("layer_replication")
     if _has_other_parameters(config, {factor[0] for factor in map(factor_of, tensors) if factor is not None}):
         found.by_peft.append("target_parameters")
     saved: list[str] = []
@@ -170,6 +172,11 @@ def refuse(folder: Path, kinds: list[str], base: str | None = None) -> UserError
         return UserError(
             f"{folder / ADAPTER_CONFIG} has alora_invocation_tokens, so the adapter is active only after certain "
             "tokens, and no merged checkpoint is equal to it: train a plain LoRA."
+        )
+    if "layer_replication" in kinds:
+        return UserError(
+            f"{folder / ADAPTER_CONFIG} has layer_replication, so that the adapter is of a model with more layers than "
+            "its base: build that model, save it, and train a plain LoRA on it."
         )
     return UserError(
         f"{folder} is more than a LoRA of linear layers ({', '.join(kinds)}): merge it first, with oneshot export "

@@ -40,7 +40,6 @@ PICKLED_ADAPTER = (
 )
 _ODD = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # in no name of a file or model
 
-
 _fetched: dict[tuple[str, str], Path] = {}  # Hub id and commit, of which the files never change -> folder
 
 
@@ -211,7 +210,9 @@ def list_tensors(folder: Path) -> dict[str, TensorEntry]:
         for tensor, shard in index.items():
             if tensor not in shards[shard]:
                 raise UserError(f"{folder / INDEX} puts {tensor} into {shard}, which does not hold it.")
-        return {tensor: shards[shard][tensor] for tensor, shard in index.items()}
+        named = {tensor: shards[shard][tensor] for tensor, shard in index.items()}
+        # and what else the shards hold, as transformers reads it
+        return {name: entry for held in shards.values() for name, entry in held.items()} | named
     if found == SINGLE:
         return read_header(folder / SINGLE)
     raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: {_in_other_form(folder)}.")

@@ -69,12 +69,13 @@ def architecture_of(folder: Path, tensors: dict[str, Any], *, trust_remote_code:
         raise UserError(
             f"{folder / 'config.json'} describes no model that can be built here ({first_line(error)}): correct it."
         ) from error
-    stored = {module: find_weight(tensors, module) for module, _ in model.named_modules() if module}
+    weighed = [name for name, module in model.named_modules() if name and hasattr(module, "weight")]
+    stored = {name: find_weight(tensors, name) for name in weighed}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     by_kind: dict[str, set[str]] = {"linear": set(), "transposed": set(), "other": set()}
     for name, module in model.named_modules():
         tensor = stored.get(name)
-        if tensor is not None and hasattr(module, "weight"):
+        if tensor is not None:
             kind = "linear" if name in linears else "transposed" if isinstance(module, Conv1D) else "other"
             by_kind[kind].add(tensor)
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot.checkpoint.adapters.bases import base_of
+from oneshot.checkpoint.adapters.bases import base_of, own_tokenizer
 from oneshot.checkpoint.adapters.experts import mixtures
 from oneshot.checkpoint.classes import auto_class, refuses_sdpa
 from oneshot.checkpoint.disk.files import (
@@ -24,7 +24,7 @@ from oneshot.checkpoint.loading.segments import described
 from oneshot.checkpoint.loading.ties import keep_apart
 from oneshot.checkpoint.names import CONFIG
 from oneshot.checkpoint.quantized.nf4 import make_four_bit, what_stays
-from oneshot.checkpoint.quantized.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit
+from oneshot.checkpoint.quantized.scheme import QUANTIZATION, is_left_over, is_stored, refuse_eight_bit, stored_dtype
 from oneshot.checkpoint.reads.manifest import check_share
 from oneshot.data.protocols import Tokenizer
 from oneshot.distributed.engine import fetch_as_one, partitioned_loading
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 _SMALL = 4_000_000  # weights; below, waking a second thread costs more than it gains
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SDPA, EAGER = "sdpa", "eager"  # as transformers names them
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -94,17 +93,13 @@ def find_source(settings: ModelSettings, runtime: Runtime) -> Source:
     config, tensors = read_object(checkpoint / CONFIG), list_tensors(checkpoint)
     left_over = is_left_over(config, tensors)
     packed = is_stored(config) and not left_over
-    # the scales beside packed weights are fp32 whatever the rest is
-    names = [name for name in tensors if not (packed and ".weight." in name)]
-    stored = {_DTYPES[tensors[name].dtype] for name in names if tensors[name].dtype in _DTYPES} or {"float32"}
-    own = stored.pop() if len(stored) == 1 else "bfloat16" if "bfloat16" in stored else "float32"
+    own = stored_dtype(config, tensors)
     chosen = own if settings.dtype == "auto" else settings.dtype
     slow = settings.dtype == "auto" and own in runtime.emulated
     dtype, written = torch.float32 if slow else getattr(torch, chosen), getattr(torch, chosen)
-    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     base = str(checkpoint.resolve()) if local_folder(name) else name  # a Hub id stays one
     four_bit = packed or settings.quantize == "nf4"
-    tokenizer = adapter if has_tokenizer and adapter else checkpoint
+    tokenizer = (own_tokenizer(adapter) if adapter is not None else None) or checkpoint
     commit = None if local_folder(name) else checkpoint.name if checkpoint.parent.name == "snapshots" else None
     eager = settings.attention != EAGER and _attention(settings.attention, runtime, dtype, config) == EAGER
     return Source(checkpoint, adapter, tokenizer, base, dtype, written, four_bit, commit, left_over, eager)

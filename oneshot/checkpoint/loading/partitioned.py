@@ -154,7 +154,7 @@ def fill_partitions(
         _read_buffers(model, stored)
     names.clear()  # a parameter made later may get the id of one that is gone by then
     if four_bit is not None:
-        finish(runtime, four_bit, stored.tensors, partitioned=True)
+        finish(runtime, four_bit, stored.tensors)
     _check(runtime, model)
 
 
@@ -209,7 +209,7 @@ def fill_whole(
             exchange(runtime, shares[name])
         _read_buffers(model, stored)
     if four_bit is not None:
-        finish(runtime, four_bit, stored.tensors, partitioned=True)
+        finish(runtime, four_bit, stored.tensors)
     else:
         model.to(runtime.device)  # its buffers
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from oneshot.checkpoint.adapters.adapter import Adapter, read_adapter
+from oneshot.checkpoint.adapters.bases import own_tokenizer
 from oneshot.checkpoint.adapters.effective import Kinds, kinds_of, read_effective, refuse
 from oneshot.checkpoint.disk.files import ADAPTER_CONFIG, MARKER, is_adapter, is_degraded, resolve
+from oneshot.checkpoint.disk.seal import digests
 from oneshot.checkpoint.loading.around import on_base, swapped_on
 from oneshot.checkpoint.merging.merge_effective import merged_by_peft, plan_effective
 from oneshot.checkpoint.merging.merge_plan import MergePlan, adapter_terms, plan_merge
+from oneshot.checkpoint.names import TOKENIZER
 from oneshot.checkpoint.writing.identity import DERIVED, UPDATE, Identity, check_identity, read_identity
 from oneshot.checkpoint.writing.standing import (
     comes_from_degraded,
@@ -79,7 +82,9 @@ def plan_for(
     runtime: Runtime, base: Path, given: list[GivenAdapter], *, sign: float, through_nf4: bool = False,
     double_quant: bool = False, trust_remote_code: bool = False,
 ) -> MergePlan:  # fmt: skip
-    """Work out the merge of adapters of any kind into a checkpoint.
+    """Work out the merge of adapters of any kind into a checkpoint, and whose tokenizer goes along.
+
+    That is the adapters' own, if those that have one have the same; what they are taken out of keeps its tokenizer.
 
     Args:
         sign: 1, or -1 to take them out of it
@@ -88,6 +93,19 @@ def plan_for(
     Raises:
         UserError: one is more than a LoRA and not alone, at weight 1; or as of ``plan_merge``
     """
+    plan = _planned(
+        runtime, base, given, sign=sign,
+        through_nf4=through_nf4, double_quant=double_quant, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    own = [one.folder for one in given if own_tokenizer(one.folder) is not None]
+    alike = own and all(digests(folder, TOKENIZER) == digests(own[0], TOKENIZER) for folder in own)
+    return replace(plan, tokenizer=own[0] if alike and sign > 0 else None)
+
+
+def _planned(
+    runtime: Runtime, base: Path, given: list[GivenAdapter], *, sign: float, through_nf4: bool, double_quant: bool,
+    trust_remote_code: bool,
+) -> MergePlan:  # fmt: skip
     more = next((one for one in given if one.kinds.every), None)
     if more is None:
         settled = [on_base(one.adapter, base, trust_remote_code=trust_remote_code) for one in given]

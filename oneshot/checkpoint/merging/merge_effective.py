@@ -37,7 +37,7 @@ def plan_effective(
     """Work out the merge of such an adapter, alone and at weight 1, into a checkpoint.
 
     Args:
-        adapter: its folder, whose tokenizer goes along where it has one
+        adapter: its folder
         through_nf4, double_quant: as of ``plan_merge``
 
     Raises:
@@ -73,11 +73,10 @@ def plan_effective(
     config |= _grown(what, shapes, plan, architecture, base)
     slots, headers = plan_shards(shapes, dtypes)
     placed = {name for name, change in changes.items() if change.whole is not None}
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return dataclasses.replace(
         plan, tensors=tensors, terms=terms, changes=changes, slots=slots, headers=headers,
         config=dataclasses.replace(plan.config, fields=config),
-        quantized=plan.quantized - placed, tokenizer=adapter if has_tokenizer else None,
+        quantized=plan.quantized - placed,
     )  # fmt: skip
 
 
@@ -146,26 +145,31 @@ def _untied(
 ) -> tuple[Effective, dict[str, Any]]:
     """What becomes of a head that is the embedding: PEFT changes one of them, so each becomes a tensor of its own.
 
-    Rows of tokens PEFT changes in both, and two that were saved alike are one again.
+    Rows of tokens PEFT changes in both, and two that were saved alike are one again. A copy of the embedding that the
+    files hold as the head goes then: with its old values it would be a head of its own.
 
     Args:
-        tensors: to which the head is added where it has to stand by itself
+        tensors: to which the head is added where it has to stand by itself, and of which such a copy is taken
     """
     head, embedding = architecture.head, architecture.embedding
     if not architecture.tied or head is None or embedding is None:
         return effective, {}
+    stored, copied = find_weight(tensors, embedding), find_weight(tensors, head)
+    assert stored is not None, "a tied embedding is stored"
     ours, theirs = (effective.whole.get(f"{module}.weight") for module in (head, embedding))
     if ours is not None and theirs is not None and ours.shape == theirs.shape and bool((ours == theirs).all()):
         whole = {name: tensor for name, tensor in effective.whole.items() if name != f"{head}.weight"}
         effective, ours = dataclasses.replace(effective, whole=whole), None
         if {head, embedding}.isdisjoint(effective.factors):
+            tensors.pop(copied or "", None)
             return effective, {}
     changed = {*effective.factors, *(name.removesuffix(".weight") for name in effective.whole)}
     if {head, embedding}.isdisjoint(changed) and head not in effective.tokens:
+        if embedding in effective.tokens:
+            tensors.pop(copied or "", None)
         return effective, {}
-    stored = find_weight(tensors, embedding)
-    assert stored is not None, "a tied embedding is stored"
-    tensors.setdefault(f"{head}.weight", tensors[stored])
+    if copied is None:
+        tensors[f"{head}.weight"] = tensors[stored]
     if embedding in effective.tokens and head not in effective.tokens:  # which PEFT changes in both
         tokens = {**effective.tokens, head: effective.tokens[embedding]}
         effective = dataclasses.replace(effective, tokens=tokens)
@@ -200,7 +204,7 @@ def merged_by_peft(base: Path, adapter: Path, *, trust_remote_code: bool = False
     """Return what PEFT makes of a checkpoint with an adapter of any kind, the whole model in memory.
 
     Raises:
-        UserError: PEFT cannot merge it
+        UserError: PEFT cannot merge it, or not all of it
     """
     import torch
     from peft import PeftModel
@@ -211,12 +215,20 @@ def merged_by_peft(base: Path, adapter: Path, *, trust_remote_code: bool = False
         config = read_config(base, trust_remote_code=trust_remote_code)
         model = auto_class(config).from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
         merged: Any = PeftModel.from_pretrained(model, str(adapter))
+        loading = merged.load_adapter(str(adapter), "default")  # again: the first one does not say what it left out
+        lost = sorted({*loading.unexpected_keys, *loading.missing_keys})
         state: dict[str, torch.Tensor] = merged.merge_and_unload().state_dict()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise UserError(
             f"PEFT cannot merge {adapter} into {base} ({first_line(error)}): save it as a plain LoRA (for LoRA "
             "initializations that change the base: save_pretrained with path_initial_model_for_weight_conversion)."
         ) from error
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(
+            f"PEFT loads {adapter} into {base} only in part: {lost[0]}{more} has no place in the model, or is not in "
+            "the file; give the base that it was trained on, or save it again."
+        )
     tensors, whole = list_tensors(base), {}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(head, "weight", None) is getattr(embedding, "weight", 0)

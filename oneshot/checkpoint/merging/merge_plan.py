@@ -156,6 +156,8 @@ def plan_merge(
     quantized = architecture.quantized | fused.keys() if through_nf4 else frozenset()
     config = Changes("bfloat16" if packed else None, apart=architecture.untied)
     files = carried(base)
+    if lost := [base / file for file in files if not (base / file).exists()]:
+        raise UserError(f"{lost[0]} is a link to what is not there: remove it, or restore what it leads to.")
     return MergePlan(
         base, tensors, pieces, packed, terms, quantized, double_quant, slots, headers, files, config,
         fused=fused, experts=experts,

@@ -243,36 +243,30 @@ def pack(four_bit: FourBit, share: Share, values: torch.Tensor) -> None:
     four_bit.scales[share.name.removesuffix(".weight")] = scales
 
 
-def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry], *, partitioned: bool) -> None:
-    """Give every layer its scales, whole on every rank, and have it compute from partitions. Collective.
-
-    Args:
-        partitioned: whether the packed weights are split over the ranks; else every rank holds them whole
-    """
-    world_size = runtime.world_size if partitioned else 1
+def finish(runtime: Runtime, four_bit: FourBit, tensors: dict[str, TensorEntry]) -> None:
+    """Give every layer its scales, whole on every rank, and have it compute from partitions. Collective."""
     for name, module in four_bit.layers.items():
         if four_bit.stored:
             state = _stored_state(four_bit, name, tensors, runtime.device)
         else:
-            state = _state(runtime, four_bit, name, (module.out_features, module.in_features), world_size)
+            state = _state(runtime, four_bit, name, (module.out_features, module.in_features))
         module.weight.quant_state = module.quant_state = state
-        if partitioned:
-            module.forward = functools.partial(forward, module)
+        module.forward = functools.partial(forward, module)
     for name, (experts, projection) in four_bit.experts.items():
         parameter: Any = getattr(experts, projection)
-        parameter.quant_state = _state(runtime, four_bit, name, parameter.unpacked_shape, world_size)
+        parameter.quant_state = _state(runtime, four_bit, name, parameter.unpacked_shape)
 
 
-def _state(runtime: Runtime, four_bit: FourBit, name: str, shape: tuple[int, ...], world_size: int) -> Any:
+def _state(runtime: Runtime, four_bit: FourBit, name: str, shape: tuple[int, ...]) -> Any:
     """bitsandbytes' state of a weight, from the scales of all ranks, as its ``quantize_4bit`` makes it."""
     import torch
     from bitsandbytes import functional as bnb
 
     scales = four_bit.scales.pop(name)
     per_item = 2 * four_bit.dtype.itemsize
-    if world_size > 1:
+    if runtime.world_size > 1:
         numel = math.prod(shape)
-        shares = [partition((numel // per_item,), rank, world_size) for rank in range(world_size)]
+        shares = [partition((numel // per_item,), rank, runtime.world_size) for rank in range(runtime.world_size)]
         scales = gather_parts(runtime, scales, [blocks(numel, share, per_item)[1].numel for share in shares])
     nested = {}
     if four_bit.double:

@@ -10,6 +10,7 @@ from oneshot.errors import UserError
 
 QUANTIZATION = "quantization_config"  # of a config
 PACKED = ".quant_state.bitsandbytes__nf4"  # after a weight's name: bitsandbytes stores it packed
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BESIDE = ("scale", "scale_inv", "scales", "zero_point", "SCB", "absmax")  # how names end that quantized weights need
 
 
@@ -51,3 +52,16 @@ def is_left_over(fields: dict[str, Any], tensors: dict[str, TensorEntry]) -> boo
     said = bool(fields.get(QUANTIZATION)) and bool(tensors)
     plain = all(entry.dtype in FLOATS and not name.endswith(BESIDE) for name, entry in tensors.items())
     return said and plain and not any(name.endswith(PACKED) for name in tensors)
+
+
+def stored_dtype(fields: dict[str, Any], tensors: dict[str, TensorEntry]) -> str:
+    """Return the dtype in which a checkpoint is loaded where nobody asks for another, as torch names it.
+
+    Args:
+        fields: of its config.json
+    """
+    # the scales beside packed weights are fp32 whatever the rest is
+    packed = is_stored(fields) and not is_left_over(fields, tensors)
+    names = [name for name in tensors if not (packed and ".weight." in name)]
+    found = {_DTYPES[tensors[name].dtype] for name in names if tensors[name].dtype in _DTYPES} or {"float32"}
+    return found.pop() if len(found) == 1 else "bfloat16" if "bfloat16" in found else "float32"

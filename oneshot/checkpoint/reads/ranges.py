@@ -156,8 +156,8 @@ def _start(stack: contextlib.ExitStack, ordered: list[Read], buffers: _Buffers) 
     """Begin to read; each read's requests."""
     of_folder: dict[Path, set[Path]] = {}
     for read in ordered:
-        torch_dtype(read.entry, read.name)
-        if read.out is not None:
+        if read.out is not None:  # for its checksum alone any dtype is read, as the bytes that it is
+            torch_dtype(read.entry, read.name)
             read.out[read.wanted.numel :] = 0
         if read.wanted.numel:
             of_folder.setdefault(read.entry.shard.parent, set()).add(read.entry.shard)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.checkpoint.disk.folders import naming
 from oneshot.checkpoint.loading.load import Source
 from oneshot.checkpoint.loading.ties import TIES, is_untied
-from oneshot.checkpoint.names import CONFIG, EXPORT, GENERATION, INDEX, MANIFEST, MARKER, TOKENIZER
+from oneshot.checkpoint.names import CONFIG, EXPORT, GENERATION, INDEX, MANIFEST, MARKER, MORE_TEMPLATES, TOKENIZER
 from oneshot.checkpoint.quantized.scheme import QUANTIZATION
 from oneshot.checkpoint.writing.standing import VERDICT
 from oneshot.data.protocols import Tokenizer
@@ -57,11 +57,11 @@ def carried(base: Path, *, deep: bool = True) -> list[Path]:
     """Return relative paths of what goes along: all but weights, what is about them, the card, and hidden files.
 
     Args:
-        deep: also what lies in folders of the checkpoint's
+        deep: also what lies in folders of the checkpoint's, of which else only chat templates go along
     """
     found = []
     for parent, folders, names in os.walk(base):
-        folders[:] = sorted(folder for folder in folders if deep and not folder.startswith("."))
+        folders[:] = sorted(each for each in folders if each == MORE_TEMPLATES or (deep and not each.startswith(".")))
         found += [Path(parent, name).relative_to(base) for name in sorted(names) if not name.startswith(".")]
     return [p for p in found if p.suffix not in _WEIGHTS and str(p) not in _LEFT and not p.name.endswith(".index.json")]
 
@@ -106,10 +106,12 @@ def changed(fields: dict[str, Any], changes: Changes) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files and chat template, and its own code where it has some."""
+    """Copy a tokenizer's files and chat templates, and its own code where it has some."""
     for path in _tokenizer_files(source):
-        with naming(folder / path.name):
-            shutil.copyfile(path, folder / path.name)
+        place = folder / path.relative_to(source)
+        with naming(place):
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def write_beside(model: PreTrainedModel, origin: Origin, folder: Path, dtype: torch.dtype) -> None:
@@ -120,11 +122,11 @@ def write_beside(model: PreTrainedModel, origin: Origin, folder: Path, dtype: to
     """
     name = str(dtype).removeprefix("torch.")  # as configs have it
     fields = read_object(origin.checkpoint / CONFIG) if isinstance(origin, Source) else {}
-    config = copy.deepcopy(model.config)
-    if isinstance(origin, Source) and fields.get("model_type") == config.model_type:
+    if isinstance(origin, Source) and fields.get("model_type") == model.config.model_type:
         changes = Changes(dtype=name, apart=is_untied(model, origin.checkpoint), architecture=type(model).__name__)
         carry(origin.checkpoint, carried(origin.checkpoint, deep=False), folder, changes, origin.tokenizer)
         return
+    config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     with naming(folder / CONFIG):
@@ -145,7 +147,7 @@ def write_tokenizer(origin: Origin, folder: Path) -> None:
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    patterns = (*TOKENIZER, "*.py") if _has_code(folder) else TOKENIZER
+    patterns = (*TOKENIZER, f"{MORE_TEMPLATES}/*.jinja", *(["*.py"] if _has_code(folder) else []))
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oneshot.checkpoint.adapters.bases import own_tokenizer
 from oneshot.checkpoint.disk.files import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
@@ -24,14 +25,13 @@ from oneshot.checkpoint.disk.files import (
     write_marker,
 )
 from oneshot.checkpoint.disk.seal import ADAPTER, digests, file_digest
-from oneshot.checkpoint.names import CONFIG, GENERATION, TOKENIZER
+from oneshot.checkpoint.names import CONFIG, EXPORT, GENERATION, TOKENIZER
 from oneshot.checkpoint.writing.identity import DERIVED, REPAIR, check_identity, read_identity
 from oneshot.errors import UserError
 from oneshot.reading import digest_of
 from oneshot.whole import write_whole
 
 VERDICT = "oneshot_verdict.json"
-EXPORT = "oneshot_export.json"
 UNMEASURED = "not yet measured"
 GOOD = ("repaired", "repaired, with doubts")  # outcomes that lift a marker
 ORIGINAL, NF4, NF4_DOUBLE, PACKED = "original", "nf4", "nf4, scales quantized", "packed nf4"  # forms of a base
@@ -54,7 +54,7 @@ class Standing:
         form: of the base's weights that it was measured on: ``ORIGINAL``, ``NF4``, ``NF4_DOUBLE`` or ``PACKED``
         partly: why what the folder holds is not what was measured; "" where it is
         sha256: of the files that were measured, by name
-        beside: SHA-256 of what lay beside the base's weights: its config, tokenizer and chat template, by name
+        beside: SHA-256 of what it was measured with: the base's config, and the tokenizer and chat template, by name
     """
 
     outcome: str
@@ -114,15 +114,18 @@ def cached(name: str, commit: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def begin_standing(folder: Path, *, degraded: bool, form: str, checkpoint: Path | None = None) -> None:
+def begin_standing(
+    folder: Path, *, degraded: bool, form: str, checkpoint: Path | None = None, tokenizer: Path | None = None
+) -> None:
     """Write the verdict's file, without a verdict so far, for what a folder holds that has not appeared yet.
 
     Args:
         degraded: it comes from a safety-degraded model
         form: of the base's weights, see ``Standing``
         checkpoint: that it was measured on
+        tokenizer: folder of the tokenizer that it was measured with; none: the checkpoint's own
     """
-    around = beside(checkpoint) if checkpoint is not None else {}
+    around = beside(checkpoint, tokenizer) if checkpoint is not None else {}
     _write(folder, Standing(UNMEASURED, degraded, form, sha256=digests(folder, ADAPTER), beside=around))
 
 
@@ -186,9 +189,13 @@ def changed_since(folder: Path) -> str:
     return ""
 
 
-def beside(checkpoint: Path) -> dict[str, str]:
-    """Return the SHA-256 of what decides on a model's answers beside its weights, by the files' names."""
-    return digests(checkpoint, (CONFIG, GENERATION, *TOKENIZER))
+def beside(checkpoint: Path, tokenizer: Path | None = None) -> dict[str, str]:
+    """Return the SHA-256 of what decides on a model's answers beside its weights, by the files' names.
+
+    Args:
+        tokenizer: folder of the tokenizer; none: the checkpoint's own
+    """
+    return digests(checkpoint, (CONFIG, GENERATION)) | digests(tokenizer or checkpoint, TOKENIZER)
 
 
 def why_not_measured(folder: Path) -> str:
@@ -224,10 +231,12 @@ def why_not_as_measured(folder: Path, checkpoint: Path, form: str) -> str:
     if why := why_not_measured(folder):
         return why
     assert standing is not None
-    now = beside(checkpoint)
+    tokenizer = own_tokenizer(folder) or checkpoint  # as of who loads the patch, and as a merge writes it
+    now = beside(checkpoint, tokenizer)
     for name in sorted(standing.beside.keys() | now.keys() if standing.beside else ()):
         if standing.beside.get(name) != now.get(name):
-            return f"{checkpoint / name} is not what {folder} was measured with"
+            owner = checkpoint if name in (CONFIG, GENERATION) else tokenizer
+            return f"{owner / name} is not what {folder} was measured with"
     try:
         check_identity(folder, checkpoint)
     except UserError:
