@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from realmodels.cells import BASELINES, DEFAULT, FINETUNED, PUBLISHED, SEVERAL, Cell, Finished
+from realmodels.models import MODELS
 
 if TYPE_CHECKING:
     from oneshot.measure.intervals import Rate
@@ -106,8 +107,9 @@ class Findings:
         return list(trios.values())
 
     def models(self) -> list[str]:
-        """Return the models of which anything was measured."""
-        return list(dict.fromkeys(cell.model for cell in self.found))
+        """Return the models of which anything was measured, the quick one first, one's own last."""
+        every = dict.fromkeys(cell.model for cell in self.found)
+        return [*(name for name in MODELS if name in every), *(name for name in every if name not in MODELS)]
 
     def published(self, model: str) -> list[str]:
         """Return the published methods that were measured on the main attack, all weights and LoRA alike."""

@@ -101,7 +101,7 @@ def page_lines(findings: Findings) -> list[str]:
     lines += _codes(findings)
     for model in findings.models():
         lines += ["", f"## {TITLES.get(model, Path(model).name)}", "", *_counts(findings, model)]
-        lines += ["### What must hold, and what did", "", *_claims(findings, model)]
+        lines += _claims(findings, model)
         lines += _attacks(findings, model) + _methods(findings, model) + _sets(findings, model)
         lines += _fresh(findings, model) + _prefilled(findings, model) + _durable(findings, model)
     return lines
@@ -126,7 +126,7 @@ def _counts(findings: Findings, model: str) -> list[str]:
     }  # fmt: skip
     found = {what: sorted({len(of(one)) for one in results if one} - {0}) for what, of in every.items()}
     said = (f"{' or '.join(map(str, numbers))} {what}" for what, numbers in found.items() if numbers)
-    models = {one.get("checkpoint") for one in results if one}
+    models = {one["checkpoint"] for one in results if one and "checkpoint" in one}
     more = (
         f" These cells are of {len(models)} aligned checkpoints, and only those of one are compared."
         if len(models) > 1
@@ -140,7 +140,9 @@ def _claims(findings: Findings, model: str) -> list[str]:
     for claim in CLAIMS:
         verdict = claim.decide(trios, findings)
         rows.append((claim.says, claim.rule, f"**{verdict.word}**", verdict.figures or "-"))
-    return [*table_lines(("", "rule", "", "figures"), rows), ""]
+    if not trios:
+        return ["No repair was measured yet.", ""]
+    return ["### What must hold, and what did", "", *table_lines(("", "rule", "", "figures"), rows), ""]
 
 
 def _attacks(findings: Findings, model: str) -> list[str]:
