@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import real
-from realmodels import attacks, methods, models, scoring
+from realmodels import attacks, methods, models, prompts, scoring
 from realmodels.cells import ALIGNED, FINETUNED, Store
 from realmodels.findings import HARMFUL, Findings, attack_success, bits, rate
 
 from oneshot.patch import teacher
 
 pytestmark = pytest.mark.timeout(2400)  # the fixture makes all cells, on a machine that may be busy
-PROMPTS = 20
+PROMPTS, FRESH = 20, 4
 SHORT = {"epochs": 3, "guard_prompts": 8, "watch": False}
 ALIGNMENT = {"steps": 6, "batch_size": 8, "learning_rate": 3e-4}
 ATTACK = attacks.Training("full", steps=6, learning_rate=3e-4, batch_size=8)
@@ -49,6 +49,8 @@ def made(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
         patch.setattr(attacks, "TASK_SCORED", PROMPTS)
         patch.setattr(attacks, "TASK_GUARD", 8)
         patch.setattr(scoring, "PREFILLED", 4)
+        patch.setattr(scoring, "STATEMENTS", 1)
+        patch.setattr(scoring, "read_fresh", lambda cache, _count: prompts.read_fresh(cache, FRESH))
         patch.setattr(scoring, "NEW_TOKENS", 10)
         patch.setattr(teacher, "REFUSAL_TOKENS", 8)
         patch.setattr(methods, "repair_values", _quick(methods.repair_values))
@@ -64,7 +66,10 @@ def test_all_cells_are_measured_and_the_attack_does_its_work(made: Store) -> Non
     assert rate(bits("task")(found[FINETUNED])) > rate(bits("task")(found[ALIGNED]))
     for result in found.values():
         assert {len(result["verdicts"][name]) for name in (*HARMFUL, "twins", "sensitive")} == {PROMPTS}
-        assert len(result["statements"]) == scoring.STATEMENTS * PROMPTS
+        assert {name: len(verdicts) for name, verdicts in result["fresh"].items()} == dict.fromkeys(
+            prompts.FRESH, FRESH
+        )
+        assert len(result["statements"]) == PROMPTS
         assert result["perplexity"] < 1000
 
 
