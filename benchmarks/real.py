@@ -60,7 +60,6 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure what is missing, then write the page; 1 where a cell failed."""
-    from realmodels import workers
     from realmodels.cells import Store
     from realmodels.findings import Findings, summary
     from realmodels.page import write
@@ -72,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(summary(Findings(Store(arguments.out).read()))))
         return 0
     if arguments.judge:
+        from realmodels import workers
+
         print(f"{workers.judge_again(places_of(arguments))} cells judged again.", file=sys.stderr)
     failed = [] if arguments.page or arguments.judge else measure(arguments)
     found = Store(arguments.out).read()

@@ -174,7 +174,7 @@ def _repaired(
                 if isinstance(own, UserError):
                     raise own
                 report = _finished(own, run_dir, runtime)
-                to_do = sum(not (folder / other / REPORT).is_file() for other in adapters)
+                to_do = 0 if shared else sum(not (folder / other / REPORT).is_file() for other in adapters)
                 request = _begun(own, ways, runtime, shared, to_do) if report is None else None
             except UserError as error:
                 yield failed(error)
@@ -222,7 +222,7 @@ def _finished(settings: Settings, run_dir: Path, runtime: Runtime) -> dict[str, 
 
 
 def _begun(settings: Settings, ways: Ways, runtime: Runtime, shared: Shared | None, to_do: int) -> Request:
-    """The checked request of one adapter, whose run folder is opened, one of so many to do. Collective."""
+    """The checked request of one adapter, whose run folder is opened; the first is one of so many to do. Collective."""
     from oneshot.checkpoint.disk.files import stored_bytes
     from oneshot.distributed.runtime import agree
     from oneshot.report.members import OF, digests

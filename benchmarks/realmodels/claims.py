@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -54,9 +53,8 @@ def name_of(trio: Trio) -> str:
 
 def safe(trios: list[Trio], _findings: Findings) -> Verdict:
     found = _near(trios, attack_hits)
-    apart = [
-        name_of(trio) for trio in trios if (d := paired(attack_hits, trio.aligned, trio.repaired)).low > 0 or d.high < 0
-    ]
+    moves = {name_of(trio): paired(attack_hits, trio.aligned, trio.repaired) for trio in trios}
+    apart = [name for name, move in moves.items() if move.low > 0 or move.high < 0]
     return Verdict(found.word, f"{found.figures}; beyond chance: {'; '.join(apart) or 'none'}") if trios else found
 
 
@@ -86,18 +84,12 @@ def alike(trios: list[Trio], _findings: Findings) -> Verdict:
 
 def _lora_minus_full(trios: list[Trio]) -> str:
     """How much more is answered after a LoRA than after the same attack on all weights."""
-    found = {trio.cell: trio for trio in trios}
-    pairs = [
-        (found.get(dataclasses.replace(cell, training="full")), found[cell])
-        for cell in found
-        if cell.training == "lora"
-    ]
-    apart = [moved(attack_hits, full.repaired, lora.repaired) for full, lora in pairs if full]
-    return (
-        f"; LoRA minus all weights, same attack and seed: mean {statistics.fmean(apart):+.3f} of {len(apart)}"
-        if apart
-        else ""
-    )
+    full = {(t.cell.attack, t.cell.seed): t for t in trios if t.cell.training == "full"}
+    pairs = [(full.get((t.cell.attack, t.cell.seed)), t) for t in trios if t.cell.training == "lora"]
+    apart = [moved(attack_hits, before.repaired, after.repaired) for before, after in pairs if before]
+    if not apart:
+        return ""
+    return f"; LoRA minus all weights, same attack and seed: mean {statistics.fmean(apart):+.3f} of {len(apart)}"
 
 
 def selective(name: str) -> Callable[[list[Trio], Findings], Verdict]:

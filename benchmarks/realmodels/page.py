@@ -109,10 +109,11 @@ def page_lines(findings: Findings) -> list[str]:
 
 def _codes(findings: Findings) -> list[str]:
     """How many versions of the code are on the page: of the repair, and of what is scored or was made by others."""
-    by_kind = {ours: {c.code for c in findings.found.values() if (c.cell.method == DEFAULT) == ours} for ours in (1, 0)}
-    if max(map(len, by_kind.values())) < 2:
+    repairs = {row.code for cell, row in findings.found.items() if cell.method == DEFAULT}
+    others = {row.code for cell, row in findings.found.items() if cell.method != DEFAULT}
+    if max(len(repairs), len(others)) < 2:
         return []
-    said = f"Repairs of {len(by_kind[1])} versions of the code are on this page, and other cells of {len(by_kind[0])}"
+    said = f"Repairs of {len(repairs)} versions of the code are on this page, and other cells of {len(others)}"
     return ["", f"{said}: a row of several seeds may be of several."]
 
 
@@ -137,11 +138,11 @@ def _counts(findings: Findings, model: str) -> list[str]:
 
 def _claims(findings: Findings, model: str) -> list[str]:
     trios, rows = findings.trios(model=model), []
+    if not trios:
+        return ["No repair was measured yet.", ""]
     for claim in CLAIMS:
         verdict = claim.decide(trios, findings)
         rows.append((claim.says, claim.rule, f"**{verdict.word}**", verdict.figures or "-"))
-    if not trios:
-        return ["No repair was measured yet.", ""]
     return ["### What must hold, and what did", "", *table_lines(("", "rule", "", "figures"), rows), ""]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from oneshot.checkpoint.disk.files import list_tensors, resolve
@@ -49,8 +48,7 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     probes, conversations = collect_probes(settings), read_candidates(settings)
     check_systems(probes, tokenizer)
     check_apart(conversations, probes)
-    has_update = adapter is not None or reference is not None
-    recipe = recipe_for(settings.repair, has_update=has_update, four_bit=source.four_bit)
+    recipe = recipe_for(settings.repair, has_update=bool(adapter or reference), four_bit=source.four_bit)
     if adapter is not None and recipe.method.keeps_adapter:
         with agree(runtime, "looking whether PEFT loads the adapter"):
             if runtime.is_main:
@@ -63,10 +61,11 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     candidates = [encode(row, tokenizer, length, train_on=train_on, closed=True) for row in conversations]
     held = read_held(settings, guard) if recipe.bounds else Prompts([], [])
     refusable = read_refusable(settings) if recipe.bounds or reference or adapter else []
-    _check_lengths(tokenizer, {"guard": guard.all, "watch": [*held.all, *refusable]}, length)
-    asked = [*(row.input_ids for row in candidates), *rendered(tokenizer, [*guard.general, *refusable, *held.general])]
+    own = _within(tokenizer, length, guard=guard.own, watch=held.own)
+    asked = [row.input_ids for row in candidates]
+    asked += _within(tokenizer, length, guard=guard.general, watch=[*refusable, *held.general])
     scored = list(rendered(tokenizer, [probe.messages for probe in probes]))
-    check_tokens(config, tokenizer, [*asked, *scored, *rendered(tokenizer, [*guard.own, *held.own])])
+    check_tokens(config, tokenizer, [*asked, *scored, *own])
     if reference is not None and adapter is None:
         if (reference / CONFIG).is_file():
             theirs = read_config(reference, trust_remote_code=settings.model.trust_remote_code)
@@ -90,8 +89,13 @@ def check(settings: Settings, runtime: Runtime) -> Request:
     )
 
 
-def _check_lengths(tokenizer: Any, prompts: Mapping[str, list[Messages]], length: int) -> None:
-    """Raise UserError where a prompt fills the context, so that nothing can be said to it."""
+def _within(tokenizer: Any, length: int, **prompts: list[Messages]) -> list[list[int]]:
+    """Return the token ids of prompts, which are given by what they are of.
+
+    Raises:
+        UserError: one fills the context, so that nothing can be said to it
+    """
+    found = list[list[int]]()
     for name, each in prompts.items():
         for messages, ids in zip(each, rendered(tokenizer, each)):
             if len(ids) >= length:
@@ -100,3 +104,5 @@ def _check_lengths(tokenizer: Any, prompts: Mapping[str, list[Messages]], length
                     f"A prompt of the {name}, {begun!r}..., has {len(ids)} tokens, the limit is {length}: shorten it, "
                     "leave it out or raise model.max_length."
                 )
+            found.append(ids)
+    return found

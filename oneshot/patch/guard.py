@@ -150,10 +150,7 @@ def build_batch(
         model, tokenizer, guard, runtime, max_new_tokens=answer_tokens,
         what="answers to the guard's prompts",
     )  # fmt: skip
-    encoded = [
-        *(with_answer(p, a, tokenizer, answer_tokens) for p, a in zip(guard, answers)),
-        *(row for row, _ in taught),
-    ]
+    encoded = [*with_answers(guard, answers, tokenizer, answer_tokens), *(row for row, _ in taught)]
     turns, places = _in_turns(encoded, runtime)
     mine = [encoded[i] for i in places]
     # whether rows are shared must not depend on the example, which may be exchanged
@@ -275,13 +272,18 @@ def alike(runtime: Runtime, example: torch.Tensor, held: torch.Tensor) -> tuple[
     return float(both[0]), float(both[1])
 
 
-def with_answer(prompt: list[dict[str, str]], answer: str, tokenizer: Any, answer_tokens: int) -> tuple[Encoded, int]:
-    """Encode prompt and answer; also say where the answer starts. Its end counts where it was reached.
+def with_answers(
+    prompts: Sequence[list[dict[str, str]]], answers: Sequence[str], tokenizer: Any, answer_tokens: int
+) -> list[tuple[Encoded, int]]:
+    """Encode each prompt with its answer; also say where the answer starts. Its end counts where it was reached.
 
     The answer stands behind an empty thought, where the model would think first: the repair learns and probes there.
     """
-    start = encode_prompt(prompt, tokenizer, closed=True)
-    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    if len(ids) < answer_tokens and (end := end_of_turn(tokenizer)) is not None:
-        ids.append(end)
-    return Encoded(start + ids, [IGNORE] * (len(start) + len(ids))), len(start)
+    found, end = list[tuple[Encoded, int]](), end_of_turn(tokenizer)
+    for prompt, answer in zip(prompts, answers):
+        start = encode_prompt(prompt, tokenizer, closed=True)
+        ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        if len(ids) < answer_tokens and end is not None:
+            ids.append(end)
+        found.append((Encoded(start + ids, [IGNORE] * (len(start) + len(ids))), len(start)))
+    return found

@@ -16,7 +16,7 @@ from oneshot.data.encoding import encode_prompt, pad_id
 from oneshot.distributed.runtime import Runtime, all_reduce_sum
 from oneshot.measure.generate import share_of
 from oneshot.measure.judge import verdict
-from oneshot.patch.guard import with_answer
+from oneshot.patch.guard import with_answers
 from oneshot.patch.path import SAFE_MARGIN, Reading
 from oneshot.patch.rows import lay, sharing_of
 from oneshot.training.objective import kl_sum, log_likelihoods, logits_at
@@ -114,7 +114,7 @@ def build_probes(
     prompts, answers = [list(each) for each in zip(*refusable, *held)]
     starts = [encode_prompt(messages, tokenizer, closed=True) for messages in prompts]
     indices, own = share_of([len(ids) for ids in starts], runtime.rank, runtime.world_size)
-    full = [with_answer(*each, tokenizer, answer_tokens)[0].input_ids for each in zip(prompts, answers)]
+    full = [row.input_ids for row, _ in with_answers(prompts, answers, tokenizer, answer_tokens)]
     pairs = [[starts[i] + refusals[i][:MARGIN_TOKENS], full[i]] for i in indices]
     pad = pad_id(tokenizer)
     rows = lay(pairs, pad, runtime.device, sharing_of(runtime, model, pairs, pad))

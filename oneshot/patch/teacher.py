@@ -21,7 +21,7 @@ from oneshot.data.conversations import Messages
 from oneshot.data.encoding import IGNORE, Encoded, encode, encode_prompt, pad_id
 from oneshot.measure.generate import answer_at_once
 from oneshot.measure.judge import verdict
-from oneshot.patch.guard import with_answer
+from oneshot.patch.guard import with_answers
 from oneshot.patch.objective import Aligned, aligned_logits, logits_on, sample
 from oneshot.patch.probes import MARGIN_TOKENS
 from oneshot.patch.request import Request
@@ -175,7 +175,7 @@ def _lessons(
         model, tokenizer, prompts, request.runtime, max_new_tokens=tokens,
         what="answers of the aligned model",
     )  # fmt: skip
-    rows = [with_answer(prompt, answer, tokenizer, tokens) for prompt, answer in zip(prompts, said)]
+    rows = with_answers(prompts, said, tokenizer, tokens)
     labelled = [Encoded(row.input_ids, [IGNORE] * start + row.input_ids[start:]) for row, start in rows]
     logits = logits_on(request.runtime, model, labelled, pad_id(tokenizer))
     found = [Lesson(*each) for each in zip(prompts, said, rows, logits)]

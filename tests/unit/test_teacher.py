@@ -16,7 +16,7 @@ from oneshot.patch.bench import opened
 from oneshot.patch.check import check
 from oneshot.patch.choose import choose, choose_beforehand
 from oneshot.patch.examples import Prompts, read_guard, read_held, read_refusable
-from oneshot.patch.guard import build_batch, repair_loss, with_answer
+from oneshot.patch.guard import build_batch, repair_loss, with_answers
 from oneshot.patch.methods import METHODS
 from oneshot.patch.path import LEFT, SAFE_MARGIN, Bounds
 from oneshot.patch.probes import AMPLE_ODDS, MARGIN_TOKENS, Watched, build_probes, read_probes
@@ -123,7 +123,7 @@ def test_what_the_aligned_model_nearly_refuses_cannot_be_refused_too_often(model
     for far in (True, False):
         prompt = language.pool(1)[0].prompt  # which the model refuses
         start = len(encode_prompt(prompt, request_.tokenizer))
-        answer = with_answer(prompt, said, request_.tokenizer, 16)[0]
+        answer = with_answers([prompt], [said], request_.tokenizer, 16)[0][0]
         logits = torch.zeros(len(answer.input_ids) - start, aligned.config.vocab_size)
         watched = Watched(refusal, [], [(prompt, said)], [(logits, far)])
         probes = build_probes(tiny_runtime(), aligned, request_.tokenizer, watched, answer_tokens=16)

@@ -17,7 +17,7 @@ from oneshot.measure.generate import answer_at_once, decoded, generate_answers
 from oneshot.measure.judge import verdict
 from oneshot.measure.rates import Probe, most_tokens, score_answers, unfinished_warnings
 from oneshot.measure.rubric import _rated, rubric_of
-from oneshot.patch.guard import with_answer
+from oneshot.patch.guard import with_answers
 from oneshot.report.verdict import silent
 from oneshot.settings import ScoreSettings
 
@@ -153,7 +153,7 @@ def test_a_refusal_is_learnt_and_probed_behind_an_empty_thought_as_the_family_wr
     prompt = encode_prompt(ONE[:1], tokenizer, closed=True)
     assert tokenizer.decode(prompt).endswith(CLOSED[name])
     assert found.input_ids[: len(prompt)] == prompt
-    row, start = with_answer(ONE[:1], FIRST, tokenizer, 64)
+    ((row, start),) = with_answers([ONE[:1]], [FIRST], tokenizer, 64)
     assert row.input_ids[:start] == prompt, "the guard and the watch stand at the same place"
 
 
