@@ -242,12 +242,12 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
     """Load the model, measure, choose, solve, measure again, and write. Collective."""
     from oneshot.patch import aligned
     from oneshot.patch.bench import opened
-    from oneshot.patch.choose import choose, choose_beforehand
+    from oneshot.patch.choose import choose_beforehand
     from oneshot.patch.coverage import covered
-    from oneshot.patch.solve import solve
     from oneshot.patch.write import write_repair
     from oneshot.report.runfolder import PATCH, REPAIRED
     from oneshot.report.show import Repaired
+    from oneshot.shared import solved
 
     stages: dict[str, StageScores] = {}
     with phase("choose"):
@@ -257,11 +257,8 @@ def _patch(request: Request, teacher: Teacher | None, run_dir: Path, shared: Sha
             stages |= aligned.of_base(request, bench.model)
         with bench.unpatched() as model:
             stages["finetuned"] = aligned.scored(request, model, "fine-tuned")
-        with phase("choose"):
-            choice = choose(bench, chosen)
-        with phase("solve"):
-            listen = partial(note_epoch, request.runtime, run_dir)
-            solution = solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun)
+        listen = partial(note_epoch, request.runtime, run_dir)
+        choice, solution = solved(bench, chosen, listen, lent=shared is not None and chosen is not None)
         with bench.patched(solution.update) as model:
             stages["repaired"] = aligned.scored(request, model, "repaired")
         merged = run_dir / REPAIRED if request.settings.repair.merge else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,14 @@ from oneshot.distributed.phases import phase
 if TYPE_CHECKING:
     from oneshot.measure.classifier import Classifier
     from oneshot.measure.rates import StageScores
-    from oneshot.patch.bench import Base
+    from oneshot.patch.bench import Base, Bench
+    from oneshot.patch.choose import Choice
     from oneshot.patch.request import Request
     from oneshot.patch.select import Chosen
+    from oneshot.patch.solve import Solution
     from oneshot.patch.teacher import Teacher
+
+Listen = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,38 @@ def share(request: Request, before: dict[str, Any] | None) -> Iterator[Shared]:
                 teacher = learn(request, base.model)
         stages |= aligned.of_base(request, base.model)
         yield Shared(request, base, teacher, stages, classifier, _again(request, teacher, before))
+
+
+def solved(bench: Bench, chosen: Chosen | None, listen: Listen, *, lent: bool = False) -> tuple[Choice, Solution]:
+    """Choose the example, unless it has been, and repair with it. Collective.
+
+    Where an example that was ``lent``, chosen for another adapter, comes to no good point at the first attempt, one is
+    chosen for this adapter, as if it were repaired alone, and the better of the two repairs is returned.
+    """
+    from oneshot.patch.path import ATTEMPTS
+    from oneshot.patch.select import draw
+
+    settings = bench.request.settings
+    lent = lent and draw(len(bench.request.candidates), settings.select, settings.seed) is None
+    choice, solution = _tried(bench, chosen, listen, 1 if lent else ATTEMPTS)
+    watch = solution.watch
+    if not lent or watch is None or watch.enough:
+        return choice, solution
+    own, anew = _tried(bench, None, listen, ATTEMPTS)
+    if anew.watch is None or anew.watch.best is None or not anew.watch.best.better(watch.best, anew.watch.bounds):
+        return choice, solution
+    said = f"{own.chosen.selected_by}, as the example of the others came to no good point"
+    return dataclasses.replace(own, chosen=dataclasses.replace(own.chosen, selected_by=said)), anew
+
+
+def _tried(bench: Bench, chosen: Chosen | None, listen: Listen, attempts: int) -> tuple[Choice, Solution]:
+    from oneshot.patch.choose import choose
+    from oneshot.patch.solve import solve
+
+    with phase("choose"):
+        choice = choose(bench, chosen)
+    with phase("solve"):
+        return choice, solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun, attempts)
 
 
 def _again(request: Request, teacher: Teacher | None, before: dict[str, Any] | None) -> Chosen | None:

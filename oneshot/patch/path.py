@@ -172,11 +172,16 @@ class Watch(Generic[Kept]):
         done = self._in_a_row >= PATIENCE or (self._since_best >= STALE and not self.best.cost(self.bounds))
         return reading, done and reading.margin > 0
 
+    @property
+    def enough(self) -> bool:
+        """Whether the best state so far is good, or nearly: another attempt is not worth its time."""
+        return self.best is not None and (self.best.good(self.bounds) or self.best.nearly(self.bounds))
+
     def next_weight(self, weight: float) -> float | None:
-        """Return the guard's weight for another attempt; none where the best state so far is good, or nearly."""
+        """Return the guard's weight for another attempt; none where there is ``enough``."""
         assert self.best is not None
         self._in_a_row = self._since_best = 0
-        if self.best.good(self.bounds) or self.best.nearly(self.bounds):
+        if self.enough:
             return None
         held_back = self.best.unsafe(self.bounds) > self.best.moved(self.bounds)
         return weight / WEIGHT_STEP if held_back else weight * WEIGHT_STEP

@@ -50,6 +50,7 @@ def solve(
     index: int,
     listen: Callable[[dict[str, Any]], None] | None = None,
     begun: Trial | None = None,
+    attempts: int = ATTEMPTS,
 ) -> Solution:
     """Repair with one candidate, under the watch where there is one; once more with another weight of the guard where
     no epoch was good. Nothing is attached to the model before and after. Collective.
@@ -59,6 +60,7 @@ def solve(
         index: of the candidate
         listen: told of every epoch
         begun: the repair with it, if it has been tried out: it goes on from there
+        attempts: how often it is tried at most, ``ATTEMPTS`` being the most
     """
     recipe, trial = bench.request.recipe, begun or begin(bench, batch, index)
     watch, tracer, under_way = trial.watched(), trial.attempt.tracer, list[Going]()
@@ -69,7 +71,7 @@ def solve(
         if listen:
             listen(record)
 
-    for number in range(ATTEMPTS if watch else 1):
+    for number in range(attempts if watch else 1):
         with steps(_CALLED[number], recipe.epochs, "epochs", always=True) as going:
             under_way.append(going)
             if number == 0:
@@ -82,7 +84,7 @@ def solve(
             with bench.patched(update):
                 watch.look(lambda: None, epoch=trial.epochs, guard_weight=trial.attempt.guard_weight)
         weight = watch.next_weight(trial.attempt.guard_weight)
-        if not weight or number + 1 == ATTEMPTS:
+        if not weight or number + 1 == attempts:
             break
         attempt = Attempt(tracer, weight, watch)
         trial = Trial(recipe.method.solve(bench, batch, attempt), attempt)

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 import oneshot
-from oneshot import fleet
+from oneshot import fleet, shared
 from oneshot.commandline import parse
 from oneshot.errors import Unmet, UserError
+from oneshot.patch.path import ATTEMPTS
 from oneshot.patch.select import Chosen
 from oneshot.report.fleet import Row, write_rows
 from oneshot.report.runfolder import write_report
@@ -259,3 +260,71 @@ def test_what_makes_no_sense_is_refused(stand, adapters, tmp_path):
         fleet.run(settings(adapters("fleet.json"), tmp_path / "p"), stand.ways(), quiet=True)
     with pytest.raises(UserError, match="for oneshot repair, not score"):
         parse(["--model.paths", "x*"], "score")
+
+
+class Found:
+    """A watch whose best point costs so much, and whether that is good enough."""
+
+    def __init__(self, cost):
+        self.enough, self.bounds = cost == 0, None
+        self.best = SimpleNamespace(cost=cost, better=lambda other, _bounds: cost <= other.cost)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Choose and solve on a stand-in; returns what was tried, and lets the test say what it came to."""
+    told, costs = [], {}
+
+    def choose(_bench, chosen=None):
+        chosen = chosen or Chosen(7, "bilevel", 0.1, begun="a trial")
+        return SimpleNamespace(chosen=chosen, batch="batch")
+
+    def solve(_bench, _batch, index, _listen, begun, attempts):
+        told.append((index, begun, attempts))
+        return SimpleNamespace(watch=Found(costs[index]) if index in costs else None, index=index)
+
+    @dataclasses.dataclass
+    class Choice:
+        chosen: Chosen
+        batch: str = "batch"
+
+    monkeypatch.setattr("oneshot.patch.choose.choose", lambda *given: Choice(choose(*given).chosen))
+    monkeypatch.setattr("oneshot.patch.solve.solve", solve)
+
+    def run(found, *, lent=True, candidates=9, select="bilevel"):
+        costs.update(found)
+        request = SimpleNamespace(
+            settings=SimpleNamespace(select=select, seed=0), candidates=[None] * candidates
+        )  # fmt: skip
+        chosen = Chosen(3, "bilevel, for a", 0.5) if lent else None
+        choice, solution = shared.solved(SimpleNamespace(request=request), chosen, lambda _: None, lent=lent)
+        return choice.chosen.selected_by, solution.index, told
+
+    return run
+
+
+def test_a_lent_example_that_is_good_enough_is_tried_and_no_other(tried):
+    assert tried({3: 0.0}) == ("bilevel, for a", 3, [(3, None, 1)])
+
+
+def test_where_a_lent_example_fails_one_is_chosen_as_if_alone_and_the_better_repair_stays(tried):
+    said, index, told = tried({3: 0.4, 7: 0.1})
+    assert (index, told) == (7, [(3, None, 1), (7, "a trial", ATTEMPTS)])
+    assert said == "bilevel, as the example of the others came to no good point"
+
+
+def test_a_choice_that_comes_to_less_is_not_kept(tried):
+    assert tried({3: 0.1, 7: 0.4})[:2] == ("bilevel, for a", 3)
+
+
+def test_an_example_of_its_own_has_all_its_attempts(tried):
+    assert tried({7: 0.4}, lent=False) == ("bilevel", 7, [(7, "a trial", ATTEMPTS)])
+
+
+@pytest.mark.parametrize("given", [{"candidates": 1}, {"select": "random"}])
+def test_where_no_other_would_be_chosen_a_lent_example_has_all_attempts_too(tried, given):
+    assert tried({3: 0.4}, **given)[1:] == (3, [(3, None, ATTEMPTS)])
+
+
+def test_without_a_watch_a_lent_example_stays(tried):
+    assert tried({})[:2] == ("bilevel, for a", 3)
