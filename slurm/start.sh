@@ -34,7 +34,8 @@ export ONESHOT_PROGRESS_FILE=$PWD/runs/.progress-$SLURM_JOB_ID ONESHOT_CODE_FILE
 mkdir -p runs
 rm -f "$ONESHOT_PROGRESS_FILE" "$ONESHOT_CODE_FILE"
 code=0
-srun "${options[@]}" launch/node.sh "$@" || code=$?
+# within a step already, as in a shell of srun --pty, another one would wait in silence for what that one holds
+SLURM_OVERLAP=1 srun "${options[@]}" launch/node.sh "$@" || code=$?
 if ((code != 0)) && [[ -s $ONESHOT_CODE_FILE ]]; then code=$(<"$ONESHOT_CODE_FILE"); fi
 # the number of an array's last task is the whole array's, too
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

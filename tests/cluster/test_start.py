@@ -1,4 +1,4 @@
-"""Which jobs start themselves again on a real Slurm cluster, and no others; in the launcher's place a few lines."""
+"""slurm/start.sh on a real Slurm cluster: what is requeued and what not; in the launcher's place a few lines."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_preempted_job_that_has_saved_nothing_is_requeued(cluster: Cluster, tm
     """With a time of grace it is told to end, which Slurm takes for its end: a repair, a fine-tune that still loads."""
     script = tmp_path / "urgent.sh"
     script.write_text("#!/bin/bash\n#SBATCH --job-name=urgent\nsleep 1\n")
-    venv = environment(tmp_path, '[[ -n ${SLURM_RESTART_COUNT:-} ]] || exec sleep 60')
+    venv = environment(tmp_path, "[[ -n ${SLURM_RESTART_COUNT:-} ]] || exec sleep 60")
     options = ["--gpus-per-node=1", "slurm/patch_70b.sh"]
     job = cluster.submit(*options, logs=tmp_path, ONESHOT_VENV=str(venv))
     job.until(lambda: job.text().count("accelerate launch") == 2, 60)
@@ -72,3 +72,12 @@ def test_a_preempted_job_that_has_saved_nothing_is_requeued(cluster: Cluster, tm
     job.check(60)
     assert job.facts()["Restarts"] == "1"
     assert "it makes room for another job: requeue" in job.text()
+
+
+def test_a_shell_that_srun_started_can_start_a_run(cluster: Cluster, tmp_path: Path) -> None:
+    """It is a step that holds all of its allocation."""
+    venv = environment(tmp_path, "exit 5")
+    options = ["srun", "--nodes=1", "--gpus-per-node=2", "--time=1", "timeout", "20"]
+    ran = cluster.run(*options, "slurm/start.sh", "-m", "oneshot.repair", ONESHOT_VENV=str(venv))
+    assert "accelerate launch" in ran.stdout
+    assert ran.returncode == 5, ran.stderr
