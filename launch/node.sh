@@ -19,6 +19,8 @@ set -euo pipefail
 
 fail() {
   echo "launch/node.sh: error on $(uname -n): $*" >&2
+  # for slurm/start.sh: srun makes a 143 of it where it then ends another node; the first to fail is believed
+  if [[ -n ${ONESHOT_CODE_FILE:-} ]]; then (set -C && echo 2 >"$ONESHOT_CODE_FILE") 2>/dev/null || :; fi
   exit 2
 }
 
@@ -95,9 +97,14 @@ if [[ -n $procs ]]; then
 fi
 
 if [[ -n ${ONESHOT_MODULES:-} ]]; then
+  set +u  # what modules run may look at variables that are not set
+  # a login shell other than bash has exported no function, but where the one for bash is
+  # shellcheck disable=SC1091
+  if ! type module >/dev/null 2>&1 && [[ -r $MODULESHOME/init/bash ]]; then . "$MODULESHOME/init/bash" || :; fi
   type module >/dev/null 2>&1 || fail "ONESHOT_MODULES is set, but this shell has no command module."
   read -ra modules <<<"$ONESHOT_MODULES"
   module load "${modules[@]}" || fail "module load $ONESHOT_MODULES failed."
+  set -u
 fi
 if [[ -n ${ONESHOT_VENV:-} ]]; then
   [[ -x $ONESHOT_VENV/bin/accelerate ]] || fail "ONESHOT_VENV is $ONESHOT_VENV, which has no bin/accelerate."

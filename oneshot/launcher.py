@@ -70,6 +70,9 @@ def become(arguments: list[str]) -> NoReturn:
         stream.flush()
     # a module is looked up in the current folder first, where a user's file could shadow one (Python 3.11 and later)
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    # DeepSpeed looks there for ninja, which an environment that is not activated has beside Python alone
+    beside = os.path.dirname(arguments[0])
+    os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), beside]))
     os.execv(arguments[0], arguments)
 
 

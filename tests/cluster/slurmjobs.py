@@ -117,7 +117,11 @@ class Cluster:
         return _slurm(self.slurm_conf, "sinfo", "--noheader", "--nodes", node, "--format=%T").stdout.split()[0]
 
     def sbatch(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return _slurm(self.slurm_conf, "sbatch", *command, **environment)
+        return self.run("sbatch", *command, **environment)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """One of Slurm's own commands, in the repository root."""
+        return _slurm(self.slurm_conf, *command, **environment)
 
 
 def _slurm(slurm_conf: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -80,7 +80,8 @@ def test_more_nodes_than_there_are_is_refused(cluster: Cluster) -> None:
 def test_what_is_wrong_is_said_in_the_log(
     gpus: int, environment: dict[str, str], said: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    options = ["--nodes=1", f"--gpus-per-node={gpus}", "slurm/patch_70b.sh"]
+    """And the job ends as by a user's mistake: on two nodes, of which the first to fail has the other one ended."""
+    options = [f"--gpus-per-node={gpus}", "slurm/patch_70b.sh"]
     job = cluster.submit(*options, logs=tmp_path, **environment)
     assert job.ended(30) == ("FAILED", "2:0")
     assert said in job.text()

@@ -134,6 +134,15 @@ def test_the_exit_code_and_the_signals_are_the_launchers_own(tmp_path: Path) -> 
     assert process.returncode == 7
 
 
+def test_what_stands_beside_python_is_found_by_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed looks for ninja on PATH, where an environment that is not activated has none."""
+    monkeypatch.setenv("PATH", "/usr/bin")
+    seen: list[str] = []
+    monkeypatch.setattr(os, "execv", lambda *_: seen.append(os.environ["PATH"]))
+    launcher.become([sys.executable])
+    assert seen == [os.pathsep.join(["/usr/bin", os.path.dirname(sys.executable)])]
+
+
 def test_list_names_all_that_ships_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     listing.run([])
     lines = capsys.readouterr().out.splitlines()

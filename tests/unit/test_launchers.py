@@ -194,6 +194,19 @@ def test_modules_are_loaded_and_the_named_environment_comes_first(place: Place) 
     assert ran.stdout.splitlines()[-1] == "from the environment, with load cuda/12.4 nccl"
 
 
+def test_modules_are_found_without_an_exported_function_and_may_use_what_is_not_set(place: Place) -> None:
+    """A login shell other than bash exports no function; MODULESHOME is set in every one."""
+    init = place.root / "modules" / "init"
+    init.mkdir(parents=True)
+    (init / "bash").write_text('module() { echo "$NOBODY_SETS_THIS$*"; false || true; }\n')
+    given = {"ONESHOT_MODULES": "cuda nccl", "MODULESHOME": str(init.parent)}
+    ran = place.run("launch/node.sh", "x.py", **given)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "load cuda nccl" in ran.stdout.splitlines()
+    (init / "bash").write_text("module() { return 1; }\n")
+    assert "module load cuda nccl failed" in place.refused(**given)
+
+
 def test_the_launchers_exit_code_is_passed_on(place: Place) -> None:
     assert place.run("launch/node.sh", "x.py", CODE="7").returncode == 7
 
@@ -268,7 +281,7 @@ def test_every_node_is_started_once_and_a_failing_one_ends_the_others(place: Pla
     ran = place.run("slurm/start.sh", *STAGE, "--repair.rank", "8", SLURM_JOB_ID="42")
     *options, script, module, stage, setting, value = ran.stdout.splitlines()
     assert [script, module, stage, setting, value] == ["launch/node.sh", *STAGE, "--repair.rank", "8"]
-    assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(options)
+    assert {"--ntasks-per-node=1", "--kill-on-bad-exit=1", "--export=ALL"} <= set(options)
     assert "container" not in ran.stdout
 
 
@@ -326,6 +339,37 @@ def test_a_job_is_requeued_only_where_progress_was_saved(place: Place) -> None:
     assert list((place.root / "runs").iterdir()) == []
 
 
+def test_one_task_of_an_array_is_requeued_and_not_all_of_them(place: Place) -> None:
+    """The number of an array's last task is the whole array's, too, to scontrol."""
+    place.stand_in("scontrol", '[ "$1" = show ] || echo "scontrol $*"')
+    place.stand_in("srun", 'echo 7 > "$ONESHOT_PROGRESS_FILE"; exit 3')
+    array = {"SLURM_JOB_ID": "42", "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "5"}
+    assert place.run("slurm/start.sh", "x.py", **array).stdout == "scontrol requeue 42_5\n"
+
+
+def test_a_job_that_cannot_be_requeued_keeps_its_code_and_says_how_to_go_on(place: Place) -> None:
+    """An allocation of salloc, or a site or user that forbids it."""
+    place.stand_in("scontrol", '[ "$1" = show ] || { echo "Only batch jobs are accepted" >&2; exit 1; }')
+    place.stand_in("srun", 'echo 7 > "$ONESHOT_PROGRESS_FILE"; exit 3')
+    ran = place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42")
+    assert ran.returncode == 3
+    assert "Slurm does not requeue it: go on with --resume and the same --out." in ran.stderr
+    assert list((place.root / "runs").iterdir()) == []
+
+
+def test_a_preempted_job_is_requeued_though_nothing_was_saved(place: Place) -> None:
+    """A repair, or a fine-tune that still loads: told to end they fail, and Slurm itself takes that for the end."""
+    facts = "JobId=42 PreemptTime=$TIME SuspendTime=None"
+    place.stand_in("scontrol", f'[ "$1" = show ] && echo "{facts}" || echo "scontrol $*"')
+    place.stand_in("srun", "exit ${CODE:-143}")
+    time = "2026-01-01T00:00:00"
+    ran = place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", TIME=time)
+    assert (ran.returncode, ran.stdout) == (143, "scontrol requeue 42\n")
+    assert "it makes room for another job: requeue" in ran.stderr
+    assert place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", TIME="None").stdout == ""
+    assert place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", TIME=time, CODE="0").stdout == ""
+
+
 def test_a_job_ends_with_the_code_that_its_first_failing_rank_gave(place: Place) -> None:
     """Launchers make it a 1, and srun a 143 where it ended another node."""
     place.stand_in("srun", 'printf "$SAID" > "$ONESHOT_CODE_FILE"; exit ${CODE:-143}')
@@ -333,6 +377,17 @@ def test_a_job_ends_with_the_code_that_its_first_failing_rank_gave(place: Place)
     assert place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", SAID="").returncode == 143
     assert place.run("slurm/start.sh", "x.py", SLURM_JOB_ID="42", SAID="3\\n", CODE="0").returncode == 0
     assert list((place.root / "runs").iterdir()) == []
+
+
+def test_what_node_sh_refuses_is_a_users_mistake_to_the_job(place: Place, tmp_path: Path) -> None:
+    """Where srun ends the other nodes it makes a 143 of it."""
+    said = tmp_path / "code"
+    place.refused(ONESHOT_VENV="/no", ONESHOT_CODE_FILE=str(said))
+    assert said.read_text() == "2\n"
+    said.write_text("3\n")
+    place.refused(ONESHOT_VENV="/no", ONESHOT_CODE_FILE=str(said))
+    assert said.read_text() == "3\n", "the first to fail is believed"
+    place.refused(ONESHOT_VENV="/no", ONESHOT_CODE_FILE=str(tmp_path / "no" / "code"))
 
 
 def test_the_first_rank_to_tell_its_code_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,5 +57,15 @@ def test_in_a_wheel_they_are_inside_the_package(tmp_path: Path, monkeypatch: pyt
 
 def test_every_launch_file_names_a_deepspeed_file_that_ships() -> None:
     for name in shipped.launch_names():
-        named = re.findall(r"deepspeed_config_file: (\S+)", shipped.launch_file(name).read_text())
-        assert all((ROOT / path).is_file() for path in named), name
+        assert all(path.is_file() for path in _deepspeed_files(name)), name
+
+
+def test_every_sharding_that_a_plan_advises_has_a_launch_file() -> None:
+    """Without a twin for CPUs in its place: what a plan is made for are GPUs."""
+    names = [name for name in shipped.launch_names() if not name.endswith("_cpu")]
+    named = {path.name for name in names for path in _deepspeed_files(name)}
+    assert named == {path.name for path in shipped.ds_configs().glob("*.json")}
+
+
+def _deepspeed_files(name: str) -> list[Path]:
+    return [ROOT / path for path in re.findall(r"deepspeed_config_file: (\S+)", shipped.launch_file(name).read_text())]
