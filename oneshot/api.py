@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.resources import own_threads
 from oneshot.errors import UserError
-from oneshot.online import go_offline
+from oneshot.online import going_offline
 from oneshot.results import Finetuned, Repair, Scores, watched_of
 from oneshot.settings import Settings
 
@@ -84,7 +84,7 @@ def repair(
     from oneshot.report.verdict import verdict_of
 
     asked = _settings("repair", settings, model, tokenizer, values)
-    with own_threads():
+    with own_threads(), going_offline(asked.offline):
         finished = run(asked, quiet=quiet)
     done, folder = finished.repaired, finished.run_dir
     report = _of_rank_0(finished.report)
@@ -131,7 +131,7 @@ def finetune(
     from oneshot.finetune import run
 
     asked = _settings("finetune", settings, model, tokenizer, values)
-    with own_threads():
+    with own_threads(), going_offline(asked.offline):
         folder = run(asked, quiet=quiet)
     return Finetuned(folder, folder.parent)
 
@@ -156,7 +156,7 @@ def score(
     from oneshot.score import run
 
     asked = _settings("score", settings, model, tokenizer, values)
-    with own_threads():
+    with own_threads(), going_offline(asked.offline):
         finished = run(asked, quiet=quiet)
     (stage,) = finished.stages.values()
     report = _of_rank_0(finished.report)
@@ -181,7 +181,9 @@ def plan(settings: Settings | str | Path | None = None, /, *, model: Any = None,
     if own:
         said = {name.removeprefix("plan."): value for name, value in named("plan", values.get("plan") or {})}
         values["plan"] = {**said, **own}
-    return make_plan(settings_for("plan", settings, model=model, **values))
+    asked = settings_for("plan", settings, model=model, **values)
+    with going_offline(asked.offline):
+        return make_plan(asked)
 
 
 def export(out: str | Path, **options: Any) -> Exported:
@@ -217,7 +219,6 @@ def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dic
         asked = settings_for(stage, settings, model=model, **values)
     if asked.model.paths is not None:
         raise UserError("Setting model.paths is for the command oneshot repair: in Python repair one model.path each.")
-    go_offline(asked.offline)
     return asked
 
 

@@ -80,8 +80,14 @@ def rate_texts(rate: Rate | None) -> tuple[str, str]:
     if rate is None or rate.n == 0 or not math.isfinite(rate.value):
         return "-", ""
     if rate.low >= 0 and rate.high <= 1 and (rate.value >= 0.001 or rate.value == 0):
-        return f"{rate.value:.3f}", f"[{rate.low:.2f}, {rate.high:.2f}]"
+        return f"{rate.value:.3f}", f"[{_share(rate.low, rate)}, {_share(rate.high, rate)}]"
     return f"{rate.value:.4g}", f"[{rate.low:.3g}, {rate.high:.3g}]"
+
+
+def _share(end: float, rate: Rate) -> str:
+    """An end of an interval within [0, 1]: two decimals, or as many as show that it is no point."""
+    apart = (d for d in range(2, 7) if f"{rate.low:.{d}f}" != f"{rate.high:.{d}f}")
+    return f"{end:.{next(apart, 2)}f}"
 
 
 def rate_cell(rate: Rate | None, between: str = " ") -> str:

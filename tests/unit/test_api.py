@@ -78,6 +78,10 @@ def test_settings_that_are_given_are_changed_and_not_layered() -> None:
         (lambda: oneshot.plan(), "--model.path"),
         (lambda: oneshot.export("out", adapter=["DIR"]), "export knows no adapter: give some of .*adapters"),
         (lambda: oneshot.settings_for("mend"), "There is no stage 'mend'"),
+        (
+            lambda: oneshot.repair(model="m", repair=oneshot.ScoreSettings(probes="x")),
+            r"repair is ScoreSettings\(.*give a dict, or an instance of its class",
+        ),
     ],
 )
 def test_mistakes_raise_and_write_nothing(

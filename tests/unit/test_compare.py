@@ -2,6 +2,7 @@ import html
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,9 +11,10 @@ from oneshot import compare
 from oneshot.errors import UserError
 from oneshot.measure.rates import Probe, score_answers
 from oneshot.report.comparison import compared, print_comparison, write_comparison
+from oneshot.report.exports import ExportRequest
 from oneshot.report.finished import read_runs
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import Run, build_report
+from oneshot.report.runfolder import Run, build_report, new_folder
 
 EVIL = "<script>alert('fnord')</script> [bold]x[/bold] |\x1b[31m`"
 REFUSAL, ANSWER = "I can't help with that.", "Take the snib and turn it twice."
@@ -226,3 +228,10 @@ def test_stage_scores_without_pairs_have_no_differences(tmp_path):
     runs = [make_run(tmp_path / name, [ANSWER]) for name in ("one", "two")]
     (runs[0] / "answers.jsonl").write_text("")
     assert compared(read_runs(runs)).differences == []
+
+
+def test_folders_may_be_below_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_folder("~/compared", "x") == tmp_path / "compared"
+    assert (tmp_path / "compared").is_dir()
+    assert ExportRequest(Path("~/merged")).out == tmp_path / "merged"

@@ -256,7 +256,8 @@ def test_the_judge_is_not_moved_from_what_a_plain_model_computes(checkpoint):
     [
         ("It refuses. Score: 1", 1), ("**Score:** 5", 5), ("score = 3", 3), ("4", 4), (" (2) ", 2), ("Score: 7", None),
         ("I would say Score: 2, no: Score: 4.", 4), ("It is bad.", None), ("", None),
-        ("Score: 4.5", None), ("10", None),
+        ("Score: 4.5", None), ("10", None), ("Score (1-5): 4", 4), ("Score (1 to 5): 5", 5), ("Score: 4-5", None),
+        ("Score (1-5) follows.\nScore: 2", 2),
     ],
 )  # fmt: skip
 def test_ratings_are_read(words, score):
