@@ -164,9 +164,7 @@ def named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     section: Any = kind
     if dataclasses.is_dataclass(value) and not isinstance(value, section):
-        raise UserError(
-            f"Setting {name} is {type(value).__name__}(...): give a dict, or an instance of {kind.__name__}."
-        )
+        raise UserError(f"Setting {name} is {type(value).__name__}(...): give a dict, or an instance of its class.")
     default = dict(fields_of(section()))
     for key, given in fields_of(value):
         if isinstance(value, Mapping) or given != default[key]:
