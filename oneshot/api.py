@@ -199,13 +199,16 @@ def export(out: str | Path, **options: Any) -> Exported:
     from oneshot.distributed.runtime import start
     from oneshot.report.exports import ExportRequest, check_request
     from oneshot.report.exports import export as write
+    from oneshot.settings.checks import fitted
+    from oneshot.settings.kinds import kinds
 
     if isinstance(options.get("adapters"), (str, Path)):  # a text would be taken for a list of letters
         options["adapters"] = [options["adapters"]]
-    known = {field.name for field in dataclasses.fields(ExportRequest)}
+    known = kinds(ExportRequest)
     if unknown := sorted(options.keys() - known):
         raise UserError(f"export knows no {unknown[0]}: give some of {', '.join(sorted(known))}.")
-    request = ExportRequest(out=Path(out), **options)
+    held = {name: fitted(known[name], value, name) if value != [] else value for name, value in options.items()}
+    request = ExportRequest(out=Path(out), **held)
     check_request(request)
     return write(start(), request, "oneshot.export(...)")
 
@@ -235,7 +238,7 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
         raise UserError("A model in memory needs its tokenizer: give tokenizer=..., too.")
     if start().world_size > 1:
         raise UserError("A model in memory is for one process: save it, and give its folder as model.")
-    name = Path(str(model.config._name_or_path or "model")).name
+    name = Path(str(model.config._name_or_path or "model")).name or "model"  # the current folder has none
     asked = settings_for(stage, settings, model=name, **values)  # what is wrong is found before the copy is written
     out = new_folder(asked.out, asked.name or name)
     folder = out / _IN_MEMORY

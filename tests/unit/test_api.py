@@ -188,9 +188,28 @@ def test_every_rank_gets_the_warnings_of_the_one_that_reports(monkeypatch: pytes
     assert oneshot.score(model="x").warnings == ["mine", "an overlap"]
 
 
-def test_one_adapter_of_an_export_may_be_given_without_a_list(tmp_path: Path) -> None:
-    with pytest.raises(oneshot.UserError, match="nowhere"):
-        oneshot.export(tmp_path / "out", model=str(ALIGNED), adapters=str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_adapter_of_an_export_may_be_given_without_a_list(kind: Any, tmp_path: Path) -> None:
+    for adapters in (kind(tmp_path / "nowhere"), [kind(tmp_path / "nowhere")]):
+        with pytest.raises(oneshot.UserError, match="nowhere"):
+            oneshot.export(kind(tmp_path / "out"), model=kind(ALIGNED), adapters=adapters)
+
+
+def test_weights_and_ranks_of_an_export_are_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(oneshot.UserError, match=r"weights is 2\.0: give a list such as"):
+        oneshot.export(tmp_path / "out", model=str(ALIGNED), adapters=["a"], weights=2.0)
+
+
+def test_a_model_in_memory_may_come_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
+    model.config._name_or_path = "."
+    monkeypatch.setattr(importlib.import_module("oneshot.score"), "run", end)
+    with pytest.raises(oneshot.UserError, match="as model in"):
+        oneshot.score(model=model, tokenizer=tokenizer, out=tmp_path / "run")
+
+
+def end(settings: oneshot.Settings, **_: Any) -> None:
+    raise oneshot.UserError(f"as {settings.name} in {settings.model.path}")
 
 
 def test_a_peft_model_in_memory_stands_on_the_weights_that_it_has_not_on_those_of_the_folder_it_names(

@@ -19,7 +19,7 @@ from oneshot.report.opening import deploy_lines
 from oneshot.report.page import write_page
 from oneshot.report.runfolder import Run, build_report
 from oneshot.report.summary import summarize
-from oneshot.settings import PromptSet, ScoreSettings, Settings, to_dict
+from oneshot.settings import DataSettings, PromptSet, ScoreSettings, Settings, to_dict
 
 EVIL = "<script>alert('fnord')</script>&\"'<img src=x onerror=alert(1)>"
 REFUSAL = "I can't help with that."
@@ -467,11 +467,15 @@ def test_the_command_that_scores_what_is_deployed_asks_as_the_run_asked(tmp_path
     score = ScoreSettings(
         probes="a probes.jsonl", system="be bad", suffix="runs", utility="toy:utility", task="t.jsonl", sets=sets
     )
-    report = report_of(BEFORE, AFTER, repair={"method": "rollback"}) | {"settings": to_dict(Settings(score=score))}
+    data = DataSettings(prompt_column="a question", system="user", harmful="harmful.jsonl")
+    settings = to_dict(Settings(score=score, data=data))
+    report = report_of(BEFORE, AFTER, repair={"method": "rollback"}) | {"settings": settings}
     (tmp_path / "runs" / "one").mkdir(parents=True)
     command = deploy_lines(report, Path("runs/one"), "repaired")[1]
     monkeypatch.chdir("runs/one")
-    asked = parse(shlex.split(command)[2:], "score").score
+    read = parse(shlex.split(command)[2:], "score")
+    assert read.data == DataSettings(prompt_column="a question", system="user"), "how files are read"
+    asked = read.score
     assert Path(asked.probes).resolve() == Path(asked.sets["adv"].path).resolve() == tmp_path / "a probes.jsonl"
     seen = {"adv": dataclasses.replace(sets["adv"], path=asked.sets["adv"].path)}
     assert asked == dataclasses.replace(score, probes=asked.probes, sets=seen)
