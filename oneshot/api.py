@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot.distributed.resources import own_threads
 from oneshot.errors import UserError
 from oneshot.online import going_offline
+from oneshot.report.trackers import own_tracker
 from oneshot.results import Finetuned, Repair, Scores, watched_of
 from oneshot.settings import Settings
 
@@ -84,7 +85,7 @@ def repair(
     from oneshot.report.verdict import verdict_of
 
     asked = _settings("repair", settings, model, tokenizer, values)
-    with own_threads(), going_offline(asked.offline):
+    with own_threads(), going_offline(asked.offline), own_tracker():
         finished = run(asked, quiet=quiet)
     done, folder = finished.repaired, finished.run_dir
     report = _of_rank_0(finished.report)
@@ -131,7 +132,7 @@ def finetune(
     from oneshot.finetune import run
 
     asked = _settings("finetune", settings, model, tokenizer, values)
-    with own_threads(), going_offline(asked.offline):
+    with own_threads(), going_offline(asked.offline), own_tracker():
         folder = run(asked, quiet=quiet)
     return Finetuned(folder, folder.parent)
 
@@ -156,7 +157,7 @@ def score(
     from oneshot.score import run
 
     asked = _settings("score", settings, model, tokenizer, values)
-    with own_threads(), going_offline(asked.offline):
+    with own_threads(), going_offline(asked.offline), own_tracker():
         finished = run(asked, quiet=quiet)
     (stage,) = finished.stages.values()
     report = _of_rank_0(finished.report)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
 from oneshot.commandline import parse
+from oneshot.report import trackers
 from oneshot.world.model import ALIGNED
 
 QUICK: dict[str, Any] = {
@@ -128,6 +129,21 @@ def test_a_model_with_nothing_to_repair_is_said(tmp_path: Path) -> None:
     with pytest.raises(oneshot.UserError, match="no step that helps, so there is no patch"):
         oneshot.repair(model="toy:aligned", out=str(tmp_path / "run"), **QUICK)
     assert not (tmp_path / "run" / "patch").exists()
+
+
+@pytest.mark.parametrize("stage", ["repair", "finetune", "score"])
+def test_a_call_leaves_no_tracker_running(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+
+    def run(*_: Any, **__: Any) -> None:
+        trackers._tracking.tracker = SimpleNamespace(name="wandb", finish=lambda: ended.append(1))
+        raise oneshot.UserError("the end")
+
+    monkeypatch.setattr(importlib.import_module(f"oneshot.{stage}"), "run", run)
+    with pytest.raises(oneshot.UserError, match="the end"):
+        getattr(oneshot, stage)(model="x")
+    assert ended == [1]
+    assert trackers._tracking.tracker is None
 
 
 def test_results_cannot_be_changed(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def test_help_and_settings_load_nothing_heavy() -> None:
         ("repair", ["--plan.gpus=3"], "oneshot plan"),
         ("finetune", ["--repair.rank", "3"], "oneshot repair, oneshot spectrum and oneshot plan"),
         ("finetune", ["--score.suffix", "x"], "oneshot repair, oneshot score, oneshot spectrum and oneshot plan"),
+        ("score", ["--log_with", "wandb"], "oneshot repair, oneshot finetune, oneshot spectrum and oneshot plan"),
+        ("score", ["--preflight", "always"], "oneshot repair, oneshot finetune, oneshot spectrum and oneshot plan"),
         ("score", ["--finetune.steps", "3"], "oneshot repair, oneshot finetune, oneshot spectrum and oneshot plan"),
     ],
 )
