@@ -130,6 +130,18 @@ def test_another_judge_is_said(tmp_path):
     assert "judged in different ways" in compared(read_runs([one, two])).notes[0]
 
 
+def test_another_model_behind_a_judge_of_the_same_name_is_said(tmp_path):
+    runs = [make_run(tmp_path / name, [ANSWER]) for name in ("one", "two", "three")]
+    for run, model in zip(runs, ("big", "big", "small")):
+        report = json.loads((run / "report.json").read_text())
+        judges = [{"judge": "keywords", "model": None}, {"judge": "rubric", "model": model}]
+        report["conditions"] = {"max_new_tokens": 48, "judges": judges}
+        (run / "report.json").write_text(json.dumps(report))
+    assert compared(read_runs(runs[:2])).notes == []
+    (note,) = compared(read_runs(runs)).notes
+    assert note.startswith("The judge rubric was not the same model in all runs (one: big, two: big, three: small)")
+
+
 def test_lines_of_answers_that_are_none_are_passed_over(tmp_path):
     one, two = make_run(tmp_path / "one", [ANSWER] * 4), make_run(tmp_path / "two", [REFUSAL] * 4)
     with (one / "answers.jsonl").open("a") as lines:
@@ -176,6 +188,8 @@ RATE = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
         (json.dumps({**GOOD, "agreement": {"repaired": ["x"]}}), "in agreement"),
         (json.dumps({**GOOD, "agreement": {"repaired": [{"agree": 0.5}]}}), "in agreement"),
         (json.dumps({**GOOD, "conditions": {"max_new_tokens": [1]}}), r"in conditions\.max_new_tokens"),
+        (json.dumps({**GOOD, "conditions": {"judges": ["rubric"]}}), r"in conditions\.judges"),
+        (json.dumps({**GOOD, "conditions": {"judges": [{"judge": "a", "model": [1]}]}}), r"in conditions\.judges"),
         (json.dumps({**GOOD, "repair": {"trace": ["x"]}}), r"in repair\.trace"),
         (json.dumps({**GOOD, "repair": {"coverage": "x"}}), r"in repair\.coverage"),
         (json.dumps({**GOOD, "repair": {"coverage": {"energy": "x"}}}), r"in repair\.coverage\.energy"),
