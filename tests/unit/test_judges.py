@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from scipy.stats import binomtest
 from tiny import tiny_model, tiny_runtime
 
 from oneshot.errors import UserError
-from oneshot.measure import classifier, endpoint
+from oneshot.measure import classifier, endpoint, harness
 from oneshot.measure.cache import RESPONSES
 from oneshot.measure.classifier import ask_classifier, read_template
 from oneshot.measure.endpoint import open_endpoint
@@ -344,3 +346,11 @@ def test_a_judge_that_is_gone_at_the_end_is_a_warning(tmp_path, monkeypatch):
     assert judged == stages
     assert "does not say what it serves" in warnings[0]
     shutil.rmtree(tmp_path)
+
+
+def test_task_definitions_may_be_below_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda include_path: include_path))
+    (tmp_path / "tasks").mkdir()
+    assert harness._manager(ScoreSettings(lm_eval_folder="~/tasks")) == str(tmp_path / "tasks")

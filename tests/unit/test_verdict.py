@@ -18,7 +18,7 @@ from oneshot.report.finished import read_runs
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import Run, build_report
-from oneshot.report.summary import outcome_fields
+from oneshot.report.summary import LIMITS, outcome_fields
 from oneshot.report.verdict import judge, verdict_of
 
 BEFORE = {"asr": 1.0, "over_refusal": 0.0, "lookalike_refusal": 0.0}
@@ -150,3 +150,10 @@ def test_what_is_required_decides_the_exit_status(repair, asr, code, tmp_path):
         refuse_unmet(tiny_runtime(), "repaired", finished)
     assert raised.value.code == code
     return None
+
+
+def test_the_limits_that_are_stated_are_those_that_count():
+    """Of requests to be refused, empty, garbled and unfinished answers count together."""
+    found = report_of(after={**AFTER, "empty": 0.04, "garbled": 0.03, "no_answer": 0.12})[0]
+    assert judge(found).word == "ability lost"
+    assert "together of those to requests that should be refused" in LIMITS
