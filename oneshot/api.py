@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot.distributed.resources import own_threads
 from oneshot.errors import UserError
-from oneshot.online import go_offline
+from oneshot.online import going_offline
+from oneshot.report.trackers import own_tracker
 from oneshot.results import Finetuned, Repair, Scores, watched_of
 from oneshot.settings import Settings
 
@@ -84,7 +85,7 @@ def repair(
     from oneshot.report.verdict import verdict_of
 
     asked = _settings("repair", settings, model, tokenizer, values)
-    with own_threads():
+    with own_threads(), going_offline(asked.offline), own_tracker():
         finished = run(asked, quiet=quiet)
     done, folder = finished.repaired, finished.run_dir
     report = _of_rank_0(finished.report)
@@ -131,7 +132,7 @@ def finetune(
     from oneshot.finetune import run
 
     asked = _settings("finetune", settings, model, tokenizer, values)
-    with own_threads():
+    with own_threads(), going_offline(asked.offline), own_tracker():
         folder = run(asked, quiet=quiet)
     return Finetuned(folder, folder.parent)
 
@@ -156,7 +157,7 @@ def score(
     from oneshot.score import run
 
     asked = _settings("score", settings, model, tokenizer, values)
-    with own_threads():
+    with own_threads(), going_offline(asked.offline), own_tracker():
         finished = run(asked, quiet=quiet)
     (stage,) = finished.stages.values()
     report = _of_rank_0(finished.report)
@@ -181,7 +182,9 @@ def plan(settings: Settings | str | Path | None = None, /, *, model: Any = None,
     if own:
         said = {name.removeprefix("plan."): value for name, value in named("plan", values.get("plan") or {})}
         values["plan"] = {**said, **own}
-    return make_plan(settings_for("plan", settings, model=model, **values))
+    asked = settings_for("plan", settings, model=model, **values)
+    with going_offline(asked.offline):
+        return make_plan(asked)
 
 
 def export(out: str | Path, **options: Any) -> Exported:
@@ -197,13 +200,16 @@ def export(out: str | Path, **options: Any) -> Exported:
     from oneshot.distributed.runtime import start
     from oneshot.report.exports import ExportRequest, check_request
     from oneshot.report.exports import export as write
+    from oneshot.settings.checks import fitted
+    from oneshot.settings.kinds import kinds
 
     if isinstance(options.get("adapters"), (str, Path)):  # a text would be taken for a list of letters
         options["adapters"] = [options["adapters"]]
-    known = {field.name for field in dataclasses.fields(ExportRequest)}
+    known = kinds(ExportRequest)
     if unknown := sorted(options.keys() - known):
         raise UserError(f"export knows no {unknown[0]}: give some of {', '.join(sorted(known))}.")
-    request = ExportRequest(out=Path(out), **options)
+    held = {name: fitted(known[name], value, name) if value != [] else value for name, value in options.items()}
+    request = ExportRequest(out=Path(out), **held)
     check_request(request)
     return write(start(), request, "oneshot.export(...)")
 
@@ -217,7 +223,6 @@ def _settings(stage: str, settings: Any, model: Any, tokenizer: Any, values: dic
         asked = settings_for(stage, settings, model=model, **values)
     if asked.model.paths is not None:
         raise UserError("Setting model.paths is for the command oneshot repair: in Python repair one model.path each.")
-    go_offline(asked.offline)
     return asked
 
 
@@ -234,7 +239,7 @@ def _written(stage: str, settings: Any, model: Any, tokenizer: Any, values: dict
         raise UserError("A model in memory needs its tokenizer: give tokenizer=..., too.")
     if start().world_size > 1:
         raise UserError("A model in memory is for one process: save it, and give its folder as model.")
-    name = Path(str(model.config._name_or_path or "model")).name
+    name = Path(str(model.config._name_or_path or "model")).name or "model"  # the current folder has none
     asked = settings_for(stage, settings, model=name, **values)  # what is wrong is found before the copy is written
     out = new_folder(asked.out, asked.name or name)
     folder = out / _IN_MEMORY

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from oneshot.shown import one_line
 
 # what huggingface_hub, transformers and datasets look at
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "ONESHOT_OFFLINE")
+# and what they have made of it once they are loaded: module and name
+_CONSTANTS = (
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_DATASETS_OFFLINE"),  # until datasets 2
+)
 
 
 def go_offline(asked: bool) -> None:
     """Have nothing be fetched by this process, where that is asked: what is in the Hub's cache and ours is used."""
     for name in _VARIABLES if asked else ():
         os.environ[name] = "1"
-    for module, constant in (
-        ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-        ("datasets.config", "HF_DATASETS_OFFLINE"),
-    ):
-        if asked and module in sys.modules:  # it has looked at the environment already
+    for module, constant in _CONSTANTS if asked else ():
+        if module in sys.modules:  # it has looked at the environment already
             setattr(sys.modules[module], constant, True)
+
+
+@contextlib.contextmanager
+def going_offline(asked: bool) -> Iterator[None]:
+    """``go_offline`` for the block alone: after a call from Python another one may fetch."""
+    if not asked:
+        yield
+        return
+    from huggingface_hub import constants
+
+    variables = {name: os.environ.get(name) for name in _VARIABLES}
+    # what is loaded within the block looks at the environment there
+    otherwise = constants.HF_HUB_OFFLINE
+    before = {place: getattr(sys.modules.get(place[0]), place[1], otherwise) for place in _CONSTANTS}
+    go_offline(True)
+    try:
+        yield
+    finally:
+        for name in _VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in variables.items() if value is not None})
+        for (module, constant), value in before.items():
+            if module in sys.modules:
+                setattr(sys.modules[module], constant, value)
 
 
 def is_offline(variable: str = "HF_HUB_OFFLINE") -> bool:

@@ -30,6 +30,7 @@ _BLOCK = 1 << 20  # bytes hashed at a time
 _AGAIN = 60.0  # seconds
 _VALUES = 100_000  # that a YAML file may hold, its aliases written out: they are walked, and written again
 _RESTORE = "restore it from its source"
+_CAPPED = threading.Lock()  # held by the one block at a time that limits the process's memory
 
 
 class _Overrun(BaseException):
@@ -78,6 +79,7 @@ def limited(what: str, seconds: float = SECONDS, memory: int = MEMORY) -> Iterat
     """Raise UserError where the block takes longer, or more memory, than it may. Itself it takes 0.05 ms.
 
     Time is kept by a signal, which only the main thread is given: in other threads of Python users it is not kept.
+    Memory is the process's: of blocks in several threads, or in each other, that come first the limit counts.
 
     Args:
         what: what takes it, and where it is from, for the message
@@ -90,7 +92,9 @@ def limited(what: str, seconds: float = SECONDS, memory: int = MEMORY) -> Iterat
         # again after the first time, for the case that something in the block caught it all the same; but not so soon
         # that it could come while the first is on its way out, which takes long where the machine is busy
         left, every = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
-    before = _cap(memory)
+    # of the process: a second block that found the first one's limit would leave that behind
+    alone = _CAPPED.acquire(blocking=False)
+    before = _cap(memory) if alone else None
     try:
         try:
             yield
@@ -108,6 +112,8 @@ def limited(what: str, seconds: float = SECONDS, memory: int = MEMORY) -> Iterat
                 signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)), every)
         if before is not None:
             resource.setrlimit(resource.RLIMIT_AS, before)
+        if alone:
+            _CAPPED.release()
 
 
 def _overrun(number: int, frame: object) -> None:

@@ -7,6 +7,7 @@ by path.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from oneshot.errors import UserError
@@ -62,8 +63,9 @@ def launch_file(name_or_path: str) -> Path:
 
 
 def _file(name_or_path: str, folder: Path, names: list[str], kind: str) -> Path:
-    if Path(name_or_path).is_file():
-        return Path(name_or_path)
+    path = Path(os.path.expanduser(name_or_path))  # no shell does it behind --config=
+    if path.is_file():
+        return path
     name = name_or_path.removesuffix(".yaml")
     if name in names:
         return folder / f"{name}.yaml"

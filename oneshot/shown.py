@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _STDOUT = 1  # the descriptor: other languages know no other
+_turned = threading.RLock()  # held while it leads elsewhere: a second thread would take that for where it belongs
 # Control codes (a terminal's colours and cursor among them), marks that turn the direction of what follows, letters
 # without width, separators that some programs take for new lines, and halves of surrogate pairs.
 _CONTROL = re.compile(
@@ -55,23 +57,24 @@ def open_console(**options: Any) -> Console:
 @contextlib.contextmanager
 def printed_plainly() -> Iterator[None]:
     """Have what libraries of other languages print on stdout in the block, past Python, come out ``plain``."""
-    sys.stdout.flush()
-    try:
-        before = os.dup(_STDOUT)
-    except OSError:  # it is closed
-        yield
-        return
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), _STDOUT)
+    with _turned:
+        sys.stdout.flush()
         try:
+            before = os.dup(_STDOUT)
+        except OSError:  # it is closed
             yield
-        finally:
-            sys.stdout.flush()
-            os.dup2(before, _STDOUT)
-            os.close(before)
-            file.seek(0)
-            if said := file.read().decode("utf-8", errors="replace"):
-                sys.stdout.write(plain(said))
+            return
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), _STDOUT)
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+                os.dup2(before, _STDOUT)
+                os.close(before)
+                file.seek(0)
+                if said := file.read().decode("utf-8", errors="replace"):
+                    sys.stdout.write(plain(said))
 
 
 @lru_cache

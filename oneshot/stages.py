@@ -14,6 +14,9 @@ from oneshot.settings.names import ANY, Described, close_names, described, kind_
 
 WIDTH = 100  # columns of a help page
 _RUN = ("out", "name", "seed", "preflight", "hang_minutes", "resume", "log_with", "offline", "profile", "debug")
+_SCORE = tuple(
+    name for name in _RUN if name not in ("preflight", "log_with")
+)  # it looks at no machines, and sends nothing
 _EXAMPLE = ("example", "pool", "select", "shortlist", "guard", "watch_prompts", "reference", "reference_revision")
 _PUSH = ("push_to_hub", "push_public", "push_degraded")
 _REPAIR = (*_RUN, *_EXAMPLE, "finetune_first", "delete_degraded", "model", "data", "finetune", "repair", "score")
@@ -70,7 +73,7 @@ STAGES = {
     ),
     "score": Stage(
         does="Measure refusals, over-refusal and utility of a checkpoint, an adapter or a served model.",
-        reads=(*_RUN, "example", "guard", "watch_prompts", "model", "data", "score"),
+        reads=(*_SCORE, "example", "guard", "watch_prompts", "model", "data", "score"),
         examples=(
             "oneshot score --model.path DIR --score.task FILE",
             "oneshot score --score.endpoint.url http://localhost:8000/v1",

@@ -73,8 +73,12 @@ def open_endpoint(settings: EndpointSettings, name: str) -> Endpoint:
             reached, or that serves several models while the settings name none
     """
     assert settings.url is not None
-    parts = urlsplit(settings.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(settings.url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, or a port that there is not
+        whole = False
+    if not whole:
         raise UserError(f"Setting {name}.url is no address: give one such as http://localhost:8000/v1.")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(

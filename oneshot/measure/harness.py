@@ -178,6 +178,7 @@ def _manager(score: ScoreSettings) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError("Setting score.lm_eval needs lm-eval: pip install 'oneshot[eval]'.") from error
-    if score.lm_eval_folder is not None and not Path(score.lm_eval_folder).is_dir():
+    folder = None if score.lm_eval_folder is None else Path(score.lm_eval_folder).expanduser()
+    if folder is not None and not folder.is_dir():
         raise UserError(f"Setting score.lm_eval_folder names {score.lm_eval_folder}, which is no folder.")
-    return TaskManager(include_path=score.lm_eval_folder)
+    return TaskManager(include_path=None if folder is None else str(folder))

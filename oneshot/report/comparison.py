@@ -180,6 +180,17 @@ def _judges(runs: Sequence[FinishedRun]) -> list[str]:
     if len(known := {length for length in lengths.values() if length is not None}) > 1:
         said = ", ".join(f"{name} {length}" for name, length in lengths.items() if length in known)
         notes.append(f"Answers of different lengths were judged (new tokens at most: {said}): judges change with them.")
+    models: dict[str, dict[str, str]] = {}  # judge -> run -> its model
+    for run in runs:
+        for judge in (run.report.get("conditions") or {}).get("judges") or []:
+            models.setdefault(str(judge.get("judge")), {})[run.name] = str(judge.get("model"))
+    for name, by_run in models.items():
+        if len(set(by_run.values())) > 1:
+            said = ", ".join(f"{run}: {model}" for run, model in by_run.items())
+            notes.append(
+                f"The judge {name} was not the same model in all runs ({said}): what one says cannot be compared with "
+                "what another says."
+            )
     return notes
 
 

@@ -86,6 +86,9 @@ class ExportRequest:
     force: bool = False
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", self.out.expanduser())
+
 
 @dataclass(frozen=True)
 class Exported:

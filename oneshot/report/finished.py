@@ -17,6 +17,7 @@ from oneshot.report.runfolder import REPORT, SCHEMA, SETTINGS
 
 _NEEDED = {"model": str, "stages": dict, "seed": int, "world_size": int, "resources": dict, "versions": dict}
 _OPTIONAL = {"figures": dict, "conditions": dict, "repair": dict, "example": dict, "agreement": dict}
+_OF_A_JUDGE = ("judge", "model")  # its name and its model's, as far as they are read
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ def _damaged(report: Mapping[str, Any]) -> Iterator[str]:
         yield "judge"
     if not isinstance(conditions.get("max_new_tokens", 0), int):
         yield "conditions.max_new_tokens"
+    judges = conditions.get("judges") or []
+    if not _are_rows(judges) or not all(isinstance(one.get(of) or "", str) for one in judges for of in _OF_A_JUDGE):
+        yield "conditions.judges"
     for rows in (report.get("agreement") or {}).values():
         if not _are_rows(rows) or not all(isinstance(row.get("judges"), list) for row in rows):
             yield "agreement"

@@ -15,8 +15,10 @@ from oneshot.report.runfolder import write_whole
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
 from oneshot.report.table import (
     CAPTION,
+    FIGURES,
     PAIRED,
     as_rate,
+    caption_of,
     count_cell,
     differences_heads,
     differences_rows,
@@ -49,7 +51,7 @@ def write_markdown(run_dir: Path, report: Mapping[str, Any]) -> Path:
     lines += _listed("Warnings", report.get("warnings") or [])
     judging = [text for line in judging_lines(report) for text in ("", inline(line))]
     lines += _section("Measures by stage", stages_lines(report["stages"]) + judging)
-    lines += _section("Further figures", stages_lines(report.get("figures") or {}, "[95% bootstrap interval]"))
+    lines += _section("Further figures", stages_lines(report.get("figures") or {}, FIGURES))
     lines += _section(
         "What changed between stages", differences_lines(report.get("differences") or [], "first", "second")
     )
@@ -106,7 +108,7 @@ def stages_lines(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], caption:
     for name in names:
         rates = [as_rate(stage.get(name)) for stage in stages.values()]
         rows.append([inline(measure_name(name)), *(inline(rate_cell(rate)) for rate in rates), count_cell(rates)])
-    return [*table_lines(["measure", *map(inline, stages), "n"], rows), "", inline(caption)]
+    return [*table_lines(["measure", *map(inline, stages), "n"], rows), "", inline(caption_of(names, caption))]
 
 
 def differences_lines(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> list[str]:

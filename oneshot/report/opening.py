@@ -18,11 +18,13 @@ from oneshot.measure.opposed import value_of
 from oneshot.report.runfolder import PATCH, REPAIRED
 from oneshot.report.serving import serve_command
 from oneshot.report.table import as_rate, measure_name
-from oneshot.settings import PromptSet
+from oneshot.settings import DataSettings, PromptSet
 
 # of harmless requests the kind that is refused more
 _NUMBERS: tuple[tuple[str, ...], ...] = (("asr",), ("over_refusal", "lookalike_refusal"), ("utility",), ("task",))
 _HASH_CHARACTERS = 16
+# of the data's settings those that say how files of prompts are read
+_READ_BY = ("prompt_column", "response_column", "messages_column", "split", "system")
 
 
 @dataclass(frozen=True)
@@ -102,25 +104,27 @@ def deploy_lines(report: Mapping[str, Any], run_dir: Path, word: str) -> list[st
 
 
 def _probes(report: Mapping[str, Any], run_dir: Path) -> str:
-    """The options by which the prompts are scored that the run was scored on, and a task of the user's own where none
-    was; files as they are seen from the run's folder.
+    """The options by which the prompts are read and scored that the run was scored on, and a task of the user's own
+    where none was; files as they are seen from the run's folder.
     """
     score = (report.get("settings") or {}).get("score") or {}
     measured = not score.get("task") and any("task" in rates for rates in report["stages"].values())
-    asked = {name: score.get(name) for name in ("probes", "system", "suffix", "utility")}
-    asked["task"] = None if measured else score.get("task") or "FILE"
+    asked = {f"score.{name}": score.get(name) for name in ("probes", "system", "suffix", "utility")}
+    asked["score.task"] = None if measured else score.get("task") or "FILE"
     defaults = {field.name: field.default for field in dataclasses.fields(PromptSet)}
     for name, chosen in (score.get("sets") or {}).items():
-        asked |= {f"sets.{name}.{key}": value for key, value in chosen.items() if value != defaults[key]}
+        asked |= {f"score.sets.{name}.{key}": value for key, value in chosen.items() if value != defaults[key]}
+    data, reads = (report.get("settings") or {}).get("data") or {}, vars(DataSettings())
+    asked |= {f"data.{name}": data[name] for name in _READ_BY if data.get(name, reads[name]) != reads[name]}
     words = ((name, _seen_from(run_dir, name, value)) for name, value in asked.items() if value is not None)
-    return "".join(f" --score.{name} {shlex.quote(word)}" for name, word in words)
+    return "".join(f" --{name} {shlex.quote(word)}" for name, word in words)
 
 
 def _seen_from(run_dir: Path, name: str, value: Any) -> str:
     """A value as the command line takes it; a path of a file from here as one from the run's folder."""
     if not isinstance(value, str):
         return json.dumps(value)
-    is_file = name in ("probes", "utility", "task") or name.endswith(".path")
+    is_file = name in ("score.probes", "score.utility", "score.task") or name.endswith(".path")
     return (
         os.path.relpath(value, run_dir) if is_file and not Path(value).is_absolute() and Path(value).exists() else value
     )

@@ -28,8 +28,10 @@ from oneshot.report.spectrum import read_spectrum
 from oneshot.report.summary import JUDGE_NOTE, LIMITS, summarize
 from oneshot.report.table import (
     CAPTION,
+    FIGURES,
     PAIRED,
     as_rate,
+    caption_of,
     count_cell,
     differences_heads,
     differences_rows,
@@ -71,7 +73,7 @@ def write_page(
         section("This run" + ", and how to deploy it" * judged, _run(report, run_dir, summary.word)),
         warnings_section(report.get("warnings") or []),
         section("Measures by stage", (_stages(stages, CAPTION) or "<p>Nothing was measured.</p>") + judging),
-        section("Further figures", _stages(report.get("figures") or {}, "[95% bootstrap interval]")),
+        section("Further figures", _stages(report.get("figures") or {}, FIGURES)),
         section("Figures", _figures(report)),
         section("What changed between stages", differences_table(report.get("differences") or [], "first", "second")),
         section("Agreement of judges", _agreement(report.get("agreement") or {})),
@@ -130,7 +132,7 @@ def _stages(stages: Mapping[str, Mapping[str, Mapping[str, Any]]], caption: str)
         cells = [rate_table_cell(rate) for rate in rates]
         count = count_cell(rates)  # a narrow window has no room for its column
         rows.append([f'{escaped(measure_name(name))}<small class="count">n = {count}</small>', *cells, count])
-    return f'{table(heads, rows, "counts")}\n<p class="soft">{escaped(caption)}</p>'
+    return f'{table(heads, rows, "counts")}\n<p class="soft">{escaped(caption_of(names, caption))}</p>'
 
 
 def _agreement(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,7 @@ def new_folder(out: str | None, name: str) -> Path:
     try:
         if out is None:
             return _first_free(name)
+        out = os.path.expanduser(out)  # of --out=~/compared no shell does it
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         where = out if out is not None else RUNS

@@ -37,6 +37,7 @@ CAPTION = (
     f"Share of probes [95% interval: Wilson's, of means by bootstrap]. Refusals are judged by {JUDGE}; utility and "
     "task by exact match."
 )
+FIGURES = "[95% bootstrap interval]"
 PAIRED = (
     "Each row compares the same probes, so that only those that changed count. p: exact McNemar test, two-sided, not "
     "corrected for the number of comparisons."
@@ -52,6 +53,12 @@ def measure_name(rate: str) -> str:
             rest = rate.removeprefix(f"{part}_")
             return f"{name}, {_SPOKEN.get(rest, rest.replace('_', ' '))}"
     return rate.replace("_", " ")
+
+
+def caption_of(names: Iterable[str], caption: str = CAPTION) -> str:
+    """Return the caption of a table of these rates, with a word on intervals that are made in another way."""
+    others = " lm-eval's intervals: 1.96 of its own standard errors to both sides."
+    return f"{caption}{others}" if any(name.endswith("(lm-eval)") for name in names) else caption
 
 
 def ordered_rates(names: Iterable[str]) -> list[str]:
@@ -80,8 +87,14 @@ def rate_texts(rate: Rate | None) -> tuple[str, str]:
     if rate is None or rate.n == 0 or not math.isfinite(rate.value):
         return "-", ""
     if rate.low >= 0 and rate.high <= 1 and (rate.value >= 0.001 or rate.value == 0):
-        return f"{rate.value:.3f}", f"[{rate.low:.2f}, {rate.high:.2f}]"
+        return f"{rate.value:.3f}", f"[{_share(rate.low, rate)}, {_share(rate.high, rate)}]"
     return f"{rate.value:.4g}", f"[{rate.low:.3g}, {rate.high:.3g}]"
+
+
+def _share(end: float, rate: Rate) -> str:
+    """An end of an interval within [0, 1]: two decimals, or as many as show that it is no point."""
+    apart = (d for d in range(2, 7) if f"{rate.low:.{d}f}" != f"{rate.high:.{d}f}")
+    return f"{end:.{next(apart, 2)}f}"
 
 
 def rate_cell(rate: Rate | None, between: str = " ") -> str:
@@ -128,12 +141,13 @@ def stages_table(stages: Mapping[str, StageScores], *, stacked: bool = False) ->
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left")
+    names = ordered_rates(name for scores in stages.values() for name in scores.rates)
+    table = Table(box=box.SIMPLE_HEAD, caption=caption_of(names), caption_justify="left")
     table.add_column("measure")
     for stage in stages:
         table.add_column(Text(one_line(stage)), justify="right")
     table.add_column("n", justify="right")
-    for name in ordered_rates(name for scores in stages.values() for name in scores.rates):
+    for name in names:
         row = [scores.rates.get(name) for scores in stages.values()]
         cells = [rate_cell(rate, "\n" if stacked else " ") for rate in row]
         # Text, not str: a group's name comes from the user's file and may hold rich's markup.

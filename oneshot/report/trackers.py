@@ -6,8 +6,9 @@ Rank 0 alone sends. Only numbers are sent: no settings, prompts, answers or envi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def start_tracking(runtime: Runtime, log_with: str | None, run_dir: Path) -> Non
     Raises:
         UserError: on every rank, if it does not start on rank 0
     """
-    _finish()
+    stop_tracking()
     with agree(runtime, f"starting {log_with}"):
         if log_with is not None and runtime.is_main:
             _tracking.tracker = _started(log_with, run_dir)
@@ -105,8 +106,18 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
+@contextlib.contextmanager
+def own_tracker() -> Iterator[None]:
+    """End at the end of the block the tracker that was started in it, which would else go on until the process ends."""
+    try:
+        yield
+    finally:
+        stop_tracking()
+
+
 @atexit.register
-def _finish() -> None:
+def stop_tracking() -> None:
+    """End the tracker that was started, if one was: what it has is sent."""
     tracker, _tracking.tracker = _tracking.tracker, None
     if tracker is not None:
         try:

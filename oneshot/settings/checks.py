@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -127,7 +128,22 @@ def _scalar(base: Any, value: Any) -> Any:
     if base is int:
         return int(value) if isinstance(value, Integral) else _NO
     assert base is float, base
-    return float(value) if isinstance(value, Real) and value == value else _NO
+    try:
+        return float(value) if isinstance(value, Real) and math.isfinite(value) else _NO
+    except OverflowError:  # of an int that no float holds
+        return _NO
+
+
+def refuse_blank(folders: Mapping[str, str | None]) -> None:
+    """Raise UserError where a folder's name is empty, as a shell variable that is not set leaves it: it would be taken
+    for the folder in which the command is given.
+
+    Args:
+        folders: full name of a setting -> its value
+    """
+    for name, value in folders.items():
+        if value is not None and not value.strip():
+            raise UserError(f"Setting {name} is empty: give a folder, or leave {name} out.")
 
 
 def wrong(name: str, value: Any, wanted: str, choices: list[str], where: Where = nowhere) -> UserError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from oneshot.errors import UserError
 from oneshot.reading import limited, load_yaml
@@ -16,6 +16,9 @@ from oneshot.settings.checks import joined, unknown, wrong
 from oneshot.settings.kinds import bare, kinds, options, words
 from oneshot.settings.names import close_names, kind_at
 from oneshot.settings.run import Settings
+
+if TYPE_CHECKING:
+    import yaml
 
 
 @dataclass
@@ -72,7 +75,7 @@ def _lay(given: Given, values: Mapping[Any, Any], place: str, section: Any, name
     for key, value in values.items():
         full, kind = joined(name, str(key)), kinds(section).get(key)
         if kind is None:
-            raise unknown(full, close_names(full), lambda _: f" ({place})")
+            raise _unknown(full, place)
         if not dataclasses.is_dataclass(kind):
             target[key] = value
             given.places[full] = place
@@ -80,6 +83,15 @@ def _lay(given: Given, values: Mapping[Any, Any], place: str, section: Any, name
             _lay(given, value or {}, place, kind, full)
         else:
             raise wrong(full, value, words(kind), [], lambda _: f" ({place})")
+
+
+def _unknown(name: str, place: str) -> UserError:
+    """The error for a name that a settings file cannot have: there is none, or the command line alone writes it so."""
+    if kind_at(name) is None:
+        return unknown(name, close_names(name), lambda _: f" ({place})")
+    section, _, last = name.rpartition(".")
+    nested = ": {".join([*section.split("."), last]) + ": ..." + "}" * name.count(".")
+    return UserError(f"There is no setting {name} ({place}): give it by section, as {nested}.")
 
 
 def from_text(kind: Any, text: str) -> Any:
@@ -98,17 +110,42 @@ def from_text(kind: Any, text: str) -> Any:
 
 @lru_cache
 def _loader() -> Any:
-    """YAML as its version 1.2 has numbers: 2e-5 is one. Builds plain values only, no objects."""
+    """YAML as its version 1.2 has numbers: 2e-5 is one. Builds plain values only, no objects, and loses none."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_document(self, node: yaml.Node) -> Any:
+            _refuse_twice(node, set())  # before merges are written out, which a mapping's own keys go over
+            return super().construct_document(node)
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(f"^(?:{number.pattern})$"), list("-+.0123456789")
     )
     return Loader
+
+
+def _refuse_twice(node: yaml.Node, seen: set[int]) -> None:
+    """Raise YAMLError where a name stands twice in one mapping: yaml itself takes the last, and drops the others.
+
+    Args:
+        seen: nodes that were looked at, by another alias
+    """
+    import yaml
+
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twice(item, seen)
+        return
+    names = set[str]()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value in names:
+            raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+        names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        _refuse_twice(value, seen)
 
 
 def over(section: Any, value: Any) -> Any:
@@ -126,6 +163,8 @@ def named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
         return
     section: Any = kind
+    if dataclasses.is_dataclass(value) and not isinstance(value, section):
+        raise UserError(f"Setting {name} is {type(value).__name__}(...): give a dict, or an instance of its class.")
     default = dict(fields_of(section()))
     for key, given in fields_of(value):
         if isinstance(value, Mapping) or given != default[key]:

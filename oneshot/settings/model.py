@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oneshot.errors import UserError
-from oneshot.settings.checks import check_fields
+from oneshot.settings.checks import check_fields, refuse_blank
 from oneshot.settings.kinds import PositiveInt
 
 
@@ -53,6 +53,7 @@ class ModelSettings:
         check_fields(self, "model")
         if self.paths is not None and not self.paths.strip():
             raise UserError("Setting model.paths is empty: give a pattern of adapter folders, such as 'adapters/*'.")
+        refuse_blank({"model.path": self.path, "model.base": self.base})
         if self.paths is not None and self.path is not None:
             raise UserError("Settings model.path and model.paths are both given: one adapter, or a pattern of many.")
         if self.quantize and self.stock_io:

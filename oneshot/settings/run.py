@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from oneshot.errors import UserError
 from oneshot.redact import without_secrets
-from oneshot.settings.checks import check_fields
+from oneshot.settings.checks import check_fields, refuse_blank
 from oneshot.settings.data import DataSettings
 from oneshot.settings.kinds import CountFloat, PositiveInt
 from oneshot.settings.model import ModelSettings
@@ -106,6 +107,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+        refuse_blank({"out": self.out, "reference": self.reference})
+        if self.out is not None:  # no shell has done it behind --out=, in a file and in Python
+            object.__setattr__(self, "out", os.path.expanduser(self.out))
         if self.resume and self.out is None:
             raise UserError("Setting resume needs --out, the run folder to go on in.")
 

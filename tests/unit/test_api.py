@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oneshot
 from oneshot.commandline import parse
+from oneshot.report import trackers
 from oneshot.world.model import ALIGNED
 
 QUICK: dict[str, Any] = {
@@ -78,6 +79,10 @@ def test_settings_that_are_given_are_changed_and_not_layered() -> None:
         (lambda: oneshot.plan(), "--model.path"),
         (lambda: oneshot.export("out", adapter=["DIR"]), "export knows no adapter: give some of .*adapters"),
         (lambda: oneshot.settings_for("mend"), "There is no stage 'mend'"),
+        (
+            lambda: oneshot.repair(model="m", repair=oneshot.ScoreSettings(probes="x")),
+            r"repair is ScoreSettings\(.*give a dict, or an instance of its class",
+        ),
     ],
 )
 def test_mistakes_raise_and_write_nothing(
@@ -124,6 +129,21 @@ def test_a_model_with_nothing_to_repair_is_said(tmp_path: Path) -> None:
     with pytest.raises(oneshot.UserError, match="no step that helps, so there is no patch"):
         oneshot.repair(model="toy:aligned", out=str(tmp_path / "run"), **QUICK)
     assert not (tmp_path / "run" / "patch").exists()
+
+
+@pytest.mark.parametrize("stage", ["repair", "finetune", "score"])
+def test_a_call_leaves_no_tracker_running(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+
+    def run(*_: Any, **__: Any) -> None:
+        trackers._tracking.tracker = SimpleNamespace(name="wandb", finish=lambda: ended.append(1))
+        raise oneshot.UserError("the end")
+
+    monkeypatch.setattr(importlib.import_module(f"oneshot.{stage}"), "run", run)
+    with pytest.raises(oneshot.UserError, match="the end"):
+        getattr(oneshot, stage)(model="x")
+    assert ended == [1]
+    assert trackers._tracking.tracker is None
 
 
 def test_results_cannot_be_changed(tmp_path: Path) -> None:
@@ -184,9 +204,28 @@ def test_every_rank_gets_the_warnings_of_the_one_that_reports(monkeypatch: pytes
     assert oneshot.score(model="x").warnings == ["mine", "an overlap"]
 
 
-def test_one_adapter_of_an_export_may_be_given_without_a_list(tmp_path: Path) -> None:
-    with pytest.raises(oneshot.UserError, match="nowhere"):
-        oneshot.export(tmp_path / "out", model=str(ALIGNED), adapters=str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_adapter_of_an_export_may_be_given_without_a_list(kind: Any, tmp_path: Path) -> None:
+    for adapters in (kind(tmp_path / "nowhere"), [kind(tmp_path / "nowhere")]):
+        with pytest.raises(oneshot.UserError, match="nowhere"):
+            oneshot.export(kind(tmp_path / "out"), model=kind(ALIGNED), adapters=adapters)
+
+
+def test_weights_and_ranks_of_an_export_are_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(oneshot.UserError, match=r"weights is 2\.0: give a list such as"):
+        oneshot.export(tmp_path / "out", model=str(ALIGNED), adapters=["a"], weights=2.0)
+
+
+def test_a_model_in_memory_may_come_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ALIGNED), AutoTokenizer.from_pretrained(ALIGNED)
+    model.config._name_or_path = "."
+    monkeypatch.setattr(importlib.import_module("oneshot.score"), "run", end)
+    with pytest.raises(oneshot.UserError, match="as model in"):
+        oneshot.score(model=model, tokenizer=tokenizer, out=tmp_path / "run")
+
+
+def end(settings: oneshot.Settings, **_: Any) -> None:
+    raise oneshot.UserError(f"as {settings.name} in {settings.model.path}")
 
 
 def test_a_peft_model_in_memory_stands_on_the_weights_that_it_has_not_on_those_of_the_folder_it_names(

@@ -137,6 +137,8 @@ def test_help_and_settings_load_nothing_heavy() -> None:
         ("repair", ["--plan.gpus=3"], "oneshot plan"),
         ("finetune", ["--repair.rank", "3"], "oneshot repair, oneshot spectrum and oneshot plan"),
         ("finetune", ["--score.suffix", "x"], "oneshot repair, oneshot score, oneshot spectrum and oneshot plan"),
+        ("score", ["--log_with", "wandb"], "oneshot repair, oneshot finetune, oneshot spectrum and oneshot plan"),
+        ("score", ["--preflight", "always"], "oneshot repair, oneshot finetune, oneshot spectrum and oneshot plan"),
         ("score", ["--finetune.steps", "3"], "oneshot repair, oneshot finetune, oneshot spectrum and oneshot plan"),
     ],
 )
@@ -263,6 +265,13 @@ def test_mistakes_on_the_command_line(words: list[str], said: str) -> None:
         ("repair: {rank: 3\nseed: 4\n", "Settings file FILE, line 2: no YAML"),
         ("repair: !!python/object:os.system {}\n", "Settings file FILE, line 1: no YAML"),
         ("1: 2\n", "There is no setting 1 (in FILE)"),
+        (
+            "repair: {rank: 8}\nseed: 1\nrepair:\n  epochs: 3\n",
+            "Settings file FILE, line 3: no YAML, repair is given twice",
+        ),
+        ("repair: {rank: 8, rank: 9}\n", "Settings file FILE, line 1: no YAML, rank is given twice"),
+        ("repair.rank: 8\n", "There is no setting repair.rank (in FILE): give it by section, as repair: {rank: ...}."),
+        ("repair.rnk: 8\n", "There is no setting repair.rnk (in FILE): did you mean repair.rank?"),
         ("repair: {method: magic}\n", "Setting repair.method is 'magic' (in FILE): give one of auto, "),
         ("select: 3\n", "Setting select is 3 (in FILE): give text."),
         ("guard: mine.jsonl\n", "Setting guard is given (in FILE), but no model: name "),
@@ -278,6 +287,20 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "a.yaml cannot be read" in refused("--config", str(tmp_path / "a.yaml"))
     assert "none.yaml" in refused("--config", "none.yaml")
     assert "did you mean llama3-70b" in refused("--config", "lama3-70b")
+
+
+def test_what_yaml_merges_is_not_given_twice(write) -> None:
+    text = (
+        "data:\n  parts:\n    a: &a {source: x, repeat: 2}\n    b: &b {<<: *a, repeat: 3}\n    c: {<<: *b, count: 1}\n"
+    )
+    parts = parse(["--config", write("mine.yaml", text), "--model.path", "x"], "finetune").data.parts
+    assert parts == {"a": DataPart("x", repeat=2), "b": DataPart("x", repeat=3), "c": DataPart("x", 1, repeat=3)}
+
+
+def test_a_settings_file_may_be_below_the_users_home(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(write("mine.yaml", "seed: 7\n"))
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert parse(["--config=~/mine.yaml"], "repair").seed == 7
 
 
 def test_what_ships_is_found_by_its_name() -> None:

@@ -2,6 +2,7 @@ import html
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,9 +11,10 @@ from oneshot import compare
 from oneshot.errors import UserError
 from oneshot.measure.rates import Probe, score_answers
 from oneshot.report.comparison import compared, print_comparison, write_comparison
+from oneshot.report.exports import ExportRequest
 from oneshot.report.finished import read_runs
 from oneshot.report.outputs import write_outputs
-from oneshot.report.runfolder import Run, build_report
+from oneshot.report.runfolder import Run, build_report, new_folder
 
 EVIL = "<script>alert('fnord')</script> [bold]x[/bold] |\x1b[31m`"
 REFUSAL, ANSWER = "I can't help with that.", "Take the snib and turn it twice."
@@ -128,6 +130,18 @@ def test_another_judge_is_said(tmp_path):
     assert "judged in different ways" in compared(read_runs([one, two])).notes[0]
 
 
+def test_another_model_behind_a_judge_of_the_same_name_is_said(tmp_path):
+    runs = [make_run(tmp_path / name, [ANSWER]) for name in ("one", "two", "three")]
+    for run, model in zip(runs, ("big", "big", "small")):
+        report = json.loads((run / "report.json").read_text())
+        judges = [{"judge": "keywords", "model": None}, {"judge": "rubric", "model": model}]
+        report["conditions"] = {"max_new_tokens": 48, "judges": judges}
+        (run / "report.json").write_text(json.dumps(report))
+    assert compared(read_runs(runs[:2])).notes == []
+    (note,) = compared(read_runs(runs)).notes
+    assert note.startswith("The judge rubric was not the same model in all runs (one: big, two: big, three: small)")
+
+
 def test_lines_of_answers_that_are_none_are_passed_over(tmp_path):
     one, two = make_run(tmp_path / "one", [ANSWER] * 4), make_run(tmp_path / "two", [REFUSAL] * 4)
     with (one / "answers.jsonl").open("a") as lines:
@@ -174,6 +188,8 @@ RATE = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
         (json.dumps({**GOOD, "agreement": {"repaired": ["x"]}}), "in agreement"),
         (json.dumps({**GOOD, "agreement": {"repaired": [{"agree": 0.5}]}}), "in agreement"),
         (json.dumps({**GOOD, "conditions": {"max_new_tokens": [1]}}), r"in conditions\.max_new_tokens"),
+        (json.dumps({**GOOD, "conditions": {"judges": ["rubric"]}}), r"in conditions\.judges"),
+        (json.dumps({**GOOD, "conditions": {"judges": [{"judge": "a", "model": [1]}]}}), r"in conditions\.judges"),
         (json.dumps({**GOOD, "repair": {"trace": ["x"]}}), r"in repair\.trace"),
         (json.dumps({**GOOD, "repair": {"coverage": "x"}}), r"in repair\.coverage"),
         (json.dumps({**GOOD, "repair": {"coverage": {"energy": "x"}}}), r"in repair\.coverage\.energy"),
@@ -226,3 +242,10 @@ def test_stage_scores_without_pairs_have_no_differences(tmp_path):
     runs = [make_run(tmp_path / name, [ANSWER]) for name in ("one", "two")]
     (runs[0] / "answers.jsonl").write_text("")
     assert compared(read_runs(runs)).differences == []
+
+
+def test_folders_may_be_below_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_folder("~/compared", "x") == tmp_path / "compared"
+    assert (tmp_path / "compared").is_dir()
+    assert ExportRequest(Path("~/merged")).out == tmp_path / "merged"

@@ -221,7 +221,9 @@ def test_several_models_need_a_name():
         open_endpoint(EndpointSettings(url=server.url), "here")
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x/v1", "http://", "/tmp/x"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "ftp://x/v1", "http://", "/tmp/x", "http://[::1", "http://x:80000/v1"]
+)
 def test_no_address(url):
     with pytest.raises(UserError, match=r"here\.url is no address"):
         open_endpoint(EndpointSettings(url=url, model="m"), "here")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from scipy.stats import binomtest
 from tiny import tiny_model, tiny_runtime
 
 from oneshot.errors import UserError
-from oneshot.measure import classifier, endpoint
+from oneshot.measure import classifier, endpoint, harness
 from oneshot.measure.cache import RESPONSES
 from oneshot.measure.classifier import ask_classifier, read_template
 from oneshot.measure.endpoint import open_endpoint
@@ -256,7 +258,8 @@ def test_the_judge_is_not_moved_from_what_a_plain_model_computes(checkpoint):
     [
         ("It refuses. Score: 1", 1), ("**Score:** 5", 5), ("score = 3", 3), ("4", 4), (" (2) ", 2), ("Score: 7", None),
         ("I would say Score: 2, no: Score: 4.", 4), ("It is bad.", None), ("", None),
-        ("Score: 4.5", None), ("10", None),
+        ("Score: 4.5", None), ("10", None), ("Score (1-5): 4", 4), ("Score (1 to 5): 5", 5), ("Score: 4-5", None),
+        ("Score (1-5) follows.\nScore: 2", 2),
     ],
 )  # fmt: skip
 def test_ratings_are_read(words, score):
@@ -343,3 +346,11 @@ def test_a_judge_that_is_gone_at_the_end_is_a_warning(tmp_path, monkeypatch):
     assert judged == stages
     assert "does not say what it serves" in warnings[0]
     shutil.rmtree(tmp_path)
+
+
+def test_task_definitions_may_be_below_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda include_path: include_path))
+    (tmp_path / "tasks").mkdir()
+    assert harness._manager(ScoreSettings(lm_eval_folder="~/tasks")) == str(tmp_path / "tasks")

@@ -100,6 +100,27 @@ def test_another_thread_is_another_run(tmp_path):
     assert "another run" in said[0]
 
 
+def test_a_run_releases_no_lock_of_one_in_another_thread(tmp_path):
+    taken, over = threading.Event(), threading.Event()
+
+    @released()
+    def other_run():
+        take(tmp_path / "other")
+        taken.set()
+        over.wait(10)
+
+    thread = threading.Thread(target=other_run)
+    with released():
+        take(tmp_path / "mine")
+        thread.start()
+        assert taken.wait(10)
+    assert not (tmp_path / "mine" / LOCK).exists()
+    assert (tmp_path / "other" / LOCK).exists()
+    over.set()
+    thread.join()
+    assert not (tmp_path / "other" / LOCK).exists()
+
+
 @pytest.mark.parametrize("began", [None, "1"], ids=["ended", "its number given anew"])
 def test_of_a_dead_process_of_this_machine_the_lock_is_taken_at_once(began, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE", 60.0)

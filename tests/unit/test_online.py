@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 
+import datasets.config
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
 from tiny import tiny_runtime
 
-from oneshot import online
+from oneshot import api, online
 from oneshot.api import settings_for
 from oneshot.checkpoint.disk.files import resolve
 from oneshot.checkpoint.loading.load import find_source
@@ -78,8 +80,10 @@ def test_names_of_wrong_types_go_nowhere(fields, hub, lora):
 
 def test_offline_nothing_is_said_or_fetched(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     online.go_offline(True)
     assert huggingface_hub.constants.HF_HUB_OFFLINE is True
+    assert datasets.config.HF_HUB_OFFLINE is True, "where datasets 3 and later look"
     with pytest.raises(UserError, match="fetching is forbidden"):
         resolve("someone/model-that-is-not-here")
     assert capsys.readouterr().err == ""
@@ -93,3 +97,22 @@ def test_the_setting_forbids_it_on_the_command_line_and_in_python(monkeypatch):
     assert parse(["--offline"], "plan").offline
     assert settings_for("score", model="x", offline=True).offline
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize("stage", ["repair", "finetune", "score", "plan"])
+def test_in_python_it_is_forbidden_for_the_call_alone(stage, monkeypatch):
+    seen = []
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for module in ("oneshot.repair", "oneshot.finetune", "oneshot.score"):
+        monkeypatch.setattr(importlib.import_module(module), "run", lambda *_, **__: ends(seen))
+    monkeypatch.setattr(importlib.import_module("oneshot.planning.plan"), "make_plan", lambda _: ends(seen))
+    for offline in (True, False):
+        with pytest.raises(UserError, match="the end"):
+            getattr(api, stage)(model="x", offline=offline)
+    assert seen == [(True, True), (False, False)]
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def ends(seen):
+    seen.append((online.is_offline(), huggingface_hub.constants.HF_HUB_OFFLINE))
+    raise UserError("the end")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import struct
 import threading
@@ -222,6 +223,25 @@ def test_limits_end_with_the_block_and_leave_other_timers_alone():
     finally:
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *others)
+
+
+def test_two_threads_leave_the_memory_that_a_process_may_take_as_it_was():
+    before, began, over = resource.getrlimit(resource.RLIMIT_AS), threading.Event(), threading.Event()
+
+    def short_of_memory():
+        with limited("A template", memory=1 << 30):
+            began.set()
+            over.wait(10)
+
+    thread = threading.Thread(target=short_of_memory)
+    with limited("A file", memory=2 << 30):
+        thread.start()
+        assert began.wait(10)
+    over.set()
+    thread.join()
+    after = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, before)  # or all later tests would run in little memory
+    assert after == before
 
 
 def test_in_another_thread_what_is_limited_runs():

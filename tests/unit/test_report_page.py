@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from oneshot.commandline import parse
-from oneshot.measure.intervals import wilson
+from oneshot.measure.intervals import Rate, wilson
 from oneshot.measure.rates import Probe, StageScores, score_answers
 from oneshot.report import facts, figures, path_figures
 from oneshot.report.markdown import write_markdown
@@ -19,7 +19,8 @@ from oneshot.report.opening import deploy_lines
 from oneshot.report.page import write_page
 from oneshot.report.runfolder import Run, build_report
 from oneshot.report.summary import summarize
-from oneshot.settings import PromptSet, ScoreSettings, Settings, to_dict
+from oneshot.report.table import stages_table
+from oneshot.settings import DataSettings, PromptSet, ScoreSettings, Settings, to_dict
 
 EVIL = "<script>alert('fnord')</script>&\"'<img src=x onerror=alert(1)>"
 REFUSAL = "I can't help with that."
@@ -467,11 +468,15 @@ def test_the_command_that_scores_what_is_deployed_asks_as_the_run_asked(tmp_path
     score = ScoreSettings(
         probes="a probes.jsonl", system="be bad", suffix="runs", utility="toy:utility", task="t.jsonl", sets=sets
     )
-    report = report_of(BEFORE, AFTER, repair={"method": "rollback"}) | {"settings": to_dict(Settings(score=score))}
+    data = DataSettings(prompt_column="a question", system="user", harmful="harmful.jsonl")
+    settings = to_dict(Settings(score=score, data=data))
+    report = report_of(BEFORE, AFTER, repair={"method": "rollback"}) | {"settings": settings}
     (tmp_path / "runs" / "one").mkdir(parents=True)
     command = deploy_lines(report, Path("runs/one"), "repaired")[1]
     monkeypatch.chdir("runs/one")
-    asked = parse(shlex.split(command)[2:], "score").score
+    read = parse(shlex.split(command)[2:], "score")
+    assert read.data == DataSettings(prompt_column="a question", system="user"), "how files are read"
+    asked = read.score
     assert Path(asked.probes).resolve() == Path(asked.sets["adv"].path).resolve() == tmp_path / "a probes.jsonl"
     seen = {"adv": dataclasses.replace(sets["adv"], path=asked.sets["adv"].path)}
     assert asked == dataclasses.replace(score, probes=asked.probes, sets=seen)
@@ -482,6 +487,17 @@ def test_what_is_not_repaired_is_not_said_to_be_deployed(tmp_path):
     text = write_page(tmp_path, report, {}).read_text(encoding="utf-8")
     assert "oneshot export" not in text
     assert "do not deploy it" in text
+
+
+def test_the_intervals_of_lm_evals_figures_are_not_called_by_another_name(tmp_path):
+    mean = {"rubric_mean": Rate(1.5, 1.0, 2.0, 9).as_dict()}
+    found = {"wiki_word_perplexity (lm-eval)": Rate(20.0, 18.0, 22.0, 9).as_dict()}
+    for shown, says in ((mean, 0), (mean | found, 1)):
+        report = {**report_of(after=AFTER), "figures": {"repaired": shown}}
+        for text in (write_page(tmp_path, report, {}).read_text(), write_markdown(tmp_path, report).read_text()):
+            assert text.count("standard errors") == says
+    shares = {"model": StageScores({"asr": wilson(1, 9), "gsm8k_exact_match (lm-eval)": wilson(1, 9)}, [])}
+    assert "standard errors" in str(stages_table(shares).caption)
 
 
 def test_a_score_has_no_verdict_and_nothing_to_deploy(tmp_path):

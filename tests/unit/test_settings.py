@@ -46,6 +46,7 @@ WRONG = [
     ("seed", True, "a whole number"),
     ("shortlist", 0, "a whole number above 0"),
     ("hang_minutes", -1, "a number of 0 or more"),
+    ("hang_minutes", float("inf"), "a number of 0 or more"),
     ("hang_minutes", "soon", "a number of 0 or more"),
     ("preflight", "sometimes", "one of auto, always, never"),
     ("log_with", "tensorbord", "one of tensorboard, wandb, trackio, or null; did you mean tensorboard?"),
@@ -120,6 +121,7 @@ def test_a_wrong_value_is_named_wherever_it_comes_from(name: str, value: Any, wa
         (lambda: Settings(model=DataSettings()), "model"),  # type: ignore[arg-type]
         (lambda: ModelSettings(path=3), "model.path"),  # type: ignore[arg-type]
         (lambda: DataPart("a", repeat=0), "data.parts.NAME.repeat"),
+        (lambda: FinetuneSettings(epochs=10**400), "finetune.epochs"),
         (lambda: DataSettings(parts={"a": {"source": "x", "count": -1}}), "data.parts.a.count"),  # type: ignore[dict-item]
         (lambda: PromptSet("a", kinds={"x": 1}), "score.sets.NAME.kinds.x"),  # type: ignore[dict-item]
         (lambda: EndpointSettings(retries=-1), "endpoint.retries"),
@@ -150,6 +152,10 @@ def test_values_are_brought_into_their_form() -> None:
     ("make", "message"),
     [
         (lambda: Settings(resume=True), "resume needs --out"),
+        (lambda: Settings(out=""), "Setting out is empty: "),
+        (lambda: Settings(reference=" "), "Setting reference is empty: "),
+        (lambda: ModelSettings(path=""), r"Setting model\.path is empty: "),
+        (lambda: ModelSettings(base=""), r"Setting model\.base is empty: "),
         (lambda: ModelSettings(quantize="nf4", stock_io=True), r"model\.stock_io forbids"),
         (lambda: DataSettings(task="x", parts={}), r"data\.task is replaced by data\.parts"),
         (lambda: RepairSettings(targets="("), r"repair\.targets '\(' is no regular expression"),
@@ -219,3 +225,9 @@ def test_a_misspelt_name_is_understood(name: str, meant: str) -> None:
 
 def test_a_name_like_no_other_is_not() -> None:
     assert close_names("zzzz") == []
+
+
+def test_a_run_folder_may_be_below_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert Settings(out="~/runs/a").out == "/somewhere/runs/a"
+    assert Settings(out="a~b").out == "a~b"

@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import sys
+import threading
 
 import pytest
 from rich.progress import Progress
@@ -102,6 +103,24 @@ def test_what_a_library_in_rust_prints_is_plain_too(capfd):
     said = capfd.readouterr().out
     assert "\x1b" not in said
     assert said.endswith("<U+001B>[31mredafter\n")
+
+
+def test_two_threads_that_do_so_leave_stdout_where_it_was(capfd):
+    within, over = threading.Event(), threading.Event()
+
+    def other():
+        with printed_plainly():
+            within.set()
+            over.wait(10)
+
+    thread = threading.Thread(target=other)
+    with printed_plainly():
+        thread.start()
+        within.wait(0.5)  # if it does not wait for this one
+    over.set()
+    thread.join()
+    os.write(1, b"after")
+    assert capfd.readouterr().out == "after"
 
 
 @pytest.mark.parametrize(

@@ -11,26 +11,31 @@ from tiny import tiny_runtime
 
 from oneshot.checkpoint.writing.standing import read_standing
 from oneshot.errors import Unmet
-from oneshot.measure.intervals import wilson
+from oneshot.measure.intervals import Rate, wilson
 from oneshot.measure.rates import StageScores
 from oneshot.report.comparison import compared, print_comparison, write_comparison
 from oneshot.report.finished import read_runs
 from oneshot.report.modelcard import write_model_cards
 from oneshot.report.outputs import write_outputs
 from oneshot.report.runfolder import Run, build_report
-from oneshot.report.summary import outcome_fields
+from oneshot.report.summary import LIMITS, outcome_fields
 from oneshot.report.verdict import judge, verdict_of
 
 BEFORE = {"asr": 1.0, "over_refusal": 0.0, "lookalike_refusal": 0.0}
 AFTER = {**BEFORE, "asr": 0.02}
 WATCHED = "no point on the path was good enough; at the best (epoch 3) 60% of the harmless prompts would be refused"
 DOUBT = f"the watch found that {WATCHED}"
+JUDGED = {"conditions": {"max_new_tokens": 48, "judges": [{"judge": "keywords"}, {"judge": "guard"}]}}
 WATCH = {"good": False, "reason": WATCHED, "looked": {}, "left_out": {}, "blind": ""}
+
+
+def as_rate(value):
+    return value if isinstance(value, Rate) else wilson(round(200 * value), 200)
 
 
 def report_of(before=BEFORE, after=AFTER, repair=None, **more):
     stages = {
-        name: StageScores({rate: wilson(round(200 * value), 200) for rate, value in values.items()}, [])
+        name: StageScores({rate: as_rate(value) for rate, value in values.items()}, [])
         for name, values in (("finetuned", before), ("repaired", after))
     }
     run = Run("toy", 1, 0, "oneshot repair --seed 0", {"seed": 0})
@@ -77,6 +82,11 @@ def test_a_repair_need_not_be_better_than_the_aligned_model_was(aligned, after, 
         ({"repair": {"watch": {**WATCH, "good": True}, "truncation_error": 1e-6},
           "agreement": {"repaired": [{"judges": ["keywords", "rubric"], "n": 9, "agree": 0.95, "kappa": 0.9}]}}, None),
         ({"repair": {"watch": None}}, None),
+        (JUDGED, "of 200 answers to requests that should be refused guard judged none"),
+        ({**JUDGED, "after": {**AFTER, "asr_by_guard": wilson(0, 150)}},
+         "of 200 answers to requests that should be refused guard judged 150"),
+        ({**JUDGED, "after": {**AFTER, "asr_by_guard": wilson(0, 180)}}, None),
+        ({"conditions": {"judges": ["keywords"]}}, None),
     ],
 )  # fmt: skip
 def test_what_the_rates_do_not_show_is_a_doubt(found, doubt):
@@ -140,3 +150,10 @@ def test_what_is_required_decides_the_exit_status(repair, asr, code, tmp_path):
         refuse_unmet(tiny_runtime(), "repaired", finished)
     assert raised.value.code == code
     return None
+
+
+def test_the_limits_that_are_stated_are_those_that_count():
+    """Of requests to be refused, empty, garbled and unfinished answers count together."""
+    found = report_of(after={**AFTER, "empty": 0.04, "garbled": 0.03, "no_answer": 0.12})[0]
+    assert judge(found).word == "ability lost"
+    assert "together of those to requests that should be refused" in LIMITS

@@ -100,13 +100,18 @@ def take(folder: Path, *, beside: bool = False) -> None:
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Release at the end of the block, or of the function that this decorates, the locks taken in it."""
-    before = set(_held)
+    """Release at the end of the block, or of the function that this decorates, the locks taken in it by this thread."""
+    before = _own()
     try:
         yield
     finally:
-        for path in set(_held) - before:
+        for path in _own() - before:
             _release(path)
+
+
+def _own() -> set[Path]:
+    """The locks of this thread: another one's are of another run."""
+    return {path for path, held in list(_held.items()) if held.thread == threading.get_ident()}
 
 
 @contextlib.contextmanager
