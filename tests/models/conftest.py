@@ -16,6 +16,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last, as the benchmarks have it
 sys.path += [str(Path(__file__).parents[1] / tier) for tier in ("unit", "distributed")]  # tiny configs, ranks
 
+from collecting import pytest_collection_finish  # noqa: F401
 from realmodels import packages
 from xdist.scheduler import LoadScopeScheduling
 

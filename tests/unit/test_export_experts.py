@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,12 @@ def saved(name: str, folder: Path) -> tuple[Any, Path]:
     return model, folder / "patch"
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """A mixture's name -> what ``saved`` makes of it, for tests that change neither the model nor its files."""
+    return functools.cache(lambda name: saved(name, tmp_path_factory.mktemp(name)))
+
+
 def run(out: Path, *adapters: Path, **wishes: Any) -> Exported:
     wishes = {"adapters": [str(one) for one in adapters], **wishes}
     return export(tiny_runtime(), ExportRequest(out, **wishes), "oneshot export")
@@ -44,33 +52,33 @@ def as_merged(model: Any, folder: Path) -> bool:
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen2_moe", "llama4_text"])
 @pytest.mark.parametrize("wishes", [{"rank": 3, "rank_experts": 1}, {"weights": [0.5, 0.25]}, {"expert_form": STACKED}])
-def test_what_is_made_of_a_mixtures_patch_is_loaded_whole(name, wishes, tmp_path):
-    model, patch = saved(name, tmp_path)
+def test_what_is_made_of_a_mixtures_patch_is_loaded_whole(name, wishes, kept, tmp_path):
+    model, patch = kept(name)
     done = run(tmp_path / "out", *[patch] * len(wishes.get("weights", [1])), **wishes)
     assert as_merged(model, done.folder)
     assert not any("Not loaded back" in line for line in done.lines)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
-def test_single_experts_are_loaded_whole_where_peft_takes_them(name, tmp_path):
-    model, patch = saved(name, tmp_path)
+def test_single_experts_are_loaded_whole_where_peft_takes_them(name, kept, tmp_path):
+    model, patch = kept(name)
     together = run(tmp_path / "together", patch, expert_form=STACKED)
     assert as_merged(model, run(tmp_path / "apart", together.folder, expert_form=APART).folder)
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "nemotron_h", "llama4_text"])
-def test_a_form_that_peft_does_not_load_is_refused(name, tmp_path):
-    _, patch = saved(name, tmp_path)
+def test_a_form_that_peft_does_not_load_is_refused(name, kept, tmp_path):
+    _, patch = kept(name)
     with pytest.raises(UserError, match=r"PEFT .*--expert_form 3d"):
         run(tmp_path / "out", patch, expert_form=APART)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_whose_own_form_peft_does_not_load_takes_the_other(tmp_path):
+def test_an_adapter_whose_own_form_peft_does_not_load_takes_the_other(kept, tmp_path):
     """As it was trained with another transformers: of Qwen2-MoE, PEFT takes no single experts any more."""
-    model, patch = saved("qwen2_moe", tmp_path)
+    model, patch = kept("qwen2_moe")
     update = read_adapter(patch).update
-    write_patch(tmp_path / "old", in_form(update, model, APART), [], str(tmp_path / "base"), torch.float32)
+    write_patch(tmp_path / "old", in_form(update, model, APART), [], str(patch.parent / "base"), torch.float32)
     assert not_injected(tmp_path / "old", copy.deepcopy(model).to("meta"))
     done = run(tmp_path / "out", tmp_path / "old", rank=3)
     assert as_merged(model, done.folder)
