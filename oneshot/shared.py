@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from oneshot.measure.rates import StageScores
     from oneshot.patch.bench import Base, Bench
     from oneshot.patch.choose import Choice
+    from oneshot.patch.guard import RepairBatch
     from oneshot.patch.request import Request
     from oneshot.patch.select import Chosen
     from oneshot.patch.solve import Solution
@@ -79,19 +80,21 @@ def solved(bench: Bench, chosen: Chosen | None, listen: Listen, *, lent: bool = 
     watch = solution.watch
     if not lent or watch is None or watch.enough:
         return choice, solution
-    own, anew = _tried(bench, None, listen, ATTEMPTS)
+    own, anew = _tried(bench, None, listen, ATTEMPTS, choice.batch)
     if anew.watch is None or anew.watch.best is None or not anew.watch.best.better(watch.best, anew.watch.bounds):
         return choice, solution
     said = f"{own.chosen.selected_by}, as the example of the others came to no good point"
     return dataclasses.replace(own, chosen=dataclasses.replace(own.chosen, selected_by=said)), anew
 
 
-def _tried(bench: Bench, chosen: Chosen | None, listen: Listen, attempts: int) -> tuple[Choice, Solution]:
+def _tried(
+    bench: Bench, chosen: Chosen | None, listen: Listen, attempts: int, batch: RepairBatch | None = None
+) -> tuple[Choice, Solution]:
     from oneshot.patch.choose import choose
     from oneshot.patch.solve import solve
 
     with phase("choose"):
-        choice = choose(bench, chosen)
+        choice = choose(bench, chosen, batch)
     with phase("solve"):
         return choice, solve(bench, choice.batch, choice.chosen.index, listen, choice.chosen.begun, attempts)
 

@@ -27,11 +27,12 @@ class Choice:
     batch: RepairBatch
 
 
-def choose(bench: Bench, chosen: Chosen | None = None) -> Choice:
+def choose(bench: Bench, chosen: Chosen | None = None, batch: RepairBatch | None = None) -> Choice:
     """Choose the example and let the unpatched model answer the guard's prompts. Collective.
 
     Args:
         chosen: the example, where it has been chosen before (``choose_beforehand``)
+        batch: of an earlier choice for this model, with any example, which has the guard's answers
     """
     request, recipe = bench.request, bench.request.recipe
     settings, pad = request.settings, pad_id(request.tokenizer)
@@ -51,7 +52,7 @@ def choose(bench: Bench, chosen: Chosen | None = None) -> Choice:
     if asks_gradients(request):
         aligned = bench.teacher.harm if bench.teacher else None
         harm = dataclasses.replace(sample(request.candidates, settings.seed), aligned=aligned)
-    batch = batch_with(held)
+    batch = batch or batch_with(held)
     task = batch if recipe.guard_weight or not asks_gradients(request) else batch_with(request.guard)
     changed = named_layers(bench.model, bench.prepared) if bench.prepared else bench.linears.targets
     changed = {name: layer for name, layer in changed.items() if not isinstance(layer, BareMatrix)}

@@ -273,9 +273,10 @@ class Found:
 @pytest.fixture
 def tried(monkeypatch):
     """Choose and solve on a stand-in; returns what was tried, and lets the test say what it came to."""
-    told, costs = [], {}
+    told, costs, given = [], {}, []
 
-    def choose(_bench, chosen=None):
+    def choose(_bench, chosen, batch):
+        given.append(batch)
         chosen = chosen or Chosen(7, "bilevel", 0.1, begun="a trial")
         return SimpleNamespace(chosen=chosen, batch="batch")
 
@@ -288,7 +289,7 @@ def tried(monkeypatch):
         chosen: Chosen
         batch: str = "batch"
 
-    monkeypatch.setattr("oneshot.patch.choose.choose", lambda *given: Choice(choose(*given).chosen))
+    monkeypatch.setattr("oneshot.patch.choose.choose", lambda *asked: Choice(choose(*asked).chosen))
     monkeypatch.setattr("oneshot.patch.solve.solve", solve)
 
     def run(found, *, lent=True, candidates=9, select="bilevel"):
@@ -300,6 +301,7 @@ def tried(monkeypatch):
         choice, solution = shared.solved(SimpleNamespace(request=request), chosen, lambda _: None, lent=lent)
         return choice.chosen.selected_by, solution.index, told
 
+    run.given = given
     return run
 
 
@@ -311,6 +313,7 @@ def test_where_a_lent_example_fails_one_is_chosen_as_if_alone_and_the_better_rep
     said, index, told = tried({3: 0.4, 7: 0.1})
     assert (index, told) == (7, [(3, None, 1), (7, "a trial", ATTEMPTS)])
     assert said == "bilevel, as the example of the others came to no good point"
+    assert tried.given == [None, "batch"], "the guard's prompts are answered once"
 
 
 def test_a_choice_that_comes_to_less_is_not_kept(tried):
